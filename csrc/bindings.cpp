@@ -1,0 +1,124 @@
+// Python's door: plain integers in, nothing returned. Shapes and types were checked in prefixattn/cpu.py.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "prefix_attn.h"
+
+namespace py = pybind11;
+namespace prefixattn {
+namespace {
+
+bool cpu_has(const std::string &isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == "avx2") return avx2;
+    if (isa == "avx512") return avx512;
+    if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+#endif
+    return isa == "portable";
+}
+
+// Best first.
+std::vector<const Kernels *> usable_kernels() {
+    std::vector<const Kernels *> usable;
+    for (const Kernels *k : {&avx512_bf16_kernels(), &avx512_kernels(), &avx2_kernels(), &portable_kernels()})
+        if (k->fwd && cpu_has(k->name)) usable.push_back(k);
+    return usable;
+}
+
+const Kernels *&chosen() {
+    static const Kernels *kernels = usable_kernels().front();
+    return kernels;
+}
+
+void set_isa(const std::string &name) {
+    std::string known;
+    for (const Kernels *k : usable_kernels()) {
+        if (name == k->name) {
+            chosen() = k;
+            return;
+        }
+        known += known.empty() ? k->name : std::string(", ") + k->name;
+    }
+    throw std::invalid_argument("instruction set is '" + name + "', expected one that runs here: " + known);
+}
+
+py::list isas() {
+    py::list names;
+    for (const Kernels *k : usable_kernels()) names.append(k->name);
+    return names;
+}
+
+Strided strided(const py::tuple &t) {  // (address, stride0, stride1, stride2)
+    return {reinterpret_cast<void *>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+}
+template <class T>
+T *address(uintptr_t x) {
+    return reinterpret_cast<T *>(x);
+}
+
+struct Common {  // what prefixattn/cpu.py passes as one tuple, in this order
+    template <class P>
+    static void read(const py::tuple &t, P &p) {
+        int i = 0;
+        const auto next = [&] { return t[i++]; };
+        p.dtype = static_cast<DType>(next().template cast<int>());
+        for (int64_t *size : {&p.B, &p.H, &p.Hkv, &p.L, &p.S, &p.T, &p.P, &p.D}) *size = next().template cast<int64_t>();
+        for (Strided *s : {&p.q, &p.k, &p.v, &p.prefix_k, &p.prefix_v}) *s = strided(next().template cast<py::tuple>());
+        p.rows = address<const int64_t>(next().template cast<uintptr_t>());
+        p.lengths = address<const int64_t>(next().template cast<uintptr_t>());
+        p.mask_kind = static_cast<MaskKind>(next().template cast<int>());
+        p.mask = strided(next().template cast<py::tuple>());
+        p.mask_stride3 = next().template cast<int64_t>();
+        p.scale = next().template cast<float>();
+        p.causal = next().template cast<bool>();
+        p.dropout_p = next().template cast<double>();
+        p.prefix_dropout_p = next().template cast<double>();
+        p.seed = next().template cast<uint64_t>();
+        p.threads = next().template cast<int>();
+    }
+};
+
+void fwd(const py::tuple &common, const py::tuple &out, uintptr_t lse, uintptr_t mass) {
+    FwdParams p{};
+    Common::read(common, p);
+    p.out = strided(out);
+    p.lse = address<float>(lse);
+    p.mass = address<float>(mass);
+    const py::gil_scoped_release nogil;
+    chosen()->fwd(p);
+}
+
+void bwd(const py::tuple &common, const py::tuple &dout, const py::tuple &out, uintptr_t lse, uintptr_t dlse,
+         const py::tuple &gradients) {
+    BwdParams p{};
+    Common::read(common, p);
+    p.dout = strided(dout);
+    p.out = strided(out);
+    p.lse = address<const float>(lse);
+    p.dlse = address<const float>(dlse);
+    int i = 0;
+    for (Strided *s : {&p.dq, &p.dk, &p.dv, &p.dprefix_k, &p.dprefix_v}) *s = strided(gradients[i++].cast<py::tuple>());
+    const py::gil_scoped_release nogil;
+    chosen()->bwd(p);
+}
+
+}  // namespace
+}  // namespace prefixattn
+
+PYBIND11_MODULE(_C, m) {
+    using namespace prefixattn;
+    m.def("prefix_attn_fwd", fwd);
+    m.def("prefix_attn_bwd", bwd);
+    m.def("isas", isas, "Instruction sets that were compiled in and run on this CPU, best first.");
+    m.def("isa", [] { return chosen()->name; }, "The instruction set in use.");
+    m.def("set_isa", set_isa, "Takes another of isas(), for tests and benchmarks.");
+    m.def("openmp_runtime", openmp_runtime, "File of the OpenMP runtime in use; empty: none found, one thread.");
+}

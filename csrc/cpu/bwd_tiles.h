@@ -1,0 +1,254 @@
+// Backward of one block of queries against one chunk of keys: weights from lse, then up to three products.
+#pragma once
+#include "operands.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+// Everything a block of queries brings along: q and dout transposed and by rows, lse and delta.
+template <class Storage, class Dot>
+class QuerySide {
+    using Ops = Operands<Storage, Dot>;
+
+   public:
+    QueryBlock q{};
+    int64_t b = -1, h = -1, block = -1;  // what is packed here
+    float *queries, *douts;              // [words(D)][width]
+    const float *query_rows, *dout_rows;  // [words(lanes)][ld], summed over in dK and dV
+    ptrdiff_t query_ld, dout_ld;
+    float *lse, *delta;  // [width]; lse is +inf where a query has no key
+
+    void allocate(const BwdParams &p, Arena &arena) {
+        D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
+        queries = arena.take<float>((int64_t)Ops::words(D_) * kLanes);
+        douts = arena.take<float>((int64_t)Ops::words(D_) * kLanes);
+        in_place_ = sizeof(Storage) == 4 && Dp_ == D_;
+        const int64_t copy = in_place_ ? 0 : (int64_t)Ops::words(kLanes) * Dp_;
+        query_copy_ = arena.take<float>(copy);
+        dout_copy_ = arena.take<float>(copy);
+        lse = arena.take<float>(kLanes);
+        delta = arena.take<float>(kLanes);
+    }
+
+    void pack(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows) {
+        if (b == b_new && h == h_new && block == block_new) return;
+        b = b_new, h = h_new, block = block_new;
+        q = query_block(p.L, block);
+        side(p.q, rows, queries, query_copy_, &query_rows, &query_ld);
+        side(p.dout, rows, douts, dout_copy_, &dout_rows, &dout_ld);
+        const int64_t row0 = (b * p.H + h) * p.L + q.l0;
+        for (int i = 0; i < q.width; ++i) {
+            const bool some = i < q.lanes && p.lse[row0 + i] != kMinusInf;
+            lse[i] = some ? p.lse[row0 + i] : -kMinusInf;
+            delta[i] = 0;
+        }
+        for (int i = 0; i < q.lanes; ++i) {
+            float out[256], dout[256], sum[8] = {};
+            widen((const Storage *)at(p.out, b, h, q.l0 + i, Ops::kSize), out, D_);
+            widen((const Storage *)at(p.dout, b, h, q.l0 + i, Ops::kSize), dout, D_);
+            for (int d = 0; d < D_; d += 8)
+                for (int j = 0; j < 8; ++j) sum[j] += out[d + j] * dout[d + j];
+            delta[i] = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+            if (p.dlse) delta[i] -= p.dlse[row0 + i];
+        }
+    }
+
+   private:
+    void side(const Strided &t, float *rows, float *transposed, float *copy, const float **by_rows, ptrdiff_t *ld) {
+        const char *src = at(t, b, h, q.l0, Ops::kSize);
+        const ptrdiff_t stride = t.stride2 * Ops::kSize;
+        Ops::pack_queries(src, stride, q, D_, rows, transposed);
+        *by_rows = in_place_ ? (const float *)src : copy;
+        *ld = in_place_ ? t.stride2 : Dp_;
+        if (in_place_) return;
+        for (int i = 0; i < q.lanes; i += Ops::kRowAlign) {
+            const Storage *row = (const Storage *)(src + i * stride);
+            float *dst = copy + (int64_t)(i / Ops::kRowAlign) * Dp_;
+            if constexpr (Ops::kPairs)
+                interleave(row, i + 1 < q.lanes ? (const bf16 *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst, D_);
+            else
+                widen(row, dst, D_);
+            for (int d = D_; d < Dp_; ++d) dst[d] = 0;
+        }
+    }
+
+    int D_, Dp_;
+    bool in_place_;
+    float *query_copy_, *dout_copy_;
+};
+
+// A chunk of one head's keys and values: prefix rows or own keys, never both.
+template <class Storage, class Dot>
+class KeySide {
+    using Ops = Operands<Storage, Dot>;
+    using Rows = typename Ops::Rows;
+
+   public:
+    Rows k{}, v{};
+    const uint32_t *pairs = nullptr;  // [n / 2][D], keys in pairs, for dQ
+    int64_t j0 = 0;                   // prefix row or own key
+    int n = 0;
+    bool prefix = false;
+    float gain = 1;  // what prefix dropout multiplies kept elements by
+
+    void allocate(const BwdParams &p, Arena &arena, int keys) {
+        const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
+        k_copy_ = arena.take<float>(copies ? keys * p.D : 0);
+        v_copy_ = arena.take<float>(copies ? keys * p.D : 0);
+        pairs_ = arena.take<uint32_t>(Ops::kPairs ? (keys / 2 + 1) * p.D : 0);
+    }
+
+    void load(const BwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_pairs) {
+        j0 = first, n = count, prefix = is_prefix;
+        const int D = (int)p.D;
+        gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
+        if (prefix) {
+            k = Ops::prefix_rows(p, p.prefix_k, b, g, j0, n, 1, k_copy_);
+            v = Ops::prefix_rows(p, p.prefix_v, b, g, j0, n, 2, v_copy_);
+        } else {
+            k = Ops::rows(p.k, b, g, j0, n, D, k_copy_);
+            v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);
+        }
+        if (Ops::kPairs && with_pairs) Ops::pair_rows(k, n, D, pairs_);
+        pairs = pairs_;
+    }
+
+   private:
+    float *k_copy_, *v_copy_;
+    uint32_t *pairs_;
+};
+
+template <class Storage, class Dot>
+class BwdTile {
+    using Ops = Operands<Storage, Dot>;
+    using Queries = QuerySide<Storage, Dot>;
+    using Keys = KeySide<Storage, Dot>;
+
+   public:
+    void allocate(const BwdParams &p, Arena &arena, int keys) {
+        D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
+        const int64_t size = (int64_t)(keys + 2) * kLanes;
+        scores_ = arena.take<float>(size);
+        dweights_ = arena.take<float>(size);
+        weight_rows_ = arena.take<bf16>(Ops::kPairs ? size : 0);
+        dscore_rows_ = arena.take<bf16>(Ops::kPairs ? size : 0);
+        dscore_pairs_ = arena.take<uint32_t>(Ops::kPairs ? size / 2 : 0);
+        mask_ = arena.take<float>(Masker::scratch_floats(p, keys));
+    }
+
+    // dk, dv: [n][Dp] are added to, without the scale; dq: [D][width] likewise; each may be null.
+    void run(const BwdParams &p, const Queries &q, const Keys &keys, float *dk, float *dv, float *dq) {
+        Range rows{0, keys.n};
+        if (!keys.prefix) {
+            const Range seen = visible_keys(p, padded_range(p, q.b, q.h), q.q);
+            rows.begin = max_of<int64_t>(0, seen.begin - keys.j0) & ~(int64_t)1;
+            rows.end = min_of<int64_t>(keys.n, seen.end - keys.j0);
+        }
+        if (rows.begin >= rows.end) return;
+        const int r0 = (int)rows.begin, n = (int)(rows.end - rows.begin), width = q.q.width;
+        const Strips strips(p.causal && !keys.prefix, p.S - p.L, q.q, keys.j0 + r0, n);
+
+        strips.each([&](int r, int count, int skip) {
+            const int64_t at_row = (int64_t)r * width + skip;
+            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.k.by_row(r0 + r), q.queries + skip, width, scores_ + at_row,
+                            width, false);
+            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.v.by_row(r0 + r), q.douts + skip, width, dweights_ + at_row,
+                            width, false);
+        });
+        float factor = p.scale;
+        const Masker masker(p, q.b, q.h, mask_, 1);
+        if (!keys.prefix) {
+            if (masker.scales() || factor <= 0) {  // what a mask hides must stay -inf
+                for (int64_t i = 0; i < (int64_t)n * width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(factor));
+                factor = 1;
+            }
+            masker.apply(q.q, strips, keys.j0 + r0, n, scores_);
+        }
+        const int64_t virtual0 = keys.prefix ? keys.j0 : p.P + keys.j0 + r0;
+        p.dropout_p > 0 ? weights<true>(p, q, virtual0, n, factor, keys.gain) : weights<false>(p, q, virtual0, n, factor, keys.gain);
+
+        strips.each([&](int r, int count, int skip) {
+            const int64_t at_row = (int64_t)r * width + skip;
+            const int queries = Ops::words(q.q.lanes - skip), first = Ops::kPairs ? skip / 2 : skip;
+            if (dk) {
+                const auto rows_of = [&](const bf16 *half, const float *full) {
+                    return Ops::kPairs ? Operand{(const char *)(half + at_row), 2 * width, 4}
+                                       : Operand{(const char *)(full + at_row), 4 * width, 4};
+                };
+                gemm<Dot, true>(count, Dp_, queries, rows_of(weight_rows_, scores_), q.dout_rows + first * q.dout_ld, q.dout_ld,
+                                dv + (int64_t)(r0 + r) * Dp_, Dp_, true);
+                gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_, dweights_), q.query_rows + first * q.query_ld,
+                                q.query_ld, dk + (int64_t)(r0 + r) * Dp_, Dp_, true);
+            }
+            if (dq && Ops::kPairs) {
+                const Operand a{(const char *)(keys.pairs + (int64_t)(r0 + r) / 2 * D_), 4, 4 * (ptrdiff_t)D_};
+                gemm<Dot, false>(D_, width - skip, (count + 1) / 2, a, (const float *)dscore_pairs_ + (int64_t)r / 2 * width + skip,
+                                 width, dq + skip, width, true);
+            } else if (dq) {
+                gemm<Dot, false>(D_, width - skip, count, keys.k.by_column(r0 + r), dweights_ + at_row, width, dq + skip, width,
+                                 true);
+            }
+        });
+    }
+
+   private:
+    // scores -> weights after dropout, dweights -> dscores. Keys and values lack the gain of prefix dropout, which enters
+    // here, and for dv where the sample's mask is applied.
+    template <bool kDrop>
+    void weights(const BwdParams &p, const Queries &q, int64_t j0, int n, float factor, float gain) {
+        const int width = q.q.width;
+        AttentionDropout dropout(p.seed, p.dropout_p, q.b * p.H + q.h, q.q.l0, width);
+        alignas(64) float kept[2][kLanes];
+        const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
+            const int64_t x = (int64_t)r * width + i;
+            // the difference first, then the units of exp2: rounding is relative to the difference, not to lse
+            const vf probability = vexp2(vfma(vload(scores_ + x), vset(factor * gain), vzero() - vload(q.lse + i)) * vset(kLog2e));
+            vf dweight = vload(dweights_ + x) * vset(gain);
+            weight = probability;
+            if (kDrop) {
+                weight = weight * vload(keep + i);
+                dweight = dweight * vload(keep + i);
+            }
+            dscore = probability * (dweight - vload(q.delta + i)) * vset(gain);
+        };
+        for (int r = 0; r < n; r += 2) {
+            const bool two = r + 1 < n;
+            if (kDrop) {
+                dropout.row(j0 + r, kept[0]);
+                if (two) dropout.row(j0 + r + 1, kept[1]);
+            }
+            for (int i = 0; i < width; i += VL) {
+                vf w0, s0, w1 = vzero(), s1 = vzero();
+                element(r, i, kept[0], w0, s0);
+                if (two) element(r + 1, i, kept[1], w1, s1);
+                const int64_t x = (int64_t)r * width + i;
+#if defined(PA_BF16DOT)
+                if (Ops::kPairs) {
+                    const __m512i w = (__m512i)_mm512_cvtne2ps_pbh(w1, w0), s = (__m512i)_mm512_cvtne2ps_pbh(s1, s0);
+                    _mm256_storeu_si256((__m256i *)(weight_rows_ + x), _mm512_castsi512_si256(w));
+                    _mm256_storeu_si256((__m256i *)(weight_rows_ + x + width), _mm512_extracti64x4_epi64(w, 1));
+                    _mm256_storeu_si256((__m256i *)(dscore_rows_ + x), _mm512_castsi512_si256(s));
+                    _mm256_storeu_si256((__m256i *)(dscore_rows_ + x + width), _mm512_extracti64x4_epi64(s, 1));
+                    store_pairs(dscore_pairs_ + (int64_t)(r / 2) * width + i, s0, s1);
+                    continue;
+                }
+#endif
+                vstore(scores_ + x, w0);
+                vstore(dweights_ + x, s0);
+                if (two) {
+                    vstore(scores_ + x + width, w1);
+                    vstore(dweights_ + x + width, s1);
+                }
+            }
+        }
+    }
+
+    int D_, Dp_;
+    float *scores_, *dweights_;           // [keys][width]
+    bf16 *weight_rows_, *dscore_rows_;    // the same in bfloat16
+    uint32_t *dscore_pairs_;              // [keys / 2][width]
+    float *mask_;
+};
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

@@ -1,0 +1,159 @@
+// How queries, keys, values and masks reach the matrix products, by storage type and arithmetic.
+#pragma once
+#include "geometry.h"
+#include "philox.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+// Storage: float, bf16 or f16 in memory. Dot: Fp32 widens 16-bit storage first, Bf16Dot multiplies pairs as they are.
+template <class Storage, class Dot>
+struct Operands {
+#if defined(PA_BF16DOT)
+    static constexpr bool kPairs = __is_same(Dot, Bf16Dot);
+#else
+    static constexpr bool kPairs = false;
+#endif
+    static constexpr bool kWiden = !kPairs && sizeof(Storage) == 2;
+    static constexpr int64_t kSize = sizeof(Storage);
+    static constexpr int kRowAlign = kPairs ? 2 : 1;  // rows of a segment are padded to whole pairs
+
+    static int words(int n) { return kPairs ? (n + 1) / 2 : n; }
+
+    // Rows of keys or values as operand A of gemm.
+    struct Rows {
+        const char *data;
+        ptrdiff_t stride;  // bytes
+        Operand by_row(int r) const { return {data + r * stride, stride, 4}; }     // A[m = row, k = d]
+        Operand by_column(int r) const { return {data + r * stride, 4, stride}; }  // A[m = d, k = row], floats only
+    };
+    static constexpr int64_t kWidenedBytes = kWiden ? 4 : kSize;
+
+    // Queries (or dout) transposed: dst[word of d][lane].
+    static void pack_queries(const char *src, ptrdiff_t stride, const QueryBlock &q, int D, float *rows, float *dst) {
+        if (kWiden) {
+            for (int i = 0; i < q.lanes; ++i) widen((const Storage *)(src + i * stride), rows + (int64_t)i * D, D);
+            transpose(rows, 4 * D, q.lanes, D, dst, q.width);
+        } else {
+            transpose(src, stride, q.lanes, words(D), dst, q.width);
+        }
+    }
+
+    // Rows j0 .. j0 + n of one head's keys or values; `buffer` holds them when they cannot be read in place.
+    static Rows rows(const Strided &t, int64_t i0, int64_t i1, int64_t j0, int n, int D, void *buffer) {
+        const Rows in_place{at(t, i0, i1, j0, kSize), (ptrdiff_t)(t.stride2 * kSize)};
+        if (!kWiden) return in_place;
+        float *dst = (float *)buffer;
+        for (int r = 0; r < n; ++r) widen((const Storage *)(in_place.data + r * in_place.stride), dst + (int64_t)r * D, D);
+        return {(const char *)dst, (ptrdiff_t)(4 * D)};
+    }
+
+    // The same for prefix rows under dropout: every sample has its own copy, made here, in which what is dropped is 0;
+    // the scale of what is kept is applied in fp32 to what the copy was multiplied into. stream: 1 keys, 2 values.
+    static Rows dropped_prefix(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n, int stream,
+                               void *buffer) {
+        const int D = (int)p.D;
+        const Keep keep(p.prefix_dropout_p);
+        const int64_t size = kPairs ? 2 : 4;
+        float row[256], multiplier[256];
+        for (int r = 0; r < n; ++r) {
+            widen((const Storage *)at(t, prefix_row(p, b), head, j0 + r, kSize), row, D);
+            prefix_dropout_row(p.seed, keep, b * p.Hkv + head, j0 + r, stream, D, multiplier);
+            for (int d = 0; d < D; ++d) row[d] = multiplier[d] > 0 ? row[d] : 0.f;
+            if (kPairs)
+                narrow(row, (bf16 *)buffer + (int64_t)r * D, D);
+            else
+                std::memcpy((float *)buffer + (int64_t)r * D, row, 4 * D);
+        }
+        return {(const char *)buffer, (ptrdiff_t)(size * D)};
+    }
+
+    static Rows prefix_rows(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n, int stream,
+                            void *buffer) {
+        if (p.prefix_dropout_p > 0) return dropped_prefix(p, t, b, head, j0, n, stream, buffer);
+        return rows(t, prefix_row(p, b), head, j0, n, (int)p.D, buffer);
+    }
+
+    // dst[r / 2][d] = (row r, row r + 1): rows become the summed index of a product in pairs.
+    static void pair_rows(const Rows &x, int n, int D, uint32_t *dst) {
+        for (int r = 0; r < n; r += 2)
+            interleave((const bf16 *)(x.data + r * x.stride), r + 1 < n ? (const bf16 *)(x.data + (r + 1) * x.stride) : nullptr,
+                       dst + (int64_t)(r / 2) * D, D);
+    }
+};
+
+#if defined(PA_BF16DOT)
+// Two rows of floats to one row of pairs.
+inline void store_pairs(uint32_t *dst, vf low, vf high) {
+    alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
+#endif
+
+// Masks of own keys, added to scores S [rows][width] of keys s0 .. s0 + n; `unit` is a score of 1 in the units of S.
+class Masker {
+   public:
+    static int64_t scratch_floats(const AttnParams &p, int rows) {
+        return p.mask_kind == MaskKind::kNone || is_key_padding(p) ? 0 : (int64_t)2 * (rows + 16) * kLanes;
+    }
+
+    Masker(const AttnParams &p, int64_t b, int64_t h, float *scratch, float unit)
+        : p_(p), scratch_(scratch), unit_(unit), size_(mask_element(p)) {
+        if (p.mask_kind != MaskKind::kNone) base_ = at(p.mask, b, h, 0, size_);
+    }
+
+    // A float mask is added to scaled scores, so every row of the block (the prefix's too) is scaled when there is one.
+    bool scales() const { return p_.mask_kind == MaskKind::kSameAsQ || p_.mask_kind == MaskKind::kFloat32; }
+
+    void apply(const QueryBlock &q, const Strips &strips, int64_t s0, int n, float *S) const {
+        if (base_ && is_key_padding(p_))
+            padding(q, s0, n, S);
+        else if (base_)
+            general(q, s0, n, S);
+        if (p_.causal) causal(q, strips, n, S);
+    }
+
+   private:
+    void padding(const QueryBlock &q, int64_t s0, int n, float *S) const {
+        for (int r = 0; r < n; ++r) {
+            const float bias = mask_value(p_, base_ + (s0 + r) * p_.mask_stride3 * size_) * unit_;
+            if (bias == 0) continue;
+            for (int i = 0; i < q.width; i += VL) vstore(S + (int64_t)r * q.width + i, vload(S + (int64_t)r * q.width + i) + vset(bias));
+        }
+    }
+
+    void general(const QueryBlock &q, int64_t s0, int n, float *S) const {
+        const int ld = (n + 15) / 16 * 16;
+        float *tile = scratch_, *turned = scratch_ + (int64_t)ld * kLanes;
+        for (int i = 0; i < q.lanes; ++i) {
+            const char *row = base_ + ((q.l0 + i) * p_.mask.stride2 + s0 * p_.mask_stride3) * size_;
+            float *dst = tile + (int64_t)i * ld;
+            if (p_.mask_kind == MaskKind::kBool && p_.mask_stride3 == 1)
+                for (int r = 0; r < n; ++r) dst[r] = row[r] ? 0.f : kMinusInf;
+            else
+                for (int r = 0; r < n; ++r) dst[r] = mask_value(p_, row + r * p_.mask_stride3 * size_) * unit_;
+        }
+        transpose(tile, 4 * ld, q.lanes, n, turned, q.width);
+        for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vload(S + i) + vload(turned + i));
+    }
+
+    static void causal(const QueryBlock &q, const Strips &strips, int n, float *S) {
+        for (int r = strips.first_hidden_row(); r < n; ++r) {
+            float *row = S + (int64_t)r * q.width;
+            const int hidden = strips.hidden_lanes(r);
+            int i = 0;
+            for (; i + VL <= min_of(hidden, q.width); i += VL) vstore(row + i, vset(kMinusInf));
+            if (i < hidden && i < q.width) vstore(row + i, vload(row + i) + vhide_first(hidden - i));
+        }
+    }
+
+    const AttnParams &p_;
+    float *scratch_, unit_;
+    int64_t size_;
+    const char *base_ = nullptr;
+};
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

@@ -1,0 +1,18 @@
+// Threads and scratch memory, compiled once for the base instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace prefixattn {
+
+// Calls body(context, unit) for each unit in [0, units), on at most `threads` threads of the OpenMP runtime that is
+// already in the process (torch's own). Units are handed out one by one; a result must not depend on who runs which.
+void parallel_for(int64_t units, int threads, void (*body)(void *context, int64_t unit), void *context);
+
+// A 64-byte aligned buffer of this thread, kept between calls so that its pages are touched once.
+void *thread_scratch(size_t bytes);
+
+// The file of the OpenMP runtime in use, or "" when none was found and everything runs on the calling thread.
+const char *openmp_runtime();
+
+}  // namespace prefixattn

@@ -1,0 +1,261 @@
+// Backward. Two schedules over the same tiles:
+//   fused  a unit is one key head with the samples that share a prefix row; every tile is computed once (5 products),
+//          gradients of the prefix stay in the thread's scratch from sample to sample and leave already summed.
+//   split  when that scratch would pass its budget, or there are too few units, or no dq is wanted: passes over own keys,
+//          over the prefix, and over queries, each with as many units as it has chunks (7 products with all of them).
+// Sums run in an order that depends on shapes and the number of threads alone.
+#pragma once
+#include <cstdlib>
+
+#include "bwd_tiles.h"
+#include "parallel.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+template <class Storage, class Dot>
+class Backward {
+    using Ops = Operands<Storage, Dot>;
+    using Queries = QuerySide<Storage, Dot>;
+    using Keys = KeySide<Storage, Dot>;
+    static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold
+    static constexpr int kMaxSlots = 64;         // query blocks kept packed
+
+   public:
+    static void run(const BwdParams &p) {
+        const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
+        Job job{p, chunk_keys(p), 1, nullptr};
+        const int64_t blocks = query_blocks(p.L);
+        if (p.dq.data && (own || prefix) && fused_fits(p)) {
+            const int64_t rows = p.T * p.Hkv, wanted = 2 * p.threads;
+            if (p.T == 1 && rows < wanted && p.threads > 1) job.slices = min_of<int64_t>(p.B, (wanted + rows - 1) / rows);
+            const int64_t partial = 2 * p.P * padded(p);
+            if (rows * job.slices >= p.threads || rows * job.slices >= p.B * p.Hkv) {
+                if (job.slices > 1 && prefix) job.partials = (float *)std::malloc(sizeof(float) * partial * rows * job.slices);
+                if (job.slices == 1 || !prefix || job.partials) {
+                    parallel_for(rows * job.slices, p.threads, fused_unit, &job);
+                    if (job.partials) parallel_for(rows, p.threads, sum_partials, &job);
+                    std::free(job.partials);
+                    return;
+                }
+            }
+        }
+        if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), p.threads, own_unit, &job);
+        if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), p.threads, prefix_unit, &job);
+        if (p.dq.data) parallel_for(p.B * p.H * blocks, p.threads, query_unit, &job);
+    }
+
+   private:
+    struct Job {
+        const BwdParams &p;
+        int keys;         // of a chunk
+        int64_t slices;   // of the batch, for a shared prefix
+        float *partials;  // [Hkv][slices][2][P][Dp], when there is more than one slice
+    };
+
+    static int chunk_keys(const BwdParams &p) { return p.D <= 128 ? 128 : 64; }
+    static int64_t chunks(const BwdParams &p, int64_t n) { return (n + chunk_keys(p) - 1) / chunk_keys(p); }
+    static int64_t padded(const BwdParams &p) { return (p.D + VL - 1) / VL * VL; }
+    static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
+
+    // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
+    Backward(const BwdParams &p, bool fused, bool own_prefix_sums, Arena arena) : p_(p), arena_(arena) {
+        D_ = (int)p.D, Dp_ = (int)padded(p), keys_max_ = chunk_keys(p);
+        tile_.allocate(p, arena_, keys_max_);
+        keys_.allocate(p, arena_, keys_max_);
+        rows_ = arena_.take<float>((int64_t)kLanes * (D_ + 15));
+        dk_ = arena_.take<float>((int64_t)keys_max_ * Dp_);
+        dv_ = arena_.take<float>((int64_t)keys_max_ * Dp_);
+        if (p.prefix_dropout_p > 0) dropped_ = arena_.take<float>((int64_t)2 * keys_max_ * Dp_);
+        const int64_t blocks = query_blocks(p.L) * heads(p);
+        dq_ = arena_.take<float>((fused ? blocks : 1) * D_ * kLanes);
+        if (fused && own_prefix_sums) prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
+        slots_ = 1;
+        queries_[0].allocate(p, arena_);
+        for (; fused && slots_ < blocks && slots_ < kMaxSlots; ++slots_) {  // keep as many packed as fit
+            Arena next = arena_;
+            queries_[slots_].allocate(p, next);
+            if (next.used() > kBudget) break;
+            arena_ = next;
+        }
+    }
+
+    static bool fused_fits(const BwdParams &p) { return Backward(p, true, true, Arena()).arena_.used() <= kBudget; }
+
+    template <class F>
+    static void with_scratch(const Job &job, bool fused, F f) {
+        const bool sums = !job.partials;
+        const int64_t bytes = Backward(job.p, fused, sums, Arena()).arena_.used();
+        Backward work(job.p, fused, sums, Arena(thread_scratch(bytes)));
+        f(work);
+    }
+
+    static void fused_unit(void *context, int64_t unit) {
+        const Job &job = *(const Job *)context;
+        const BwdParams &p = job.p;
+        const int64_t slice = unit % job.slices, g = unit / job.slices % p.Hkv, t = unit / job.slices / p.Hkv;
+        with_scratch(job, true, [&](Backward &w) {
+            float *sums = job.partials ? job.partials + (g * job.slices + slice) * 2 * p.P * w.Dp_ : w.prefix_sums_;
+            if (sums) std::memset(sums, 0, sizeof(float) * 2 * p.P * w.Dp_);
+            for (int64_t b = p.B * slice / job.slices; b < p.B * (slice + 1) / job.slices; ++b)
+                if (prefix_row(p, b) == t) w.sample(b, g, sums);
+            if (!job.partials) w.store_prefix(t, g, 0, (int)p.P, sums, sums + p.P * w.Dp_);
+        });
+    }
+
+    static void sum_partials(void *context, int64_t g) {
+        const Job &job = *(const Job *)context;
+        const int64_t n = 2 * job.p.P * padded(job.p);
+        float *sums = job.partials + g * job.slices * n;
+        for (int64_t s = 1; s < job.slices; ++s)
+            for (int64_t i = 0; i < n; i += VL) vstore(sums + i, vload(sums + i) + vload(sums + s * n + i));
+        with_scratch(job, false, [&](Backward &w) { w.store_prefix(0, g, 0, (int)job.p.P, sums, sums + n / 2); });
+    }
+
+    static void own_unit(void *context, int64_t unit) {
+        const Job &job = *(const Job *)context;
+        const BwdParams &p = job.p;
+        const int64_t n = chunks(p, p.S), s0 = unit % n * job.keys, g = unit / n % p.Hkv, b = unit / n / p.Hkv;
+        with_scratch(job, false, [&](Backward &w) {
+            const int count = (int)min_of<int64_t>(job.keys, p.S - s0);
+            w.keys_.load(p, b, g, false, s0, count, false);
+            w.clear(count);
+            w.all_queries(b, g, w.dk_, w.dv_, false);
+            w.store_own(b, g, s0, count);
+        });
+    }
+
+    static void prefix_unit(void *context, int64_t unit) {
+        const Job &job = *(const Job *)context;
+        const BwdParams &p = job.p;
+        const int64_t n = chunks(p, p.P), p0 = unit % n * job.keys, g = unit / n % p.Hkv, t = unit / n / p.Hkv;
+        with_scratch(job, false, [&](Backward &w) {
+            const int count = (int)min_of<int64_t>(job.keys, p.P - p0);
+            w.clear(count);
+            for (int64_t b = 0; b < p.B; ++b)
+                if (prefix_row(p, b) == t) w.prefix_chunk(b, g, p0, count, w.dk_, w.dv_, false);
+            w.store_prefix(t, g, p0, count, w.dk_, w.dv_);
+        });
+    }
+
+    static void query_unit(void *context, int64_t unit) {
+        const Job &job = *(const Job *)context;
+        const BwdParams &p = job.p;
+        const int64_t blocks = query_blocks(p.L), block = unit % blocks, h = unit / blocks % p.H, b = unit / blocks / p.H;
+        with_scratch(job, false, [&](Backward &w) {
+            Queries &q = w.queries_[0];
+            q.pack(p, b, h, block, w.rows_);
+            std::memset(w.dq_, 0, sizeof(float) * w.D_ * q.q.width);
+            const auto chunk = [&](bool prefix, int64_t j0, int64_t end) {
+                w.keys_.load(p, b, h / heads(p), prefix, j0, (int)min_of<int64_t>(job.keys, end - j0), true);
+                w.tile_.run(p, q, w.keys_, nullptr, nullptr, w.dq_);
+            };
+            const int64_t length = prefix_length(p, b);
+            for (int64_t p0 = 0; p0 < length; p0 += job.keys) chunk(true, p0, length);
+            const Range own = visible_keys(p, padded_range(p, b, h), q.q);
+            for (int64_t s0 = own.begin; s0 < own.end; s0 += job.keys) chunk(false, s0, own.end);
+            w.store_dq(b, h, q.q, w.dq_);
+        });
+    }
+
+    // One sample of a fused unit.
+    void sample(int64_t b, int64_t g, float *prefix_sums) {
+        const int64_t blocks = query_blocks(p_.L) * heads(p_);
+        std::memset(dq_, 0, sizeof(float) * blocks * D_ * kLanes);
+        const int64_t length = prefix_length(p_, b);
+        for (int64_t p0 = 0; p0 < length; p0 += keys_max_) {
+            float *dk = prefix_sums + p0 * Dp_;
+            prefix_chunk(b, g, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0), dk, dk + p_.P * Dp_, true);
+        }
+        for (int64_t s0 = 0; s0 < p_.S; s0 += keys_max_) {
+            const int n = (int)min_of<int64_t>(keys_max_, p_.S - s0);
+            keys_.load(p_, b, g, false, s0, n, true);
+            clear(n);
+            all_queries(b, g, wants_own() ? dk_ : nullptr, wants_own() ? dv_ : nullptr, true);
+            store_own(b, g, s0, n);
+        }
+        for (int64_t i = 0; i < blocks; ++i)
+            store_dq(b, g * heads(p_) + i / query_blocks(p_.L), query_block(p_.L, i % query_blocks(p_.L)), dq_ + i * D_ * kLanes);
+    }
+
+    // Adds one sample's share of prefix rows p0 .. p0 + n, of which it uses those below its length.
+    void prefix_chunk(int64_t b, int64_t g, int64_t p0, int n, float *dk, float *dv, bool with_dq) {
+        n = (int)min_of<int64_t>(n, prefix_length(p_, b) - p0);
+        if (n <= 0) return;
+        keys_.load(p_, b, g, true, p0, n, with_dq);
+        if (!wants_prefix()) return all_queries(b, g, nullptr, nullptr, with_dq);
+        if (p_.prefix_dropout_p == 0) return all_queries(b, g, dk, dv, with_dq);
+        // the sample's own mask: its gradients are made apart, then added through the mask
+        float *own_k = dropped_, *own_v = own_k + (int64_t)n * Dp_;
+        std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
+        all_queries(b, g, own_k, own_v, with_dq);
+        const Keep keep(p_.prefix_dropout_p);
+        float multiplier[256];
+        for (int stream = 1; stream <= 2; ++stream) {
+            const float *from = stream == 1 ? own_k : own_v;
+            float *to = stream == 1 ? dk : dv;
+            for (int r = 0; r < n; ++r) {
+                prefix_dropout_row(p_.seed, keep, b * p_.Hkv + g, p0 + r, stream, D_, multiplier);
+                for (int d = 0; d < D_; ++d) {
+                    const float m = stream == 2 ? multiplier[d] : multiplier[d] > 0 ? 1.f : 0.f;  // dk has the gain already
+                    to[(int64_t)r * Dp_ + d] += from[(int64_t)r * Dp_ + d] * m;
+                }
+            }
+        }
+    }
+
+    void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq) {
+        const int64_t blocks = query_blocks(p_.L);
+        for (int64_t i = 0; i < blocks * heads(p_); ++i) {
+            Queries &q = queries_[i < slots_ ? i : slots_ - 1];
+            q.pack(p_, b, g * heads(p_) + i / blocks, i % blocks, rows_);
+            tile_.run(p_, q, keys_, dk, dv, with_dq ? dq_ + i * D_ * kLanes : nullptr);
+        }
+    }
+
+    bool wants_own() const { return p_.dk.data || p_.dv.data; }
+    bool wants_prefix() const { return p_.dprefix_k.data || p_.dprefix_v.data; }
+
+    void clear(int n) {
+        std::memset(dk_, 0, sizeof(float) * n * Dp_);
+        std::memset(dv_, 0, sizeof(float) * n * Dp_);
+    }
+
+    void store_rows(const Strided &t, int64_t i0, int64_t i1, int64_t j0, int n, float *src, float factor) {
+        if (!t.data) return;
+        for (int r = 0; r < n; ++r) {
+            float *row = src + (int64_t)r * Dp_;
+            for (int d = 0; d < D_; ++d) row[d] *= factor;
+            narrow(row, (Storage *)at(t, i0, i1, j0 + r, Ops::kSize), D_);
+        }
+    }
+
+    void store_own(int64_t b, int64_t g, int64_t s0, int n) {
+        store_rows(p_.dk, b, g, s0, n, dk_, p_.scale);
+        store_rows(p_.dv, b, g, s0, n, dv_, 1);
+    }
+
+    void store_prefix(int64_t t, int64_t g, int64_t p0, int n, float *dk, float *dv) {
+        store_rows(p_.dprefix_k, t, g, p0, n, dk, p_.scale);
+        store_rows(p_.dprefix_v, t, g, p0, n, dv, 1);
+    }
+
+    void store_dq(int64_t b, int64_t h, const QueryBlock &q, float *dq) {
+        const int ld = (D_ + 15) / 16 * 16;
+        for (int64_t i = 0; i < (int64_t)D_ * q.width; i += VL) vstore(dq + i, vload(dq + i) * vset(p_.scale));
+        transpose(dq, 4 * q.width, D_, q.lanes, rows_, ld);
+        for (int i = 0; i < q.lanes; ++i)
+            narrow(rows_ + (int64_t)i * ld, (Storage *)at(p_.dq, b, h, q.l0 + i, Ops::kSize), D_);
+    }
+
+    const BwdParams &p_;
+    int D_, Dp_, keys_max_, slots_;
+    Arena arena_;
+    BwdTile<Storage, Dot> tile_;
+    Keys keys_;
+    Queries queries_[kMaxSlots];
+    float *rows_, *dk_, *dv_, *dq_, *dropped_ = nullptr, *prefix_sums_ = nullptr;
+};
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

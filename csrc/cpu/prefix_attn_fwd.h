@@ -1,0 +1,247 @@
+// Forward: a unit of work is one (sample, head, block of queries); online softmax over blocks of keys, prefix first.
+#pragma once
+#include "operands.h"
+#include "parallel.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+template <class Storage, class Dot>
+class Forward {
+    using Ops = Operands<Storage, Dot>;
+    using Rows = typename Ops::Rows;
+    static constexpr int kKeys = 128;  // keys of a block: its scores (32 KB) stay in L1
+
+   public:
+    static void run(const FwdParams &p) {
+        parallel_for(p.B * p.H * query_blocks(p.L), p.threads, unit, const_cast<FwdParams *>(&p));
+    }
+
+   private:
+    static void unit(void *context, int64_t unit) {
+        const auto &p = *(const FwdParams *)context;
+        const int64_t blocks = query_blocks(p.L), bh = unit / blocks;
+        const int64_t bytes = Forward(p, bh, unit % blocks, Arena()).arena_.used();
+        Forward(p, bh, unit % blocks, Arena(thread_scratch(bytes))).work();
+    }
+
+    Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena)
+        : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena) {
+        gain_ = prefix_gain(p.prefix_dropout_p);
+        queries_ = arena_.take<float>((int64_t)Ops::words(D_) * kLanes);
+        scores_ = arena_.take<float>((int64_t)(kKeys + 2) * kLanes);
+        acc_ = arena_.take<float>((int64_t)D_ * kLanes);
+        rows_ = arena_.take<float>((int64_t)kLanes * (D_ + 15));
+        pairs_ = arena_.take<uint32_t>(Ops::kPairs ? (kKeys / 2 + 1) * (int64_t)kLanes : 0);
+        value_pairs_ = arena_.take<uint32_t>(Ops::kPairs ? (kKeys / 2 + 1) * (int64_t)D_ : 0);
+        const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
+        key_copy_ = arena_.take<float>(copies ? (int64_t)kKeys * D_ : 0);
+        value_copy_ = arena_.take<float>(copies ? (int64_t)kKeys * D_ : 0);
+        mask_ = arena_.take<float>(Masker::scratch_floats(p, kKeys));
+        multipliers_ = arena_.take<float>(drops() ? (int64_t)(kKeys + 2) * kLanes : 0);
+    }
+
+    void work() {
+        pack_queries();
+        for (int i = 0; i < kLanes; ++i) row_max_[i] = kMinusInf, own_sum_[i] = prefix_sum_[i] = 0;
+        std::memset(acc_, 0, sizeof(float) * D_ * q_.width);
+
+        const Range own = visible_keys(p_, padded_range(p_, b_, h_), q_);
+        const int64_t length = prefix_length(p_, b_), total = length + own.end - own.begin;
+        const int64_t blocks = (total + kKeys - 1) / kKeys;
+        const int64_t per_block = blocks ? ((total + blocks - 1) / blocks + 3) / 4 * 4 : 0;  // blocks of equal size
+        for (int64_t done = 0; done < total; done += per_block) {
+            const int64_t end = min_of(done + per_block, total);
+            const int64_t p0 = min_of(done, length), p1 = min_of(end, length);
+            const int64_t s0 = own.begin + max_of<int64_t>(done - length, 0), s1 = own.begin + max_of<int64_t>(end - length, 0);
+            attend(p0, (int)(p1 - p0), s0, (int)(s1 - s0));
+        }
+        store();
+    }
+
+    void pack_queries() {
+        factor_ = p_.scale * kLog2e;
+        if (factor_ != 0) log2_to_natural_ = __builtin_fabs((double)p_.scale / factor_);
+        Ops::pack_queries(at(p_.q, b_, h_, q_.l0, Ops::kSize), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
+        if (factor_ > 0) return;
+        // The maximum of scores is taken before they are scaled, so the sign goes into the queries.
+        uint32_t *words = (uint32_t *)queries_;
+        for (int64_t i = 0; i < (int64_t)Ops::words(D_) * q_.width; ++i)
+            words[i] = factor_ == 0 ? 0 : words[i] ^ (Ops::kPairs ? 0x80008000u : 0x80000000u);
+        factor_ = factor_ == 0 ? 1 : -factor_;
+    }
+
+    // Prefix rows p0 .. p0 + np, then own keys s0 .. s0 + ns.
+    void attend(int64_t p0, int np, int64_t s0, int ns) {
+        const int64_t g = h_ / (p_.H / p_.Hkv);
+        const int np_even = (np + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
+        const int n = np_even + (ns + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
+        const Strips strips(p_.causal, p_.S - p_.L, q_, s0, ns);
+        float *own_scores = scores_ + (int64_t)np_even * q_.width;
+        float *own_keys = key_copy_ + (int64_t)np * D_, *own_values = value_copy_ + (int64_t)np * D_;
+
+        if (np > 0) {
+            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, b_, g, p0, np, 1, key_copy_);
+            gemm<Dot, true>(np, q_.width, Ops::words(D_), k.by_row(0), queries_, q_.width, scores_, q_.width, false);
+            if (gain_ != 1)
+                for (int64_t i = 0; i < (int64_t)np * q_.width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(gain_));
+            if (np_even > np) hide_row(scores_, np);
+        }
+        if (ns > 0) {
+            const Rows k = Ops::rows(p_.k, b_, g, s0, ns, D_, own_keys);
+            strips.each([&](int r, int rows, int skip) {
+                gemm<Dot, true>(rows, q_.width - skip, Ops::words(D_), k.by_row(r), queries_ + skip, q_.width,
+                                own_scores + (int64_t)r * q_.width + skip, q_.width, false);
+            });
+        }
+        const Masker masker(p_, b_, h_, mask_, kLog2e);
+        float factor = factor_;
+        if (masker.scales()) {
+            for (int64_t i = 0; i < (int64_t)n * q_.width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(factor));
+            factor = 1;
+        }
+        masker.apply(q_, strips, s0, ns, own_scores);
+        if (n > np_even + ns) hide_row(own_scores, ns);
+        if (drops()) fill_multipliers(p0, np, np_even, s0, ns, n);
+
+        for (int i = 0; i < q_.width; i += VL)
+            drops() ? softmax<true>(i, np_even, n, factor) : softmax<false>(i, np_even, n, factor);
+
+        if (np > 0) {
+            const Rows v = Ops::prefix_rows(p_, p_.prefix_v, b_, g, p0, np, 2, value_copy_);
+            accumulate(v, 0, np, 0, 0);
+        }
+        if (ns > 0) {
+            const Rows v = Ops::rows(p_.v, b_, g, s0, ns, D_, own_values);
+            strips.each([&](int r, int rows, int skip) { accumulate(v, r, rows, skip, np_even); });
+        }
+    }
+
+    void hide_row(float *S, int r) {
+        for (int i = 0; i < q_.width; ++i) S[(int64_t)r * q_.width + i] = kMinusInf;
+    }
+
+    void fill_multipliers(int64_t p0, int np, int np_even, int64_t s0, int ns, int n) {
+        AttentionDropout dropout(p_.seed, p_.dropout_p, b_ * p_.H + h_, q_.l0, q_.width);
+        for (int64_t i = 0; i < (int64_t)n * q_.width; ++i) multipliers_[i] = 1;
+        if (p_.dropout_p > 0) {
+            for (int r = 0; r < np; ++r) dropout.row(p0 + r, multipliers_ + (int64_t)r * q_.width);
+            for (int r = 0; r < ns; ++r) dropout.row(p_.P + s0 + r, multipliers_ + (int64_t)(np_even + r) * q_.width);
+        }
+        for (int64_t i = 0; i < (int64_t)np * q_.width; ++i) multipliers_[i] *= gain_;
+    }
+    bool drops() const { return p_.dropout_p > 0 || p_.prefix_dropout_p > 0; }
+
+    // One vector of queries over the n rows of the block, the prefix's np first; leaves weights for the second product.
+    template <bool kDrop>
+    void softmax(int lane, int np, int n, float factor) {
+        const int64_t ld = q_.width;
+        const float *S = scores_ + lane;
+        vf max0 = vset(kMinusInf), max1 = max0, max2 = max0, max3 = max0;
+        int r = 0;
+        for (; r + 4 <= n; r += 4) {
+            max0 = vmax(max0, vload(S + r * ld));
+            max1 = vmax(max1, vload(S + (r + 1) * ld));
+            max2 = vmax(max2, vload(S + (r + 2) * ld));
+            max3 = vmax(max3, vload(S + (r + 3) * ld));
+        }
+        for (; r < n; ++r) max0 = vmax(max0, vload(S + r * ld));
+        const vf old_max = vload(row_max_ + lane);
+        const vf new_max = vmax(old_max, vmax(vmax(max0, max1), vmax(max2, max3)) * vset(factor));
+        const vf pivot = vmax(new_max, vset(-0x1p126f));  // a query that has met no key: -inf - -inf is nan
+        const vf rescale = vexp2(old_max - pivot);
+        vstore(row_max_ + lane, new_max);
+
+        vstore(prefix_sum_ + lane, vload(prefix_sum_ + lane) * rescale + exponentials<kDrop>(lane, 0, np, factor, pivot));
+        vstore(own_sum_ + lane, vload(own_sum_ + lane) * rescale + exponentials<kDrop>(lane, np, n, factor, pivot));
+        for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
+    }
+
+    // Scores of rows begin .. end to weights; returns their sum, from four chains to keep rounding and latency low.
+    template <bool kDrop>
+    vf exponentials(int lane, int begin, int end, float factor, vf pivot) {
+        const int64_t ld = q_.width;
+        const vf f = vset(factor), minus_pivot = vzero() - pivot;
+        vf sum[4] = {vzero(), vzero(), vzero(), vzero()};
+        const auto weight = [&](int r, vf &total) {
+            const vf x = vexp2(vfma(vload(scores_ + r * ld + lane), f, minus_pivot));
+            total = total + x;
+            return kDrop ? x * vload(multipliers_ + r * ld + lane) : x;
+        };
+        int r = begin;
+        for (; r + 4 <= end; r += 4) {
+            const vf w0 = weight(r, sum[0]), w1 = weight(r + 1, sum[1]), w2 = weight(r + 2, sum[2]), w3 = weight(r + 3, sum[3]);
+            put(r, lane, w0, w1);
+            put(r + 2, lane, w2, w3);
+        }
+        for (; r + 2 <= end; r += 2) {
+            const vf w0 = weight(r, sum[0]), w1 = weight(r + 1, sum[1]);
+            put(r, lane, w0, w1);
+        }
+        if (r < end) vstore(scores_ + r * ld + lane, weight(r, sum[0]));  // floats only: pairs are padded to whole ones
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+
+    void put(int r, int lane, vf w0, vf w1) {
+        const int64_t ld = q_.width;
+#if defined(PA_BF16DOT)
+        if (Ops::kPairs) return store_pairs(pairs_ + (r / 2) * ld + lane, w0, w1);
+#endif
+        vstore(scores_ + r * ld + lane, w0);
+        vstore(scores_ + (r + 1) * ld + lane, w1);
+    }
+
+    // acc += values[r .. r + n]^T weights, which stand from row `first + r` of the block.
+    void accumulate(const Rows &v, int r, int n, int skip, int first) {
+        if (Ops::kPairs) {
+            Rows rows{v.data + r * v.stride, v.stride};
+            Ops::pair_rows(rows, n, D_, value_pairs_);
+            const Operand a{(const char *)value_pairs_, 4, (ptrdiff_t)(4 * D_)};
+            gemm<Dot, false>(D_, q_.width - skip, (n + 1) / 2, a, (const float *)pairs_ + (int64_t)(first + r) / 2 * q_.width + skip,
+                             q_.width, acc_ + skip, q_.width, true);
+        } else {
+            gemm<Dot, false>(D_, q_.width - skip, n, v.by_column(r), scores_ + (int64_t)(first + r) * q_.width + skip, q_.width,
+                             acc_ + skip, q_.width, true);
+        }
+    }
+
+    void store() {
+        const int64_t row0 = (b_ * p_.H + h_) * p_.L + q_.l0;
+        float sum[kLanes], inverse[kLanes];
+        for (int i = 0; i < q_.width; ++i) {
+            sum[i] = prefix_sum_[i] + own_sum_[i];
+            inverse[i] = sum[i] > 0 ? 1 / sum[i] : 0;
+        }
+        for (int i = 0; i < q_.lanes; ++i) {
+            p_.lse[row0 + i] = sum[i] > 0 ? (float)(row_max_[i] * log2_to_natural_ + __builtin_log(sum[i])) : kMinusInf;
+            if (p_.mass) p_.mass[row0 + i] = prefix_sum_[i] * inverse[i];
+        }
+        for (int d = 0; d < D_; ++d)
+            for (int i = 0; i < q_.width; i += VL)
+                vstore(acc_ + (int64_t)d * q_.width + i, vload(acc_ + (int64_t)d * q_.width + i) * vload(inverse + i));
+        const int ld = (D_ + 15) / 16 * 16;
+        transpose(acc_, 4 * q_.width, D_, q_.lanes, rows_, ld);
+        for (int i = 0; i < q_.lanes; ++i)
+            narrow(rows_ + (int64_t)i * ld, (Storage *)at(p_.out, b_, h_, q_.l0 + i, Ops::kSize), D_);
+    }
+
+    const FwdParams &p_;
+    const int64_t b_, h_;
+    const int D_;
+    const QueryBlock q_;
+    Arena arena_;
+    float factor_;             // queries_ . keys times this is the score in units of log2
+    float gain_;               // what prefix dropout multiplies kept elements by
+    double log2_to_natural_ = 0.6931471805599453;  // also undoes the rounding of factor_
+    float *queries_;           // [words(D)][width]
+    float *scores_;            // [keys][width], then the weights
+    float *acc_;               // [D][width], out transposed
+    float *rows_;              // [lanes][D]
+    uint32_t *pairs_;          // [keys / 2][width], weights in pairs of keys
+    uint32_t *value_pairs_;    // [keys / 2][D]
+    float *key_copy_, *value_copy_, *mask_, *multipliers_;
+    alignas(64) float row_max_[kLanes], own_sum_[kLanes], prefix_sum_[kLanes];
+};
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

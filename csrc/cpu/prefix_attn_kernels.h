@@ -1,0 +1,32 @@
+// The functions that one instruction set exports; included last by prefix_attn_<isa>.cpp.
+#pragma once
+#include "prefix_attn_bwd.h"
+#include "prefix_attn_fwd.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+#if defined(PA_BF16DOT)
+using Bf16Arithmetic = Bf16Dot;
+#else
+using Bf16Arithmetic = Fp32;
+#endif
+
+inline void fwd(const FwdParams &p) {
+    switch (p.dtype) {
+        case DType::kFloat32: return Forward<float, Fp32>::run(p);
+        case DType::kBFloat16: return Forward<bf16, Bf16Arithmetic>::run(p);
+        case DType::kFloat16: return Forward<f16, Fp32>::run(p);
+    }
+}
+
+inline void bwd(const BwdParams &p) {
+    switch (p.dtype) {
+        case DType::kFloat32: return Backward<float, Fp32>::run(p);
+        case DType::kBFloat16: return Backward<bf16, Bf16Arithmetic>::run(p);
+        case DType::kFloat16: return Backward<f16, Fp32>::run(p);
+    }
+}
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

@@ -1,0 +1,115 @@
+// One float vector type per instruction set. Included only from prefix_attn_<isa>.cpp, which define PA_ISA (a namespace)
+// and one of PA_AVX512, PA_AVX2 or neither. No templates of the standard library below this line: an instance compiled
+// for AVX-512 could otherwise be the one the linker keeps for everybody.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(PA_AVX512) || defined(PA_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace prefixattn {
+namespace PA_ISA {
+
+#if defined(PA_AVX512)
+constexpr int VL = 16;     // floats in a vector
+constexpr int kMaxNV = 4;  // vectors in a row of a register tile
+typedef __m512 vf;
+inline vf vload(const float *p) { return _mm512_loadu_ps(p); }
+inline void vstore(float *p, vf x) { _mm512_storeu_ps(p, x); }
+inline vf vset(float x) { return _mm512_set1_ps(x); }
+inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vf vround(vf x) { return _mm512_roundscale_ps(x, 0); }
+inline vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n, n integral
+#elif defined(PA_AVX2)
+constexpr int VL = 8;
+constexpr int kMaxNV = 2;
+typedef __m256 vf;
+inline vf vload(const float *p) { return _mm256_loadu_ps(p); }
+inline void vstore(float *p, vf x) { _mm256_storeu_ps(p, x); }
+inline vf vset(float x) { return _mm256_set1_ps(x); }
+inline vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline vf vscale2(vf x, vf n) {  // n >= -126: the caller's exponents are clamped
+    return x * (vf)_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+}
+#else
+constexpr int VL = 4;
+constexpr int kMaxNV = 2;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+inline vf vload(const float *p) {
+    vf x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline void vstore(float *p, vf x) { std::memcpy(p, &x, sizeof x); }
+inline vf vset(float x) { return vf{x, x, x, x}; }
+inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf vround(vf x) {  // |x| < 2^22 here; adding and taking away 1.5 * 2^23 rounds to the nearest integer
+    const vf magic = vset(12582912.f);
+    return (x + magic) - magic;
+}
+inline vf vscale2(vf x, vf n) {
+    vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+    vf s;
+    std::memcpy(&s, &e, sizeof s);
+    return x * s;
+}
+#endif
+
+constexpr int kLanes = 64;  // most queries of one block
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kMinusInf = -__builtin_inff();
+
+inline vf vzero() { return vset(0.f); }
+
+// 2^x for x <= 127; 0 where the result would be subnormal or nearly. Minimax polynomial of degree 6 on [-1/2, 1/2],
+// relative error 2e-9 before rounding; exact at 0.
+inline vf vexp2(vf x) {
+    x = vmax(x, vset(-200.f));  // also takes -inf away, whose fraction is nan
+#if !defined(PA_AVX512)
+    const vf clamped = vmax(x, vset(-126.f));
+    const vf n = vround(clamped), f = clamped - n;
+#else
+    const vf n = vround(x), f = x - n;
+#endif
+    vf p = vfma(vset(0x1.41fbbcp-13f), f, vset(0x1.5f3e54p-10f));
+    p = vfma(p, f, vset(0x1.3b2d4cp-7f));
+    p = vfma(p, f, vset(0x1.c6aee8p-5f));
+    p = vfma(p, f, vset(0x1.ebfbdcp-3f));
+    p = vfma(p, f, vset(0x1.62e430p-1f));
+    p = vfma(p, f, vset(1.f));
+    p = vscale2(p, n);
+#if defined(PA_AVX2)
+    return _mm256_and_ps(p, _mm256_cmp_ps(x, vset(-126.f), _CMP_GE_OQ));
+#elif !defined(PA_AVX512)
+    return x >= vset(-126.f) ? p : vzero();
+#else
+    return p;
+#endif
+}
+
+// -inf in the first n lanes, 0 in the others, to be added to scores.
+inline vf vhide_first(int n) {
+    alignas(64) static const struct Table {
+        float x[2 * VL];
+        constexpr Table() : x() {
+            for (int i = 0; i < VL; ++i) x[i] = kMinusInf;
+        }
+    } table;
+    return vload(table.x + VL - (n < 0 ? 0 : n > VL ? VL : n));
+}
+
+inline float exp2_scalar(float x) {
+    float lanes[VL];
+    vstore(lanes, vexp2(vset(x)));
+    return lanes[0];
+}
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

@@ -1,0 +1,62 @@
+// What crosses from the host to a prefix-attention kernel: pointers, sizes and strides. Knows no torch.
+#pragma once
+#include <cstdint>
+
+namespace prefixattn {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class MaskKind : int { kNone = 0, kBool = 1, kSameAsQ = 2, kFloat32 = 3 };
+
+// A four-dimensional tensor with unit stride in its last dimension; strides count elements.
+struct Strided {
+    void *data = nullptr;
+    int64_t stride0 = 0, stride1 = 0, stride2 = 0;
+};
+
+struct AttnParams {
+    DType dtype;
+    int64_t B, H, Hkv, L, S, T, P, D;
+    Strided q;                   // [B, H, L, D]
+    Strided k, v;                // [B, Hkv, S, D]
+    Strided prefix_k, prefix_v;  // [T, Hkv, P, D]
+    const int64_t *rows;         // [B], row of the prefix for each sample; null: row 0 if T == 1, else row b
+    const int64_t *lengths;      // [B], prefix rows in use for each sample; null: P
+    MaskKind mask_kind;
+    Strided mask;                // [B, H, L, S], own keys only; a stride of 0 broadcasts
+    int64_t mask_stride3;        // along S
+    float scale;                 // applied to q @ k.T, before the softmax
+    bool causal;                 // own key s is visible to query l iff s <= l + S - L
+    double dropout_p, prefix_dropout_p;
+    uint64_t seed;
+    int threads;
+};
+
+struct FwdParams : AttnParams {
+    // outputs
+    Strided out;  // [B, H, L, D]
+    float *lse;   // [B, H, L] contiguous, natural log
+    float *mass;  // [B, H, L] contiguous, or null
+};
+
+struct BwdParams : AttnParams {
+    Strided dout, out;                   // [B, H, L, D]
+    const float *lse;                    // [B, H, L]
+    const float *dlse;                   // [B, H, L] or null
+    // outputs; a null pointer: not wanted
+    Strided dq;                          // [B, H, L, D]
+    Strided dk, dv;                      // [B, Hkv, S, D]
+    Strided dprefix_k, dprefix_v;        // [T, Hkv, P, D], summed over the samples that used the row
+};
+
+// One entry per instruction set; null members were not compiled.
+struct Kernels {
+    const char *name;
+    void (*fwd)(const FwdParams &);
+    void (*bwd)(const BwdParams &);
+};
+const Kernels &portable_kernels();
+const Kernels &avx2_kernels();
+const Kernels &avx512_kernels();       // fp32 arithmetic
+const Kernels &avx512_bf16_kernels();  // bf16 inputs multiplied by vdpbf16ps
+
+}  // namespace prefixattn

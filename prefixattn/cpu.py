@@ -1,0 +1,155 @@
+"""The CPU kernels of csrc/cpu as a backend: torch tensors to addresses and strides, outputs allocated here."""
+
+import torch
+from torch import Tensor
+
+import prefixattn._C as _C
+from prefixattn.layout import empty_like_order
+from prefixattn.reference import Needs
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
+MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind
+MAX_HEAD_DIM = 256
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    dropout_p: float,
+    prefix_dropout_p: float,
+    is_causal: bool,
+    needs: Needs,
+) -> list[str]:
+    reasons = []
+    if q.device.type != "cpu":
+        reasons.append(f"q is on {q.device.type}; needs cpu")
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
+    D = q.shape[3]
+    if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim={D}; needs a multiple of 8 up to {MAX_HEAD_DIM}")
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype, torch.float32):
+        reasons.append(f"attn_mask has dtype {attn_mask.dtype}; needs bool, {q.dtype} or float32")
+    if needs[5]:
+        reasons.append("attn_mask requires a gradient, which has the size of the scores; detach it or use the reference")
+    return reasons
+
+
+def fwd(
+    q: Tensor,  # [B, H, L, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    prefix_k: Tensor,  # [T, Hkv, P, D]
+    prefix_v: Tensor,  # [T, Hkv, P, D]
+    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    rows: Tensor | None,  # [B]
+    lengths: Tensor | None,  # [B]
+    seed: Tensor | None,  # [1]
+    dropout_p: float,
+    prefix_dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = empty_like_order(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    mass = q.new_empty(q.shape[:3] if want_mass else (0,), dtype=torch.float32)
+    q, k, v, prefix_k, prefix_v = map(_readable, (q, k, v, prefix_k, prefix_v))
+    rows, lengths = _indices(rows), _indices(lengths)
+    common = _common(
+        q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, dropout_p, prefix_dropout_p, is_causal, scale
+    )
+    _C.prefix_attn_fwd(common, _strided(out), lse.data_ptr(), mass.data_ptr() if want_mass else 0)
+    return out, lse, mass
+
+
+def bwd(
+    dout: Tensor,  # [B, H, L, D]
+    dlse: Tensor | None,  # [B, H, L]
+    q: Tensor,  # [B, H, L, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    prefix_k: Tensor,  # [T, Hkv, P, D]
+    prefix_v: Tensor,  # [T, Hkv, P, D]
+    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    rows: Tensor | None,  # [B]
+    lengths: Tensor | None,  # [B]
+    seed: Tensor | None,  # [1]
+    out: Tensor,  # [B, H, L, D]
+    lse: Tensor,  # [B, H, L]
+    dropout_p: float,
+    prefix_dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = q.new_empty(0)
+    inputs = (q, k, v, prefix_k, prefix_v)
+    grads = [empty_like_order(t) if need else empty for t, need in zip(inputs, needs, strict=False)]
+    q, k, v, prefix_k, prefix_v, dout, out = map(_readable, (*inputs, dout, out))
+    rows, lengths = _indices(rows), _indices(lengths)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.float().contiguous()
+    common = _common(
+        q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, dropout_p, prefix_dropout_p, is_causal, scale
+    )
+    wanted = tuple(_strided(g) if need else (0, 0, 0, 0) for g, need in zip(grads, needs, strict=False))
+    _C.prefix_attn_bwd(
+        common, _strided(dout), _strided(out), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(), wanted
+    )
+    dq, dk, dv, dprefix_k, dprefix_v = grads
+    return dq, dk, dv, dprefix_k, dprefix_v, empty
+
+
+def _readable(t: Tensor) -> Tensor:
+    # gradients arrive in any layout, an expanded scalar's (stride 0) among them
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
+
+def _indices(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _strided(t: Tensor) -> tuple[int, int, int, int]:
+    return (t.data_ptr(), *t.stride()[:3])
+
+
+def _common(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    prefix_dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[object, ...]:
+    """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
+    B, H, L, D = q.shape
+    T, Hkv, P, _ = prefix_k.shape
+    kind, mask, mask_stride3 = MASK_NONE, (0, 0, 0, 0), 0
+    if attn_mask is not None:
+        kind = {torch.bool: MASK_BOOL, q.dtype: MASK_SAME_AS_Q}.get(attn_mask.dtype, MASK_FLOAT32)
+        *strides, mask_stride3 = (s if n > 1 else 0 for s, n in zip(attn_mask.stride(), attn_mask.shape, strict=True))
+        mask = (attn_mask.data_ptr(), *strides)
+    return (
+        DTYPES[q.dtype],
+        *(B, H, Hkv, L, k.shape[2], T, P, D),
+        *map(_strided, (q, k, v, prefix_k, prefix_v)),
+        0 if rows is None else rows.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        *(kind, mask, mask_stride3),
+        *(scale, is_causal, dropout_p, prefix_dropout_p),
+        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        torch.get_num_threads(),
+    )
