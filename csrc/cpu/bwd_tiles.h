@@ -16,7 +16,9 @@ class QuerySide {
     float *queries, *douts;              // [words(D)][width]
     const float *query_rows, *dout_rows;  // [words(lanes)][ld], summed over in dK and dV
     ptrdiff_t query_ld, dout_ld;
-    float *lse, *delta;  // [width]; lse is +inf where a query has no key
+    // [width] each. A weight is exp(score - pivot) * weight: with a pivot near the scores, not at lse, the difference keeps
+    // its last bits. weight is 0 where a query has no key.
+    float *pivot, *weight, *delta;
 
     void allocate(const BwdParams &p, Arena &arena) {
         D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
@@ -26,7 +28,8 @@ class QuerySide {
         const int64_t copy = in_place_ ? 0 : (int64_t)Ops::words(kLanes) * Dp_;
         query_copy_ = arena.take<float>(copy);
         dout_copy_ = arena.take<float>(copy);
-        lse = arena.take<float>(kLanes);
+        pivot = arena.take<float>(kLanes);
+        weight = arena.take<float>(kLanes);
         delta = arena.take<float>(kLanes);
     }
 
@@ -37,9 +40,11 @@ class QuerySide {
         side(p.q, rows, queries, query_copy_, &query_rows, &query_ld);
         side(p.dout, rows, douts, dout_copy_, &dout_rows, &dout_ld);
         const int64_t row0 = (b * p.H + h) * p.L + q.l0;
+        const float log_keys = (float)__builtin_log((double)(p.P + p.S));
         for (int i = 0; i < q.width; ++i) {
             const bool some = i < q.lanes && p.lse[row0 + i] != kMinusInf;
-            lse[i] = some ? p.lse[row0 + i] : -kMinusInf;
+            pivot[i] = some ? p.lse[row0 + i] - log_keys : 0;
+            weight[i] = some ? (float)__builtin_exp((double)pivot[i] - p.lse[row0 + i]) : 0;
             delta[i] = 0;
         }
         for (int i = 0; i < q.lanes; ++i) {
@@ -201,8 +206,7 @@ class BwdTile {
         alignas(64) float kept[2][kLanes];
         const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
             const int64_t x = (int64_t)r * width + i;
-            // the difference first, then the units of exp2: rounding is relative to the difference, not to lse
-            const vf probability = vexp2(vfma(vload(scores_ + x), vset(factor * gain), vzero() - vload(q.lse + i)) * vset(kLog2e));
+            const vf probability = vexp(vfma(vload(scores_ + x), vset(factor * gain), vzero() - vload(q.pivot + i))) * vload(q.weight + i);
             vf dweight = vload(dweights_ + x) * vset(gain);
             weight = probability;
             if (kDrop) {

@@ -35,29 +35,42 @@ struct Operand {       // words of A
 // MR rows by NV vectors of C in registers. kStepIsWord: A.step == 4 (k runs along memory), else A.row == 4.
 template <class Dot, int MR, int NV, bool kStepIsWord>
 inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, int K, bool accumulate) {
-    vf acc[MR][NV];
+    // A narrow tile has registers to spare: it sums in short runs, as a dot product along vectors would, and errs as little.
+    constexpr int kRun = NV == 1 ? 16 : 1 << 30;
+    vf acc[MR][NV], total[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) acc[m][n] = accumulate ? vload(c + m * ldc + n * VL) : vzero();
+        for (int n = 0; n < NV; ++n) {
+            acc[m][n] = accumulate && NV > 1 ? vload(c + m * ldc + n * VL) : vzero();
+            total[m][n] = accumulate ? vload(c + m * ldc + n * VL) : vzero();
+        }
     const char *pa = a.data;
-    for (int k = 0; k < K; ++k) {
-        vf row[NV];
+    for (int k = 0; k < K;) {
+        for (const int end = kRun < K - k ? k + kRun : K; k < end; ++k) {
+            vf row[NV];
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) row[n] = vload(b + n * VL);
+            for (int n = 0; n < NV; ++n) row[n] = vload(b + n * VL);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m) {
+                const vf x = Dot::bcast(pa + m * (kStepIsWord ? a.row : 4));
+#pragma GCC unroll 4
+                for (int n = 0; n < NV; ++n) acc[m][n] = Dot::dot(x, row[n], acc[m][n]);
+            }
+            pa += kStepIsWord ? 4 : a.step;
+            b += ldb;
+        }
+        if (NV > 1) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
-            const vf x = Dot::bcast(pa + m * (kStepIsWord ? a.row : 4));
-#pragma GCC unroll 4
-            for (int n = 0; n < NV; ++n) acc[m][n] = Dot::dot(x, row[n], acc[m][n]);
+            total[m][0] = total[m][0] + acc[m][0];
+            acc[m][0] = vzero();
         }
-        pa += kStepIsWord ? 4 : a.step;
-        b += ldb;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) vstore(c + m * ldc + n * VL, acc[m][n]);
+        for (int n = 0; n < NV; ++n) vstore(c + m * ldc + n * VL, NV > 1 ? acc[m][n] : total[m][n]);
 }
 
 template <class Dot, int NV, bool kStepIsWord>

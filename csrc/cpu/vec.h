@@ -63,35 +63,58 @@ inline vf vscale2(vf x, vf n) {
 #endif
 
 constexpr int kLanes = 64;  // most queries of one block
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInf = -__builtin_inff();
 
 inline vf vzero() { return vset(0.f); }
 
-// 2^x for x <= 127; 0 where the result would be subnormal or nearly. Minimax polynomial of degree 6 on [-1/2, 1/2],
-// relative error 2e-9 before rounding; exact at 0.
-inline vf vexp2(vf x) {
-    x = vmax(x, vset(-200.f));  // also takes -inf away, whose fraction is nan
-#if !defined(PA_AVX512)
-    const vf clamped = vmax(x, vset(-126.f));
-    const vf n = vround(clamped), f = clamped - n;
+// What 2^x and e^x share: the result's power of two is applied, and what would be subnormal or nearly becomes 0.
+inline vf vfinish(vf fraction, vf n, vf x, float smallest) {
+    const vf y = vscale2(fraction, n);
+#if defined(PA_AVX512)
+    (void)x, (void)smallest;
+    return y;
+#elif defined(PA_AVX2)
+    return _mm256_and_ps(y, _mm256_cmp_ps(x, vset(smallest), _CMP_GE_OQ));
 #else
-    const vf n = vround(x), f = x - n;
+    return x >= vset(smallest) ? y : vzero();
 #endif
+}
+
+// Without scalef an exponent must stay in range; with it, far below is enough to reach 0 and take -inf away, whose
+// fraction is nan.
+#if defined(PA_AVX512)
+constexpr float kSmallestLog2 = -200.f, kSmallestLog = -140.f;
+#else
+constexpr float kSmallestLog2 = -126.f, kSmallestLog = -87.f;
+#endif
+
+// 2^x for x <= 127. Minimax polynomial of degree 6 on [-1/2, 1/2], relative error 2e-9 before rounding; exact at 0.
+inline vf vexp2(vf x) {
+    const vf clamped = vmax(x, vset(kSmallestLog2));
+    const vf n = vround(clamped), f = clamped - n;
     vf p = vfma(vset(0x1.41fbbcp-13f), f, vset(0x1.5f3e54p-10f));
     p = vfma(p, f, vset(0x1.3b2d4cp-7f));
     p = vfma(p, f, vset(0x1.c6aee8p-5f));
     p = vfma(p, f, vset(0x1.ebfbdcp-3f));
     p = vfma(p, f, vset(0x1.62e430p-1f));
     p = vfma(p, f, vset(1.f));
-    p = vscale2(p, n);
-#if defined(PA_AVX2)
-    return _mm256_and_ps(p, _mm256_cmp_ps(x, vset(-126.f), _CMP_GE_OQ));
-#elif !defined(PA_AVX512)
-    return x >= vset(-126.f) ? p : vzero();
-#else
-    return p;
-#endif
+    return vfinish(p, n, x, kSmallestLog2);
+}
+
+// e^x for x <= 88: the same polynomial; ln 2 is taken away in two parts, so that a large -x loses nothing.
+inline vf vexp(vf x) {
+    const vf clamped = vmax(x, vset(kSmallestLog));
+    const vf n = vround(clamped * vset(kLog2e));
+    vf f = vfma(n, vset(-0x1.62e400p-1f), clamped);
+    f = vfma(n, vset(-0x1.7f7d1cp-20f), f);
+    vf p = vfma(vset(0x1.6ae73p-10f), f, vset(0x1.126782p-7f));
+    p = vfma(p, f, vset(0x1.555822p-5f));
+    p = vfma(p, f, vset(0x1.555418p-3f));
+    p = vfma(p, f, vset(0x1.fffffcp-2f));
+    p = vfma(p, f, vset(0x1p+0f));
+    p = vfma(p, f, vset(1.f));
+    return vfinish(p, n, x, kSmallestLog);
 }
 
 // -inf in the first n lanes, 0 in the others, to be added to scores.
@@ -103,12 +126,6 @@ inline vf vhide_first(int n) {
         }
     } table;
     return vload(table.x + VL - (n < 0 ? 0 : n > VL ? VL : n));
-}
-
-inline float exp2_scalar(float x) {
-    float lanes[VL];
-    vstore(lanes, vexp2(vset(x)));
-    return lanes[0];
 }
 
 }  // namespace PA_ISA
