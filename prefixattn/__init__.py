@@ -1,0 +1,10 @@
+"""Attention over a learned prefix and a sequence's own keys, without concatenating them."""
+
+# At once and here, before anything imports the package `attach` and so puts it in the function's place.
+from prefixattn.attach import attach, load
+from prefixattn.attach.prefix import Prefix
+from prefixattn.config import PrefixConfig
+from prefixattn.functional import prefix_attention
+
+__version__ = "0.1.0"
+__all__ = ["Prefix", "PrefixConfig", "__version__", "attach", "load", "prefix_attention"]

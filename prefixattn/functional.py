@@ -1,0 +1,191 @@
+"""prefix_attention: what a call means, in words and shapes; every refusal of bad input is here."""
+
+import torch
+from torch import Tensor
+
+from prefixattn import backends
+from prefixattn.layout import unit_stride
+from prefixattn.ops import prefix_attn
+
+_FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def prefix_attention(
+    q: Tensor,  # [B, H, L, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    prefix_k: Tensor,  # [Hkv, P, D] shared | [B, Hkv, P, D] one per sample | [T, Hkv, P, D] a bank, with prefix_ids
+    prefix_v: Tensor,  # as prefix_k
+    attn_mask: Tensor | None = None,  # broadcastable to [B, H, L, S]
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    prefix_ids: Tensor | None = None,  # int64 [B]
+    prefix_lengths: Tensor | None = None,  # int64 [T] or [B]
+    prefix_dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_prefix_mass: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:  # [B, H, L, D], then lse and mass [B, H, L] if asked for
+    """Attention over the keys and, ahead of them, a learned prefix that every query sees.
+
+    Equal to ``scaled_dot_product_attention(q, cat(prefix_k, k), cat(prefix_v, v))`` without the two copies and
+    without expanding the prefix over the batch.
+
+    Args:
+        attn_mask: As in SDPA (bool: True attends; float: added, in the type of q or float32), for the own keys only.
+            Read through its strides; gets a gradient if float. A query that sees no own key attends to the prefix
+            alone; with no prefix either its output is zero and its lse -inf.
+        dropout_p: Dropout on the softmax weights; lse and mass are those before it.
+        is_causal: Own key s is visible to query l iff ``s <= l + S - L``. May be combined with attn_mask.
+        scale: Defaults to ``D ** -0.5``.
+        enable_gqa: Allows H to be a multiple of Hkv; query head h reads key head ``h // (H // Hkv)``.
+        prefix_ids: The bank's row for each sample.
+        prefix_lengths: Rows of a prefix past its length are ignored. With prefix_ids a tensor of length T belongs to
+            the bank's rows (also where T equals B), one of length B to the samples.
+        prefix_dropout_p: Dropout on the prefix's keys and values, an own mask for each sample. Both kinds of dropout
+            draw a seed from the device's default generator, so `torch.manual_seed` repeats them, on any backend.
+        return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.
+        return_prefix_mass: Also return the softmax weight that fell on the prefix, float32; carries no gradient.
+        backend: "auto", or the name of one backend, which then runs or says why it cannot.
+
+    Under autocast the inputs are cast as SDPA's are; a float32 mask stays as it is.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, prefix_k, prefix_v, attn_mask = _autocast(q, k, v, prefix_k, prefix_v, attn_mask)
+    _check_tensors(q, k, v, prefix_k, prefix_v, enable_gqa)
+    if prefix_k.dim() == 3:
+        if prefix_ids is not None:
+            raise ValueError(
+                f"prefix_ids picks rows of a bank [T, Hkv, P, D], but prefix_k has shape {list(prefix_k.shape)}"
+            )
+        prefix_k, prefix_v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
+    B, H, L, D = q.shape
+    S, T, P = k.shape[2], prefix_k.shape[0], prefix_k.shape[2]
+    if prefix_ids is not None:
+        _check_indices("prefix_ids", prefix_ids, (B,), "[B]", q)
+        _check_range("prefix_ids", prefix_ids, T - 1, "T", T)
+    elif T not in (1, B):
+        raise ValueError(f"prefix_k holds T={T} prefixes for B={B} samples; pass prefix_ids to choose among them")
+    lengths = None
+    if prefix_lengths is not None:
+        lengths = _lengths_per_sample(prefix_lengths, prefix_ids, B, T, P, q)
+    if attn_mask is not None:
+        attn_mask = _normal_mask(attn_mask, B, H, L, S, q)
+    for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"{name} is {p}; expected a probability in [0, 1)")
+    if scale is None:
+        scale = D**-0.5 if D else 1.0
+    seed = None
+    if dropout_p or prefix_dropout_p:
+        seed = torch.randint(2**62, (1,), device=q.device)
+
+    tensors = (unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(prefix_k), unit_stride(prefix_v), attn_mask)
+    needs = _wanted(tensors)
+    chosen = backends.choose(backend, *tensors, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, needs)
+    numbers = (dropout_p, prefix_dropout_p, is_causal, scale, return_prefix_mass)
+    out, lse, mass = prefix_attn(*tensors, prefix_ids, lengths, seed, *numbers, chosen)
+    if return_lse:
+        return (out, lse, mass) if return_prefix_mass else (out, lse)
+    return (out, mass) if return_prefix_mass else out
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors in the type of autocast; float64 stays, as for SDPA, and so does a float32 mask."""
+    *inputs, mask = tensors
+    dtype = torch.get_autocast_dtype(inputs[0].device.type)  # type: ignore[union-attr]
+    cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in inputs]  # type: ignore[union-attr]
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, torch.float64):
+        mask = mask.to(dtype)
+    return [*cast, mask]  # type: ignore[list-item]
+
+
+def _wanted(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+    if not torch.is_grad_enabled():
+        return (False,) * 6
+    return tuple([t is not None and t.requires_grad for t in tensors])
+
+
+def _require_shape(name: str, t: Tensor, **dims: int) -> None:
+    if t.shape != tuple(dims.values()):
+        spelled = ", ".join(f"{d}={n}" for d, n in dims.items())
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected [{spelled}]")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, enable_gqa: bool) -> None:
+    for name, t, axes in (("q", q, "B, H, L, D"), ("k", k, "B, Hkv, S, D")):
+        if t.dim() != 4:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected 4 axes [{axes}]")
+    if prefix_k.dim() not in (3, 4):
+        raise ValueError(
+            f"prefix_k has shape {list(prefix_k.shape)}, expected [Hkv, P, D], or [B, Hkv, P, D] for one per sample"
+        )
+    B, H, _, D = q.shape
+    Hkv, S = k.shape[1], k.shape[2]
+    _require_shape("k", k, B=B, Hkv=Hkv, S=S, D=D)
+    _require_shape("v", v, B=B, Hkv=Hkv, S=S, D=D)
+    several = {"T": prefix_k.shape[0]} if prefix_k.dim() == 4 else {}
+    _require_shape("prefix_k", prefix_k, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
+    _require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
+    if H != Hkv:
+        if not enable_gqa:
+            raise ValueError(f"q has H={H} heads and k has Hkv={Hkv}; expected as many, or enable_gqa=True")
+        if Hkv == 0 or H % Hkv:
+            raise ValueError(f"q has H={H} heads, expected a multiple of the Hkv={Hkv} heads of k")
+    dtype, device = q.dtype, q.device
+    if dtype not in _FLOATS:
+        raise ValueError(f"q is {dtype}, expected float32, bfloat16, float16 or float64")
+    for name, t in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if t.dtype != dtype:
+            raise ValueError(f"{name} is {t.dtype}, expected {dtype} as q")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, expected {device} as q")
+
+
+def _normal_mask(mask: Tensor, B: int, H: int, L: int, S: int, q: Tensor) -> Tensor:
+    """The mask with four axes, each full or 1: backends read it by strides and its gradient has its own size."""
+    full = (B, H, L, S)
+    got = list(mask.shape)
+    if mask.dim() < 4:
+        mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dim() != 4 or any(m != n and m != 1 for m, n in zip(mask.shape, full, strict=True)):
+        raise ValueError(f"attn_mask has shape {got}, expected one that broadcasts to [B={B}, H={H}, L={L}, S={S}]")
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        allowed = "bool or float32" if q.dtype == torch.float32 else f"bool, float32 or {q.dtype} as q"
+        raise ValueError(f"attn_mask is {mask.dtype}, expected {allowed}")
+    if mask.device != q.device:
+        raise ValueError(f"attn_mask is on {mask.device}, expected {q.device} as q")
+    return mask
+
+
+def _lengths_per_sample(lengths: Tensor, ids: Tensor | None, B: int, T: int, P: int, q: Tensor) -> Tensor:
+    """[T] or [B] to [B]."""
+    _check_indices("prefix_lengths", lengths, (T, B), "[T] or [B]", q)
+    _check_range("prefix_lengths", lengths, P, "P", P)
+    if ids is not None and lengths.shape[0] == T:
+        return lengths[ids]
+    return lengths.expand(B).contiguous()
+
+
+def _check_indices(name: str, t: Tensor, sizes: tuple[int, ...], axes: str, q: Tensor) -> None:
+    if t.dim() != 1 or all(t.shape[0] != n for n in sizes):
+        wanted = " or ".join(f"[{n}]" for n in dict.fromkeys(sizes))
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {axes}, here {wanted}")
+    if t.dtype != torch.int64:
+        raise ValueError(f"{name} is {t.dtype}, expected torch.int64")
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device}, expected {q.device} as q")
+
+
+def _check_range(name: str, t: Tensor, last: int, letter: str, size: int) -> None:
+    """0 <= t <= last. On a CPU the error names the value; a GPU and a compiled graph assert without waiting for it."""
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ((t < 0) | (t > last)).nonzero()
+        if bad.numel():
+            i = int(bad[0])
+            raise ValueError(f"{name}[{i}] is {int(t[i])}, expected 0 to {last} ({letter}={size})")
+    else:
+        torch._assert_async(((t >= 0) & (t <= last)).all(), f"{name} has a value outside 0 to {last} ({letter}={size})")

@@ -1,0 +1,21 @@
+"""How tensors lie in memory: which axis is outermost, and what an attention mask looks like to a kernel."""
+
+import torch
+from torch import Tensor
+
+
+def empty_like_order(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # t [B, H, L, D]
+    """An empty dense tensor of `t`'s shape, its axes in `t`'s memory order: [B, H, L, D] or [B, L, H, D].
+
+    A model that views its packed projection as `x.view(B, L, H, D).transpose(1, 2)` undoes the transpose on the
+    output; keeping the order makes that free.
+    """
+    B, H, L, D = t.shape
+    if t.stride(1) < t.stride(2):
+        return torch.empty((B, L, H, D), dtype=dtype or t.dtype, device=t.device).transpose(1, 2)
+    return torch.empty((B, H, L, D), dtype=dtype or t.dtype, device=t.device)
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """`t` with stride one in its last axis; copies only when it has another."""
+    return t if t.stride(-1) == 1 else t.contiguous()

@@ -1,0 +1,180 @@
+"""The definition of prefix attention in plain PyTorch, forward and backward; a backend for every type and shape.
+
+Tensors are in the normal form of functional.py: prefixes [T, Hkv, P, D]; `rows` int64 [B] names the prefix of each
+sample (None: row 0 if T is 1, else row b); `lengths` int64 [B] per sample; `attn_mask` 4-D, each axis full or 1.
+"""
+
+import torch
+from torch import Tensor
+
+from prefixattn import philox
+from prefixattn.layout import empty_like_order
+
+INF = float("inf")
+Needs = tuple[bool, bool, bool, bool, bool, bool]  # gradients wanted: q, k, v, prefix_k, prefix_v, attn_mask
+
+
+def unsupported(*_: object) -> list[str]:
+    return []
+
+
+def fwd(
+    q: Tensor,  # [B, H, L, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    prefix_k: Tensor,  # [T, Hkv, P, D]
+    prefix_v: Tensor,  # [T, Hkv, P, D]
+    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    rows: Tensor | None,  # [B]
+    lengths: Tensor | None,  # [B]
+    seed: Tensor | None,  # [1]
+    dropout_p: float,
+    prefix_dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out [B, H, L, D]; lse [B, H, L], natural log; the softmax weight on the prefix [B, H, L], or empty."""
+    P = prefix_k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
+        keys = _virtual(k, prefix_k, rows, keep_k, q)  # [B, H, P+S, D]
+        values = _virtual(v, prefix_v, rows, keep_v, q)  # [B, H, P+S, D]
+        scores = _scores(q, keys, P, attn_mask, lengths, is_causal, scale)  # [B, H, L, P+S]
+        lse = scores.logsumexp(-1)  # [B, H, L]
+        weights = _weights(scores, lse)
+        mass = weights[..., :P].sum(-1).float() if want_mass else lse.new_empty(0, dtype=torch.float32)
+        if dropout_p > 0:
+            weights = weights * _attention_dropout(weights, seed, dropout_p)
+        out = empty_like_order(q).copy_(weights @ values)
+    return out, lse, mass
+
+
+def bwd(
+    dout: Tensor,  # [B, H, L, D]
+    dlse: Tensor | None,  # [B, H, L]
+    q: Tensor,  # [B, H, L, D]
+    k: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, D]
+    prefix_k: Tensor,  # [T, Hkv, P, D]
+    prefix_v: Tensor,  # [T, Hkv, P, D]
+    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    rows: Tensor | None,  # [B]
+    lengths: Tensor | None,  # [B]
+    seed: Tensor | None,  # [1]
+    out: Tensor,  # [B, H, L, D]
+    lse: Tensor,  # [B, H, L]
+    dropout_p: float,
+    prefix_dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v, prefix_k, prefix_v and attn_mask, each in its input's shape, or empty [0]."""
+    T, P = prefix_k.shape[0], prefix_k.shape[2]
+    need_q, need_k, need_v, need_prefix_k, need_prefix_v, need_mask = needs
+    grads = [q.new_empty(0) for _ in needs]
+    with torch.autocast(q.device.type, enabled=False):
+        keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
+        keys = _virtual(k, prefix_k, rows, keep_k, q)
+        scores = _scores(q, keys, P, attn_mask, lengths, is_causal, scale)
+        weights = _weights(scores, lse)  # [B, H, L, P+S]
+        kept = _attention_dropout(weights, seed, dropout_p) if dropout_p > 0 else 1.0
+        dout = dout.to(weights.dtype)
+        if need_v or need_prefix_v:
+            dvalues = _over_group((weights * kept).mT @ dout, k.shape[1])  # [B, Hkv, P+S, D]
+            if need_v:
+                grads[2] = empty_like_order(v).copy_(dvalues[:, :, P:])
+            if need_prefix_v:
+                grads[4] = _over_batch(dvalues[:, :, :P], keep_v, rows, T).to(prefix_v.dtype)
+        if need_q or need_k or need_prefix_k or need_mask:
+            delta = (out * dout).sum(-1)  # [B, H, L]; what the softmax's normalisation takes back
+            if dlse is not None:
+                delta = delta - dlse
+            values = _virtual(v, prefix_v, rows, keep_v, q)
+            dscores = weights * ((dout @ values.mT) * kept - delta[..., None])  # [B, H, L, P+S]
+            if need_q:
+                grads[0] = empty_like_order(q).copy_(dscores @ keys * scale)
+            if need_k or need_prefix_k:
+                dkeys = _over_group(dscores.mT @ q.to(dscores.dtype) * scale, k.shape[1])  # [B, Hkv, P+S, D]
+                if need_k:
+                    grads[1] = empty_like_order(k).copy_(dkeys[:, :, P:])
+                if need_prefix_k:
+                    grads[3] = _over_batch(dkeys[:, :, :P], keep_k, rows, T).to(prefix_k.dtype)
+            if need_mask and attn_mask is not None:
+                grads[5] = dscores[..., P:].sum_to_size(attn_mask.shape).to(attn_mask.dtype).contiguous()
+    dq, dk, dv, dprefix_k, dprefix_v, dmask = grads
+    return dq, dk, dv, dprefix_k, dprefix_v, dmask
+
+
+def _virtual(own: Tensor, prefix: Tensor, rows: Tensor | None, kept: Tensor | float, q: Tensor) -> Tensor:
+    """The keys or values that the queries see, prefix first: [B, H, P+S, D] in the type of the scores."""
+    B, Hkv, _, _ = own.shape
+    prefix = prefix.expand(B, -1, -1, -1) if rows is None else prefix[rows]
+    both = torch.cat([prefix.to(_precision(q)) * kept, own.to(_precision(q))], 2)
+    return both.repeat_interleave(q.shape[1] // Hkv, 1) if q.shape[1] != Hkv else both
+
+
+def _scores(
+    q: Tensor,
+    keys: Tensor,  # [B, H, P+S, D]
+    P: int,
+    attn_mask: Tensor | None,
+    lengths: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """q @ keys.mT * scale with -inf at each key that the query does not see: [B, H, L, P+S]."""
+    scores = q.to(keys.dtype) @ keys.mT * scale
+    L, S = q.shape[2], keys.shape[2] - P
+    prefix, own = scores[..., :P], scores[..., P:]
+    if attn_mask is not None:
+        own = own.masked_fill(~attn_mask, -INF) if attn_mask.dtype == torch.bool else own + attn_mask
+    if is_causal:
+        query, key = torch.arange(L, device=q.device)[:, None], torch.arange(S, device=q.device)
+        own = own.masked_fill(key > query + (S - L), -INF)
+    if lengths is not None:
+        past = torch.arange(P, device=q.device) >= lengths[:, None]  # [B, P]
+        prefix = prefix.masked_fill(past[:, None, None], -INF)
+    return torch.cat([prefix, own], -1)
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    # a row that sees no key has lse -inf; softmax makes it nan, its weights are zero
+    return scores.softmax(-1).masked_fill((lse == -INF)[..., None], 0.0)
+
+
+def _prefix_dropout(
+    q: Tensor, prefix_k: Tensor, seed: Tensor | None, p: float
+) -> tuple[Tensor | float, Tensor | float]:
+    """Factors 0 or 1 / (1 - p) for each sample's prefix keys and values, [B, Hkv, P, D], or 1 without dropout."""
+    if p == 0 or seed is None:
+        return 1.0, 1.0
+    shape = (q.shape[0], *prefix_k.shape[1:])
+    keep_k, keep_v = (philox.keep(seed, p, shape, kind) for kind in (philox.PREFIX_K, philox.PREFIX_V))
+    return keep_k.to(_precision(q)) / (1 - p), keep_v.to(_precision(q)) / (1 - p)
+
+
+def _attention_dropout(weights: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    assert seed is not None
+    B, H, L, N = weights.shape
+    return philox.keep(seed, p, (B, H, L, N), philox.ATTENTION).to(weights.dtype) / (1 - p)
+
+
+def _over_group(grad: Tensor, Hkv: int) -> Tensor:
+    """Sums [B, H, N, D] over the query heads that share a key head: [B, Hkv, N, D]."""
+    return grad.unflatten(1, (Hkv, -1)).sum(2) if grad.shape[1] != Hkv else grad
+
+
+def _over_batch(grad: Tensor, kept: Tensor | float, rows: Tensor | None, T: int) -> Tensor:
+    """Sums the samples' prefix gradients [B, Hkv, P, D] into the prefixes that they used: [T, Hkv, P, D]."""
+    grad = grad * kept
+    if rows is not None:
+        # a product with a 0/1 matrix adds in a fixed order on every device; index_add_ does not
+        used = (rows == torch.arange(T, device=rows.device)[:, None]).to(grad.dtype)  # [T, B]
+        return (used @ grad.flatten(1)).view(T, *grad.shape[1:])
+    return grad.sum(0, keepdim=True) if T == 1 else grad.contiguous()
+
+
+def _precision(q: Tensor) -> torch.dtype:
+    return q.dtype if q.dtype in (torch.float32, torch.float64) else torch.float32

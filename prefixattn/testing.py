@@ -1,0 +1,286 @@
+"""What tests and benchmarks share: named inputs, the exact answer, plain PyTorch's answer, and how to compare."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefixattn import philox
+from prefixattn.functional import prefix_attention
+
+INF = float("inf")
+
+
+class Shape(NamedTuple):
+    B: int
+    H: int
+    Hkv: int
+    L: int
+    S: int
+    P: int
+    D: int
+
+
+SHAPES = {
+    "even": Shape(2, 2, 2, 64, 64, 16, 16),
+    "ragged": Shape(2, 3, 3, 37, 37, 5, 32),  # nothing divides a block
+    "no_prefix": Shape(1, 2, 2, 33, 33, 0, 16),  # must equal plain attention
+    "prefix_of_one": Shape(2, 2, 2, 17, 17, 1, 8),
+    "no_keys": Shape(2, 2, 2, 7, 0, 10, 32),  # the prefix alone
+    "nothing": Shape(1, 2, 2, 5, 0, 0, 16),  # defined: zeros, never nan
+    "single": Shape(1, 1, 1, 1, 1, 1, 8),
+    "one_query": Shape(2, 2, 2, 1, 70, 200, 64),  # decoding, with a prefix longer than the keys
+    "few_queries": Shape(1, 4, 1, 3, 130, 257, 128),  # L < S: causality is aligned bottom-right; one key head
+    "more_queries": Shape(1, 2, 2, 40, 9, 5, 16),  # L > S: causal queries ahead of the first key see the prefix alone
+    "tile_full": Shape(1, 2, 2, 47, 47, 17, 64),  # P + S = 64
+    "tile_past": Shape(1, 2, 2, 64, 64, 65, 40),  # P + S = 129, each part one over a tile
+    "vit": Shape(2, 3, 3, 197, 197, 10, 64),
+    "grouped": Shape(2, 6, 2, 20, 20, 64, 24),
+    "long_prefix": Shape(1, 1, 1, 18, 18, 1025, 64),
+    "widest": Shape(1, 1, 1, 33, 33, 5, 256),
+    "odd_width": Shape(1, 2, 2, 9, 9, 5, 20),  # D is no multiple of 8
+}
+
+# how a call departs from the plain one; the words make_inputs understands
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "key_padding": {"mask": "B11S"},  # the mask that must not become [L, S]
+    "bool_mask": {"mask": "BHLS"},
+    "shared_bool_mask": {"mask": "LS", "causal": True},
+    "bias": {"mask": "1HLS", "mask_dtype": "float"},
+    "key_bias": {"mask": "B11S", "mask_dtype": "float", "causal": True},
+    "query_bias": {"mask": "BHL1", "mask_dtype": "float"},
+    "float32_bias": {"mask": "BHLS", "mask_dtype": "float32"},
+    "number_bias": {"mask": "1", "mask_dtype": "float"},
+    "blind_rows": {"mask": "BHLS", "blind": True},  # whole rows of the mask are False
+    "per_sample": {"prefixes": "per_sample"},
+    "bank": {"prefixes": "bank", "causal": True},
+    "lengths": {"lengths": "B"},
+    "bank_lengths": {"prefixes": "bank", "lengths": "T"},
+    "bank_sample_lengths": {"prefixes": "bank", "lengths": "B", "mask": "B11S", "causal": True},
+    "packed": {"layout": "packed", "causal": True},  # views of one [B, L, 3, H, D] projection
+    "expanded": {"layout": "expanded"},  # one head's keys for all, one sample's queries for all: stride 0
+    "expanded_mask": {"mask": "BHLS", "mask_dtype": "float", "expand_mask": True},
+    "scaled": {"scale": 0.3},
+}
+
+
+@dataclass
+class Inputs:
+    """A call of prefix_attention: `tensors` are leaves that want gradients, `options` its other arguments."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    dout: Tensor | None = None  # [B, H, L, D]
+    dlse: Tensor | None = None  # [B, H, L]
+
+    @property
+    def q(self) -> Tensor:
+        return self.tensors["q"]
+
+    def call(self, backend: str = "auto", **options: Any) -> Any:
+        arguments: dict[str, Any] = {**self.tensors, **self.options, "backend": backend, **options}
+        return prefix_attention(**arguments)
+
+    def concatenated(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        arguments: dict[str, Any] = {**self.tensors, **self.options, **options}
+        return concat_attention(**arguments)
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same values in another type, as fresh leaves."""
+        tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
+        options = dict(self.options)
+        return Inputs(tensors, options, *(None if t is None else t.to(dtype) for t in (self.dout, self.dlse)))
+
+
+def make_inputs(
+    shape: Shape | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    grad: bool = True,
+    device: str = "cpu",
+    causal: bool = False,
+    mask: str = "",  # an axis per letter: B, H, L, S, or 1
+    mask_dtype: str = "bool",  # "bool", "float" (that of q) or "float32"
+    blind: bool = False,
+    expand_mask: bool = False,
+    prefixes: str = "shared",  # "shared", "per_sample" or "bank"
+    lengths: str = "",  # "T" or "B"
+    layout: str = "dense",  # "dense", "packed" or "expanded"
+    scale: float | None = None,
+) -> Inputs:
+    """Random inputs; scores and lse of a size where every key counts."""
+    shape = SHAPES[shape] if isinstance(shape, str) else shape
+    B, H, Hkv, L, S, P, D = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    q, k, v = normal(B, H, L, D), normal(B, Hkv, S, D), normal(B, Hkv, S, D)
+    if layout == "packed":
+        q, k, v = (t.transpose(1, 2) for t in normal(B, max(L, S), H + 2 * Hkv, D).split([H, Hkv, Hkv], 2))
+        q, k, v = q[:, :, :L], k[:, :, :S], v[:, :, :S]
+    elif layout == "expanded":
+        q, k, v = q[:1].expand(B, -1, -1, -1), k[:, :1].expand(-1, Hkv, -1, -1), v[:, :1].expand(-1, Hkv, -1, -1)
+    T = {"shared": 1, "per_sample": B, "bank": 3}[prefixes]
+    axes = (Hkv, P, D) if prefixes == "shared" else (T, Hkv, P, D)
+    tensors = {"q": q, "k": k, "v": v, "prefix_k": normal(*axes), "prefix_v": normal(*axes)}
+    options: dict[str, Any] = {"is_causal": causal, "enable_gqa": H != Hkv, "scale": scale}
+    if prefixes == "bank":
+        options["prefix_ids"] = torch.tensor([2, 0])[torch.arange(B) % 2]  # row 1 is used by nobody
+    if lengths:
+        options["prefix_lengths"] = torch.tensor([P, P // 2, 0])[torch.arange(T if lengths == "T" else B) % 3]
+    if mask:
+        size = [1 if axis == "1" else dict(B=B, H=H, L=L, S=S)[axis] for axis in mask]
+        if mask_dtype == "bool":
+            made = torch.rand(size, generator=generator) < 0.7
+            if blind and L:
+                made[..., ::3, :] = False
+            options["attn_mask"] = made
+        else:
+            made = normal(*size).to(torch.float32 if mask_dtype == "float32" else dtype)
+            tensors["attn_mask"] = made[..., :1].expand(size) if expand_mask else made
+    tensors = {n: t.detach().to(device).requires_grad_(grad) for n, t in tensors.items()}
+    options = {n: o.to(device) if isinstance(o, Tensor) else o for n, o in options.items()}
+    dlse = torch.randn(B, H, L, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return Inputs(tensors, options, normal(B, H, L, D).to(device), dlse.to(device))
+
+
+def results(inputs: Inputs, out: Tensor, lse: Tensor, mass: Tensor) -> dict[str, Tensor]:
+    """out, lse, mass and every gradient, also that through lse, by name."""
+    assert inputs.dout is not None and inputs.dlse is not None
+    found = {"out": out.detach(), "lse": lse.detach(), "mass": mass.detach()}
+    wanted = {n: t for n, t in inputs.tensors.items() if t.requires_grad}
+    if wanted:
+        # a row that sees nothing has lse -inf, which no loss can use
+        dlse = inputs.dlse.to(lse.dtype).masked_fill(lse == -INF, 0.0)
+        grads = torch.autograd.grad((out, lse), list(wanted.values()), (inputs.dout, dlse), materialize_grads=True)
+        found |= {"d" + name: grad for name, grad in zip(wanted, grads, strict=True)}
+    return found
+
+
+def ours(inputs: Inputs, backend: str = "auto", **options: Any) -> dict[str, Tensor]:
+    return results(inputs, *inputs.call(backend, return_lse=True, return_prefix_mass=True, **options))
+
+
+def exact(inputs: Inputs, seed: Tensor | None = None) -> dict[str, Tensor]:
+    """The answer in float64: concatenation, an explicit softmax, and autograd."""
+    doubled = inputs.to(torch.float64)
+    return results(doubled, *doubled.concatenated(seed=seed))
+
+
+def same_dtype(inputs: Inputs, seed: Tensor | None = None) -> dict[str, Tensor]:
+    """Plain PyTorch's answer in the inputs' type: concatenation and scaled_dot_product_attention."""
+    return results(inputs, *inputs.concatenated(seed=seed, fused=True))
+
+
+def concat_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    prefix_ids: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    prefix_dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    fused: bool = False,  # out by SDPA, which takes no dropout mask of ours
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and mass of prefix_attention by concatenation: nothing here is shared with reference.py but Philox."""
+    B, H, L, D = q.shape
+    Hkv, S, P = k.shape[1], k.shape[2], prefix_k.shape[-2]
+    T = prefix_k.shape[0] if prefix_k.dim() == 4 else 1
+    scale = D**-0.5 if scale is None else scale
+    bias = q.new_zeros(B, H, L, P + S)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias[..., P:].masked_fill_(~attn_mask, -INF)
+    elif attn_mask is not None:
+        bias = torch.cat([bias[..., :P], attn_mask.to(q.dtype).expand(B, H, L, S)], -1)
+    if is_causal:
+        future = q.new_ones(L, S, dtype=torch.bool).triu(S - L + 1)
+        bias = bias.masked_fill(F.pad(future, (P, 0)), -INF)
+    if prefix_lengths is not None:
+        of_bank = prefix_ids is not None and len(prefix_lengths) == T
+        lengths = prefix_lengths[prefix_ids] if of_bank else prefix_lengths.expand(B)
+        for b, n in enumerate(lengths.tolist()):
+            bias[b, ..., n:P] = -INF
+    if prefix_ids is not None:
+        prefix_k, prefix_v = prefix_k[prefix_ids], prefix_v[prefix_ids]
+    prefix_k, prefix_v = (t.expand(B, -1, -1, -1) for t in (prefix_k, prefix_v))
+    if prefix_dropout_p:
+        assert seed is not None
+        prefix_k, prefix_v = (
+            t * philox.keep(seed, prefix_dropout_p, (B, Hkv, P, D), kind).to(t.dtype) / (1 - prefix_dropout_p)
+            for t, kind in ((prefix_k, philox.PREFIX_K), (prefix_v, philox.PREFIX_V))
+        )
+    keys, values = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)  # [B, Hkv, P+S, D]
+    keys, values = (t.repeat_interleave(H // Hkv, 1) for t in (keys, values))
+    # softmax knows no empty row; such a row gets an arbitrary bias here and its defined answer below
+    blind = (bias == -INF).all(-1)  # [B, H, L]
+    bias = bias.masked_fill(blind[..., None], 0.0)
+    scores = q @ keys.mT * scale + bias
+    weights = scores.softmax(-1)
+    mass = weights[..., :P].sum(-1).float().masked_fill(blind, 0.0)
+    lse = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32).logsumexp(-1).masked_fill(blind, -INF)
+    if dropout_p:
+        assert seed is not None
+        kept = philox.keep(seed, dropout_p, (B, H, L, P + S), philox.ATTENTION)
+        out = (weights * kept.to(q.dtype) / (1 - dropout_p)) @ values
+    elif fused:
+        out = F.scaled_dot_product_attention(q, keys, values, bias, scale=scale)
+    else:
+        out = weights @ values
+    return out.masked_fill(blind[..., None], 0.0), lse, mass
+
+
+def objections(backend: str, inputs: Inputs, **options: Any) -> str:
+    """Why a backend refuses these inputs and their gradients, in its own words; empty if it does not."""
+    try:
+        inputs.call(backend, **options)
+    except NotImplementedError as error:
+        return str(error).partition("\n")[2].strip()
+    return ""
+
+
+def rms(t: Tensor) -> float:
+    return float(t.double().square().mean().sqrt())
+
+
+def assert_as_accurate(name: str, actual: Tensor, same: Tensor, exact: Tensor, factor: float = 2.0) -> None:
+    """`actual` errs at most `factor` times as much as plain PyTorch does in the same type; `exact` is float64."""
+    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    infinite = exact.isinf()
+    assert torch.equal(actual.isinf(), infinite), f"{name}: infinite at other places than the exact answer"
+    if infinite.all():
+        return
+    actual_finite, same, exact = (t.double().masked_fill(infinite, 0.0).cpu() for t in (actual, same, exact))
+    error = rms(actual_finite - exact)
+    # luck (weights that are exactly one) must not ask for more than the last bit: of the type, and of its accumulator
+    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    last_bit = max(rms(exact.to(actual.dtype).double() - exact), torch.finfo(accumulator).eps * rms(exact))
+    # so does the rms of a few numbers; and float64 is compared with its like
+    factor *= 8 if accumulator == torch.float64 else 1
+    allowed = factor * max(rms(same - exact), last_bit) * (1 + 3 / exact.numel() ** 0.5)
+    at = tuple(int(i) for i in torch.unravel_index((actual_finite - exact).abs().argmax(), exact.shape))
+    assert error <= allowed, (
+        f"{name}: rms error {error:.1e}, plain PyTorch in the same dtype allows {allowed:.1e}; "
+        f"worst at {at}: {actual_finite[at]:.6g}, exact {exact[at]:.6g}"
+    )
+
+
+def assert_all_as_accurate(
+    actual: dict[str, Tensor], same: dict[str, Tensor], exact: dict[str, Tensor], factor: float = 2.0
+) -> None:
+    assert actual.keys() == exact.keys()
+    for name in actual:
+        assert_as_accurate(name, actual[name], same[name], exact[name], factor)

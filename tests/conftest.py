@@ -1,0 +1,24 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from prefixattn import backends
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """torch.empty returns NaN, so an output that a kernel leaves unwritten cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=backends.NAMES)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend; skips in the words of the one that does not work here."""
+    name: str = request.param
+    if reasons := backends.here()[name]:
+        pytest.skip(f"{name}: " + "; ".join(reasons))
+    return name

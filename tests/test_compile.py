@@ -1,0 +1,213 @@
+"""The op under opcheck, torch.compile, torch.export, autocast and torch.func."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from prefixattn import prefix_attention
+from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, objections, ours
+
+# torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor and jvp still use TorchScript
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
+
+EVERYTHING = {"prefixes": "bank", "lengths": "T", "mask": "B11S", "causal": True}
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def inputs_for(backend: str, shape: str = "grouped", dtype: torch.dtype = torch.float32, **options: Any) -> Inputs:
+    inputs = make_inputs(shape, dtype, **options)
+    if words := objections(backend, inputs):
+        pytest.skip(words)
+    return inputs
+
+
+def normal_form(inputs: Inputs) -> tuple[Any, ...]:
+    """The nine tensors of prefixattn::fwd, from a bank's call."""
+    t, options = {n: t.detach() for n, t in inputs.tensors.items()}, inputs.options
+    rows = options["prefix_ids"]
+    mask = t.get("attn_mask", options.get("attn_mask"))
+    return (*(t[n] for n in ("q", "k", "v", "prefix_k", "prefix_v")), mask, rows, options["prefix_lengths"][rows])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_opcheck(backend: str, dropout_p: float) -> None:
+    # strides that a fake could get wrong: views of a packed projection without dropout, stride 0 with it
+    inputs = inputs_for(backend, "grouped", layout="expanded" if dropout_p else "packed", **EVERYTHING)
+    tensors = (*normal_form(inputs), torch.tensor([7]) if dropout_p else None)
+    numbers = (dropout_p, dropout_p / 2, True, 0.25)
+    torch.library.opcheck(torch.ops.prefixattn.fwd, (*tensors, *numbers, not dropout_p, backend))
+    out, lse, _ = torch.ops.prefixattn.fwd(*tensors, *numbers, True, backend)
+    dlse, needs = (None, [True, False, False, True, False, False]) if dropout_p else (lse, [True] * 5 + [False])
+    args = (torch.randn_like(out), dlse, *tensors, out, lse, *numbers, needs, backend)
+    torch.library.opcheck(torch.ops.prefixattn.bwd, args)
+
+
+def test_opcheck_with_a_bias_that_learns() -> None:
+    tensors = (*normal_form(make_inputs("grouped", **{**EVERYTHING, "mask_dtype": "float"})), None)
+    numbers = (0.0, 0.0, True, 0.25)
+    out, lse, _ = torch.ops.prefixattn.fwd(*tensors, *numbers, False, "reference")
+    args = (torch.randn_like(out), None, *tensors, out, lse, *numbers, [True] * 6, "reference")
+    torch.library.opcheck(torch.ops.prefixattn.bwd, args)
+
+
+def assert_same(compiled: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
+    assert compiled.keys() == eager.keys()
+    for name, t in eager.items():
+        assert t.stride() == compiled[name].stride(), f"{name}: stride {compiled[name].stride()}, eager {t.stride()}"
+        torch.testing.assert_close(compiled[name], t, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def compiled(inputs: Inputs, call: Callable[..., Any], backend: str) -> dict[str, Tensor]:
+    """`ours` of inputs with prefix_attention replaced by its compiled form."""
+    from prefixattn.testing import results
+
+    options = {**inputs.options, "backend": backend, "return_lse": True, "return_prefix_mass": True}
+    return results(inputs, *call(**inputs.tensors, **options))
+
+
+@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "packed"])
+def test_compile_forward_and_backward(backend: str, feature: str) -> None:
+    inputs = inputs_for(backend, **FEATURES[feature])
+    call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(inputs, call, backend), ours(inputs, backend))
+
+
+def test_compile_with_inductor(backend: str) -> None:
+    inputs = inputs_for(backend, **EVERYTHING)
+
+    def call(q: Tensor, **rest: Any) -> Any:
+        out, *others = prefix_attention(q * 1.5, **rest)
+        return out * 2, *others
+
+    eager = compiled(inputs, call, backend)
+    assert_same(compiled(inputs, torch.compile(call, fullgraph=True), backend), eager)
+
+
+def test_dynamic_shapes_compile_once(backend: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(prefix_attention, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for B, N, P in ((3, 37, 5), (4, 50, 17), (5, 6, 64)):
+        inputs = make_inputs(Shape(B, 2, 2, N, N, P, 16), causal=True)
+        for t in inputs.tensors.values():
+            torch._dynamo.mark_static(t, t.dim() - 1)  # the head's width is a property of the model
+        assert_same(compiled(inputs, call, backend), ours(inputs, backend))
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1, f"compiled again for another batch, length or prefix: {counts}"
+
+
+def test_compiled_dropout_follows_the_seed(backend: str) -> None:
+    inputs = inputs_for(backend)
+
+    def call(**tensors: Tensor) -> Any:
+        options = {"enable_gqa": True, "dropout_p": 0.2, "prefix_dropout_p": 0.2, "backend": backend}
+        return prefix_attention(**tensors, **options)  # type: ignore[arg-type]
+
+    fast = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    eager = call(**inputs.tensors)
+    torch.manual_seed(2)
+    first, second = fast(**inputs.tensors), fast(**inputs.tensors)
+    torch.testing.assert_close(first, eager)
+    assert not torch.equal(first, second)
+
+
+def test_a_compiled_call_refuses_ids_out_of_range(backend: str) -> None:
+    inputs = inputs_for(backend, **EVERYTHING)
+    call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
+    inputs.options["prefix_ids"] = torch.tensor([0, 3])
+    with pytest.raises(RuntimeError, match="prefix_ids has a value outside 0 to 2"):
+        call(**inputs.tensors, **inputs.options, backend=backend)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.prefix_k = torch.nn.Parameter(torch.randn(2, 5, 16))
+        self.prefix_v = torch.nn.Parameter(torch.randn(2, 5, 16))
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return prefix_attention(q, k, v, self.prefix_k, self.prefix_v, is_causal=True, backend=self.backend)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(backend: str, strict: bool) -> None:
+    layer = Layer(backend)
+    q, k, v = torch.randn(3, 2, 2, 9, 16)
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(layer, (q, k, v), strict=strict, dynamic_shapes=({2: length},) * 3)
+    q, k, v = torch.randn(3, 2, 2, 21, 16)
+    torch.testing.assert_close(program.module()(q, k, v), layer(q, k, v))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("mask", ["", "float32"])
+def test_autocast_casts_as_sdpa_does(backend: str, mask: str, mode: str) -> None:
+    options: dict[str, Any] = {"mask": "B11S", "mask_dtype": mask} if mask else {}
+    inputs = inputs_for(backend, causal=True, **options)
+    call: Callable[..., Any] = prefix_attention
+    if mode == "compiled":
+        call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(**inputs.tensors, **inputs.options, backend=backend)
+        plain = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.q, inputs.q)
+        assert out.dtype == plain.dtype == torch.bfloat16
+        # inside the region too: autocast must not reach into the backward pass
+        out.float().sum().backward()
+    halves = inputs.to(torch.bfloat16)
+    if mask:
+        halves.tensors["attn_mask"] = inputs.tensors["attn_mask"].detach().requires_grad_()
+    expected = halves.call(backend)
+    torch.testing.assert_close(out, expected)
+    expected.float().sum().backward()
+    for name, t in inputs.tensors.items():
+        assert t.grad is not None and t.grad.dtype == torch.float32
+        torch.testing.assert_close(t.grad, halves.tensors[name].grad.float(), msg=name)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    inputs = make_inputs("even", torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inputs.call("reference").dtype == torch.float64
+
+
+def test_vmap_is_refused_in_words(backend: str) -> None:
+    inputs = inputs_for(backend, "even")
+    tensors = [t.detach().expand(3, *t.shape) for t in inputs.tensors.values()]
+    call = torch.func.vmap(lambda *t: prefix_attention(*t, backend=backend))
+    for needs_grad in (False, True):
+        tensors[0] = tensors[0].detach().requires_grad_(needs_grad)
+        with pytest.raises(NotImplementedError, match=r"prefix_attention has no rule for torch\.func\.vmap"):
+            call(*tensors)
+
+
+def test_forward_mode_is_refused() -> None:
+    q = torch.randn(1, 1, 3, 8)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: prefix_attention(q, q, q, q[0], q[0]), (q,), (q,))
+
+
+def test_func_grad(backend: str) -> None:
+    inputs = inputs_for(backend, "even")
+    tensors = [t.detach() for t in inputs.tensors.values()]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return (prefix_attention(*tensors, backend=backend) * inputs.dout).sum()
+
+    grads = torch.func.grad(loss, tuple(range(5)))(*tensors)
+    expected = torch.autograd.grad((inputs.call(backend) * inputs.dout).sum(), list(inputs.tensors.values()))
+    for name, grad, right in zip(inputs.tensors, grads, expected, strict=True):
+        assert torch.equal(grad, right), name

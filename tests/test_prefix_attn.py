@@ -1,0 +1,223 @@
+"""Every backend against float64, by the error that plain PyTorch makes in the same type."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixattn import backends, prefix_attention
+from prefixattn.testing import (
+    FEATURES,
+    SHAPES,
+    Inputs,
+    Shape,
+    assert_all_as_accurate,
+    exact,
+    make_inputs,
+    objections,
+    ours,
+    same_dtype,
+)
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@cache
+def case(shape: str, feature: str, dtype: str) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and the two answers to compare with: made once, used by every backend."""
+    inputs = make_inputs(shape, DTYPES[dtype], **FEATURES[feature])
+    return inputs, same_dtype(inputs), exact(inputs)
+
+
+def skip_if_refused(backend: str, inputs: Inputs) -> None:
+    if words := objections(backend, inputs):
+        pytest.skip(words)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", ["plain", "causal"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(backend: str, shape: str, feature: str, dtype: str) -> None:
+    inputs, same, right = case(shape, feature, dtype)
+    skip_if_refused(backend, inputs)
+    assert_all_as_accurate(ours(inputs, backend), same, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", [f for f in FEATURES if f not in ("plain", "causal")])
+@pytest.mark.parametrize("shape", ["ragged", "grouped", "tile_past", "few_queries", "no_keys"])
+def test_features(backend: str, shape: str, feature: str, dtype: str) -> None:
+    inputs, same, right = case(shape, feature, dtype)
+    skip_if_refused(backend, inputs)
+    assert_all_as_accurate(ours(inputs, backend), same, right)
+
+
+@pytest.mark.parametrize("feature", ["plain", "causal", "bias", "bank_sample_lengths", "packed"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_repeats_to_the_bit(backend: str, feature: str, dtype: str) -> None:
+    inputs = make_inputs("vit", DTYPES[dtype], **FEATURES[feature])
+    skip_if_refused(backend, inputs)
+    first = ours(inputs, backend)
+    for _ in range(3):
+        for name, again in ours(inputs, backend).items():
+            assert torch.equal(again, first[name]), name
+
+
+@pytest.mark.parametrize("unwanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask"])
+def test_a_gradient_nobody_wants_changes_no_other(backend: str, unwanted: str) -> None:
+    inputs = make_inputs("ragged", **FEATURES["bias"])
+    skip_if_refused(backend, inputs)
+    every = ours(inputs, backend)
+    inputs.tensors[unwanted].requires_grad_(False)
+    some = ours(inputs, backend)
+    assert some.keys() == every.keys() - {"d" + unwanted}
+    for name, t in some.items():
+        assert torch.equal(t, every[name]), name
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask"])
+def test_one_gradient_alone(backend: str, wanted: str) -> None:
+    inputs = make_inputs("ragged", **FEATURES["bias"])
+    skip_if_refused(backend, inputs)
+    every = ours(inputs, backend)
+    for name, t in inputs.tensors.items():
+        t.requires_grad_(name == wanted)
+    alone = ours(inputs, backend)
+    assert torch.equal(alone["d" + wanted], every["d" + wanted])
+
+
+def test_lse_alone_has_a_gradient(backend: str) -> None:
+    inputs = make_inputs("grouped", causal=True)
+    skip_if_refused(backend, inputs)
+    wanted = list(inputs.tensors.values())
+    _, lse = inputs.call(backend, return_lse=True)
+    assert inputs.dout is not None
+    inputs.dout.zero_()
+    expected = exact(inputs)
+    for (name, t), grad in zip(
+        inputs.tensors.items(), torch.autograd.grad(lse, wanted, inputs.dlse, materialize_grads=True), strict=True
+    ):
+        assert grad.shape == t.shape
+        torch.testing.assert_close(grad.double(), expected["d" + name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_mass_carries_no_gradient() -> None:
+    _, mass = make_inputs("even").call(return_prefix_mass=True)
+    assert not mass.requires_grad
+
+
+def test_returns_in_order(backend: str) -> None:
+    inputs = make_inputs("even")
+    skip_if_refused(backend, inputs)
+    out, lse, mass = inputs.call(backend, return_lse=True, return_prefix_mass=True)
+    assert torch.equal(inputs.call(backend), out)
+    for options, expected in (({"return_lse": True}, lse), ({"return_prefix_mass": True}, mass)):
+        got = inputs.call(backend, **options)
+        assert len(got) == 2 and torch.equal(got[0], out) and torch.equal(got[1], expected)
+    assert (out.dtype, lse.dtype, mass.dtype) == (torch.float32,) * 3
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_a_prefix_equals_sdpa(backend: str, dtype: str) -> None:
+    inputs = make_inputs("no_prefix", DTYPES[dtype], causal=True)
+    skip_if_refused(backend, inputs)
+    q, k, v = (inputs.tensors[n] for n in ("q", "k", "v"))
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    tolerance = 1e-6 if dtype == "fp32" else 2**-8
+    torch.testing.assert_close(inputs.call(backend), plain, rtol=tolerance, atol=tolerance)
+
+
+def test_output_keeps_the_memory_order_of_q(backend: str) -> None:
+    B, L, H, D = 2, 7, 3, 16
+    q, k, v = torch.randn(B, L, 3, H, D).permute(2, 0, 3, 1, 4).unbind()
+    prefix = torch.randn(H, 5, D)
+    out = prefix_attention(q, k, v, prefix, prefix, backend=backend)
+    assert out.transpose(1, 2).is_contiguous()
+    assert prefix_attention(q.contiguous(), k, v, prefix, prefix, backend=backend).is_contiguous()
+
+
+def test_a_last_axis_with_a_stride_is_read_right(backend: str) -> None:
+    inputs = make_inputs("ragged")
+    skip_if_refused(backend, inputs)
+    wide = {n: torch.stack([t.detach(), torch.full_like(t, torch.nan)], -1)[..., 0] for n, t in inputs.tensors.items()}
+    assert all(t.stride(-1) == 2 for t in wide.values())
+    assert torch.equal(prefix_attention(**wide, backend=backend), inputs.call(backend))
+
+
+def test_what_lies_past_a_length_is_never_read(backend: str) -> None:
+    inputs = make_inputs("ragged", **FEATURES["bank_lengths"])
+    skip_if_refused(backend, inputs)
+    right = ours(inputs, backend)
+    with torch.no_grad():
+        for name in ("prefix_k", "prefix_v"):
+            for row, length in enumerate(inputs.options["prefix_lengths"].tolist()):
+                inputs.tensors[name][row, :, length:] = 1e4
+            inputs.tensors[name][1] = 1e4  # the row that prefix_ids never names
+    for name, t in ours(inputs, backend).items():
+        assert torch.equal(t, right[name]), name
+
+
+def test_unused_rows_get_no_gradient(backend: str) -> None:
+    inputs = make_inputs("ragged", **FEATURES["bank_lengths"])
+    skip_if_refused(backend, inputs)
+    found = ours(inputs, backend)
+    for name in ("dprefix_k", "dprefix_v"):
+        assert not found[name][1].any()  # named by nobody
+        assert not found[name][2].any()  # length 0
+        assert found[name][0].any()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_cpu_backend_takes_what_it_promises(dtype: str) -> None:
+    """So that the skips above cannot hide a kernel that refuses too much."""
+    if reasons := backends.here()["cpu"]:
+        pytest.skip("; ".join(reasons))
+    asked = [(shape, "plain") for shape in SHAPES if shape != "odd_width"] + [("ragged", f) for f in FEATURES]
+    for shape, feature in asked:
+        inputs = make_inputs(shape, DTYPES[dtype], **FEATURES[feature])
+        if "attn_mask" in inputs.tensors:
+            inputs.tensors["attn_mask"].requires_grad_(False)
+        assert not objections("cpu", inputs), (shape, feature)
+
+
+# small sizes, because gradcheck calls once for each number
+GRADCHECKED = {
+    "plain": {},
+    "causal_decoding": {"causal": True},
+    "bias": {"mask": "1HLS", "mask_dtype": "float"},
+    "key_bias": {"mask": "B11S", "mask_dtype": "float", "causal": True},
+    "blind_rows": {"mask": "BHLS", "blind": True},
+    "per_sample": {"prefixes": "per_sample"},
+    "bank_lengths": {"prefixes": "bank", "lengths": "T", "mask": "S"},
+}
+
+
+@pytest.mark.parametrize("feature", GRADCHECKED)
+def test_gradcheck(feature: str) -> None:
+    inputs = make_inputs(Shape(2, 4, 2, 3, 4, 2, 2), torch.float64, **GRADCHECKED[feature])
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(inputs.tensors, tensors, strict=True))
+        return prefix_attention(**named, **inputs.options, return_lse=True, backend="reference")  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(call, tuple(inputs.tensors.values()), fast_mode=feature != "plain")
+
+
+def test_gradcheck_through_both_dropouts() -> None:
+    inputs = make_inputs(Shape(2, 2, 1, 3, 4, 3, 2), torch.float64, causal=True)
+
+    def call(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        options = {**inputs.options, "dropout_p": 0.3, "prefix_dropout_p": 0.4}
+        return prefix_attention(**dict(zip(inputs.tensors, tensors, strict=True)), **options)  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(call, tuple(inputs.tensors.values()))
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    inputs = make_inputs("single")
+    skip_if_refused(backend, inputs)
+    (grad,) = torch.autograd.grad(inputs.call(backend).square().sum(), inputs.q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="prefix_attention can be differentiated once"):
+        torch.autograd.grad(grad.sum(), inputs.q)
