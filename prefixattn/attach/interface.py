@@ -1,0 +1,134 @@
+"""Hugging Face models through their registered attention and mask functions, both named "prefixattn".
+
+The prefixes of a forward travel as a keyword argument (`prefix_call`) through the model's layers to the attention
+function: no cache and no mask knows of them, nothing is kept on the modules between calls, and a layer that gradient
+checkpointing runs again meets the tensors it met the first time.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from prefixattn.attach.prefix import LayerPrefix
+from prefixattn.functional import prefix_attention
+
+NAME = "prefixattn"
+
+
+class PrefixCall(NamedTuple):
+    """What one forward of the model passes to its attention layers."""
+
+    prefixes: dict[int, LayerPrefix]  # layer -> key, value [Hkv, P, D]
+    dropout_p: float
+
+
+def padding_and_causality(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,  # [B, tokens seen]
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward, in the smallest form that says it.
+
+    None: no padding. `[B, n]`, bool: key padding; keys from n on are unused slots of a static cache. For both,
+    causality is the attention's own affair, and `generate`, which makes masks ahead of the model's forward and passes
+    them to it, may have this function meet its own result. Anything else (packed sequences, a prompt longer than one token in a
+    compiled static cache) is the explicit `[B, 1, L, S]` of transformers, which contains causality.
+    """
+    causal = mask_function is causal_mask_function
+    plain = causal or mask_function is bidirectional_mask_function
+    tracing = torch.compiler.is_compiling()
+    if not plain or kv_offset or (causal and isinstance(q_offset, Tensor) and q_length > 1 and tracing):
+        explicit = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **explicit,
+        )
+    if causal and isinstance(q_offset, Tensor) and q_length == 1:
+        # One query at a position only the device knows: the filled slots are those up to it.
+        filled = torch.arange(kv_length, device=device)[None] <= q_offset  # [1, S]
+        if attention_mask is None:
+            return filled.expand(batch_size, kv_length)
+        missing = max(kv_length - attention_mask.shape[-1], 0)
+        return filled & nn.functional.pad(attention_mask[:, :kv_length], (0, missing))
+    end = int(q_offset) + q_length if causal else kv_length
+    if attention_mask is None:
+        return None if end == kv_length else torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch_size, end)
+    if attention_mask.shape[-1] < end:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[-1]} columns, expected {end}: one for each token in the cache "
+            f"and in the input (a prefix has none)"
+        )
+    padding = attention_mask[:, :end]
+    # Looking for padding would stop a GPU until its queue is empty; there the mask is simply read.
+    if end == kv_length and padding.device.type == "cpu" and not tracing and bool(padding.all()):
+        return None
+    return padding
+
+
+def attention_with_prefix(
+    module: nn.Module,
+    query: Tensor,  # [B, H, L, D]
+    key: Tensor,  # [B, Hkv, S, D]
+    value: Tensor,  # [B, Hkv, S, D]
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    prefix_call: PrefixCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' `AttentionInterface`; returns `[B, L, H, D]` and no weights."""
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention with a prefix does not take {name}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is not None:
+        if attention_mask.ndim == 2:
+            width = attention_mask.shape[1]
+            key, value = key[:, :, :width], value[:, :, :width]
+            attention_mask = attention_mask[:, None, None, :]
+        else:
+            causal = False
+    found = None if prefix_call is None else prefix_call.prefixes.get(module.layer_idx)  # type: ignore[call-overload]
+    if found is None:
+        prefix_k = prefix_v = key.new_empty(key.shape[1], 0, key.shape[3])
+        prefix_dropout_p = 0.0
+    else:
+        prefix_k, prefix_v = (t.to(device=query.device, dtype=query.dtype) for t in found)
+        prefix_dropout_p = prefix_call.dropout_p  # type: ignore[union-attr]
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        prefix_k,
+        prefix_v,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        prefix_dropout_p=prefix_dropout_p,
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
+
+
+AttentionInterface.register(NAME, attention_with_prefix)
+AttentionMaskInterface.register(NAME, padding_and_causality)
