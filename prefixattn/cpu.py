@@ -37,7 +37,7 @@ def unsupported(
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype, torch.float32):
         reasons.append(f"attn_mask has dtype {attn_mask.dtype}; needs bool, {q.dtype} or float32")
     if needs[5]:
-        reasons.append("attn_mask requires a gradient, which has the size of the scores; detach it or use the reference")
+        reasons.append("attn_mask requires a gradient, which has the size of the scores; the reference makes it")
     return reasons
 
 
@@ -116,7 +116,7 @@ def _indices(t: Tensor | None) -> Tensor | None:
 
 
 def _strided(t: Tensor) -> tuple[int, int, int, int]:
-    return (t.data_ptr(), *t.stride()[:3])
+    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
 
 
 def _common(
@@ -137,18 +137,18 @@ def _common(
     """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
     B, H, L, D = q.shape
     T, Hkv, P, _ = prefix_k.shape
-    kind, mask, mask_stride3 = MASK_NONE, (0, 0, 0, 0), 0
+    kind, mask, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]
     if attn_mask is not None:
         kind = {torch.bool: MASK_BOOL, q.dtype: MASK_SAME_AS_Q}.get(attn_mask.dtype, MASK_FLOAT32)
-        *strides, mask_stride3 = (s if n > 1 else 0 for s, n in zip(attn_mask.stride(), attn_mask.shape, strict=True))
-        mask = (attn_mask.data_ptr(), *strides)
+        mask = attn_mask.data_ptr()
+        mask_strides = [s if n > 1 else 0 for s, n in zip(attn_mask.stride(), attn_mask.shape, strict=True)]
     return (
         DTYPES[q.dtype],
         *(B, H, Hkv, L, k.shape[2], T, P, D),
         *map(_strided, (q, k, v, prefix_k, prefix_v)),
         0 if rows is None else rows.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
-        *(kind, mask, mask_stride3),
+        *(kind, (mask, *mask_strides[:3]), mask_strides[3]),
         *(scale, is_causal, dropout_p, prefix_dropout_p),
         0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),

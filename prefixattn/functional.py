@@ -53,7 +53,8 @@ def prefix_attention(
 
     Under autocast the inputs are cast as SDPA's are; a float32 mask stays as it is.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    # torch's question has no answer for meta, and raises
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v, prefix_k, prefix_v, attn_mask = _autocast(q, k, v, prefix_k, prefix_v, attn_mask)
     _check_tensors(q, k, v, prefix_k, prefix_v, enable_gqa)
     if prefix_k.dim() == 3:

@@ -40,8 +40,8 @@ def padding_and_causality(
     """The mask of a forward, in the smallest form that says it.
 
     None: no padding. `[B, n]`, bool: key padding; keys from n on are unused slots of a static cache. For both,
-    causality is the attention's own affair, and `generate`, which makes masks ahead of the model's forward and passes
-    them to it, may have this function meet its own result. Anything else (packed sequences, a prompt longer than one token in a
+    causality is the attention's own affair. `generate` makes masks ahead of the model's forward and passes them to it,
+    so this function may meet its own result. Anything else (packed sequences, a prompt longer than one token in a
     compiled static cache) is the explicit `[B, 1, L, S]` of transformers, which contains causality.
     """
     causal = mask_function is causal_mask_function
