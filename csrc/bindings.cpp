@@ -20,7 +20,8 @@ bool cpu_has(const std::string &isa) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == "avx2") return avx2;
     if (isa == "avx512") return avx512;
-    if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    if (isa == "avx512_bf16")
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 #endif
     return isa == "portable";
 }
@@ -57,7 +58,8 @@ py::list isas() {
 }
 
 Strided strided(const py::tuple &t) {  // (address, stride0, stride1, stride2)
-    return {reinterpret_cast<void *>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+    return {reinterpret_cast<void *>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+            t[3].cast<int64_t>()};
 }
 template <class T>
 T *address(uintptr_t x) {
@@ -70,7 +72,8 @@ struct Common {  // what prefixattn/cpu.py passes as one tuple, in this order
         int i = 0;
         const auto next = [&] { return t[i++]; };
         p.dtype = static_cast<DType>(next().template cast<int>());
-        for (int64_t *size : {&p.B, &p.H, &p.Hkv, &p.L, &p.S, &p.T, &p.P, &p.D}) *size = next().template cast<int64_t>();
+        for (int64_t *size : {&p.B, &p.H, &p.Hkv, &p.L, &p.S, &p.T, &p.P, &p.D})
+            *size = next().template cast<int64_t>();
         for (Strided *s : {&p.q, &p.k, &p.v, &p.prefix_k, &p.prefix_v}) *s = strided(next().template cast<py::tuple>());
         p.rows = address<const int64_t>(next().template cast<uintptr_t>());
         p.lengths = address<const int64_t>(next().template cast<uintptr_t>());

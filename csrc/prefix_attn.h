@@ -22,10 +22,10 @@ struct AttnParams {
     const int64_t *rows;         // [B], row of the prefix for each sample; null: row 0 if T == 1, else row b
     const int64_t *lengths;      // [B], prefix rows in use for each sample; null: P
     MaskKind mask_kind;
-    Strided mask;                // [B, H, L, S], own keys only; a stride of 0 broadcasts
-    int64_t mask_stride3;        // along S
-    float scale;                 // applied to q @ k.T, before the softmax
-    bool causal;                 // own key s is visible to query l iff s <= l + S - L
+    Strided mask;          // [B, H, L, S], own keys only; a stride of 0 broadcasts
+    int64_t mask_stride3;  // along S
+    float scale;           // applied to q @ k.T, before the softmax
+    bool causal;           // own key s is visible to query l iff s <= l + S - L
     double dropout_p, prefix_dropout_p;
     uint64_t seed;
     int threads;
@@ -39,13 +39,13 @@ struct FwdParams : AttnParams {
 };
 
 struct BwdParams : AttnParams {
-    Strided dout, out;                   // [B, H, L, D]
-    const float *lse;                    // [B, H, L]
-    const float *dlse;                   // [B, H, L] or null
+    Strided dout, out;  // [B, H, L, D]
+    const float *lse;   // [B, H, L]
+    const float *dlse;  // [B, H, L] or null
     // outputs; a null pointer: not wanted
-    Strided dq;                          // [B, H, L, D]
-    Strided dk, dv;                      // [B, Hkv, S, D]
-    Strided dprefix_k, dprefix_v;        // [T, Hkv, P, D], summed over the samples that used the row
+    Strided dq;                    // [B, H, L, D]
+    Strided dk, dv;                // [B, Hkv, S, D]
+    Strided dprefix_k, dprefix_v;  // [T, Hkv, P, D], summed over the samples that used the row
 };
 
 // One entry per instruction set; null members were not compiled.

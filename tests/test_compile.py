@@ -211,3 +211,9 @@ def test_func_grad(backend: str) -> None:
     expected = torch.autograd.grad((inputs.call(backend) * inputs.dout).sum(), list(inputs.tensors.values()))
     for name, grad, right in zip(inputs.tensors, grads, expected, strict=True):
         assert torch.equal(grad, right), name
+
+
+def test_meta_tensors_have_a_shape() -> None:
+    q, prefix = torch.empty(2, 3, 5, 8, device="meta"), torch.empty(3, 4, 8, device="meta")
+    out, lse = prefix_attention(q, q, q, prefix, prefix, return_lse=True)
+    assert (out.shape, lse.shape, out.device.type) == ((2, 3, 5, 8), (2, 3, 5), "meta")

@@ -10,14 +10,14 @@ template <class Storage, class Dot>
 class QuerySide {
     using Ops = Operands<Storage, Dot>;
 
-   public:
+  public:
     QueryBlock q{};
-    int64_t b = -1, h = -1, block = -1;  // what is packed here
-    float *queries, *douts;              // [words(D)][width]
+    int64_t b = -1, h = -1, block = -1;   // what is packed here
+    float *queries, *douts;               // [words(D)][width]
     const float *query_rows, *dout_rows;  // [words(lanes)][ld], summed over in dK and dV
     ptrdiff_t query_ld, dout_ld;
-    // [width] each. A weight is exp(score - pivot) * weight: with a pivot near the scores, not at lse, the difference keeps
-    // its last bits. weight is 0 where a query has no key.
+    // [width] each. A weight is exp(score - pivot) * weight: with a pivot near the scores, not at lse, the difference
+    // keeps its last bits. weight is 0 where a query has no key.
     float *pivot, *weight, *delta;
 
     void allocate(const BwdParams &p, Arena &arena) {
@@ -58,7 +58,7 @@ class QuerySide {
         }
     }
 
-   private:
+  private:
     void side(const Strided &t, float *rows, float *transposed, float *copy, const float **by_rows, ptrdiff_t *ld) {
         const char *src = at(t, b, h, q.l0, Ops::kSize);
         const ptrdiff_t stride = t.stride2 * Ops::kSize;
@@ -70,7 +70,8 @@ class QuerySide {
             const Storage *row = (const Storage *)(src + i * stride);
             float *dst = copy + (int64_t)(i / Ops::kRowAlign) * Dp_;
             if constexpr (Ops::kPairs)
-                interleave(row, i + 1 < q.lanes ? (const bf16 *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst, D_);
+                interleave(row, i + 1 < q.lanes ? (const bf16 *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst,
+                           D_);
             else
                 widen(row, dst, D_);
             for (int d = D_; d < Dp_; ++d) dst[d] = 0;
@@ -88,7 +89,7 @@ class KeySide {
     using Ops = Operands<Storage, Dot>;
     using Rows = typename Ops::Rows;
 
-   public:
+  public:
     Rows k{}, v{};
     const uint32_t *pairs = nullptr;  // [n / 2][D], keys in pairs, for dQ
     int64_t j0 = 0;                   // prefix row or own key
@@ -118,7 +119,7 @@ class KeySide {
         pairs = pairs_;
     }
 
-   private:
+  private:
     float *k_copy_, *v_copy_;
     uint32_t *pairs_;
 };
@@ -129,7 +130,7 @@ class BwdTile {
     using Queries = QuerySide<Storage, Dot>;
     using Keys = KeySide<Storage, Dot>;
 
-   public:
+  public:
     void allocate(const BwdParams &p, Arena &arena, int keys) {
         D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
         const int64_t size = (int64_t)(keys + 2) * kLanes;
@@ -155,22 +156,24 @@ class BwdTile {
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
-            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.k.by_row(r0 + r), q.queries + skip, width, scores_ + at_row,
-                            width, false);
-            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.v.by_row(r0 + r), q.douts + skip, width, dweights_ + at_row,
-                            width, false);
+            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.k.by_row(r0 + r), q.queries + skip, width,
+                            scores_ + at_row, width, false);
+            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.v.by_row(r0 + r), q.douts + skip, width,
+                            dweights_ + at_row, width, false);
         });
         float factor = p.scale;
         const Masker masker(p, q.b, q.h, mask_, 1);
         if (!keys.prefix) {
             if (masker.scales() || factor <= 0) {  // what a mask hides must stay -inf
-                for (int64_t i = 0; i < (int64_t)n * width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(factor));
+                for (int64_t i = 0; i < (int64_t)n * width; i += VL)
+                    vstore(scores_ + i, vload(scores_ + i) * vset(factor));
                 factor = 1;
             }
             masker.apply(q.q, strips, keys.j0 + r0, n, scores_);
         }
         const int64_t virtual0 = keys.prefix ? keys.j0 : p.P + keys.j0 + r0;
-        p.dropout_p > 0 ? weights<true>(p, q, virtual0, n, factor, keys.gain) : weights<false>(p, q, virtual0, n, factor, keys.gain);
+        p.dropout_p > 0 ? weights<true>(p, q, virtual0, n, factor, keys.gain)
+                        : weights<false>(p, q, virtual0, n, factor, keys.gain);
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
@@ -180,25 +183,26 @@ class BwdTile {
                     return Ops::kPairs ? Operand{(const char *)(half + at_row), 2 * width, 4}
                                        : Operand{(const char *)(full + at_row), 4 * width, 4};
                 };
-                gemm<Dot, true>(count, Dp_, queries, rows_of(weight_rows_, scores_), q.dout_rows + first * q.dout_ld, q.dout_ld,
-                                dv + (int64_t)(r0 + r) * Dp_, Dp_, true);
-                gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_, dweights_), q.query_rows + first * q.query_ld,
-                                q.query_ld, dk + (int64_t)(r0 + r) * Dp_, Dp_, true);
+                gemm<Dot, true>(count, Dp_, queries, rows_of(weight_rows_, scores_), q.dout_rows + first * q.dout_ld,
+                                q.dout_ld, dv + (int64_t)(r0 + r) * Dp_, Dp_, true);
+                gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_, dweights_),
+                                q.query_rows + first * q.query_ld, q.query_ld, dk + (int64_t)(r0 + r) * Dp_, Dp_, true);
             }
             if (dq && Ops::kPairs) {
                 const Operand a{(const char *)(keys.pairs + (int64_t)(r0 + r) / 2 * D_), 4, 4 * (ptrdiff_t)D_};
-                gemm<Dot, false>(D_, width - skip, (count + 1) / 2, a, (const float *)dscore_pairs_ + (int64_t)r / 2 * width + skip,
-                                 width, dq + skip, width, true);
-            } else if (dq) {
-                gemm<Dot, false>(D_, width - skip, count, keys.k.by_column(r0 + r), dweights_ + at_row, width, dq + skip, width,
+                gemm<Dot, false>(D_, width - skip, (count + 1) / 2, a,
+                                 (const float *)dscore_pairs_ + (int64_t)r / 2 * width + skip, width, dq + skip, width,
                                  true);
+            } else if (dq) {
+                gemm<Dot, false>(D_, width - skip, count, keys.k.by_column(r0 + r), dweights_ + at_row, width,
+                                 dq + skip, width, true);
             }
         });
     }
 
-   private:
-    // scores -> weights after dropout, dweights -> dscores. Keys and values lack the gain of prefix dropout, which enters
-    // here, and for dv where the sample's mask is applied.
+  private:
+    // scores -> weights after dropout, dweights -> dscores. Keys and values lack the gain of prefix dropout, which
+    // enters here, and for dv where the sample's mask is applied.
     template <bool kDrop>
     void weights(const BwdParams &p, const Queries &q, int64_t j0, int n, float factor, float gain) {
         const int width = q.q.width;
@@ -206,7 +210,8 @@ class BwdTile {
         alignas(64) float kept[2][kLanes];
         const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
             const int64_t x = (int64_t)r * width + i;
-            const vf probability = vexp(vfma(vload(scores_ + x), vset(factor * gain), vzero() - vload(q.pivot + i))) * vload(q.weight + i);
+            const vf probability =
+                vexp(vfma(vload(scores_ + x), vset(factor * gain), vzero() - vload(q.pivot + i))) * vload(q.weight + i);
             vf dweight = vload(dweights_ + x) * vset(gain);
             weight = probability;
             if (kDrop) {
@@ -248,9 +253,9 @@ class BwdTile {
     }
 
     int D_, Dp_;
-    float *scores_, *dweights_;           // [keys][width]
-    bf16 *weight_rows_, *dscore_rows_;    // the same in bfloat16
-    uint32_t *dscore_pairs_;              // [keys / 2][width]
+    float *scores_, *dweights_;         // [keys][width]
+    bf16 *weight_rows_, *dscore_rows_;  // the same in bfloat16
+    uint32_t *dscore_pairs_;            // [keys / 2][width]
     float *mask_;
 };
 

@@ -35,7 +35,8 @@ struct Operand {       // words of A
 // MR rows by NV vectors of C in registers. kStepIsWord: A.step == 4 (k runs along memory), else A.row == 4.
 template <class Dot, int MR, int NV, bool kStepIsWord>
 inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, int K, bool accumulate) {
-    // A narrow tile has registers to spare: it sums in short runs, as a dot product along vectors would, and errs as little.
+    // A narrow tile has registers to spare: it sums in short runs, as a dot product along vectors would, and errs as
+    // little.
     constexpr int kRun = NV == 1 ? 16 : 1 << 30;
     vf acc[MR][NV], total[MR][NV];
 #pragma GCC unroll 16
@@ -75,7 +76,10 @@ inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t l
 
 template <class Dot, int NV, bool kStepIsWord>
 void column(int M, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, int K, bool accumulate) {
-    constexpr int MR = NV == 4 ? 6 : NV == 3 ? 8 : kMaxNV == 4 ? 8 : 6;  // fills the register file, leaves the latency covered
+    constexpr int MR = NV == 4       ? 6
+                       : NV == 3     ? 8
+                       : kMaxNV == 4 ? 8
+                                     : 6;  // fills the register file, leaves the latency covered
     int m = 0;
     const auto step = [&](int rows) {
         m += rows;
@@ -95,11 +99,19 @@ void gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *
     for (int vectors = N / VL; vectors > 0;) {
         const int nv = vectors <= kMaxNV ? vectors : vectors == kMaxNV + 1 && kMaxNV > 2 ? kMaxNV - 1 : kMaxNV;
         switch (nv) {
-            case 1: column<Dot, 1, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate); break;
-            case 2: column<Dot, 2, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate); break;
+            case 1:
+                column<Dot, 1, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate);
+                break;
+            case 2:
+                column<Dot, 2, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate);
+                break;
 #if defined(PA_AVX512)
-            case 3: column<Dot, 3, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate); break;
-            case 4: column<Dot, 4, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate); break;
+            case 3:
+                column<Dot, 3, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate);
+                break;
+            case 4:
+                column<Dot, 4, kStepIsWord>(M, a, b, ldb, c, ldc, K, accumulate);
+                break;
 #endif
         }
         vectors -= nv;

@@ -55,9 +55,12 @@ inline bool is_key_padding(const AttnParams &p) { return p.mask_kind != MaskKind
 // What the mask adds to a score; bool: True attends.
 inline float mask_value(const AttnParams &p, const char *x) {
     switch (p.mask_kind) {
-        case MaskKind::kBool: return *x ? 0.f : kMinusInf;
-        case MaskKind::kFloat32: return *(const float *)x;
-        default: break;
+        case MaskKind::kBool:
+            return *x ? 0.f : kMinusInf;
+        case MaskKind::kFloat32:
+            return *(const float *)x;
+        default:
+            break;
     }
     if (p.dtype == DType::kFloat32) return *(const float *)x;
     return p.dtype == DType::kBFloat16 ? to_float(*(const bf16 *)x) : to_float(*(const f16 *)x);
@@ -104,7 +107,7 @@ struct Strips {
     int first_hidden_row() const { return end0_; }
     int hidden_lanes(int row) const { return (int)max_of<int64_t>(0, row - diagonal_); }
 
-   private:
+  private:
     int n_, end0_;
     int64_t diagonal_;
 };

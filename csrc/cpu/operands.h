@@ -23,7 +23,7 @@ struct Operands {
     // Rows of keys or values as operand A of gemm.
     struct Rows {
         const char *data;
-        ptrdiff_t stride;  // bytes
+        ptrdiff_t stride;                                                          // bytes
         Operand by_row(int r) const { return {data + r * stride, stride, 4}; }     // A[m = row, k = d]
         Operand by_column(int r) const { return {data + r * stride, 4, stride}; }  // A[m = d, k = row], floats only
     };
@@ -44,14 +44,15 @@ struct Operands {
         const Rows in_place{at(t, i0, i1, j0, kSize), (ptrdiff_t)(t.stride2 * kSize)};
         if (!kWiden) return in_place;
         float *dst = (float *)buffer;
-        for (int r = 0; r < n; ++r) widen((const Storage *)(in_place.data + r * in_place.stride), dst + (int64_t)r * D, D);
+        for (int r = 0; r < n; ++r)
+            widen((const Storage *)(in_place.data + r * in_place.stride), dst + (int64_t)r * D, D);
         return {(const char *)dst, (ptrdiff_t)(4 * D)};
     }
 
     // The same for prefix rows under dropout: every sample has its own copy, made here, in which what is dropped is 0;
     // the scale of what is kept is applied in fp32 to what the copy was multiplied into. stream: 1 keys, 2 values.
-    static Rows dropped_prefix(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n, int stream,
-                               void *buffer) {
+    static Rows dropped_prefix(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n,
+                               int stream, void *buffer) {
         const int D = (int)p.D;
         const Keep keep(p.prefix_dropout_p);
         const int64_t size = kPairs ? 2 : 4;
@@ -68,8 +69,8 @@ struct Operands {
         return {(const char *)buffer, (ptrdiff_t)(size * D)};
     }
 
-    static Rows prefix_rows(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n, int stream,
-                            void *buffer) {
+    static Rows prefix_rows(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n,
+                            int stream, void *buffer) {
         if (p.prefix_dropout_p > 0) return dropped_prefix(p, t, b, head, j0, n, stream, buffer);
         return rows(t, prefix_row(p, b), head, j0, n, (int)p.D, buffer);
     }
@@ -77,8 +78,9 @@ struct Operands {
     // dst[r / 2][d] = (row r, row r + 1): rows become the summed index of a product in pairs.
     static void pair_rows(const Rows &x, int n, int D, uint32_t *dst) {
         for (int r = 0; r < n; r += 2)
-            interleave((const bf16 *)(x.data + r * x.stride), r + 1 < n ? (const bf16 *)(x.data + (r + 1) * x.stride) : nullptr,
-                       dst + (int64_t)(r / 2) * D, D);
+            interleave((const bf16 *)(x.data + r * x.stride),
+                       r + 1 < n ? (const bf16 *)(x.data + (r + 1) * x.stride) : nullptr, dst + (int64_t)(r / 2) * D,
+                       D);
     }
 };
 
@@ -94,7 +96,7 @@ inline void store_pairs(uint32_t *dst, vf low, vf high) {
 
 // Masks of own keys, added to scores S [rows][width] of keys s0 .. s0 + n; `unit` is a score of 1 in the units of S.
 class Masker {
-   public:
+  public:
     static int64_t scratch_floats(const AttnParams &p, int rows) {
         return p.mask_kind == MaskKind::kNone || is_key_padding(p) ? 0 : (int64_t)2 * (rows + 16) * kLanes;
     }
@@ -115,12 +117,13 @@ class Masker {
         if (p_.causal) causal(q, strips, n, S);
     }
 
-   private:
+  private:
     void padding(const QueryBlock &q, int64_t s0, int n, float *S) const {
         for (int r = 0; r < n; ++r) {
             const float bias = mask_value(p_, base_ + (s0 + r) * p_.mask_stride3 * size_) * unit_;
             if (bias == 0) continue;
-            for (int i = 0; i < q.width; i += VL) vstore(S + (int64_t)r * q.width + i, vload(S + (int64_t)r * q.width + i) + vset(bias));
+            for (int i = 0; i < q.width; i += VL)
+                vstore(S + (int64_t)r * q.width + i, vload(S + (int64_t)r * q.width + i) + vset(bias));
         }
     }
 

@@ -34,7 +34,8 @@ inline float to_float(f16 x) {
 inline void from_float(float x, float *y) { *y = x; }
 inline void from_float(float x, bf16 *y) {  // to nearest even
     const uint32_t u = float_to_bits(x);
-    y->bits = (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+    y->bits =
+        (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 inline void from_float(float x, f16 *y) {  // to nearest even
     const uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
@@ -63,7 +64,8 @@ inline void narrow(const float *src, T *dst, int n) {
 #if defined(PA_AVX512) || defined(PA_AVX2)
 template <>
 inline void widen(const f16 *src, float *dst, int n) {
-    for (int i = 0; i < n; i += 8) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + i))));
+    for (int i = 0; i < n; i += 8)
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + i))));
 }
 template <>
 inline void narrow(const float *src, f16 *dst, int n) {
@@ -137,7 +139,7 @@ inline void transpose(const void *src, ptrdiff_t stride, int rows, int cols, flo
 
 // Hands out 64-byte aligned pieces of one buffer; with a null base it only counts.
 class Arena {
-   public:
+  public:
     explicit Arena(void *base = nullptr) : base_((char *)base) {}
     template <class T>
     T *take(int64_t n) {
@@ -147,7 +149,7 @@ class Arena {
     }
     int64_t used() const { return used_; }
 
-   private:
+  private:
     char *base_;
     int64_t used_ = 0;
 };

@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon et al., 2011), counter = position, so that every backend and both passes drop the same elements.
+// Philox4x32-10 (Salmon et al., 2011), counter = position, so that every backend and both passes drop the same
+// elements.
 #pragma once
 #include "vec.h"
 
@@ -12,7 +13,8 @@ struct Keep {            // what is kept, and how it is scaled
 };
 
 // words[w][i] of the counters (c0, c1 + i, c2, c3), i < n.
-inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, int n, uint32_t words[4][kLanes]) {
+inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, int n,
+                   uint32_t words[4][kLanes]) {
     for (int i = 0; i < n; ++i) {
         uint32_t x0 = c0, x1 = c1 + (uint32_t)i, x2 = c2, x3 = c3;
         uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -35,7 +37,7 @@ inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_
 
 // Row by row multipliers (0 or the scale) for the attention weights of keys j, j + 1, ... and queries l0 .. l0 + n.
 class AttentionDropout {
-   public:
+  public:
     AttentionDropout(uint64_t seed, double p, int64_t head, int64_t l0, int n)
         : keep_(p), seed_(seed), head_((uint32_t)head), l0_((uint32_t)l0), n_(n) {}
 
@@ -48,7 +50,7 @@ class AttentionDropout {
         for (int i = 0; i < n_; ++i) multiplier[i] = w[i] >= keep_.threshold ? keep_.scale : 0.f;
     }
 
-   private:
+  private:
     Keep keep_;
     uint64_t seed_;
     uint32_t head_, l0_;

@@ -1,7 +1,8 @@
 // Backward. Two schedules over the same tiles:
 //   fused  a unit is one key head with the samples that share a prefix row; every tile is computed once (5 products),
 //          gradients of the prefix stay in the thread's scratch from sample to sample and leave already summed.
-//   split  when that scratch would pass its budget, or there are too few units, or no dq is wanted: passes over own keys,
+//   split  when that scratch would pass its budget, or there are too few units, or no dq is wanted: passes over own
+//   keys,
 //          over the prefix, and over queries, each with as many units as it has chunks (7 products with all of them).
 // Sums run in an order that depends on shapes and the number of threads alone.
 #pragma once
@@ -21,17 +22,19 @@ class Backward {
     static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold
     static constexpr int kMaxSlots = 64;         // query blocks kept packed
 
-   public:
+  public:
     static void run(const BwdParams &p) {
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
         Job job{p, chunk_keys(p), 1, nullptr};
         const int64_t blocks = query_blocks(p.L);
         if (p.dq.data && (own || prefix) && fused_fits(p)) {
             const int64_t rows = p.T * p.Hkv, wanted = 2 * p.threads;
-            if (p.T == 1 && rows < wanted && p.threads > 1) job.slices = min_of<int64_t>(p.B, (wanted + rows - 1) / rows);
+            if (p.T == 1 && rows < wanted && p.threads > 1)
+                job.slices = min_of<int64_t>(p.B, (wanted + rows - 1) / rows);
             const int64_t partial = 2 * p.P * padded(p);
             if (rows * job.slices >= p.threads || rows * job.slices >= p.B * p.Hkv) {
-                if (job.slices > 1 && prefix) job.partials = (float *)std::malloc(sizeof(float) * partial * rows * job.slices);
+                if (job.slices > 1 && prefix)
+                    job.partials = (float *)std::malloc(sizeof(float) * partial * rows * job.slices);
                 if (job.slices == 1 || !prefix || job.partials) {
                     parallel_for(rows * job.slices, p.threads, fused_unit, &job);
                     if (job.partials) parallel_for(rows, p.threads, sum_partials, &job);
@@ -45,7 +48,7 @@ class Backward {
         if (p.dq.data) parallel_for(p.B * p.H * blocks, p.threads, query_unit, &job);
     }
 
-   private:
+  private:
     struct Job {
         const BwdParams &p;
         int keys;         // of a chunk
@@ -141,7 +144,8 @@ class Backward {
     static void query_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
         const BwdParams &p = job.p;
-        const int64_t blocks = query_blocks(p.L), block = unit % blocks, h = unit / blocks % p.H, b = unit / blocks / p.H;
+        const int64_t blocks = query_blocks(p.L), block = unit % blocks, h = unit / blocks % p.H,
+                      b = unit / blocks / p.H;
         with_scratch(job, false, [&](Backward &w) {
             Queries &q = w.queries_[0];
             q.pack(p, b, h, block, w.rows_);
@@ -175,7 +179,8 @@ class Backward {
             store_own(b, g, s0, n);
         }
         for (int64_t i = 0; i < blocks; ++i)
-            store_dq(b, g * heads(p_) + i / query_blocks(p_.L), query_block(p_.L, i % query_blocks(p_.L)), dq_ + i * D_ * kLanes);
+            store_dq(b, g * heads(p_) + i / query_blocks(p_.L), query_block(p_.L, i % query_blocks(p_.L)),
+                     dq_ + i * D_ * kLanes);
     }
 
     // Adds one sample's share of prefix rows p0 .. p0 + n, of which it uses those below its length.
@@ -197,7 +202,9 @@ class Backward {
             for (int r = 0; r < n; ++r) {
                 prefix_dropout_row(p_.seed, keep, b * p_.Hkv + g, p0 + r, stream, D_, multiplier);
                 for (int d = 0; d < D_; ++d) {
-                    const float m = stream == 2 ? multiplier[d] : multiplier[d] > 0 ? 1.f : 0.f;  // dk has the gain already
+                    const float m = stream == 2         ? multiplier[d]
+                                    : multiplier[d] > 0 ? 1.f
+                                                        : 0.f;  // dk has the gain already
                     to[(int64_t)r * Dp_ + d] += from[(int64_t)r * Dp_ + d] * m;
                 }
             }

@@ -12,12 +12,12 @@ class Forward {
     using Rows = typename Ops::Rows;
     static constexpr int kKeys = 128;  // keys of a block: its scores (32 KB) stay in L1
 
-   public:
+  public:
     static void run(const FwdParams &p) {
         parallel_for(p.B * p.H * query_blocks(p.L), p.threads, unit, const_cast<FwdParams *>(&p));
     }
 
-   private:
+  private:
     static void unit(void *context, int64_t unit) {
         const auto &p = *(const FwdParams *)context;
         const int64_t blocks = query_blocks(p.L), bh = unit / blocks;
@@ -53,7 +53,8 @@ class Forward {
         for (int64_t done = 0; done < total; done += per_block) {
             const int64_t end = min_of(done + per_block, total);
             const int64_t p0 = min_of(done, length), p1 = min_of(end, length);
-            const int64_t s0 = own.begin + max_of<int64_t>(done - length, 0), s1 = own.begin + max_of<int64_t>(end - length, 0);
+            const int64_t s0 = own.begin + max_of<int64_t>(done - length, 0),
+                          s1 = own.begin + max_of<int64_t>(end - length, 0);
             attend(p0, (int)(p1 - p0), s0, (int)(s1 - s0));
         }
         store();
@@ -84,7 +85,8 @@ class Forward {
             const Rows k = Ops::prefix_rows(p_, p_.prefix_k, b_, g, p0, np, 1, key_copy_);
             gemm<Dot, true>(np, q_.width, Ops::words(D_), k.by_row(0), queries_, q_.width, scores_, q_.width, false);
             if (gain_ != 1)
-                for (int64_t i = 0; i < (int64_t)np * q_.width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(gain_));
+                for (int64_t i = 0; i < (int64_t)np * q_.width; i += VL)
+                    vstore(scores_ + i, vload(scores_ + i) * vset(gain_));
             if (np_even > np) hide_row(scores_, np);
         }
         if (ns > 0) {
@@ -97,7 +99,8 @@ class Forward {
         const Masker masker(p_, b_, h_, mask_, kLog2e);
         float factor = factor_;
         if (masker.scales()) {
-            for (int64_t i = 0; i < (int64_t)n * q_.width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(factor));
+            for (int64_t i = 0; i < (int64_t)n * q_.width; i += VL)
+                vstore(scores_ + i, vload(scores_ + i) * vset(factor));
             factor = 1;
         }
         masker.apply(q_, strips, s0, ns, own_scores);
@@ -152,7 +155,8 @@ class Forward {
         const vf rescale = vexp2(old_max - pivot);
         vstore(row_max_ + lane, new_max);
 
-        vstore(prefix_sum_ + lane, vload(prefix_sum_ + lane) * rescale + exponentials<kDrop>(lane, 0, np, factor, pivot));
+        vstore(prefix_sum_ + lane,
+               vload(prefix_sum_ + lane) * rescale + exponentials<kDrop>(lane, 0, np, factor, pivot));
         vstore(own_sum_ + lane, vload(own_sum_ + lane) * rescale + exponentials<kDrop>(lane, np, n, factor, pivot));
         for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
     }
@@ -170,7 +174,8 @@ class Forward {
         };
         int r = begin;
         for (; r + 4 <= end; r += 4) {
-            const vf w0 = weight(r, sum[0]), w1 = weight(r + 1, sum[1]), w2 = weight(r + 2, sum[2]), w3 = weight(r + 3, sum[3]);
+            const vf w0 = weight(r, sum[0]), w1 = weight(r + 1, sum[1]), w2 = weight(r + 2, sum[2]),
+                     w3 = weight(r + 3, sum[3]);
             put(r, lane, w0, w1);
             put(r + 2, lane, w2, w3);
         }
@@ -197,11 +202,12 @@ class Forward {
             Rows rows{v.data + r * v.stride, v.stride};
             Ops::pair_rows(rows, n, D_, value_pairs_);
             const Operand a{(const char *)value_pairs_, 4, (ptrdiff_t)(4 * D_)};
-            gemm<Dot, false>(D_, q_.width - skip, (n + 1) / 2, a, (const float *)pairs_ + (int64_t)(first + r) / 2 * q_.width + skip,
-                             q_.width, acc_ + skip, q_.width, true);
+            gemm<Dot, false>(D_, q_.width - skip, (n + 1) / 2, a,
+                             (const float *)pairs_ + (int64_t)(first + r) / 2 * q_.width + skip, q_.width, acc_ + skip,
+                             q_.width, true);
         } else {
-            gemm<Dot, false>(D_, q_.width - skip, n, v.by_column(r), scores_ + (int64_t)(first + r) * q_.width + skip, q_.width,
-                             acc_ + skip, q_.width, true);
+            gemm<Dot, false>(D_, q_.width - skip, n, v.by_column(r), scores_ + (int64_t)(first + r) * q_.width + skip,
+                             q_.width, acc_ + skip, q_.width, true);
         }
     }
 
@@ -230,15 +236,15 @@ class Forward {
     const int D_;
     const QueryBlock q_;
     Arena arena_;
-    float factor_;             // queries_ . keys times this is the score in units of log2
-    float gain_;               // what prefix dropout multiplies kept elements by
+    float factor_;                                 // queries_ . keys times this is the score in units of log2
+    float gain_;                                   // what prefix dropout multiplies kept elements by
     double log2_to_natural_ = 0.6931471805599453;  // also undoes the rounding of factor_
-    float *queries_;           // [words(D)][width]
-    float *scores_;            // [keys][width], then the weights
-    float *acc_;               // [D][width], out transposed
-    float *rows_;              // [lanes][D]
-    uint32_t *pairs_;          // [keys / 2][width], weights in pairs of keys
-    uint32_t *value_pairs_;    // [keys / 2][D]
+    float *queries_;                               // [words(D)][width]
+    float *scores_;                                // [keys][width], then the weights
+    float *acc_;                                   // [D][width], out transposed
+    float *rows_;                                  // [lanes][D]
+    uint32_t *pairs_;                              // [keys / 2][width], weights in pairs of keys
+    uint32_t *value_pairs_;                        // [keys / 2][D]
     float *key_copy_, *value_copy_, *mask_, *multipliers_;
     alignas(64) float row_max_[kLanes], own_sum_[kLanes], prefix_sum_[kLanes];
 };

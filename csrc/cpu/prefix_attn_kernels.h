@@ -14,17 +14,23 @@ using Bf16Arithmetic = Fp32;
 
 inline void fwd(const FwdParams &p) {
     switch (p.dtype) {
-        case DType::kFloat32: return Forward<float, Fp32>::run(p);
-        case DType::kBFloat16: return Forward<bf16, Bf16Arithmetic>::run(p);
-        case DType::kFloat16: return Forward<f16, Fp32>::run(p);
+        case DType::kFloat32:
+            return Forward<float, Fp32>::run(p);
+        case DType::kBFloat16:
+            return Forward<bf16, Bf16Arithmetic>::run(p);
+        case DType::kFloat16:
+            return Forward<f16, Fp32>::run(p);
     }
 }
 
 inline void bwd(const BwdParams &p) {
     switch (p.dtype) {
-        case DType::kFloat32: return Backward<float, Fp32>::run(p);
-        case DType::kBFloat16: return Backward<bf16, Bf16Arithmetic>::run(p);
-        case DType::kFloat16: return Backward<f16, Fp32>::run(p);
+        case DType::kFloat32:
+            return Backward<float, Fp32>::run(p);
+        case DType::kBFloat16:
+            return Backward<bf16, Bf16Arithmetic>::run(p);
+        case DType::kFloat16:
+            return Backward<f16, Fp32>::run(p);
     }
 }
 

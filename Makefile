@@ -1,0 +1,58 @@
+# make demo | test | bench | lint | build | clean. Everything happens in .venv; nothing outside this folder is touched.
+#
+# Versions: requirements/tested.txt, or yours:         make test TORCH=torch==2.15.0 TRANSFORMERS=transformers==5.17.0
+# Another interpreter:                                 make test PYTHON=python3.12
+
+PYTHON ?= python3
+TESTED := requirements/tested.txt
+TORCH ?= $(shell grep '^torch==' $(TESTED))
+TRANSFORMERS ?= $(shell grep '^transformers==' $(TESTED))
+VENV := .venv
+PY := $(VENV)/bin/python
+# one stamp for each choice of versions, so that another choice installs and the same one does not
+STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test bench lint build clean
+
+demo: build
+	$(PY) bench/paper/e2e.py --preset demo
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PY) -m pytest bench/bench_prefix_attn.py
+	$(PY) bench/plot.py
+
+lint: $(VENV)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+# ninja compiles what changed; a machine that cannot compile goes on without, and the output says why
+build: $(STAMP)
+	@$(PY) setup.py -q build_ext --inplace
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "prefixattn needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; \
+	    exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    rm -rf $(VENV); \
+	    echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	    exit 1; }
+
+$(STAMP): $(TESTED) pyproject.toml | $(PY)
+	rm -f $(VENV)/installed-*
+	grep -v -e '^torch==' -e '^transformers==' $(TESTED) > $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -r $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/lint: requirements/lint.txt $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info prefixattn/_C*.so prefixattn/_C_build.json .benchmarks .pytest_cache .mypy_cache .ruff_cache

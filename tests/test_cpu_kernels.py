@@ -1,0 +1,111 @@
+"""What is particular to the CPU kernels: every instruction set, the schedules of the backward, threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixattn import backends
+from prefixattn.testing import FEATURES, Shape, assert_all_as_accurate, exact, make_inputs, ours, same_dtype
+
+if reasons := backends.here()["cpu"]:
+    pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)
+
+from prefixattn import _C
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# each for a path of its own: tails of vectors and pairs, the diagonal, copies, both schedules of the backward
+CASES = {
+    "tails": (Shape(2, 3, 3, 37, 41, 5, 40), "causal"),
+    "diagonal": (Shape(1, 2, 2, 130, 130, 17, 64), "causal"),
+    "grouped_bank": (Shape(3, 4, 2, 20, 33, 10, 24), "bank_sample_lengths"),
+    "blind": (Shape(2, 2, 2, 18, 9, 0, 16), "blind_rows"),
+    "wide": (Shape(1, 1, 1, 70, 140, 65, 256), "plain"),
+    "padding": (Shape(2, 2, 2, 33, 70, 3, 64), "key_padding"),
+}
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", _C.isas())
+def test_every_instruction_set(name: str, case: str, dtype: str) -> None:
+    shape, feature = CASES[case]
+    inputs = make_inputs(shape, DTYPES[dtype], **FEATURES[feature])
+    with isa(name):
+        assert _C.isa() == name
+        assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"instruction set is 'mmx', expected one that runs here: .*portable"):
+        _C.set_isa("mmx")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_scale(scale: float, dtype: str) -> None:
+    inputs = make_inputs(Shape(1, 2, 2, 20, 35, 5, 32), DTYPES[dtype], mask="BHLS", causal=True, scale=scale)
+    assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
+
+
+# L and D beyond what a megabyte of scratch holds; fewer heads than threads; gradients of part of the inputs
+@pytest.mark.parametrize("wanted", ["all", "prefix", "q", "kv", "q_and_prefix"])
+@pytest.mark.parametrize("shape", [Shape(2, 2, 2, 40, 40, 10, 64), Shape(1, 2, 1, 1100, 1100, 5, 128)], ids=str)
+def test_schedules_of_the_backward_agree(shape: Shape, wanted: str) -> None:
+    names = {"all": ["q", "k", "v", "prefix_k", "prefix_v"], "prefix": ["prefix_k", "prefix_v"], "q": ["q"]}
+    names |= {"kv": ["k", "v"], "q_and_prefix": ["q", "prefix_k", "prefix_v"]}
+    inputs = make_inputs(shape, causal=True)
+    right = exact(inputs)
+    for name, t in inputs.tensors.items():
+        t.requires_grad_(name in names[wanted])
+    for n in (1, 3):
+        with threads(n):
+            found = ours(inputs, "cpu")
+        assert {"d" + name for name in names[wanted]} <= found.keys()
+        for name, t in found.items():
+            torch.testing.assert_close(t.double(), right[name].double(), rtol=1e-4, atol=2e-5, msg=f"{name}, {n} threads")
+
+
+def test_a_shared_prefix_in_slices() -> None:
+    """One head, many samples: the batch is cut into slices whose sums are added in order."""
+    inputs = make_inputs(Shape(9, 1, 1, 33, 33, 20, 16))
+    with threads(4):
+        first, again = ours(inputs, "cpu"), ours(inputs, "cpu")
+    assert_all_as_accurate(first, same_dtype(inputs), exact(inputs))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_threads_are_torchs_own() -> None:
+    """A second OpenMP runtime in the process would be a second pool of threads."""
+    ours(make_inputs("even"), "cpu")
+    runtimes = {
+        Path(line.split()[-1]).name.split("-")[0].split(".")[0]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if Path(line.split()[-1]).name.startswith(("libgomp", "libomp", "libiomp"))
+    }
+    files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(runtimes) == 1 and len(files) <= 1, (runtimes, files)
+    assert Path(_C.openmp_runtime()).name.startswith(tuple(runtimes))
