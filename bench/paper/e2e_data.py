@@ -1,0 +1,231 @@
+"""E2E NLG records: the challenge's CSVs, or a generator of records alike, as (source, target) strings.
+
+The strings are those of Li and Liang's linearised files: sources agree line for line with src1_valid.txt and
+src1_test.txt, targets up to where their tokeniser put spaces (tests/test_e2e_data.py).
+The CSVs (CC BY-SA 4.0) come from https://github.com/tuetschek/e2e-dataset.
+"""
+
+import csv
+import functools
+import hashlib
+import os
+import random
+import re
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from runs import Refusal, digest, replace_file
+
+FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+URL = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
+SHA256 = {
+    "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
+    "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
+    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
+}
+GENERATED = "generated"
+
+Pair = tuple[str, str]  # source, target
+
+
+@dataclass(frozen=True)
+class Data:
+    where: str  # one line for the reader
+    source: str  # "e2e" | "generated"
+    sha256: str
+    train: list[Pair]
+    dev: list[Pair]
+    test: list[Pair]
+
+
+def load(folder: str | None) -> Data:
+    """The records from `folder` ("generated": from the generator; None: downloaded, or generated where that fails)."""
+    if folder == GENERATED:
+        return _generated("asked for")
+    if folder:
+        root = Path(folder).expanduser()
+        root = root / "e2e" if (root / "e2e").is_dir() else root
+        if not root.is_dir():
+            raise Refusal(f"{root}: no such folder; expected one with {', '.join(FILES.values())}")
+    else:
+        try:
+            root = _downloaded()
+        except OSError as error:
+            return _generated(f"no --data, no PREFIXATTN_DATA, and no download ({type(error).__name__})")
+    splits = {split: read_csv(root / name) for split, name in FILES.items()}
+    counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())
+    sha256 = digest(*(root / name for name in FILES.values()))
+    return Data(where=f"E2E NLG: {counts} rows", source="e2e", sha256=sha256, **splits)
+
+
+def read_csv(path: Path) -> list[Pair]:
+    """(source, tokenised reference) of each row of a file with the columns mr and ref."""
+    try:
+        file = open(path, encoding="utf-8", newline="")
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror}); E2E is at {URL}") from None
+    pairs: list[Pair] = []
+    with file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, [])
+            if [name.strip().lower() for name in header] != ["mr", "ref"]:
+                raise Refusal(f"{path}, line 1: expected the header mr,ref and found {','.join(header)[:60]!r}")
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != 2:
+                    raise ValueError(f"expected 2 columns (mr, ref), found {len(row)}")
+                if not row[1].strip():
+                    raise ValueError("the reference is empty")
+                pairs.append((linearise(row[0]), tokenise(row[1])))
+        except Refusal:
+            raise
+        except (csv.Error, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+            raise Refusal(f"{path}, row {len(pairs) + 1} (line {rows.line_num}): {error}") from None
+    if not pairs:
+        raise Refusal(f"{path}: no rows after the header")
+    return pairs
+
+
+def _downloaded() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefixattn" / "e2e"
+    for name, expected in SHA256.items():
+        if (root / name).exists():
+            continue
+        with urllib.request.urlopen(URL + name, timeout=5) as reply:
+            content = reply.read()
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise OSError(f"{URL + name} is not the file expected (sha256 {expected[:12]}...)")
+        replace_file(root / name, content)
+    return root
+
+
+# --- the authors' strings ---
+
+KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+VALUES = {"less than £20": "less than £ 20", "£20-25": "£ 20 - 25", "more than £30": "more than £ 30"}
+_SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]+)\]\s*(,|$)")
+
+
+def linearise(mr: str) -> str:
+    """``name[X], eatType[pub]`` as ``name : X | Type : pub``, in the order of the record."""
+    slots, at = [], 0
+    while at < len(mr):
+        slot = _SLOT.match(mr, at)
+        if slot is None or (slot[3] and slot.end() == len(mr)):
+            raise ValueError(f"the record does not parse at {mr[at : at + 40]!r}; expected key[value], ...")
+        slots.append(f"{KEYS.get(slot[1], slot[1])} : {VALUES.get(slot[2], slot[2])}")
+        at = slot.end()
+    if not slots:
+        raise ValueError("the record is empty")
+    return " | ".join(slots)
+
+
+_LETTER = r"[^\W\d_]"
+_OPENING = re.compile(r"\.\.+|[£$€\"'(\[,;:!?&*]")
+_CLOSING = re.compile(r"(?:\.\.+|'[sS]|[\",;:!?'\])]|(?<=[a-zé0-9%'\")\]])\.|(?<=[A-Z][A-Z])\.|(?<=\d)[£$€])$")
+_INNER = re.compile(rf"\.\.+|(?<={_LETTER})(?:--|[-\u2013,:/])(?={_LETTER})|(?<=[a-z])\.(?=[A-Z])|(?<=\d)[-+*^](?=\d)")
+_CONTRACTION = re.compile(r"(.+?)(n't|'re|'ll|'ve|'d|'m)$", re.IGNORECASE)
+
+
+def tokenise(text: str) -> str:
+    """Words and punctuation set apart by spaces, case kept, as the authors' targets are; no trailing space."""
+    return " ".join(token for word in text.split() for token in _split(word))
+
+
+@functools.lru_cache(maxsize=100_000)
+def _split(word: str) -> tuple[str, ...]:
+    opening: list[str] = []
+    closing: list[str] = []
+    contraction = None
+    while word and not (contraction := _CONTRACTION.match(word)):
+        if edge := _OPENING.match(word):
+            opening.append(edge[0])
+            word = word[edge.end() :]
+        elif edge := _CLOSING.search(word):
+            closing.insert(0, edge[0])
+            word = word[: edge.start()]
+        else:
+            break
+    if contraction:
+        word = contraction[1]
+        closing.insert(0, contraction[2])
+    if word.lower() == "cannot":
+        return (*opening, word[:3], word[3:], *closing)
+    middle, at = [], 0
+    for mark in _INNER.finditer(word):
+        middle += [word[at : mark.start()], mark[0]]
+        at = mark.end()
+    return tuple(token for token in (*opening, *middle, word[at:], *closing) if token)
+
+
+def grouped(pairs: list[Pair]) -> tuple[list[str], list[list[str]]]:
+    """Distinct sources in order of first appearance, and the references of each."""
+    references: dict[str, list[str]] = {}
+    for source, target in pairs:
+        references.setdefault(source, []).append(target)
+    return list(references), list(references.values())
+
+
+# --- records of our own ---
+
+_NAMES = "Juniper Hall,Copper Kettle,Marlow Lane,Old Lighthouse,Saffron Court,The Grey Heron,Pebble & Pine,Twelve Oaks"
+_SIGHTS = "the Clock Tower,Harbour Gate,Quarry Park,the Tram Depot,Willow Theatre"
+_SLOTS = {
+    "eatType": "pub,coffee shop,restaurant,bistro",
+    "food": "Greek,Korean,Spanish,Lebanese,Polish,Peruvian",
+    "priceRange": "cheap,moderate,high,less than £20,£20-25,more than £30",
+    "customer rating": "low,average,high,1 out of 5,3 out of 5,5 out of 5",
+    "area": "riverside,city centre,old town",
+    "familyFriendly": "yes,no",
+    "near": _SIGHTS,
+}
+_OPENERS = (
+    "{name} is {kind}{where}.",
+    "Looking for {kind}? Try {name}{where}.",
+    "You will find {kind} called {name}{where}.",
+    "{name}{where} is {kind} worth knowing.",
+)
+_EXTRAS = {
+    "priceRange": ("Expect prices to be {}.", "In price it is {}.", "What you pay: {}."),
+    "customer rating": ("Guests rate it {}.", "Its rating from customers is {}.", "Reviews put it at {}."),
+    "familyFriendly": ("Children are {}welcome.", "It is {}a place for families.", "It does {}suit young guests."),
+}
+
+
+def _generated(reason: str) -> Data:
+    splits = {"train": generate(1_200, 3, seed=0), "dev": generate(60, 4, seed=1), "test": generate(60, 4, seed=2)}
+    counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())
+    where = f"no E2E data ({reason}): {counts} rows from a generator of E2E-like records"
+    return Data(where=where, source=GENERATED, sha256=digest(splits), **splits)
+
+
+def generate(records: int, references: int, seed: int) -> list[Pair]:
+    """`records` different meaning representations, each with up to `references` different texts."""
+    rng = random.Random(seed)
+    seen: dict[str, list[str]] = {}
+    while len(seen) < records:
+        slots = {"name": rng.choice(_NAMES.split(","))}
+        kept = rng.sample(sorted(_SLOTS), rng.randint(2, len(_SLOTS)))
+        slots |= {key: rng.choice(choices.split(",")) for key, choices in _SLOTS.items() if key in kept}
+        mr = ", ".join(f"{key}[{value}]" for key, value in slots.items())
+        if mr not in seen:
+            seen[mr] = list(dict.fromkeys(_describe(slots, rng) for _ in range(references)))
+    return [(linearise(mr), tokenise(text)) for mr, texts in seen.items() for text in texts]
+
+
+def _describe(slots: dict[str, str], rng: random.Random) -> str:
+    bare = " ".join(word for word in (slots.get("food", ""), slots.get("eatType", "place")) if word)
+    article = "an" if bare[0] in "aeiou" else "a"
+    where = (f" in the {slots['area']}" if "area" in slots else "") + (
+        f" near {slots['near']}" if "near" in slots else ""
+    )
+    text = [rng.choice(_OPENERS).format(name=slots["name"], kind=f"{article} {bare}", where=where)]
+    extras = [key for key in _EXTRAS if key in slots]
+    rng.shuffle(extras)
+    for key in extras:
+        value = slots[key] if key != "familyFriendly" else ("" if slots[key] == "yes" else "not ")
+        text.append(rng.choice(_EXTRAS[key]).format(value))
+    return " ".join(text)

@@ -1,0 +1,70 @@
+"""METEOR 1.5 by its authors' Java program, where a Java and the program are at hand.
+
+There is no Java-free way to the same number: the score rests on a table of paraphrases, WordNet and a search for the
+best alignment. The package pycocoevalcap ships the program; only its file is used, none of its Python.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+Tokens = Sequence[str]
+
+# a decimal comma or a file encoding of the user's would change what the program reads and prints;
+# this collector needs half the memory
+_JAVA = "java -Xmx2G -XX:+UseSerialGC -Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8".split()
+
+
+def _jar() -> Path | None:
+    package = importlib.util.find_spec("pycocoevalcap")  # finds, does not import: its imports want pycocotools
+    folders = (package.submodule_search_locations if package else None) or []
+    return next((jar for folder in folders if (jar := Path(folder) / "meteor" / "meteor-1.5.jar").is_file()), None)
+
+
+def missing() -> str | None:
+    """Why METEOR cannot be computed here, None if it can."""
+    if _jar() is None:
+        return "meteor-1.5.jar is not here (pip install --no-deps pycocoevalcap brings it)"
+    return None if shutil.which("java") else "there is no java on the PATH (any version from 8)"
+
+
+def meteor(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> float:
+    """METEOR 1.5, English, normalised, in [0, 1]; `missing` must be None. RuntimeError if the program fails."""
+    with running() as program:
+        return converse(program, references, hypotheses)
+
+
+@contextmanager
+def running() -> Iterator[subprocess.Popen[str]]:
+    """The program, which takes some ten seconds of processor time to start, and any number of `converse` after that."""
+    command = [*_JAVA, "-jar", str(_jar()), "-", "-", "-stdio", "-l", "en", "-norm"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        try:
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+            ) as program:
+                yield program
+        except (OSError, ValueError) as error:  # it ended early, or answered something else than numbers
+            errors.seek(0)
+            said = next((line.strip() for line in errors if line.strip()), str(error))
+            raise RuntimeError(f"METEOR's Java program failed: {said}") from None
+
+
+def converse(
+    program: subprocess.Popen[str], references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]
+) -> float:
+    assert program.stdin and program.stdout
+    to, back = program.stdin, program.stdout
+    statistics = []
+    for refs, hypothesis in zip(references, hypotheses, strict=True):
+        print("SCORE", *(" ".join(tokens) for tokens in (*refs, hypothesis)), sep=" ||| ", file=to, flush=True)
+        statistics.append(back.readline().strip())
+    print("EVAL", *statistics, sep=" ||| ", file=to, flush=True)
+    # one score for each instance, then the one for all
+    return float([back.readline() for _ in range(len(statistics) + 1)][-1])

@@ -1,0 +1,102 @@
+"""The table and the figure of a table-to-text run, both from its results JSON alone.
+
+python bench/paper/plot_runs.py bench/paper/results/e2e-small.json
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from runs import Refusal, read_json, replacing
+
+PERCENT = {"BLEU": 1, "METEOR": 1, "ROUGE_L": 1}  # digits; shown times 100 as in the papers
+PLAIN = {"NIST": 2, "CIDEr": 2}
+METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+
+
+def shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.{PERCENT[metric]}f}" if metric in PERCENT else f"{value:.{PLAIN[metric]}f}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row for each method, as a Markdown table; then what a reader must know of the numbers."""
+    rows = [("method", "trained / kept", *(m.replace("_", "-") for m in METRICS), "dev loss", "ms/step", "peak MiB")]
+    for run in results["methods"]:
+        trained = f"{run['trained']:,} / {run['kept']:,}" if run["trained"] else "- / -"
+        scores = [shown(metric, (run.get("scores") or {}).get(metric)) for metric in METRICS]
+        step = f"{1000 * run['seconds_per_step']:.1f}" if run["seconds_per_step"] else "-"
+        peak = f"{run['peak_mib']:.0f}" if run["peak_mib"] is not None else "-"
+        rows.append((run["method"], trained, *scores, f"{run['dev_loss']:.3f}", step, peak))
+    for name, scores in (results.get("paper") or {}).items():
+        rows.append((name, "", *(shown(metric, scores[metric]) for metric in METRICS), "", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.insert(1, "|-" + "-|-".join("-" * w for w in widths) + "-|")
+    config = results["config"]
+    memory = next((run["memory"] for run in results["methods"] if run["memory"]), "")
+    lines += [
+        "",
+        f"{results['data']['where']}; trained on {results['data']['trained_on']:,} rows, {config['epochs']} epoch(s), "
+        f"batch {config['batch']}, P = {config['length']}; {results['data']['decoded']:,} test records decoded, "
+        f"beam {config['beams']}",
+        f"{config['model']} on {results['provenance']['device']}, {config['threads']} threads; peak: {memory}",
+        *results.get("notes", []),
+    ]
+    return "\n".join(lines)
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Training loss per sample (sum over its tokens) against the step, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for run in results["methods"]:
+        if run["losses"]:
+            steps, losses = zip(*run["losses"], strict=True)
+            # the original lies on ours: dashes let both be seen
+            style = {"linestyle": (0, (2, 2)), "linewidth": 2.0} if run["method"] == "original" else {"linewidth": 1.2}
+            ax.plot(steps, smoothed(list(losses)), label=f"{run['method']} (lr {run['lr']:g})", **style)
+    ax.set(xlabel="step", ylabel="loss: sum over a sample's tokens, nats", yscale="log", title=results["name"])
+    ax.grid(alpha=0.3, which="both")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=110, format="png")
+    plt.close(fig)
+
+
+def smoothed(values: list[float], window: int = 9) -> list[float]:
+    """Centred running mean, over fewer values at the ends."""
+    half = window // 2
+    parts = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments:
+        print("usage: plot_runs.py RESULTS.json ...", file=sys.stderr)
+        return 1
+    for name in arguments:
+        path = Path(name)
+        try:
+            results = read_json(path)
+            print(table(results))
+            figure(results, path.with_suffix(".png"))
+        except (Refusal, KeyError) as error:
+            print(
+                error if isinstance(error, Refusal) else f"{path}: not a results file (lacks {error})", file=sys.stderr
+            )
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

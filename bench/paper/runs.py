@@ -1,0 +1,199 @@
+"""What lets a run survive a kill and be told from another: atomic files, fingerprints, provenance, memory."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+class Refusal(ValueError):
+    """Bad input that one line explains; the command line prints it and exits with status 1."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, `path` once the block ends: a reader meets the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: not readable as JSON ({error}); delete it and start again") from None
+
+
+def save_state(path: Path, fingerprint: str, state: dict[str, Any]) -> None:
+    import torch
+
+    with replacing(path) as temporary:  # not through a buffer, which would count as the run's memory
+        torch.save({"fingerprint": fingerprint, **state}, temporary)
+
+
+def load_state(path: Path, fingerprint: str, keys: set[str]) -> dict[str, Any] | None:
+    """The state saved by `save_state` for the same run, None if there is none yet."""
+    import torch
+
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and tensor errors of many kinds, and all of them mean the same
+        why = str(error).strip().splitlines()
+        raise Refusal(
+            f"{path}: damaged checkpoint ({type(error).__name__}: {why[0][:80] if why else ''}); "
+            "delete it to start this method again"
+        ) from None
+    missing = sorted({"fingerprint", *keys} - set(state)) if isinstance(state, dict) else ["everything"]
+    if missing:
+        raise Refusal(f"{path}: not a checkpoint of this program (lacks {', '.join(missing)}); delete it")
+    if state["fingerprint"] != fingerprint:
+        raise Refusal(
+            f"{path}: checkpoint of another run (fingerprint {str(state['fingerprint'])[:12]}, expected "
+            f"{fingerprint[:12]}: settings, data or weights differ); delete it or choose another --out"
+        )
+    return state
+
+
+def digest(*parts: Any) -> str:
+    """sha256 over files (Path), bytes and anything JSON can write."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            part = part.read_bytes()
+        elif not isinstance(part, bytes | memoryview):
+            part = json.dumps(part, sort_keys=True, default=str).encode()
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def thinned(values: list[float], points: int = 500) -> list[tuple[int, float]]:
+    """(last step, mean over the window) of at most `points` equal windows; steps count from 1."""
+    window = -(-len(values) // points) if values else 1
+    cuts = range(0, len(values), window)
+    return [(min(at + window, len(values)), sum(part) / len(part)) for at in cuts if (part := values[at : at + window])]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and device; no name of a machine, a user or a folder."""
+    packages = ("torch", "transformers", "tokenizers", "prefixattn", "sacrebleu", "nltk", "pycocoevalcap", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    here = Path(__file__).resolve().parent
+    commit, clean = _git(here, "rev-parse", "HEAD"), _git(here, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": found,
+        "commit": commit,
+        "tree": None if clean is None else ("clean" if clean == "" else "dirty"),
+        "device": device_name(),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(("git", "-C", str(folder), *arguments), capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def device_name() -> str:
+    """The processor (and the GPU, where torch is loaded and sees one) in words."""
+    name = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = f"{name}, {cores} cores"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}; {name}"
+    return name
+
+
+def parent_alive() -> Callable[[], bool]:
+    """False once the process that started this one is gone: a killed run must not leave a writer behind."""
+    parent = os.getppid()
+    return lambda: os.getppid() == parent
+
+
+class PeakMemory:
+    """Peak memory above what was in use when the meter was made, in MiB.
+
+    On a GPU, torch's allocator. On Linux the peak resident set (VmHWM), reset at the start so that loading does not
+    count; where the kernel refuses the reset, ru_maxrss less its value at the start, which can only understate.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated() / 2**20
+            self.how = "torch.cuda.max_memory_allocated above the value after loading model and data"
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self.start, self.field = self._status("VmRSS"), "VmHWM"
+            self.how = "peak resident set during training above the resident set after loading model and data"
+        except OSError:
+            self.start, self.field = self._maxrss(), ""
+            self.how = "ru_maxrss after training less ru_maxrss after loading model and data"
+
+    def mib(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated() / 2**20 - self.start
+        return (self._status(self.field) if self.field else self._maxrss()) - self.start
+
+    @staticmethod
+    def _status(field: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+        raise OSError(f"{field} is not in /proc/self/status")
+
+    @staticmethod
+    def _maxrss() -> float:
+        kibibytes = 1 if sys.platform != "darwin" else 1 / 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes / 1024

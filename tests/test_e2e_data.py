@@ -1,0 +1,179 @@
+"""E2E's files: linearised as Li and Liang's, refused in one line where they do not parse; and the generator."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import e2e_data
+from runs import Refusal
+
+ROOT = Path(__file__).resolve().parents[1]
+E2E = ROOT / "bench" / "paper" / "e2e.py"
+ROW = '"name[The Vaults], eatType[pub]",The Vaults is a pub.\n'
+
+
+def e2e_folder() -> Path | None:
+    places = [os.environ.get("PREFIXATTN_DATA"), ROOT.parent / "shared" / "data"]
+    folders = [Path(place) / "e2e" for place in places if place] + [Path(place) for place in places if place]
+    return next((folder for folder in folders if (folder / "src1_valid.txt").exists()), None)
+
+
+needs_e2e = pytest.mark.skipif(
+    e2e_folder() is None, reason="no E2E data with src1_valid.txt: set PREFIXATTN_DATA to a folder that holds e2e/"
+)
+
+
+@needs_e2e
+@pytest.mark.parametrize(
+    "csv_name, authors_name", [("devset.csv", "src1_valid.txt"), ("testset_w_refs.csv", "src1_test.txt")]
+)
+def test_linearises_as_the_authors_files(csv_name: str, authors_name: str) -> None:
+    folder = e2e_folder()
+    assert folder is not None
+    ours = e2e_data.read_csv(folder / csv_name)
+    lines = (folder / authors_name).read_text(encoding="utf-8").splitlines()
+    theirs = [tuple(line.split("||")) for line in lines]
+    assert len(ours) == len(theirs)
+    assert [source for source, _ in ours] == [source for source, _ in theirs]  # 0 mismatches
+    assert ["".join(text.split()) for _, text in ours] == ["".join(text.split()) for _, text in theirs]
+    same = sum(a == " ".join(b.split()) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    assert same >= 0.98 * len(ours), f"{len(ours) - same} of {len(ours)} references are spaced differently"
+
+
+@needs_e2e
+def test_reads_all_of_e2e() -> None:
+    data = e2e_data.load(str(e2e_folder()))
+    assert (len(data.train), len(data.dev), len(data.test)) == (42_061, 4_672, 4_693)
+    assert [len(e2e_data.grouped(split)[0]) for split in (data.train, data.dev, data.test)] == [4_862, 547, 630]
+
+
+def test_linearises_keys_and_prices() -> None:
+    mr = "name[Alimentum], eatType[pub], priceRange[less than £20], customer rating[3 out of 5], familyFriendly[no]"
+    expected = "name : Alimentum | Type : pub | price : less than £ 20 | customer rating : 3 out of 5"
+    assert e2e_data.linearise(mr) == expected + " | family friendly : no"
+    assert e2e_data.linearise("priceRange[£20-25],near[Café Rouge]") == "price : £ 20 - 25 | near : Café Rouge"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("It's family-friendly, at £20-25.", "It 's family - friendly , at £ 20 - 25 ."),
+        ("They don't (yet)  cannot", "They do n't ( yet ) can not"),
+        ("'Cotto' by the river.Try it!", "' Cotto ' by the river . Try it !"),
+    ],
+)
+def test_sets_punctuation_apart(text: str, expected: str) -> None:
+    assert e2e_data.tokenise(text) == expected
+
+
+def test_accepts_a_quoted_header_and_a_reference_over_two_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('"mr","ref"\n"name[A]","One\ntwo."\n' + ROW, encoding="utf-8")
+    assert e2e_data.read_csv(file) == [
+        ("name : A", "One two ."),
+        ("name : The Vaults | Type : pub", "The Vaults is a pub ."),
+    ]
+
+
+BAD_ROWS = {
+    "columns": ("name[A],eatType[pub],text\n", "expected 2 columns (mr, ref), found 3"),
+    "cut_off": ('"name[A]","half of a ref', "unexpected end of data"),
+    "no_reference": ("name[A],  \n", "the reference is empty"),
+    "no_record": (",text\n", "the record is empty"),
+    "open_bracket": ("name[A,text\n", "the record does not parse at 'name[A'; expected key[value], ..."),
+    "no_value": ("name[],text\n", "the record does not parse at 'name[]'"),
+    "trailing_comma": ('"name[A], ",text\n', "the record does not parse at"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named(case: str, tmp_path: Path) -> None:
+    row, words = BAD_ROWS[case]
+    (file := tmp_path / "devset.csv").write_text("mr,ref\n" + ROW + row, encoding="utf-8")
+    with pytest.raises(Refusal) as refusal:
+        e2e_data.read_csv(file)
+    assert str(refusal.value).startswith(f"{file}, row 2 (line 3): ")
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"name,text\n", "line 1: expected the header mr,ref and found 'name,text'"),
+        (b"", "line 1: expected the header mr,ref and found ''"),
+        (b"mr,ref\n", "no rows after the header"),
+        (b"mr,ref\nname[A],\xff\xfe\n", "row 1 (line"),
+    ],
+)
+def test_a_bad_file_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    (file := tmp_path / "trainset.csv").write_bytes(content)
+    with pytest.raises(Refusal) as refusal:
+        e2e_data.read_csv(file)
+    assert str(file) in str(refusal.value)
+    assert words in str(refusal.value)
+
+
+def write_folder(folder: Path, test: str | None) -> None:
+    folder.mkdir()
+    for name in ("trainset.csv", "devset.csv"):
+        (folder / name).write_text("mr,ref\n" + ROW, encoding="utf-8")
+    if test is not None:
+        (folder / "testset_w_refs.csv").write_text(test, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "test, words",
+    [
+        (None, "testset_w_refs.csv: cannot be read (No such file or directory)"),
+        ("mr,ref\n" + ROW + "nonsense,text\n", "testset_w_refs.csv, row 2 (line 3): the record does not parse"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line_and_writes_nothing(test: str | None, words: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", test)
+    command = [sys.executable, str(E2E), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out" / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="no such folder; expected one with trainset"):
+        e2e_data.load(str(tmp_path / "nowhere"))
+
+
+def test_generates_the_same_records_each_time() -> None:
+    data = e2e_data.load(e2e_data.GENERATED)
+    assert data == e2e_data.load(e2e_data.GENERATED)
+    assert data.where.startswith("no E2E data (asked for)")
+    assert len(data.train) > 3_000
+    sources, references = e2e_data.grouped(data.test)
+    assert len(sources) == 60
+    assert all(1 <= len(texts) <= 4 for texts in references)
+    assert all(source.startswith("name : ") for source in sources)
+
+
+def test_generates_where_nothing_can_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(e2e_data.urllib.request, "urlopen", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = e2e_data.load(None)
+    assert data.source == "generated"
+    assert "no download (OSError)" in data.where
+
+
+def test_refuses_a_download_that_is_not_e2e(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(e2e_data.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"<html>log in</html>"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert e2e_data.load(None).source == "generated"
+    assert not list(tmp_path.rglob("*.csv"))
