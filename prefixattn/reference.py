@@ -11,6 +11,7 @@ from prefixattn import philox
 from prefixattn.layout import empty_like_order
 
 INF = float("inf")
+HIDDEN = -1e37  # a mask value from here down hides its key as -inf does: types' least values are written for that
 Needs = tuple[bool, bool, bool, bool, bool, bool]  # gradients wanted: q, k, v, prefix_k, prefix_v, attn_mask
 
 
@@ -129,7 +130,8 @@ def _scores(
     L, S = q.shape[2], keys.shape[2] - P
     prefix, own = scores[..., :P], scores[..., P:]
     if attn_mask is not None:
-        own = own.masked_fill(~attn_mask, -INF) if attn_mask.dtype == torch.bool else own + attn_mask
+        hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask <= HIDDEN
+        own = (own if attn_mask.dtype == torch.bool else own + attn_mask).masked_fill(hidden, -INF)
     if is_causal:
         query, key = torch.arange(L, device=q.device)[:, None], torch.arange(S, device=q.device)
         own = own.masked_fill(key > query + (S - L), -INF)

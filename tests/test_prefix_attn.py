@@ -9,6 +9,7 @@ from torch import Tensor
 from prefixattn import backends, prefix_attention
 from prefixattn.testing import (
     FEATURES,
+    INF,
     SHAPES,
     Inputs,
     Shape,
@@ -156,6 +157,25 @@ def test_what_lies_past_a_length_is_never_read(backend: str) -> None:
             inputs.tensors[name][1] = 1e4  # the row that prefix_ids never names
     for name, t in ours(inputs, backend).items():
         assert torch.equal(t, right[name]), name
+
+
+@pytest.mark.parametrize("mask", ["B11S", "BHLS"])
+@pytest.mark.parametrize("shape", ["ragged", "no_prefix"])
+def test_the_least_float_hides_as_false_does(backend: str, shape: str, mask: str) -> None:
+    inputs = make_inputs(shape, mask=mask, blind=mask == "BHLS")
+    hidden = inputs.options["attn_mask"].logical_not()
+    right = ours(inputs, backend)
+    for least in (torch.finfo(torch.float32).min, -INF):
+        inputs.options["attn_mask"] = torch.zeros(hidden.shape).masked_fill(hidden, least)
+        for name, t in ours(inputs, backend).items():
+            torch.testing.assert_close(t, right[name], msg=name)
+
+
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "prefix_k", "prefix_v"])
+def test_a_nan_reaches_the_output(backend: str, poisoned: str) -> None:
+    inputs = make_inputs("ragged", grad=False)
+    inputs.tensors[poisoned][..., 0, 0] = torch.nan
+    assert inputs.call(backend).isnan().any()
 
 
 def test_unused_rows_get_no_gradient(backend: str) -> None:

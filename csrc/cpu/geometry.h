@@ -52,18 +52,17 @@ inline int64_t mask_element(const AttnParams &p) {
 }
 inline bool is_key_padding(const AttnParams &p) { return p.mask_kind != MaskKind::kNone && p.mask.stride2 == 0; }
 
+constexpr float kHidden = -1e37f;  // a mask value from here down hides its key as -inf does
+
 // What the mask adds to a score; bool: True attends.
 inline float mask_value(const AttnParams &p, const char *x) {
-    switch (p.mask_kind) {
-        case MaskKind::kBool:
-            return *x ? 0.f : kMinusInf;
-        case MaskKind::kFloat32:
-            return *(const float *)x;
-        default:
-            break;
-    }
-    if (p.dtype == DType::kFloat32) return *(const float *)x;
-    return p.dtype == DType::kBFloat16 ? to_float(*(const bf16 *)x) : to_float(*(const f16 *)x);
+    if (p.mask_kind == MaskKind::kBool) return *x ? 0.f : kMinusInf;
+    float value;
+    if (p.mask_kind == MaskKind::kFloat32 || p.dtype == DType::kFloat32)
+        std::memcpy(&value, x, 4);
+    else
+        value = p.dtype == DType::kBFloat16 ? to_float(*(const bf16 *)x) : to_float(*(const f16 *)x);
+    return value <= kHidden ? kMinusInf : value;
 }
 
 // Own keys from the first to the last that padding leaves visible.

@@ -216,10 +216,11 @@ class Forward {
         float sum[kLanes], inverse[kLanes];
         for (int i = 0; i < q_.width; ++i) {
             sum[i] = prefix_sum_[i] + own_sum_[i];
-            inverse[i] = sum[i] > 0 ? 1 / sum[i] : 0;
+            inverse[i] = sum[i] != 0 ? 1 / sum[i] : 0;  // a nan stays one
         }
         for (int i = 0; i < q_.lanes; ++i) {
-            p_.lse[row0 + i] = sum[i] > 0 ? (float)(row_max_[i] * log2_to_natural_ + __builtin_log(sum[i])) : kMinusInf;
+            p_.lse[row0 + i] =
+                sum[i] != 0 ? (float)(row_max_[i] * log2_to_natural_ + __builtin_log(sum[i])) : kMinusInf;
             if (p_.mass) p_.mass[row0 + i] = prefix_sum_[i] * inverse[i];
         }
         for (int d = 0; d < D_; ++d)

@@ -20,6 +20,7 @@ inline vf vload(const float *p) { return _mm512_loadu_ps(p); }
 inline void vstore(float *p, vf x) { _mm512_storeu_ps(p, x); }
 inline vf vset(float x) { return _mm512_set1_ps(x); }
 inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+// the second operand if either is nan
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf vround(vf x) { return _mm512_roundscale_ps(x, 0); }
 inline vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n, n integral
@@ -75,9 +76,9 @@ inline vf vfinish(vf fraction, vf n, vf x, float smallest) {
     (void)x, (void)smallest;
     return y;
 #elif defined(PA_AVX2)
-    return _mm256_and_ps(y, _mm256_cmp_ps(x, vset(smallest), _CMP_GE_OQ));
+    return _mm256_and_ps(y, _mm256_cmp_ps(x, vset(smallest), _CMP_NLT_UQ));
 #else
-    return x >= vset(smallest) ? y : vzero();
+    return x < vset(smallest) ? vzero() : y;
 #endif
 }
 
@@ -91,7 +92,7 @@ constexpr float kSmallestLog2 = -126.f, kSmallestLog = -87.f;
 
 // 2^x for x <= 127. Minimax polynomial of degree 6 on [-1/2, 1/2], relative error 2e-9 before rounding; exact at 0.
 inline vf vexp2(vf x) {
-    const vf clamped = vmax(x, vset(kSmallestLog2));
+    const vf clamped = vmax(vset(kSmallestLog2), x);
     const vf n = vround(clamped), f = clamped - n;
     vf p = vfma(vset(0x1.41fbbcp-13f), f, vset(0x1.5f3e54p-10f));
     p = vfma(p, f, vset(0x1.3b2d4cp-7f));
@@ -104,7 +105,7 @@ inline vf vexp2(vf x) {
 
 // e^x for x <= 88: the same polynomial; ln 2 is taken away in two parts, so that a large -x loses nothing.
 inline vf vexp(vf x) {
-    const vf clamped = vmax(x, vset(kSmallestLog));
+    const vf clamped = vmax(vset(kSmallestLog), x);
     const vf n = vround(clamped * vset(kLog2e));
     vf f = vfma(n, vset(-0x1.62e400p-1f), clamped);
     f = vfma(n, vset(-0x1.7f7d1cp-20f), f);
