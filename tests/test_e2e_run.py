@@ -241,7 +241,7 @@ def test_the_whole_run_leaves_a_record(folder: Path, tmp_path: Path) -> None:
     done = call(
         "--data", "generated", "--model", str(folder), "--methods", "frozen", "deep", "--subset", "60",
         "--prompts", "6", "--dev", "10", "--threads", "1", "--max-new", "8", "--hidden", "16", "--lr", "deep=1e-3",
-        "--out", str(out),
+        "--parallel", "2", "--out", str(out),
         PATH=str(tmp_path),  # no java: METEOR takes ten seconds to start, and a run without it must work too
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -261,7 +261,7 @@ def test_the_whole_run_leaves_a_record(folder: Path, tmp_path: Path) -> None:
     assert deep["scores"]["BLEU"] >= 0
     assert any(note.startswith("METEOR: not computed: there is no java") for note in results["notes"])
     assert results["config"]["seed"] == SEED
-    assert results["command"].endswith("--max-new 8 --hidden 16 --lr deep=1e-3 --out OUT")
+    assert results["command"].endswith("--max-new 8 --hidden 16 --lr deep=1e-3 --parallel 2 --out OUT")
     for place in (str(tmp_path), str(folder), str(Path.home()), str(E2E.parents[2])):
         assert place not in out.read_text()
     files = sorted(path.name for path in out.parent.iterdir())

@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ LEARNING_RATES = {
     # paper: published for gpt2-medium; simple share has none for language and takes No-share's, both being free vectors
     "paper": {"deep": 1e-4, "original": 1e-4, "none": 1e-2, "none-word": 1e-2, "simple": 1e-2},
     # the 4M GPT-2, searched on dev (100 rows, nats per token); 150 steps: deep 1e-2 4.30, 5e-3 3.43, 2e-3 3.36;
-    # none 1e-1 3.57, 3e-1 3.26, 1 3.43; simple 3e-1 4.55, 1 4.79; 400 steps: deep 2e-3 2.85; none 1e-1 3.12
+    # none 1e-1 3.57, 3e-1 3.26, 1 3.43; simple 3e-1 4.55, 1 4.79; 400 steps: deep 2e-3 2.85,
+    # 1e-3 3.07; none 3e-1 2.91, 1e-1 3.12
     "small": {"deep": 2e-3, "original": 2e-3, "none": 3e-1, "none-word": 3e-1, "simple": 3e-1},
 }
 
@@ -69,6 +71,7 @@ class Config:
     beams: int = 5
     max_new: int = 100
     threads: int = 2
+    parallel: int = 1  # methods at a time; their seconds a step then include what they cost each other
     checkpoint_every: int = 200
 
     def rate(self, method: str) -> float:
@@ -76,8 +79,8 @@ class Config:
 
 
 PRESETS = {
-    "demo": {"subset": 3_000, "prompts": 60, "dev": 300},
-    "small": {},
+    "demo": {"subset": 5_000, "prompts": 60, "dev": 300, "parallel": 2},
+    "small": {"parallel": 2},
     "paper": {"model": "gpt2-medium", "rates": "paper", "epochs": 5, "checkpoint_every": 1_000,
               "methods": ("deep", "none", "none-word", "original")},
 }  # fmt: skip
@@ -86,9 +89,8 @@ PRESETS = {
 # --- one method, in a process of its own ---
 
 
-def work(method: str, config: Config, run: Path) -> None:
+def work(method: str, config: Config, run: Path, parent: int | None = None) -> None:
     """Trains and decodes one method and leaves run/<method>.json."""
-    alive = parent_alive()  # ahead of the imports below, which take seconds
     import time
 
     import torch
@@ -96,6 +98,7 @@ def work(method: str, config: Config, run: Path) -> None:
     import table_to_text as t2t
     from methods import load_model, make_method
 
+    alive = parent_alive(parent)
     torch.set_num_threads(config.threads)
     data = e2e_data.load(config.data)
     model, tokenizer = load_model(config.model)
@@ -163,7 +166,7 @@ def selected(data: e2e_data.Data, config: Config) -> tuple[list[e2e_data.Pair], 
 
 def run_key(config: Config, data: e2e_data.Data) -> str:
     """Names all that the numbers of one method depend on; not which methods were asked for."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("methods", "data", "preset", "model")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("methods", "data", "preset", "model", "parallel")}
     folder = Path(config.model)
     files = [path for path in sorted(folder.glob("*")) if path.suffix == ".safetensors" or path.stem in MODEL_FILES]
     return digest(settings, data.sha256, *(files or [config.model]))
@@ -171,7 +174,8 @@ def run_key(config: Config, data: e2e_data.Data) -> str:
 
 def spawn(method: str, config: Config, run: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = (sys.executable, str(Path(__file__).resolve()), "--worker", method, "--run", str(run))
+    command = (sys.executable, str(Path(__file__).resolve()), "--worker", method, "--run", str(run),
+               "--parent", str(os.getpid()))  # fmt: skip
     code = subprocess.run(command, env=environment).returncode
     if code < 0:
         name = signal.Signals(-code).name
@@ -217,9 +221,9 @@ def run_all(config: Config, out: Path, data: e2e_data.Data, command: str) -> dic
     run = out.with_name(f"{out.stem}.{run_key(config, data)[:10]}.run")
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(config))
-    for method in config.methods:
-        if not (run / f"{method}.json").exists():
-            spawn(method, config, run)
+    todo = [method for method in config.methods if not (run / f"{method}.json").exists()]
+    with ThreadPoolExecutor(config.parallel) as pool:
+        list(pool.map(lambda method: spawn(method, config, run), todo))
     train, sources, references = selected(data, config)
     runs = [read_json(run / f"{method}.json") for method in config.methods]
     notes = score_all(runs, references)
@@ -267,18 +271,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--beams", type=int)
     parser.add_argument("--max-new", type=int, help="tokens to decode at most")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all this process may use)")
+    parser.add_argument("--threads", type=int, help="CPU threads of a method (default: its share of all)")
+    parser.add_argument("--parallel", type=int, help="methods at a time (default: the preset's)")
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints")
     parser.add_argument("--lr", nargs="+", default=[], metavar="METHOD=LR", help="over the preset's learning rates")
     parser.add_argument("--out", type=Path, help="results JSON (default: bench/paper/results/e2e-PRESET.json)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     config = replace(Config(given.preset), **PRESETS[given.preset])
     names = ("model", "subset", "epochs", "prompts", "dev", "logits", "length", "hidden", "batch", "seed", "beams",
-             "max_new", "checkpoint_every")  # fmt: skip
+             "max_new", "parallel", "checkpoint_every")  # fmt: skip
     config = replace(config, **{name: getattr(given, name) for name in names if getattr(given, name) is not None})
-    for name in ("subset", "epochs", "length", "hidden", "batch", "beams", "max_new", "checkpoint_every"):
+    for name in ("subset", "epochs", "length", "hidden", "batch", "beams", "max_new", "parallel", "checkpoint_every"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise Refusal(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1")
     rates = {}
@@ -290,7 +296,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
             raise Refusal(f"--lr {entry}: expected METHOD=NUMBER, as in deep=1e-3") from None
         if method not in METHODS:
             raise Refusal(f"--lr {entry}: no method {method!r}; there are {', '.join(METHODS)}")
-    threads = given.threads or len(os.sched_getaffinity(0))
+    threads = given.threads or max(1, len(os.sched_getaffinity(0)) // config.parallel)
     if threads < 1:
         raise Refusal(f"--threads is {threads}, expected at least 1")
     methods = tuple(dict.fromkeys(given.methods)) if given.methods else config.methods
@@ -304,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         given, config = parse(arguments)
         if given.worker:
             saved = read_json(given.run / "config.json")
-            work(given.worker, Config(**{**saved, "methods": tuple(saved["methods"])}), given.run)
+            work(given.worker, Config(**{**saved, "methods": tuple(saved["methods"])}), given.run, given.parent)
             return 0
         name = config.model
         if (os.sep in name or name.startswith(".")) and not Path(name).is_dir():

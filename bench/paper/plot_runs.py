@@ -44,7 +44,8 @@ def table(results: dict[str, Any]) -> str:
         f"{results['data']['where']}; trained on {results['data']['trained_on']:,} rows, {config['epochs']} epoch(s), "
         f"batch {config['batch']}, P = {config['length']}; {results['data']['decoded']:,} test records decoded, "
         f"beam {config['beams']}",
-        f"{config['model']} on {results['provenance']['device']}, {config['threads']} threads; peak: {memory}",
+        f"{config['model']} on {results['provenance']['device']}, {config['threads']} thread(s), "
+        f"{config.get('parallel', 1)} method(s) at a time; peak: {memory}",
         *results.get("notes", []),
     ]
     return "\n".join(lines)

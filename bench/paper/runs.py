@@ -149,10 +149,9 @@ def device_name() -> str:
     return name
 
 
-def parent_alive() -> Callable[[], bool]:
-    """False once the process that started this one is gone: a killed run must not leave a writer behind."""
-    parent = os.getppid()
-    return lambda: os.getppid() == parent
+def parent_alive(parent: int | None) -> Callable[[], bool]:
+    """False once `parent`, which started this process, is gone: a killed run must not leave a writer behind."""
+    return lambda: parent is None or os.getppid() == parent
 
 
 class PeakMemory:
