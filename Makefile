@@ -1,4 +1,5 @@
-# make demo | test | bench | lint | build | clean. Everything happens in .venv; nothing outside this folder is touched.
+# make demo | test | bench | lint | build | clean. Everything happens in .venv; outside this folder only pip's cache and,
+# where no data folder is named, E2E's CSVs in ~/.cache/prefixattn are written.
 #
 # Versions: requirements/tested.txt, or yours:         make test TORCH=torch==2.15.0 TRANSFORMERS=transformers==5.17.0
 # Another interpreter:                                 make test PYTHON=python3.12

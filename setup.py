@@ -1,6 +1,6 @@
 """Builds `prefixattn._C`, the CPU kernels behind pybind11, with ninja; the rest of the package is in pyproject.toml.
 
-    pip install -e . --no-build-isolation      # the usual way
+    pip install -e .                           # the usual way
     python setup.py build_ext --inplace        # after editing C++: only what changed is compiled again
 
 The extension knows no torch, so one build serves every torch. A machine that cannot compile still gets the package:
@@ -30,11 +30,6 @@ RECORD = "_C_build.json"
 
 # no -ffast-math: infinities mark what a mask hides. What is left out (errno, trapping) lets loops become vector code.
 BASE_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
-# GCC 12's own headers trip the two warnings (its bug 105593)
-AVX512 = (
-    "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c "
-    "-mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized"
-)
 # By the end of a file's stem, the first that fits. Which file runs is decided at run time, so no other may hold such
 # instructions, nor any file more than csrc/bindings.cpp asks the CPU for: the compiler uses all that it is allowed.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split()

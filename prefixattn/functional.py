@@ -36,9 +36,9 @@ def prefix_attention(
 
     Args:
         attn_mask: As in SDPA (bool: True attends; float: added, in the type of q or float32), for the own keys only.
-            Read through its strides; gets a gradient if float. A float of -1e37 or less, as `finfo(dtype).min` of float32
-            and bfloat16, hides its key as -inf does. A query that sees no own key attends to the prefix
-            alone; with no prefix either its output is zero and its lse -inf.
+            Read through its strides; gets a gradient if float. A float of -1e37 or less (float32's and bfloat16's
+            `finfo.min`) hides its key as -inf does. A query that sees no own key attends to the prefix alone; with no
+            prefix either its output is zero and its lse -inf.
         dropout_p: Dropout on the softmax weights; lse and mass are those before it.
         is_causal: Own key s is visible to query l iff ``s <= l + S - L``. May be combined with attn_mask.
         scale: Defaults to ``D ** -0.5``.

@@ -86,7 +86,9 @@ def test_schedules_of_the_backward_agree(shape: Shape, wanted: str) -> None:
             found = ours(inputs, "cpu")
         assert {"d" + name for name in names[wanted]} <= found.keys()
         for name, t in found.items():
-            torch.testing.assert_close(t.double(), right[name].double(), rtol=1e-4, atol=2e-5, msg=f"{name}, {n} threads")
+            torch.testing.assert_close(
+                t.double(), right[name].double(), rtol=1e-4, atol=2e-5, msg=f"{name}, {n} threads"
+            )
 
 
 def test_a_shared_prefix_in_slices() -> None:
