@@ -29,6 +29,9 @@ _not_loaded: dict[str, str] = {}
 
 def module(name: str) -> ModuleType:
     """The backend's module, by a name that `choose` returned."""
+    if name not in _modules:  # a program exported where it was there
+        why = _not_loaded.get(name, "no such backend")
+        raise NotImplementedError(f'backend "{name}" was chosen when this program was made: {why}')
     return _modules[name]
 
 

@@ -14,13 +14,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from prefixattn.config import PrefixConfig
+from prefixattn.config import MOST, PrefixConfig
 from prefixattn.prefix import FreePrefix, Geometry, make_encoder
 
 FORMAT = "prefixattn"
 VERSION = 1
 JSON = "prefix.json"
 WEIGHTS = re.compile(r"prefix-[0-9a-f]{12}\.safetensors")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PEFT_JSON = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 
@@ -97,8 +98,20 @@ def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or was not written in full: its SHA-256 is not the one in {JSON}")
     try:
         return load_tensors(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: an element type that safetensors knows and torch does not
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> None:
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    if found != shapes:
+        raise ValueError(f"{path} holds tensors {found}, expected {shapes}")
+    types = sorted({str(t.dtype) for t in tensors.values()})
+    if len(types) != 1 or next(iter(tensors.values())).dtype not in FLOATS:
+        raise ValueError(f"{path} holds tensors of {', '.join(types)}, expected one floating-point type for all")
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds values that are infinite or not a number, in {', '.join(bad)}")
 
 
 def _read(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
@@ -113,24 +126,24 @@ def _read(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
     missing = sorted({"config", "model", "folded", "weights", "sha256"} - set(values))
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
+    _check_geometry(path, values["model"], geometry)
     try:
         config = PrefixConfig.from_dict(values["config"])
+        layers = config.layer_indices(geometry.layers)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    _check_geometry(path, values["model"], geometry)
-    if not isinstance(values["weights"], str) or Path(values["weights"]).name != values["weights"]:
-        raise ValueError(f"{path} names the weights {values['weights']!r}, expected a file beside it")
+    if not isinstance(values["weights"], str) or not WEIGHTS.fullmatch(values["weights"]):
+        raise ValueError(f"{path} names the weights {values['weights']!r}, expected a file {WEIGHTS.pattern} beside it")
+    for name, kind in (("sha256", str), ("folded", bool)):
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{path} has {name} {values[name]!r}, expected a {kind.__name__}")
     weights = folder / values["weights"]
     tensors = _read_tensors(weights, values["sha256"])
     with torch.device("meta"):  # no memory, and no random numbers drawn
         encoder = make_encoder(config, geometry)
         if values["folded"]:
-            layers = len(config.layer_indices(geometry.layers))
-            encoder = FreePrefix(torch.empty(layers, 2, geometry.kv_heads, config.length, geometry.head_dim))
-    expected = encoder.state_dict()
-    found, wanted = ({name: list(t.shape) for name, t in held.items()} for held in (tensors, expected))
-    if found != wanted:
-        raise ValueError(f"{weights} holds tensors {found}, expected {wanted}")
+            encoder = FreePrefix(torch.empty(len(layers), 2, geometry.kv_heads, config.length, geometry.head_dim))
+    _check_tensors(weights, tensors, {name: list(t.shape) for name, t in encoder.state_dict().items()})
     # Assigned, not copied: a float64 prefix does not come back rounded.
     encoder.load_state_dict(tensors, assign=True)
     return config, encoder.requires_grad_(not values["folded"])
@@ -158,14 +171,14 @@ def _read_peft(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Modul
         raise ValueError(f"{path} is of a prefix for another model: {'; '.join(differing)}")
     tensors = _read_tensors(weights, None)
     length, row = values.get("num_virtual_tokens"), geometry.layers * 2 * geometry.kv_heads * geometry.head_dim
-    found = {name: list(t.shape) for name, t in tensors.items()}
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"{path} has num_virtual_tokens {length!r}, expected a positive integer")
-    if found != {"prompt_embeddings": [length, row]}:
-        raise ValueError(f"{weights} holds tensors {found}, expected {{'prompt_embeddings': [{length}, {row}]}}")
-    rows = tensors["prompt_embeddings"].view(length, geometry.layers, 2, geometry.kv_heads, geometry.head_dim)
+    try:
+        config = PrefixConfig(length=length, share="none", positions="shifted")  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(f"{path} has num_virtual_tokens {length!r}, expected an integer from 1 to {MOST}") from None
+    _check_tensors(weights, tensors, {"prompt_embeddings": [config.length, row]})
+    rows = tensors["prompt_embeddings"].view(config.length, geometry.layers, 2, geometry.kv_heads, geometry.head_dim)
     bank = rows.permute(1, 2, 3, 0, 4).contiguous()
-    return PrefixConfig(length=length, share="none", positions="shifted"), FreePrefix(bank)
+    return config, FreePrefix(bank)
 
 
 def export_peft(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor) -> None:

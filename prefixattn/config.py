@@ -6,6 +6,7 @@ from typing import Any
 
 SHARES = ("deep", "simple", "none")
 POSITIONS = ("shifted", "unshifted")
+MOST = 2**20  # of rows, and of the width of the bottleneck: far past any use, and far from overflowing a tensor's size
 
 
 def _is_int(value: object) -> bool:
@@ -40,10 +41,10 @@ class PrefixConfig:
     init: str | Sequence[int] = "random"
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 1), ("hidden", 1)):
+        for name in ("length", "hidden"):
             value = getattr(self, name)
-            if not _is_int(value) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+            if not _is_int(value) or not 1 <= value <= MOST:
+                raise ValueError(f"{name} is {value!r}, expected an integer from 1 to {MOST}")
         if self.share not in SHARES:
             raise ValueError(f"share is {self.share!r}, expected one of {', '.join(map(repr, SHARES))}")
         if self.positions not in POSITIONS:

@@ -91,7 +91,9 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     empty = q.new_empty(0)
     inputs = (q, k, v, prefix_k, prefix_v)
-    grads = [empty_like_order(t) if need else empty for t, need in zip(inputs, needs, strict=False)]
+    grads = [empty_like_order(t) if need else empty for t, need in zip(inputs[:3], needs, strict=False)]
+    # dense, whatever the prefix's own order: as the op's fake and the reference make them
+    grads += [t.new_empty(t.shape) if need else empty for t, need in zip(inputs[3:], needs[3:5], strict=True)]
     q, k, v, prefix_k, prefix_v, dout, out = map(_readable, (*inputs, dout, out))
     rows, lengths = _indices(rows), _indices(lengths)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.float().contiguous()
@@ -135,6 +137,8 @@ def _common(
     scale: float,
 ) -> tuple[object, ...]:
     """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
+    if q.device.type != "cpu" or q.dtype not in DTYPES:  # an exported program can be moved after its backend was chosen
+        raise NotImplementedError(f"the cpu kernels were called with q {q.dtype} on {q.device.type}")
     B, H, L, D = q.shape
     T, Hkv, P, _ = prefix_k.shape
     kind, mask, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from prefixattn import backends
 from prefixattn.layout import unit_stride
@@ -99,7 +100,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor]:
     """The tensors in the type of autocast; float64 stays, as for SDPA, and so does a float32 mask."""
     *inputs, mask = tensors
     dtype = torch.get_autocast_dtype(inputs[0].device.type)  # type: ignore[union-attr]
-    cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in inputs]  # type: ignore[union-attr]
+    cast = [t.to(dtype) if t.dtype in _FLOATS[:3] else t for t in inputs]  # type: ignore[union-attr]
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, torch.float64):
         mask = mask.to(dtype)
     return [*cast, mask]  # type: ignore[list-item]
@@ -118,6 +119,11 @@ def _require_shape(name: str, t: Tensor, **dims: int) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, enable_gqa: bool) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
+        if t.is_nested or t.layout != torch.strided:
+            raise NotImplementedError(f"{name} is a nested or sparse tensor, expected a dense one")
     for name, t, axes in (("q", q, "B, H, L, D"), ("k", k, "B, Hkv, S, D")):
         if t.dim() != 4:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected 4 axes [{axes}]")
@@ -149,6 +155,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: 
 
 def _normal_mask(mask: Tensor, B: int, H: int, L: int, S: int, q: Tensor) -> Tensor:
     """The mask with four axes, each full or 1: backends read it by strides and its gradient has its own size."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attn_mask is a {type(mask).__name__}, expected a tensor")
     full = (B, H, L, S)
     got = list(mask.shape)
     if mask.dim() < 4:
@@ -184,7 +192,8 @@ def _check_indices(name: str, t: Tensor, sizes: tuple[int, ...], axes: str, q: T
 
 def _check_range(name: str, t: Tensor, last: int, letter: str, size: int) -> None:
     """0 <= t <= last. On a CPU the error names the value; a GPU and a compiled graph assert without waiting for it."""
-    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+    values_known = t.device.type == "cpu" and not torch.compiler.is_compiling() and detect_fake_mode(t) is None
+    if values_known:
         bad = ((t < 0) | (t > last)).nonzero()
         if bad.numel():
             i = int(bad[0])

@@ -65,6 +65,7 @@ FEATURES = {
     "expanded": {"layout": "expanded"},  # one head's keys for all, one sample's queries for all: stride 0
     "expanded_mask": {"mask": "BHLS", "mask_dtype": "float", "expand_mask": True},
     "scaled": {"scale": 0.3},
+    "transposed_prefix": {"prefixes": "per_sample", "layout": "transposed_prefix"},  # [T, P, Hkv, D] in memory
 }
 
 
@@ -110,7 +111,7 @@ def make_inputs(
     expand_mask: bool = False,
     prefixes: str = "shared",  # "shared", "per_sample" or "bank"
     lengths: str = "",  # "T" or "B"
-    layout: str = "dense",  # "dense", "packed" or "expanded"
+    layout: str = "dense",  # "dense", "packed", "expanded" or "transposed_prefix"
     scale: float | None = None,
 ) -> Inputs:
     """Random inputs; scores and lse of a size where every key counts."""
@@ -129,7 +130,10 @@ def make_inputs(
         q, k, v = q[:1].expand(B, -1, -1, -1), k[:, :1].expand(-1, Hkv, -1, -1), v[:, :1].expand(-1, Hkv, -1, -1)
     T = {"shared": 1, "per_sample": B, "bank": 3}[prefixes]
     axes = (Hkv, P, D) if prefixes == "shared" else (T, Hkv, P, D)
-    tensors = {"q": q, "k": k, "v": v, "prefix_k": normal(*axes), "prefix_v": normal(*axes)}
+    prefix_k, prefix_v = normal(*axes), normal(*axes)
+    if layout == "transposed_prefix":  # as a network that makes all heads of a row at once leaves it
+        prefix_k, prefix_v = (t.transpose(-3, -2).contiguous().transpose(-3, -2) for t in (prefix_k, prefix_v))
+    tensors = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": H != Hkv, "scale": scale}
     if prefixes == "bank":
         options["prefix_ids"] = torch.tensor([2, 0])[torch.arange(B) % 2]  # row 1 is used by nobody

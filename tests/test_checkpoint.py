@@ -1,6 +1,7 @@
 """Saving and loading prefixes, and PEFT's adapters."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,12 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor] | bytes) -> None:
     edit(folder, sha256=hashlib.sha256(data).hexdigest())
 
 
+def convert(folder: Path, change: Callable[[torch.Tensor], torch.Tensor], only: str = "") -> None:
+    """The tensors whose name starts with `only` changed, under a matching digest."""
+    tensors = safetensors_torch.load_file(weights(folder))
+    rewrite(folder, {name: change(t) if name.startswith(only) else t for name, t in tensors.items()})
+
+
 DAMAGE = {
     "json_truncated": (lambda f: truncate(f / "prefix.json"), r"prefix\.json is not JSON"),
     "json_binary": (lambda f: (f / "prefix.json").write_bytes(b"\xff\xfe\x00"), r"prefix\.json is not JSON"),
@@ -149,12 +156,33 @@ DAMAGE = {
         lambda f: edit(f, config={**config().to_dict(), "share": "half"}),
         r"prefix\.json: share is 'half'",
     ),
+    "config_length": (
+        lambda f: edit(f, config={**config().to_dict(), "length": 10**30}),
+        r"prefix\.json: length is 10{30}, expected an integer from 1 to",
+    ),
+    "config_layers": (
+        lambda f: edit(f, config={**config().to_dict(), "layers": [7]}),
+        r"prefix\.json: layers names layer 7, but the model has 2 layers",
+    ),
+    "digest_none": (lambda f: edit(f, sha256=None), r"prefix\.json has sha256 None, expected a str"),
+    "folded_word": (lambda f: edit(f, folded="no"), r"prefix\.json has folded 'no', expected a bool"),
+    "weights_unnamed": (lambda f: edit(f, weights=""), r"prefix\.json names the weights '', expected"),
     "weights_outside": (lambda f: edit(f, weights="../other"), r"names the weights '\.\./other'"),
     "weights_missing": (lambda f: weights(f).unlink(), r"\.safetensors is missing"),
     "weights_truncated": (lambda f: truncate(weights(f)), r"\.safetensors is damaged or was not written in full"),
     "weights_flipped_bit": (lambda f: flip(weights(f)), r"\.safetensors is damaged or was not written in full"),
     "weights_foreign": (lambda f: rewrite(f, b"not tensors"), r"is not a whole safetensors file"),
     "tensors_foreign": (lambda f: rewrite(f, {"a": torch.zeros(2)}), r"holds tensors \{'a': \[2\]\}, expected"),
+    "tensors_int8": (lambda f: convert(f, torch.Tensor.char), r"of torch\.int8, expected one floating-point type"),
+    "tensors_complex": (lambda f: convert(f, torch.Tensor.cfloat), r"of torch\.complex64, expected one floating-point"),
+    "tensors_mixed": (
+        lambda f: convert(f, torch.Tensor.half, "up."),
+        r"of torch\.float16, torch\.float32, expected one floating-point type for all",
+    ),
+    "tensors_nan": (
+        lambda f: convert(f, lambda t: t.log(), "up.bias"),
+        r"holds values that are infinite or not a number, in up\.bias",
+    ),
     "empty_folder": (lambda f: (f / "prefix.json").unlink(), r"holds neither prefix\.json nor adapter_config\.json"),
 }
 
@@ -231,7 +259,11 @@ PEFT_DAMAGE = {
     "another_method": (dict(peft_type="LORA"), "has peft_type 'LORA', expected 'PREFIX_TUNING'"),
     "another_depth": (dict(num_layers=12), "prefix for another model: num_layers=12, here 2"),
     "another_length": (dict(num_virtual_tokens=7), r"expected \{'prompt_embeddings': \[7, 128\]\}"),
-    "no_length": (dict(num_virtual_tokens=None), "num_virtual_tokens None, expected a positive integer"),
+    "no_length": (dict(num_virtual_tokens=None), "num_virtual_tokens None, expected an integer from 1 to"),
+}
+PEFT_TENSORS = {
+    "int32": (torch.Tensor.int, r"of torch\.int32, expected one floating-point type"),
+    "nan": (lambda t: t.log(), "holds values that are infinite or not a number, in prompt_embeddings"),
 }
 
 
@@ -244,6 +276,24 @@ def test_a_peft_adapter_that_does_not_fit_is_refused(tmp_path, case):
     model = tiny_gpt2()
     with pytest.raises(ValueError, match=words):
         prefixattn.load(model, tmp_path)
+    assert attached(model) is None
+
+
+@pytest.mark.parametrize("case", PEFT_TENSORS)
+def test_peft_tensors_that_cannot_be_a_prefix_are_refused(tmp_path, case):
+    change, words = PEFT_TENSORS[case]
+    prefixattn.attach(tiny_gpt2(), config()).export_peft(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    safetensors_torch.save_file({name: change(t) for name, t in safetensors_torch.load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=words) as caught:
+        prefixattn.load(tiny_gpt2(), tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_truncated_peft_adapter_is_refused(tmp_path):
+    prefixattn.attach(tiny_gpt2(), config()).export_peft(tmp_path)
     truncate(tmp_path / "adapter_model.safetensors")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "PREFIX_TUNING"}))
+    model = tiny_gpt2()
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        prefixattn.load(model, tmp_path)
     assert attached(model) is None

@@ -77,7 +77,7 @@ def compiled(inputs: Inputs, call: Callable[..., Any], backend: str) -> dict[str
     return results(inputs, *call(**inputs.tensors, **options))
 
 
-@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "packed"])
+@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "packed", "transposed_prefix"])
 def test_compile_forward_and_backward(backend: str, feature: str) -> None:
     inputs = inputs_for(backend, **FEATURES[feature])
     call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

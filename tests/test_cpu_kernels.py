@@ -111,3 +111,11 @@ def test_threads_are_torchs_own() -> None:
     files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(runtimes) == 1 and len(files) <= 1, (runtimes, files)
     assert Path(_C.openmp_runtime()).name.startswith(tuple(runtimes))
+
+
+@pytest.mark.parametrize("bias", [100.0, -1e4])
+def test_a_large_common_bias_loses_no_more_than_in_sdpa(bias: float) -> None:
+    """Both passes must round scores with a bias in the same units, or the difference is a factor on every weight."""
+    inputs = make_inputs(Shape(2, 2, 2, 64, 64, 10, 32))
+    inputs.options["attn_mask"] = torch.full((1, 1, 64, 64), bias)
+    assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))

@@ -200,3 +200,19 @@ def test_an_extension_that_does_not_load_is_named_with_its_error(
     monkeypatch.setattr(backends, "_not_loaded", {})
     backends._load(backends.TABLE[0])
     assert backends._not_loaded == {"cpu": "prefixattn.cpu does not load: undefined symbol: prefix_attn_fwd"}
+
+
+def test_what_is_no_dense_tensor_is_refused() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="prefix_v is a NoneType, expected a tensor"):
+        prefix_attention(q, q, q, q[0], None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attn_mask is a list, expected a tensor"):
+        prefix_attention(q, q, q, q[0], q[0], attn_mask=[True])  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="k is a nested or sparse tensor, expected a dense one"):
+        prefix_attention(q, q.to_sparse(), q, q[0], q[0])
+
+
+def test_integers_are_refused_under_autocast_too() -> None:
+    q = torch.ones(1, 2, 3, 8, dtype=torch.int32)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"q is torch.int32, expected float32"):
+        prefix_attention(q, q, q, q[0], q[0])

@@ -226,6 +226,8 @@ def test_refusals_are_in_words():
         prefixattn.attach(model, PrefixConfig(share="none", init="summarize"))
     with pytest.raises(ValueError, match="init has token id 50, but the model's vocabulary ends at 49"):
         prefixattn.attach(model, PrefixConfig(share="none", init=[3, 50]))
+    with pytest.raises(ValueError, match="init has 70 tokens, but the model has 64 positions"):
+        prefixattn.attach(model, PrefixConfig(share="none", init=[0] * 70))
     assert attached(model) is None and all(p.requires_grad for p in model.parameters())
     prefixattn.attach(model, config)
     with pytest.raises(ValueError, match=r"the model has a prefix already; call detach\(\)"):

@@ -163,10 +163,12 @@ def test_the_network_runs_in_its_own_type_under_autocast():
 
 
 REFUSED = {
-    "length_zero": (dict(length=0), "length is 0, expected an integer of at least 1"),
+    "length_zero": (dict(length=0), "length is 0, expected an integer from 1 to 1048576"),
     "length_float": (dict(length=2.5), "length is 2.5, expected an integer"),
     "length_bool": (dict(length=True), "length is True, expected an integer"),
-    "hidden": (dict(hidden=-1), "hidden is -1, expected an integer of at least 1"),
+    "hidden": (dict(hidden=-1), "hidden is -1, expected an integer from 1 to 1048576"),
+    "length_huge": (dict(length=10**30), "length is 10{30}, expected an integer from 1 to 1048576"),
+    "hidden_huge": (dict(hidden=2**20 + 1), "hidden is 1048577, expected an integer from 1 to 1048576"),
     "share": (dict(share="Deep"), "share is 'Deep', expected one of 'deep', 'simple', 'none'"),
     "positions": (dict(positions="moved"), "positions is 'moved', expected one of 'shifted', 'unshifted'"),
     "dropout": (dict(dropout=1.0), r"dropout is 1.0, expected a probability in \[0, 1\)"),

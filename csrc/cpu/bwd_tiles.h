@@ -162,9 +162,9 @@ class BwdTile {
                             dweights_ + at_row, width, false);
         });
         float factor = p.scale;
-        const Masker masker(p, q.b, q.h, mask_, 1);
+        const Masker masker(p, q.b, q.h, mask_);
         if (!keys.prefix) {
-            if (masker.scales() || factor <= 0) {  // what a mask hides must stay -inf
+            if (has_float_mask(p) || factor <= 0) {  // what a mask hides must stay -inf
                 for (int64_t i = 0; i < (int64_t)n * width; i += VL)
                     vstore(scores_ + i, vload(scores_ + i) * vset(factor));
                 factor = 1;

@@ -52,6 +52,11 @@ inline int64_t mask_element(const AttnParams &p) {
 }
 inline bool is_key_padding(const AttnParams &p) { return p.mask_kind != MaskKind::kNone && p.mask.stride2 == 0; }
 
+// A float mask is added to scaled scores, in its own units.
+inline bool has_float_mask(const AttnParams &p) {
+    return p.mask_kind == MaskKind::kSameAsQ || p.mask_kind == MaskKind::kFloat32;
+}
+
 constexpr float kHidden = -1e37f;  // a mask value from here down hides its key as -inf does
 
 // What the mask adds to a score; bool: True attends.

@@ -101,13 +101,10 @@ class Masker {
         return p.mask_kind == MaskKind::kNone || is_key_padding(p) ? 0 : (int64_t)2 * (rows + 16) * kLanes;
     }
 
-    Masker(const AttnParams &p, int64_t b, int64_t h, float *scratch, float unit)
-        : p_(p), scratch_(scratch), unit_(unit), size_(mask_element(p)) {
+    Masker(const AttnParams &p, int64_t b, int64_t h, float *scratch)
+        : p_(p), scratch_(scratch), size_(mask_element(p)) {
         if (p.mask_kind != MaskKind::kNone) base_ = at(p.mask, b, h, 0, size_);
     }
-
-    // A float mask is added to scaled scores, so every row of the block (the prefix's too) is scaled when there is one.
-    bool scales() const { return p_.mask_kind == MaskKind::kSameAsQ || p_.mask_kind == MaskKind::kFloat32; }
 
     void apply(const QueryBlock &q, const Strips &strips, int64_t s0, int n, float *S) const {
         if (base_ && is_key_padding(p_))
@@ -120,7 +117,7 @@ class Masker {
   private:
     void padding(const QueryBlock &q, int64_t s0, int n, float *S) const {
         for (int r = 0; r < n; ++r) {
-            const float bias = mask_value(p_, base_ + (s0 + r) * p_.mask_stride3 * size_) * unit_;
+            const float bias = mask_value(p_, base_ + (s0 + r) * p_.mask_stride3 * size_);
             if (bias == 0) continue;
             for (int i = 0; i < q.width; i += VL)
                 vstore(S + (int64_t)r * q.width + i, vload(S + (int64_t)r * q.width + i) + vset(bias));
@@ -136,7 +133,7 @@ class Masker {
             if (p_.mask_kind == MaskKind::kBool && p_.mask_stride3 == 1)
                 for (int r = 0; r < n; ++r) dst[r] = row[r] ? 0.f : kMinusInf;
             else
-                for (int r = 0; r < n; ++r) dst[r] = mask_value(p_, row + r * p_.mask_stride3 * size_) * unit_;
+                for (int r = 0; r < n; ++r) dst[r] = mask_value(p_, row + r * p_.mask_stride3 * size_);
         }
         transpose(tile, 4 * ld, q.lanes, n, turned, q.width);
         for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vload(S + i) + vload(turned + i));
@@ -153,7 +150,7 @@ class Masker {
     }
 
     const AttnParams &p_;
-    float *scratch_, unit_;
+    float *scratch_;
     int64_t size_;
     const char *base_ = nullptr;
 };

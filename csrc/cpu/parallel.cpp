@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 
 namespace prefixattn {
@@ -18,27 +17,38 @@ using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 struct Runtime {
     GompParallel parallel = nullptr;
     std::string file;
+    std::string torch;  // the folder of libtorch_cpu, whose runtime is preferred to another package's
 };
 
+int find_torch(dl_phdr_info *info, size_t, void *data) {
+    const std::string path = info->dlpi_name ? info->dlpi_name : "";
+    const size_t base = path.find_last_of('/') + 1;
+    if (path.compare(base, 12, "libtorch_cpu") != 0) return 0;
+    static_cast<Runtime *>(data)->torch = path.substr(0, base);
+    return 1;
+}
+
 int find_openmp(dl_phdr_info *info, size_t, void *data) {
-    const char *path = info->dlpi_name ? info->dlpi_name : "";
-    const char *base = std::strrchr(path, '/');
-    base = base ? base + 1 : path;
-    if (std::strncmp(base, "libgomp", 7) != 0 && std::strncmp(base, "libomp", 6) != 0 &&
-        std::strncmp(base, "libiomp", 7) != 0)
+    auto *runtime = static_cast<Runtime *>(data);
+    const std::string path = info->dlpi_name ? info->dlpi_name : "";
+    const size_t base = path.find_last_of('/') + 1;
+    if (path.compare(base, 7, "libgomp") != 0 && path.compare(base, 6, "libomp") != 0 &&
+        path.compare(base, 7, "libiomp") != 0)
         return 0;
-    void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    const bool torchs = !runtime->torch.empty() && path.compare(0, base, runtime->torch) == 0;
+    if (runtime->parallel && !torchs) return 0;
+    void *library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     void *symbol = library ? dlsym(library, "GOMP_parallel") : nullptr;
     if (!symbol) return 0;
-    auto *runtime = static_cast<Runtime *>(data);
     runtime->parallel = reinterpret_cast<GompParallel>(symbol);
     runtime->file = path;
-    return 1;
+    return torchs;
 }
 
 const Runtime &runtime() {
     static const Runtime found = [] {
         Runtime r;
+        dl_iterate_phdr(find_torch, &r);
         dl_iterate_phdr(find_openmp, &r);
         return r;
     }();

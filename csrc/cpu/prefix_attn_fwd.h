@@ -28,6 +28,7 @@ class Forward {
     Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena)
         : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena) {
         gain_ = prefix_gain(p.prefix_dropout_p);
+        natural_ = has_float_mask(p);
         queries_ = arena_.take<float>((int64_t)Ops::words(D_) * kLanes);
         scores_ = arena_.take<float>((int64_t)(kKeys + 2) * kLanes);
         acc_ = arena_.take<float>((int64_t)D_ * kLanes);
@@ -61,10 +62,13 @@ class Forward {
     }
 
     void pack_queries() {
-        factor_ = p_.scale * kLog2e;
-        if (factor_ != 0) log2_to_natural_ = __builtin_fabs((double)p_.scale / factor_);
+        factor_ = natural_ ? p_.scale : p_.scale * kLog2e;
+        if (natural_)
+            to_natural_ = 1;
+        else if (factor_ != 0)
+            to_natural_ = __builtin_fabs((double)p_.scale / factor_);
         Ops::pack_queries(at(p_.q, b_, h_, q_.l0, Ops::kSize), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
-        if (factor_ > 0) return;
+        if (factor_ > 0 || natural_) return;
         // The maximum of scores is taken before they are scaled, so the sign goes into the queries.
         uint32_t *words = (uint32_t *)queries_;
         for (int64_t i = 0; i < (int64_t)Ops::words(D_) * q_.width; ++i)
@@ -96,9 +100,9 @@ class Forward {
                                 own_scores + (int64_t)r * q_.width + skip, q_.width, false);
             });
         }
-        const Masker masker(p_, b_, h_, mask_, kLog2e);
+        const Masker masker(p_, b_, h_, mask_);
         float factor = factor_;
-        if (masker.scales()) {
+        if (natural_) {
             for (int64_t i = 0; i < (int64_t)n * q_.width; i += VL)
                 vstore(scores_ + i, vload(scores_ + i) * vset(factor));
             factor = 1;
@@ -108,7 +112,10 @@ class Forward {
         if (drops()) fill_multipliers(p0, np, np_even, s0, ns, n);
 
         for (int i = 0; i < q_.width; i += VL)
-            drops() ? softmax<true>(i, np_even, n, factor) : softmax<false>(i, np_even, n, factor);
+            if (natural_)
+                drops() ? softmax<true, true>(i, np_even, n, factor) : softmax<false, true>(i, np_even, n, factor);
+            else
+                drops() ? softmax<true, false>(i, np_even, n, factor) : softmax<false, false>(i, np_even, n, factor);
 
         if (np > 0) {
             const Rows v = Ops::prefix_rows(p_, p_.prefix_v, b_, g, p0, np, 2, value_copy_);
@@ -136,7 +143,7 @@ class Forward {
     bool drops() const { return p_.dropout_p > 0 || p_.prefix_dropout_p > 0; }
 
     // One vector of queries over the n rows of the block, the prefix's np first; leaves weights for the second product.
-    template <bool kDrop>
+    template <bool kDrop, bool kNatural>
     void softmax(int lane, int np, int n, float factor) {
         const int64_t ld = q_.width;
         const float *S = scores_ + lane;
@@ -152,23 +159,25 @@ class Forward {
         const vf old_max = vload(row_max_ + lane);
         const vf new_max = vmax(old_max, vmax(vmax(max0, max1), vmax(max2, max3)) * vset(factor));
         const vf pivot = vmax(new_max, vset(-0x1p126f));  // a query that has met no key: -inf - -inf is nan
-        const vf rescale = vexp2(old_max - pivot);
+        const vf rescale = kNatural ? vexp(old_max - pivot) : vexp2(old_max - pivot);
         vstore(row_max_ + lane, new_max);
 
         vstore(prefix_sum_ + lane,
-               vload(prefix_sum_ + lane) * rescale + exponentials<kDrop>(lane, 0, np, factor, pivot));
-        vstore(own_sum_ + lane, vload(own_sum_ + lane) * rescale + exponentials<kDrop>(lane, np, n, factor, pivot));
+               vload(prefix_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, 0, np, factor, pivot));
+        vstore(own_sum_ + lane,
+               vload(own_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, np, n, factor, pivot));
         for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
     }
 
     // Scores of rows begin .. end to weights; returns their sum, from four chains to keep rounding and latency low.
-    template <bool kDrop>
+    template <bool kDrop, bool kNatural>
     vf exponentials(int lane, int begin, int end, float factor, vf pivot) {
         const int64_t ld = q_.width;
         const vf f = vset(factor), minus_pivot = vzero() - pivot;
         vf sum[4] = {vzero(), vzero(), vzero(), vzero()};
         const auto weight = [&](int r, vf &total) {
-            const vf x = vexp2(vfma(vload(scores_ + r * ld + lane), f, minus_pivot));
+            const vf score = vfma(vload(scores_ + r * ld + lane), f, minus_pivot);
+            const vf x = kNatural ? vexp(score) : vexp2(score);
             total = total + x;
             return kDrop ? x * vload(multipliers_ + r * ld + lane) : x;
         };
@@ -219,8 +228,7 @@ class Forward {
             inverse[i] = sum[i] != 0 ? 1 / sum[i] : 0;  // a nan stays one
         }
         for (int i = 0; i < q_.lanes; ++i) {
-            p_.lse[row0 + i] =
-                sum[i] != 0 ? (float)(row_max_[i] * log2_to_natural_ + __builtin_log(sum[i])) : kMinusInf;
+            p_.lse[row0 + i] = sum[i] != 0 ? (float)(row_max_[i] * to_natural_ + __builtin_log(sum[i])) : kMinusInf;
             if (p_.mass) p_.mass[row0 + i] = prefix_sum_[i] * inverse[i];
         }
         for (int d = 0; d < D_; ++d)
@@ -237,15 +245,16 @@ class Forward {
     const int D_;
     const QueryBlock q_;
     Arena arena_;
-    float factor_;                                 // queries_ . keys times this is the score in units of log2
-    float gain_;                                   // what prefix dropout multiplies kept elements by
-    double log2_to_natural_ = 0.6931471805599453;  // also undoes the rounding of factor_
-    float *queries_;                               // [words(D)][width]
-    float *scores_;                                // [keys][width], then the weights
-    float *acc_;                                   // [D][width], out transposed
-    float *rows_;                                  // [lanes][D]
-    uint32_t *pairs_;                              // [keys / 2][width], weights in pairs of keys
-    uint32_t *value_pairs_;                        // [keys / 2][D]
+    bool natural_;  // scores are in units of e, not 2: with a float mask both passes must round alike
+    float factor_;  // queries_ . keys times this is the score in units of log2
+    float gain_;    // what prefix dropout multiplies kept elements by
+    double to_natural_ = 0.6931471805599453;  // unit of row_max_; also undoes the rounding of factor_
+    float *queries_;                          // [words(D)][width]
+    float *scores_;                           // [keys][width], then the weights
+    float *acc_;                              // [D][width], out transposed
+    float *rows_;                             // [lanes][D]
+    uint32_t *pairs_;                         // [keys / 2][width], weights in pairs of keys
+    uint32_t *value_pairs_;                   // [keys / 2][D]
     float *key_copy_, *value_copy_, *mask_, *multipliers_;
     alignas(64) float row_max_[kLanes], own_sum_[kLanes], prefix_sum_[kLanes];
 };

@@ -53,6 +53,8 @@ class GPT2Adapter(HuggingFaceAdapter):
         vocabulary = self.base.get_input_embeddings().weight.shape[0]
         if max(ids) >= vocabulary:
             raise ValueError(f"init has token id {max(ids)}, but the model's vocabulary ends at {vocabulary - 1}")
+        if len(ids) > self.max_positions:
+            raise ValueError(f"init has {len(ids)} tokens, but the model has {self.max_positions} positions")
         modes = {module: module.training for module in self.base.modules()}
         self.base.eval()
         try:

@@ -119,7 +119,11 @@ class Prefix(nn.Module):
             yield
 
     def detach(self) -> None:
-        """Gives the model back as it was before `attach`. The prefix keeps its parameters and can still be saved."""
+        """Gives the model back as it was before `attach`. The prefix keeps its parameters and can still be saved.
+
+        One of share="simple" can then be saved unfolded only, as its keys and values are made with the model's layers;
+        call `fold` before, to keep them.
+        """
         self._attached().remove()
         self._adapter = None
 
