@@ -64,10 +64,14 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         _C.set_isa("mmx")
 
 
+@pytest.mark.parametrize("mask_dtype", ["bool", "float32"])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_scale(scale: float, dtype: str) -> None:
-    inputs = make_inputs(Shape(1, 2, 2, 20, 35, 5, 32), DTYPES[dtype], mask="BHLS", causal=True, scale=scale)
+def test_any_scale(scale: float, dtype: str, mask_dtype: str) -> None:
+    shape = Shape(1, 2, 2, 20, 35, 5, 32)  # odd numbers of keys: bf16 pads them to pairs
+    inputs = make_inputs(shape, DTYPES[dtype], mask="BHLS", mask_dtype=mask_dtype, causal=True, scale=scale)
+    if mask_dtype == "float32":
+        inputs.options["attn_mask"] = inputs.tensors.pop("attn_mask").detach()
     assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
 
 

@@ -91,7 +91,6 @@ class Forward {
             if (gain_ != 1)
                 for (int64_t i = 0; i < (int64_t)np * q_.width; i += VL)
                     vstore(scores_ + i, vload(scores_ + i) * vset(gain_));
-            if (np_even > np) hide_row(scores_, np);
         }
         if (ns > 0) {
             const Rows k = Ops::rows(p_.k, b_, g, s0, ns, D_, own_keys);
@@ -108,6 +107,7 @@ class Forward {
             factor = 1;
         }
         masker.apply(q_, strips, s0, ns, own_scores);
+        if (np_even > np) hide_row(scores_, np);
         if (n > np_even + ns) hide_row(own_scores, ns);
         if (drops()) fill_multipliers(p0, np, np_even, s0, ns, n);
 
