@@ -1,5 +1,8 @@
 """E2E's files: linearised as Li and Liang's, refused in one line where they do not parse; and the generator."""
 
+import hashlib
+import http.client
+import io
 import os
 import subprocess
 import sys
@@ -78,6 +81,11 @@ def test_accepts_a_quoted_header_and_a_reference_over_two_lines(tmp_path: Path) 
     ]
 
 
+def test_accepts_a_byte_order_mark(tmp_path: Path) -> None:
+    (file := tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfmr,ref\n" + ROW.encode())
+    assert e2e_data.read_csv(file) == [("name : The Vaults | Type : pub", "The Vaults is a pub .")]
+
+
 BAD_ROWS = {
     "columns": ("name[A],eatType[pub],text\n", "expected 2 columns (mr, ref), found 3"),
     "cut_off": ('"name[A]","half of a ref', "unexpected end of data"),
@@ -106,7 +114,9 @@ def test_a_bad_row_is_named(case: str, tmp_path: Path) -> None:
         (b"name,text\n", "line 1: expected the header mr,ref and found 'name,text'"),
         (b"", "line 1: expected the header mr,ref and found ''"),
         (b"mr,ref\n", "no rows after the header"),
-        (b"mr,ref\nname[A],\xff\xfe\n", "row 1 (line"),
+        (b"mr,ref\nname[A],\xff\xfe\n", "line 2: not UTF-8 (byte 0xff)"),
+        (b"mr,ref\n" + 299 * ROW.encode() + b"name[A],caf\xe9\n", "line 301: not UTF-8 (byte 0xe9)"),  # row 300
+        (b"mr,ref\nname[A],a\0b\n", "line 2: a NUL character"),
     ],
 )
 def test_a_bad_file_is_named(content: bytes, words: str, tmp_path: Path) -> None:
@@ -144,8 +154,9 @@ def test_the_command_line_refuses_in_one_line_and_writes_nothing(test: str | Non
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="no such folder; expected one with trainset"):
-        e2e_data.load(str(tmp_path / "nowhere"))
+    for name in (str(tmp_path / "nowhere"), "~nobody-of-this-name/x"):
+        with pytest.raises(Refusal, match="no such folder; expected one with trainset"):
+            e2e_data.load(name)
 
 
 def test_generates_the_same_records_each_time() -> None:
@@ -159,21 +170,39 @@ def test_generates_the_same_records_each_time() -> None:
     assert all(source.startswith("name : ") for source in sources)
 
 
-def test_generates_where_nothing_can_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("no route"), http.client.IncompleteRead(b"mr,")])
+def test_generates_where_nothing_can_be_downloaded(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError("no route")
+        raise error
 
     monkeypatch.setattr(e2e_data.urllib.request, "urlopen", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = e2e_data.load(None)
     assert data.source == "generated"
-    assert "no download (OSError)" in data.where
+    assert f"no download ({type(error).__name__})" in data.where
 
 
 def test_refuses_a_download_that_is_not_e2e(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
     monkeypatch.setattr(e2e_data.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"<html>log in</html>"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert e2e_data.load(None).source == "generated"
     assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"mr,ref\n" + ROW.encode()
+    monkeypatch.setattr(e2e_data, "SHA256", dict.fromkeys(e2e_data.SHA256, hashlib.sha256(content).hexdigest()))
+    asked: list[str] = []
+    monkeypatch.setattr(e2e_data.urllib.request, "urlopen", lambda url, **_: asked.append(url) or io.BytesIO(content))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "prefixattn" / "e2e"
+    cache.mkdir(parents=True)
+    for name in e2e_data.FILES.values():
+        (cache / name).write_bytes(content)
+    (cache / "devset.csv").write_bytes(content[:-3])
+    data = e2e_data.load(None)
+    assert (data.source, data.root) == ("e2e", cache)
+    assert asked == [e2e_data.URL + "devset.csv"]
+    assert (cache / "devset.csv").read_bytes() == content

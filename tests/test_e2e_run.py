@@ -133,6 +133,20 @@ def test_logits_at_labels_alone_give_the_same_loss(folder: Path, tiny: tuple[Any
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name, everywhere", [("deep", False), ("deep-all", True)])
+def test_deep_all_computes_logits_at_every_position(name: str, everywhere: bool, folder: Path) -> None:
+    method, rows = made(name, folder), []
+    method.model.lm_head.register_forward_hook(lambda _, inputs, out: rows.append(out.shape[:-1].numel()))
+    ids, labels = t2t.collate(samples(load_model(str(folder))[1], 6), pad=0)
+    method.loss(ids, labels)
+    assert rows == [ids.numel() if everywhere else int((labels[:, 1:] != IGNORED).sum())]
+
+
+def test_a_text_beyond_the_positions_is_refused(tiny: tuple[Any, Any]) -> None:
+    with pytest.raises(Refusal, match="no text begins within 3 positions"):
+        t2t.encode(tiny[1], [("name : A | Type : pub", "A is a pub .")], 3)
+
+
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert t2t.epoch_order(50, 101, 0) == t2t.epoch_order(50, 101, 0)
     assert sorted(t2t.epoch_order(50, 101, 1)) == list(range(50))
@@ -167,7 +181,7 @@ def kill_when(run: Path, ready: Path) -> None:
     process.wait()
 
 
-def test_a_killed_run_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     config = prepared(folder, whole)
     prepared(folder, broken)
@@ -188,7 +202,13 @@ def test_a_killed_run_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> N
     assert len(expected["losses"]) == 40
     trained = [torch.load(run / "deep.pt", weights_only=True)["prefix"] for run in (whole, broken)]
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
-    assert not list(broken.glob(".*.tmp")) or all(".pt." in p.name or ".json." in p.name for p in broken.glob(".*.tmp"))
+    data, out = e2e_data.load(e2e_data.GENERATED), tmp_path / "results" / "r.json"
+    out.parent.mkdir()
+    broken.rename(out.with_name(f"r.{e2e.run_key(config, data)[:10]}.run"))
+    monkeypatch.setattr(e2e, "score_all", lambda *_: [])
+    e2e.run_all(config, out, data, "command")
+    # nothing is left of the run, not even what the kills had left half written
+    assert sorted(path.name for path in out.parent.iterdir()) == ["r.deep.txt", "r.json", "r.png"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "noise", "foreign", "other_run"])
@@ -208,11 +228,18 @@ def test_a_bad_checkpoint_is_refused_in_one_line(damage: str, tmp_path: Path) ->
         torch.save({"state_dict": {}}, path)
         words = "not a checkpoint of this program (lacks fingerprint, prefix, step)"
     else:
-        keys, words = keys, "checkpoint of another run (fingerprint ffffffffffff, expected 000000000000"
+        words = "checkpoint of another run (fingerprint ffffffffffff, expected 000000000000"
     with pytest.raises(Refusal) as refusal:
         load_state(path, "0" * 64 if damage == "other_run" else "f" * 64, keys)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [[], {"fingerprint": "x"}, {"fingerprint": "x", "texts": []}])
+def test_a_bad_file_of_decoded_texts_is_refused(content: Any, tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    write_json(path := tmp_path / "deep.decoded.json", content)
+    with pytest.raises(Refusal, match="decoded texts of another run"):
+        t2t.decode(None, tiny[1], ["name : A"], path, "x", torch.device("cpu"), 250)
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
@@ -269,26 +296,6 @@ def test_the_whole_run_leaves_a_record(folder: Path, tmp_path: Path) -> None:
     assert (out.parent / "tiny.png").stat().st_size <= 200_000
     assert len((out.parent / "tiny.deep.txt").read_text().splitlines()) == 6
     assert f"{deep['trained']:,} / {deep['kept']:,}" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (("--model", "./nowhere"), "--model ./nowhere: no such folder"),
-        (("--lr", "deep"), "--lr deep: expected METHOD=NUMBER, as in deep=1e-3"),
-        (
-            ("--lr", "lora=1"),
-            "--lr lora=1: no method 'lora'; there are frozen, deep, simple, none, none-word, original",
-        ),
-        (("--epochs", "0"), "--epochs is 0, expected at least 1"),
-    ],
-)
-def test_bad_arguments_are_refused_in_one_line(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
-    done = call("--data", "generated", "--out", str(tmp_path / "r.json"), *arguments)
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "r.json").exists()
 
 
 def test_thins_a_curve_to_means_of_equal_windows() -> None:

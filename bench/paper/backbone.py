@@ -2,8 +2,8 @@
 
     python bench/paper/backbone.py --data FOLDER --out bench/paper/backbone
 
-About 20 minutes on two idle cores with AVX512_BF16. Reads text/english.jsonl.gz and webnlg/ (backbone_data.py says
-what of them), never E2E. Writes the model (fp16, loads as float32), the tokenizer, training.json and loss.png.
+20 to 50 minutes on two cores with AVX512_BF16. Reads text/english.jsonl.gz and webnlg/ (backbone_data.py says what
+of them), never E2E. Writes the model (fp16, loads as float32), the tokenizer, training.json and loss.png.
 Interrupted, the same command goes on from the last checkpoint to the same weights.
 """
 

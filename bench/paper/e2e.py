@@ -1,7 +1,7 @@
 """E2E table-to-text: prefixes that share a network between key and value (Deep-share) against those that do not.
 
     python bench/paper/e2e.py --preset demo                       # a subset, about 6 min on two cores
-    python bench/paper/e2e.py --preset small --data FOLDER        # all of E2E, a 4M GPT-2, 45 min on two cores
+    python bench/paper/e2e.py --preset small --data FOLDER        # all of E2E, a 4M GPT-2, an hour on two cores
     python bench/paper/e2e.py --preset paper --model gpt2-medium  # the paper's run, hours on one GPU
 
 Paper (gpt2-medium, 5 epochs), BLEU/NIST/METEOR/ROUGE-L/CIDEr: Deep-share 69.9/8.78/46.3/71.5/2.45, No-share
@@ -9,8 +9,9 @@ Paper (gpt2-medium, 5 epochs), BLEU/NIST/METEOR/ROUGE-L/CIDEr: Deep-share 69.9/8
 
 Methods: deep (Deep-share), simple (one vector through the frozen projections), none (free keys and values, random),
 none-word (free, from the activations of a real word, as the published No-share runs in fact were), original (Deep-share
-as the published code computes it, original.py), frozen (no prefix). Each runs in a process of its own, on the same
-batches. Kill it whenever you like: the same command goes on to the same numbers.
+as the published code computes it, original.py), deep-all (deep with logits at every position, as original has them:
+these two compare like for like), frozen (no prefix). Each runs in a process of its own, on the same batches. Kill it
+whenever you like: the same command goes on to the same numbers.
 
 Differs from the authors' code: table_to_text.py and original.py say where they do; here: the learning rates of the
 small GPT-2 (LEARNING_RATES), the tokeniser of the targets (e2e_data.py), no evaluation on dev while training (there
@@ -19,35 +20,40 @@ every 5,000 steps; the last state is used, as here). The published No-share runs
 """
 
 import argparse
+import json
+import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import e2e_data
 from plot_runs import METRICS, figure, table
-from runs import Refusal, digest, parent_alive, provenance, read_json, thinned, write_json, write_text
+from runs import Refusal, digest, finished, locked, parent_alive, provenance, read_json, thinned, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 MODEL_FILES = ("config", "tokenizer", "tokenizer_config", "vocab", "merges")  # beside the weights
-METHODS = ("frozen", "deep", "simple", "none", "none-word", "original")
+WEIGHTS = (".safetensors", ".bin")
+METHODS = ("frozen", "deep", "simple", "none", "none-word", "deep-all", "original")
 PAPER = {
     "paper: Deep-share": {"BLEU": 0.699, "NIST": 8.78, "METEOR": 0.463, "ROUGE_L": 0.715, "CIDEr": 2.45},
     "paper: No-share": {"BLEU": 0.680, "NIST": 8.61, "METEOR": 0.458, "ROUGE_L": 0.710, "CIDEr": 2.41},
 }
 LEARNING_RATES = {
     # paper: published for gpt2-medium; simple share has none for language and takes No-share's, both being free vectors
-    "paper": {"deep": 1e-4, "original": 1e-4, "none": 1e-2, "none-word": 1e-2, "simple": 1e-2},
+    "paper": {"deep": 1e-4, "deep-all": 1e-4, "original": 1e-4, "none": 1e-2, "none-word": 1e-2, "simple": 1e-2},
     # the 4M GPT-2, searched on dev (100 rows, nats per token); 150 steps: deep 1e-2 4.30, 5e-3 3.43, 2e-3 3.36;
     # none 1e-1 3.57, 3e-1 3.26, 1 3.43; simple 3e-1 4.55, 1 4.79; 400 steps: deep 2e-3 2.85,
     # 1e-3 3.07; none 3e-1 2.91, 1e-1 3.12
-    "small": {"deep": 2e-3, "original": 2e-3, "none": 3e-1, "none-word": 3e-1, "simple": 3e-1},
+    "small": {"deep": 2e-3, "deep-all": 2e-3, "original": 2e-3, "none": 3e-1, "none-word": 3e-1, "simple": 3e-1},
 }
 
 
@@ -63,7 +69,7 @@ class Config:
     epochs: int = 1
     prompts: int | None = None  # test records to decode
     dev: int = 1_000  # rows for the dev loss
-    logits: str = "labelled"  # "all": at positions without a label too, which `original` always does
+    logits: str = "labelled"  # "all": at positions without a label too, as `original` and `deep-all` always do
     length: int = 5  # P, the papers'
     hidden: int = 512  # mid_dim, the papers'
     batch: int = 10
@@ -80,9 +86,15 @@ class Config:
 
 PRESETS = {
     "demo": {"subset": 5_000, "prompts": 60, "dev": 300, "parallel": 2},
-    "small": {"parallel": 2},
+    "small": {"methods": ("frozen", "deep", "simple", "none", "deep-all", "original"), "parallel": 2},
     "paper": {"model": "gpt2-medium", "rates": "paper", "epochs": 5, "checkpoint_every": 1_000,
               "methods": ("deep", "none", "none-word", "original")},
+}  # fmt: skip
+MOST = 2**31 - 1
+BOUNDS = {  # least and most of a number on the command line
+    "subset": (1, MOST), "epochs": (1, MOST), "prompts": (0, MOST), "dev": (1, MOST), "length": (1, MOST),
+    "hidden": (1, MOST), "batch": (1, MOST), "seed": (0, 2**32 - 1), "beams": (1, MOST), "max_new": (1, MOST),
+    "threads": (1, 1_024), "parallel": (1, 1_024), "checkpoint_every": (1, MOST),
 }  # fmt: skip
 
 
@@ -103,7 +115,7 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     data = e2e_data.load(config.data)
     model, tokenizer = load_model(config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limit = model.config.n_positions - config.length
+    limit = room(model.config.n_positions, config)
     weights = digest(*(memoryview(t.numpy()).cast("B") for t in model.state_dict().values()))
     model.to(device)
     fingerprint = digest(run_key(config, data), method, weights)
@@ -149,6 +161,17 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     write_json(run / f"{method}.json", {"fingerprint": fingerprint, **result})
 
 
+def room(positions: int, config: Config) -> int:
+    """The positions that the prefix leaves to prompt and text."""
+    limit = positions - config.length
+    if limit - config.max_new < 1:
+        raise Refusal(
+            f"--length {config.length} and --max-new {config.max_new} leave no room for a prompt in the "
+            f"{positions} positions of the model"
+        )
+    return limit
+
+
 # --- all of them ---
 
 
@@ -168,7 +191,7 @@ def run_key(config: Config, data: e2e_data.Data) -> str:
     """Names all that the numbers of one method depend on; not which methods were asked for."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("methods", "data", "preset", "model", "parallel")}
     folder = Path(config.model)
-    files = [path for path in sorted(folder.glob("*")) if path.suffix == ".safetensors" or path.stem in MODEL_FILES]
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in WEIGHTS or path.stem in MODEL_FILES]
     return digest(settings, data.sha256, *(files or [config.model]))
 
 
@@ -203,29 +226,44 @@ def score_all(runs: list[dict[str, Any]], references: list[list[str]]) -> list[s
 
 def model_name(name: str) -> str:
     """A folder by its last part: where it lies on this machine is nobody's business."""
-    return Path(name).name if os.sep in name else name
+    folder = Path(os.path.expanduser(name))
+    return folder.resolve().name if folder.is_dir() else name
 
 
 def shown_command(arguments: list[str]) -> str:
     """The command to paste, with DATA and OUT for the places on this machine."""
-    shown = list(arguments)
-    for at, option in enumerate(arguments[:-1]):
-        if option in ("--data", "--out") and arguments[at + 1] != e2e_data.GENERATED:
+    shown: list[str] = []
+    for word in arguments:
+        shown += word.split("=", 1) if word.startswith("--") else [word]
+    for at, option in enumerate(shown[:-1]):
+        if option in ("--data", "--out") and shown[at + 1] != e2e_data.GENERATED:
             shown[at + 1] = option[2:].upper()
         elif option == "--model":
-            shown[at + 1] = model_name(arguments[at + 1])
-    return " ".join(("python bench/paper/e2e.py", *shown))
+            shown[at + 1] = model_name(shown[at + 1])
+    return f"python bench/paper/e2e.py {shlex.join(shown)}".rstrip()
 
 
 def run_all(config: Config, out: Path, data: e2e_data.Data, command: str) -> dict[str, Any]:
-    run = out.with_name(f"{out.stem}.{run_key(config, data)[:10]}.run")
-    run.mkdir(parents=True, exist_ok=True)
+    key = run_key(config, data)
+    run = out.with_name(f"{out.stem}.{key[:10]}.run")
+    with locked(run):
+        results = run_locked(config, out, data, command, run, key)
+        shutil.rmtree(run)
+    return results
+
+
+def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run: Path, key: str) -> dict[str, Any]:
     write_json(run / "config.json", asdict(config))
-    todo = [method for method in config.methods if not (run / f"{method}.json").exists()]
+    train, sources, references = selected(data, config)
+    files = {method: run / f"{method}.json" for method in config.methods}
+    todo = [method for method, path in files.items() if not path.exists()]
+    for method in set(files) - set(todo):  # before the hours that the others take
+        finished(files[method], key, method, len(sources))
     with ThreadPoolExecutor(config.parallel) as pool:
         list(pool.map(lambda method: spawn(method, config, run), todo))
-    train, sources, references = selected(data, config)
-    runs = [read_json(run / f"{method}.json") for method in config.methods]
+    runs = [finished(path, key, method, len(sources)) for method, path in files.items()]
+    if len({found["weights_sha256"] for found in runs}) > 1:
+        raise Refusal(f"{run}: its methods ran on different weights of {config.model}; delete it and start again")
     notes = score_all(runs, references)
     for found in runs:
         texts = found.pop("texts")
@@ -248,12 +286,11 @@ def run_all(config: Config, out: Path, data: e2e_data.Data, command: str) -> dic
     }
     write_json(out, results)
     figure(results, out.with_suffix(".png"))
-    shutil.rmtree(run)
     return results
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument(
         "--data", help="folder with e2e/ or the CSVs (default: PREFIXATTN_DATA); 'generated' for our own records"
@@ -281,27 +318,55 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     config = replace(Config(given.preset), **PRESETS[given.preset])
-    names = ("model", "subset", "epochs", "prompts", "dev", "logits", "length", "hidden", "batch", "seed", "beams",
-             "max_new", "parallel", "checkpoint_every")  # fmt: skip
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(given, name)
+        if value is not None and not least <= value <= most:
+            raise Refusal(f"--{name.replace('_', '-')} is {value}, expected {least} to {most}")
+    names = ("model", "logits", *BOUNDS)
     config = replace(config, **{name: getattr(given, name) for name in names if getattr(given, name) is not None})
-    for name in ("subset", "epochs", "length", "hidden", "batch", "beams", "max_new", "parallel", "checkpoint_every"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise Refusal(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1")
+    methods = tuple(dict.fromkeys(given.methods)) if given.methods else config.methods
+    threads = given.threads or max(1, len(os.sched_getaffinity(0)) // config.parallel)
+    data = given.data or os.environ.get("PREFIXATTN_DATA") or None
+    rates = parse_rates(given.lr, methods)
+    return given, replace(config, lr=rates, threads=threads, methods=methods, data=data)
+
+
+def parse_rates(entries: list[str], methods: tuple[str, ...]) -> dict[str, float]:
     rates = {}
-    for entry in given.lr:
-        method, _, value = entry.partition("=")
+    for entry in entries:
+        method, _, number = entry.partition("=")
         try:
-            rates[method] = float(value)
+            rate = float(number)
         except ValueError:
             raise Refusal(f"--lr {entry}: expected METHOD=NUMBER, as in deep=1e-3") from None
         if method not in METHODS:
             raise Refusal(f"--lr {entry}: no method {method!r}; there are {', '.join(METHODS)}")
-    threads = given.threads or max(1, len(os.sched_getaffinity(0)) // config.parallel)
-    if threads < 1:
-        raise Refusal(f"--threads is {threads}, expected at least 1")
-    methods = tuple(dict.fromkeys(given.methods)) if given.methods else config.methods
-    data = given.data or os.environ.get("PREFIXATTN_DATA") or None
-    return given, replace(config, lr=rates, threads=threads, methods=methods, data=data)
+        if method not in methods or method == "frozen":
+            raise Refusal(f"--lr {entry}: {method} is not trained in this run of {', '.join(methods)}")
+        if not (math.isfinite(rate) and rate > 0):
+            raise Refusal(f"--lr {entry}: expected a finite number above 0")
+        rates[method] = rate
+    return rates
+
+
+def checked_model(config: Config) -> str:
+    """The model with ~ expanded; refused where a look at the folder already tells that it cannot do."""
+    name = os.path.expanduser(config.model)
+    if (name.startswith((os.sep, ".", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise Refusal(f"--model {name}: no such folder; bench/paper/backbone.py trains one, or give a hub name")
+    positions = None
+    with suppress(OSError, ValueError, AttributeError):  # of a hub's model, or damaged: the worker will say
+        positions = json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("n_positions")
+    if isinstance(positions, int):
+        room(positions, config)
+    return name
+
+
+def checked_out(given: Path | None, preset: str) -> Path:
+    out = (given or HERE / "results" / f"e2e-{preset}.json").resolve()
+    if out.suffix != ".json" or out.is_dir():  # the figure takes the name with .png
+        raise Refusal(f"--out {given}: expected the name of a file that ends in .json")
+    return out
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -312,15 +377,14 @@ def main(arguments: list[str] | None = None) -> int:
             saved = read_json(given.run / "config.json")
             work(given.worker, Config(**{**saved, "methods": tuple(saved["methods"])}), given.run, given.parent)
             return 0
-        name = config.model
-        if (os.sep in name or name.startswith(".")) and not Path(name).is_dir():
-            raise Refusal(f"--model {name}: no such folder; bench/paper/backbone.py trains one, or give a hub name")
+        config, out = replace(config, model=checked_model(config)), checked_out(given.out, config.preset)
         data = e2e_data.load(config.data)
         print(data.where, flush=True)
-        out = (given.out or HERE / "results" / f"e2e-{config.preset}.json").resolve()
+        # the workers must not look for the data again, and may find other than these
+        config = replace(config, data=str(data.root) if data.root else data.source)
         print("\n" + table(run_all(config, out, data, shown_command(arguments))))
         print(f"results: {out.name} and {out.stem}.png")
-    except Refusal as error:
+    except (Refusal, OSError) as error:
         print(f"e2e.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,6 +8,8 @@ The CSVs (CC BY-SA 4.0) come from https://github.com/tuetschek/e2e-dataset.
 import csv
 import functools
 import hashlib
+import http.client
+import io
 import os
 import random
 import re
@@ -37,6 +39,7 @@ class Data:
     train: list[Pair]
     dev: list[Pair]
     test: list[Pair]
+    root: Path | None = None  # folder of the CSVs; for the run alone, never for its record
 
 
 def load(folder: str | None) -> Data:
@@ -44,55 +47,66 @@ def load(folder: str | None) -> Data:
     if folder == GENERATED:
         return _generated("asked for")
     if folder:
-        root = Path(folder).expanduser()
+        root = Path(os.path.expanduser(folder)).absolute()  # a ~name that is nobody's stays, and is no folder
         root = root / "e2e" if (root / "e2e").is_dir() else root
         if not root.is_dir():
             raise Refusal(f"{root}: no such folder; expected one with {', '.join(FILES.values())}")
     else:
         try:
             root = _downloaded()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # HTTPException: a reply cut short
             return _generated(f"no --data, no PREFIXATTN_DATA, and no download ({type(error).__name__})")
     splits = {split: read_csv(root / name) for split, name in FILES.items()}
     counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())
     sha256 = digest(*(root / name for name in FILES.values()))
-    return Data(where=f"E2E NLG: {counts} rows", source="e2e", sha256=sha256, **splits)
+    return Data(where=f"E2E NLG: {counts} rows", source="e2e", sha256=sha256, root=root, **splits)
 
 
 def read_csv(path: Path) -> list[Pair]:
     """(source, tokenised reference) of each row of a file with the columns mr and ref."""
-    try:
-        file = open(path, encoding="utf-8", newline="")
-    except OSError as error:
-        raise Refusal(f"{path}: cannot be read ({error.strerror}); E2E is at {URL}") from None
     pairs: list[Pair] = []
-    with file:
-        rows = csv.reader(file, strict=True)
-        try:
-            header = next(rows, [])
-            if [name.strip().lower() for name in header] != ["mr", "ref"]:
-                raise Refusal(f"{path}, line 1: expected the header mr,ref and found {','.join(header)[:60]!r}")
-            for row in rows:
-                if not row:
-                    continue
-                if len(row) != 2:
-                    raise ValueError(f"expected 2 columns (mr, ref), found {len(row)}")
-                if not row[1].strip():
-                    raise ValueError("the reference is empty")
-                pairs.append((linearise(row[0]), tokenise(row[1])))
-        except Refusal:
-            raise
-        except (csv.Error, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-            raise Refusal(f"{path}, row {len(pairs) + 1} (line {rows.line_num}): {error}") from None
+    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        header = next(rows, [])
+        if [name.strip().lower() for name in header] != ["mr", "ref"]:
+            raise Refusal(f"{path}, line 1: expected the header mr,ref and found {','.join(header)[:60]!r}")
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != 2:
+                raise ValueError(f"expected 2 columns (mr, ref), found {len(row)}")
+            if not row[1].strip():
+                raise ValueError("the reference is empty")
+            pairs.append((linearise(row[0]), tokenise(row[1])))
+    except Refusal:
+        raise
+    except (csv.Error, ValueError) as error:
+        raise Refusal(f"{path}, row {len(pairs) + 1} (line {rows.line_num}): {error}") from None
     if not pairs:
         raise Refusal(f"{path}: no rows after the header")
     return pairs
 
 
+def _text(path: Path) -> str:
+    """The file's text, decoded at once: a reader of lines would decode ahead and name the wrong one."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror}); E2E is at {URL}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise Refusal(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    if (at := text.find("\0")) >= 0:
+        raise Refusal(f"{path}, line {text.count(chr(10), 0, at) + 1}: a NUL character")
+    return text
+
+
 def _downloaded() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefixattn" / "e2e"
     for name, expected in SHA256.items():
-        if (root / name).exists():
+        if (root / name).exists() and hashlib.sha256((root / name).read_bytes()).hexdigest() == expected:
             continue
         with urllib.request.urlopen(URL + name, timeout=5) as reply:
             content = reply.read()

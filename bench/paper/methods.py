@@ -12,8 +12,8 @@ from original import OriginalPrefix
 from runs import Refusal
 
 WORD = "summarize"  # the published No-share runs' word; its token count becomes P
-SHARES = {"deep": "deep", "simple": "simple", "none": "none", "none-word": "none"}  # method: PrefixConfig.share
-
+# method: PrefixConfig.share
+SHARES = {"deep": "deep", "deep-all": "deep", "simple": "simple", "none": "none", "none-word": "none"}
 
 IGNORED = -100  # label of a position without loss
 
@@ -101,7 +101,10 @@ def make_method(
     seed: int,
     labelled: bool = True,
 ) -> Method:
-    """The method on a frozen model, its numbers drawn from the seed: `deep` and `original` start from the same ones."""
+    """The method on a frozen model, its numbers drawn from the seed: `deep` and `original` start from the same ones.
+
+    `labelled`: logits at labelled positions only; `deep-all` and `original` have them everywhere all the same.
+    """
     model.requires_grad_(False).eval()
     torch.manual_seed(seed)
     if name == "frozen":
@@ -111,6 +114,7 @@ def make_method(
     if name == "none-word":
         word = tokenizer(f" {WORD}", add_special_tokens=False)["input_ids"]
         return AttachedMethod(model, labelled, share="none", length=len(word), init=tuple(word))
+    labelled = labelled and name != "deep-all"
     return AttachedMethod(model, labelled, share=SHARES[name], length=length, hidden=hidden)
 
 

@@ -12,6 +12,8 @@ from runs import Refusal, read_json, replacing
 PERCENT = {"BLEU": 1, "METEOR": 1, "ROUGE_L": 1}  # digits; shown times 100 as in the papers
 PLAIN = {"NIST": 2, "CIDEr": 2}
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+DASHES = {"original": (2, 2), "deep-all": (1, 4)}  # they lie on deep: dashes let all be seen
+EVERYWHERE = ("deep-all", "original")  # logits at every position, whatever config["logits"] says
 
 
 def shown(metric: str, value: float | None) -> str:
@@ -45,10 +47,30 @@ def table(results: dict[str, Any]) -> str:
         f"batch {config['batch']}, P = {config['length']}; {results['data']['decoded']:,} test records decoded, "
         f"beam {config['beams']}",
         f"{config['model']} on {results['provenance']['device']}, {config['threads']} thread(s), "
-        f"{config.get('parallel', 1)} method(s) at a time; peak: {memory}",
+        f"{config.get('parallel', 'unrecorded')} method(s) at a time; peak: {memory}",
+        *remarks(config, [run["method"] for run in results["methods"]]),
         *results.get("notes", []),
     ]
     return "\n".join(lines)
+
+
+def remarks(config: dict[str, Any], methods: list[str]) -> list[str]:
+    """What keeps rows from being compared like for like; a key that an older record lacks says nothing."""
+    lines = []
+    everywhere = [method for method in EVERYWHERE if method in methods]
+    if config.get("logits") == "labelled" and everywhere:
+        lines.append(
+            f"logits (they weigh on ms/step and peak MiB): at every position for {' and '.join(everywhere)}, at "
+            "labelled positions only for the others; like for like: deep-all and original, or all with --logits all"
+        )
+    if min(config.get("parallel", 1), len(methods)) > 1:
+        lines.append("methods ran side by side: ms/step include what they cost each other")
+    if "none" in methods:
+        lines.append(
+            f"none: random, P = {config['length']}; the published No-share runs are none-word: from the activations of "
+            "a word, P = 1"
+        )
+    return lines
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
@@ -62,8 +84,8 @@ def figure(results: dict[str, Any], path: Path) -> None:
     for run in results["methods"]:
         if run["losses"]:
             steps, losses = zip(*run["losses"], strict=True)
-            # the original lies on ours: dashes let both be seen
-            style = {"linestyle": (0, (2, 2)), "linewidth": 2.0} if run["method"] == "original" else {"linewidth": 1.2}
+            dashes = DASHES.get(run["method"])
+            style = {"linestyle": (0, dashes), "linewidth": 2.0} if dashes else {"linewidth": 1.2}
             ax.plot(steps, smoothed(list(losses)), label=f"{run['method']} (lr {run['lr']:g})", **style)
     ax.set(xlabel="step", ylabel="loss: sum over a sample's tokens, nats", yscale="log", title=results["name"])
     ax.grid(alpha=0.3, which="both")
@@ -91,10 +113,12 @@ def main(arguments: list[str]) -> int:
             results = read_json(path)
             print(table(results))
             figure(results, path.with_suffix(".png"))
-        except (Refusal, KeyError) as error:
-            print(
-                error if isinstance(error, Refusal) else f"{path}: not a results file (lacks {error})", file=sys.stderr
-            )
+        except (Refusal, OSError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # whatever JSON that is no record leads to
+            why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            print(f"{path}: not a results file ({why})", file=sys.stderr)
             return 1
     return 0
 

@@ -7,7 +7,8 @@ decay, linear decay to 0 without warm-up, gradients clipped to norm 1; the froze
 Differs from the authors' code: padding repeats eos (there '[PAD]' was added to the vocabulary; neither is ever seen by
 a labelled position); sequences are cut to the model's positions less P (there 1024); prompts of equal length decode
 together (there one at a time, same outputs); beam scores are divided by the number of new tokens, as transformers 5
-does (there by prompt + new tokens); methods.py computes logits only where a label is, but for `original`.
+does (there by prompt + new tokens); methods.py computes logits only where a label is, but for `original`
+and `deep-all`.
 """
 
 import math
@@ -66,10 +67,13 @@ def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]], limit: int) -> list
     eos = tokenizer.eos_token_id
     sources = prompt_ids(tokenizer, [source for source, _ in pairs])
     targets = tokenizer([f" {target}  " for _, target in pairs], add_special_tokens=False)["input_ids"]
-    return [
+    samples = [
         Sample((source + target + [eos])[:limit], min(len(source), limit))
         for source, target in zip(sources, targets, strict=True)
     ]
+    if not any(sample.target < len(sample.ids) for sample in samples):
+        raise Refusal(f"no text begins within {limit} positions, those that the prefix leaves; lower --length")
+    return samples
 
 
 def prompt_ids(tokenizer: Any, sources: Sequence[str]) -> list[list[int]]:
@@ -206,7 +210,8 @@ def decode(
     done: dict[str, str] = {}
     if progress.exists():
         found = read_json(progress)
-        if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
+        whole = isinstance(found, dict) and isinstance(found.get("texts"), dict)
+        if not whole or found.get("fingerprint") != fingerprint:
             raise Refusal(f"{progress}: decoded texts of another run; delete it or choose another --out")
         done = found["texts"]
     options = {
