@@ -35,17 +35,16 @@ struct Operand {       // words of A
 // MR rows by NV vectors of C in registers. kStepIsWord: A.step == 4 (k runs along memory), else A.row == 4.
 template <class Dot, int MR, int NV, bool kStepIsWord>
 inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, int K, bool accumulate) {
-    // A narrow tile has registers to spare: it sums in short runs, as a dot product along vectors would, and errs as
-    // little.
+    // Every call sums on its own and adds to C once: a long sum is made of short ones, and errs as little. A narrow
+    // tile has registers to spare and goes further, to runs such as a dot product along vectors would have.
     constexpr int kRun = NV == 1 ? 16 : 1 << 30;
-    vf acc[MR][NV], total[MR][NV];
+    vf acc[MR][NV], total[MR];
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < MR; ++m) {
+        total[m] = vzero();
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) {
-            acc[m][n] = accumulate && NV > 1 ? vload(c + m * ldc + n * VL) : vzero();
-            total[m][n] = accumulate ? vload(c + m * ldc + n * VL) : vzero();
-        }
+        for (int n = 0; n < NV; ++n) acc[m][n] = vzero();
+    }
     const char *pa = a.data;
     for (int k = 0; k < K;) {
         for (const int end = kRun < K - k ? k + kRun : K; k < end; ++k) {
@@ -64,14 +63,17 @@ inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t l
         if (NV > 1) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
-            total[m][0] = total[m][0] + acc[m][0];
+            total[m] = total[m] + acc[m][0];
             acc[m][0] = vzero();
         }
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) vstore(c + m * ldc + n * VL, NV > 1 ? acc[m][n] : total[m][n]);
+        for (int n = 0; n < NV; ++n) {
+            const vf sum = NV > 1 ? acc[m][n] : total[m];
+            vstore(c + m * ldc + n * VL, accumulate ? vload(c + m * ldc + n * VL) + sum : sum);
+        }
 }
 
 template <class Dot, int NV, bool kStepIsWord>
