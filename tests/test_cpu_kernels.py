@@ -95,13 +95,22 @@ def test_schedules_of_the_backward_agree(shape: Shape, wanted: str) -> None:
             )
 
 
-def test_a_shared_prefix_in_slices() -> None:
-    """One head, many samples: the batch is cut into slices whose sums are added in order."""
-    inputs = make_inputs(Shape(9, 1, 1, 33, 33, 20, 16))
-    with threads(4):
-        first, again = ours(inputs, "cpu"), ours(inputs, "cpu")
-    assert_all_as_accurate(first, same_dtype(inputs), exact(inputs))
-    assert all(torch.equal(first[name], again[name]) for name in first)
+@pytest.mark.parametrize("feature", ["plain", "causal", "key_padding", "bank_lengths"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_depend_on_neither_threads_nor_what_is_wanted(feature: str, dtype: str) -> None:
+    """Two heads and nine samples: with one thread the fused schedule runs, with four, or without dq, the split one."""
+    inputs = make_inputs(Shape(9, 2, 2, 70, 150, 20, 16), DTYPES[dtype], **FEATURES[feature])
+    with threads(1):
+        every = ours(inputs, "cpu")
+    for wanted in (("q", "k", "v", "prefix_k", "prefix_v"), ("prefix_k", "prefix_v"), ("q",), ("k", "v")):
+        for name, t in inputs.tensors.items():
+            t.requires_grad_(name in wanted)
+        for n in (1, 2, 4):
+            with threads(n):
+                found = ours(inputs, "cpu")
+            assert {"d" + name for name in wanted} <= found.keys()
+            for name, t in found.items():
+                assert torch.equal(t, every[name]), f"{name} with {n} threads, gradients of {wanted}"
 
 
 def test_threads_are_torchs_own() -> None:

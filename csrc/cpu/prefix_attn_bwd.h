@@ -4,10 +4,9 @@
 //   split  when that scratch would pass its budget, or there are too few units, or no dq is wanted: passes over own
 //   keys,
 //          over the prefix, and over queries, each with as many units as it has chunks (7 products with all of them).
-// Sums run in an order that depends on shapes and the number of threads alone.
+// Either way a sum runs over samples, heads, queries and keys in the order of their indices, so the bits depend neither
+// on the number of threads nor on which gradients are wanted.
 #pragma once
-#include <cstdlib>
-
 #include "bwd_tiles.h"
 #include "parallel.h"
 
@@ -25,35 +24,19 @@ class Backward {
   public:
     static void run(const BwdParams &p) {
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
-        Job job{p, chunk_keys(p), 1, nullptr};
-        const int64_t blocks = query_blocks(p.L);
-        if (p.dq.data && (own || prefix) && fused_fits(p)) {
-            const int64_t rows = p.T * p.Hkv, wanted = 2 * p.threads;
-            if (p.T == 1 && rows < wanted && p.threads > 1)
-                job.slices = min_of<int64_t>(p.B, (wanted + rows - 1) / rows);
-            const int64_t partial = 2 * p.P * padded(p);
-            if (rows * job.slices >= p.threads || rows * job.slices >= p.B * p.Hkv) {
-                if (job.slices > 1 && prefix)
-                    job.partials = (float *)std::malloc(sizeof(float) * partial * rows * job.slices);
-                if (job.slices == 1 || !prefix || job.partials) {
-                    parallel_for(rows * job.slices, p.threads, fused_unit, &job);
-                    if (job.partials) parallel_for(rows, p.threads, sum_partials, &job);
-                    std::free(job.partials);
-                    return;
-                }
-            }
-        }
+        Job job{p, chunk_keys(p)};
+        const int64_t rows = p.T * p.Hkv;
+        if (p.dq.data && (own || prefix) && (rows >= p.threads || rows >= p.B * p.Hkv) && fused_fits(p))
+            return parallel_for(rows, p.threads, fused_unit, &job);
         if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), p.threads, own_unit, &job);
         if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), p.threads, prefix_unit, &job);
-        if (p.dq.data) parallel_for(p.B * p.H * blocks, p.threads, query_unit, &job);
+        if (p.dq.data) parallel_for(p.B * p.H * query_blocks(p.L), p.threads, query_unit, &job);
     }
 
   private:
     struct Job {
         const BwdParams &p;
-        int keys;         // of a chunk
-        int64_t slices;   // of the batch, for a shared prefix
-        float *partials;  // [Hkv][slices][2][P][Dp], when there is more than one slice
+        int keys;  // of a chunk
     };
 
     static int chunk_keys(const BwdParams &p) { return p.D <= 128 ? 128 : 64; }
@@ -62,7 +45,7 @@ class Backward {
     static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
 
     // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
-    Backward(const BwdParams &p, bool fused, bool own_prefix_sums, Arena arena) : p_(p), arena_(arena) {
+    Backward(const BwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
         D_ = (int)p.D, Dp_ = (int)padded(p), keys_max_ = chunk_keys(p);
         tile_.allocate(p, arena_, keys_max_);
         keys_.allocate(p, arena_, keys_max_);
@@ -72,7 +55,7 @@ class Backward {
         if (p.prefix_dropout_p > 0) dropped_ = arena_.take<float>((int64_t)2 * keys_max_ * Dp_);
         const int64_t blocks = query_blocks(p.L) * heads(p);
         dq_ = arena_.take<float>((fused ? blocks : 1) * D_ * kLanes);
-        if (fused && own_prefix_sums) prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
+        if (fused) prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
         slots_ = 1;
         queries_[0].allocate(p, arena_);
         for (; fused && slots_ < blocks && slots_ < kMaxSlots; ++slots_) {  // keep as many packed as fit
@@ -83,36 +66,26 @@ class Backward {
         }
     }
 
-    static bool fused_fits(const BwdParams &p) { return Backward(p, true, true, Arena()).arena_.used() <= kBudget; }
+    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena()).arena_.used() <= kBudget; }
 
     template <class F>
     static void with_scratch(const Job &job, bool fused, F f) {
-        const bool sums = !job.partials;
-        const int64_t bytes = Backward(job.p, fused, sums, Arena()).arena_.used();
-        Backward work(job.p, fused, sums, Arena(thread_scratch(bytes)));
+        const int64_t bytes = Backward(job.p, fused, Arena()).arena_.used();
+        Backward work(job.p, fused, Arena(thread_scratch(bytes)));
         f(work);
     }
 
     static void fused_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
         const BwdParams &p = job.p;
-        const int64_t slice = unit % job.slices, g = unit / job.slices % p.Hkv, t = unit / job.slices / p.Hkv;
+        const int64_t g = unit % p.Hkv, t = unit / p.Hkv;
         with_scratch(job, true, [&](Backward &w) {
-            float *sums = job.partials ? job.partials + (g * job.slices + slice) * 2 * p.P * w.Dp_ : w.prefix_sums_;
-            if (sums) std::memset(sums, 0, sizeof(float) * 2 * p.P * w.Dp_);
-            for (int64_t b = p.B * slice / job.slices; b < p.B * (slice + 1) / job.slices; ++b)
+            float *sums = w.prefix_sums_;
+            std::memset(sums, 0, sizeof(float) * 2 * p.P * w.Dp_);
+            for (int64_t b = 0; b < p.B; ++b)
                 if (prefix_row(p, b) == t) w.sample(b, g, sums);
-            if (!job.partials) w.store_prefix(t, g, 0, (int)p.P, sums, sums + p.P * w.Dp_);
+            w.store_prefix(t, g, 0, (int)p.P, sums, sums + p.P * w.Dp_);
         });
-    }
-
-    static void sum_partials(void *context, int64_t g) {
-        const Job &job = *(const Job *)context;
-        const int64_t n = 2 * job.p.P * padded(job.p);
-        float *sums = job.partials + g * job.slices * n;
-        for (int64_t s = 1; s < job.slices; ++s)
-            for (int64_t i = 0; i < n; i += VL) vstore(sums + i, vload(sums + i) + vload(sums + s * n + i));
-        with_scratch(job, false, [&](Backward &w) { w.store_prefix(0, g, 0, (int)job.p.P, sums, sums + n / 2); });
     }
 
     static void own_unit(void *context, int64_t unit) {
@@ -157,7 +130,8 @@ class Backward {
             const int64_t length = prefix_length(p, b);
             for (int64_t p0 = 0; p0 < length; p0 += job.keys) chunk(true, p0, length);
             const Range own = visible_keys(p, padded_range(p, b, h), q.q);
-            for (int64_t s0 = own.begin; s0 < own.end; s0 += job.keys) chunk(false, s0, own.end);
+            // chunks as in the other schedule, whatever padding hides
+            for (int64_t s0 = own.begin / job.keys * job.keys; s0 < own.end; s0 += job.keys) chunk(false, s0, p.S);
             w.store_dq(b, h, q.q, w.dq_);
         });
     }
