@@ -85,7 +85,7 @@ class Config:
 
 
 PRESETS = {
-    "demo": {"subset": 5_000, "prompts": 60, "dev": 300, "parallel": 2},
+    "demo": {"subset": 4_000, "prompts": 60, "dev": 300, "parallel": 2},
     "small": {"methods": ("frozen", "deep", "simple", "none", "deep-all", "original"), "parallel": 2},
     "paper": {"model": "gpt2-medium", "rates": "paper", "epochs": 5, "checkpoint_every": 1_000,
               "methods": ("deep", "none", "none-word", "original")},
