@@ -89,8 +89,7 @@ def ninja_escape(text: str | Path) -> str:
 
 def ninja_file(sources: list[Path], compiler: list[str], output: Path) -> str:
     flags = [*BASE_FLAGS, "-I", str(ROOT / "csrc"), *(word for path in include_dirs() for word in ("-isystem", path))]
-    link = ["-shared", "-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    libs = ["-ldl"] if sys.platform == "linux" else []  # dlsym lies outside the C library before glibc 2.34
+    libs = ["-ldl"]  # dlsym lies outside the C library before glibc 2.34
 
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
@@ -98,7 +97,7 @@ def ninja_file(sources: list[Path], compiler: list[str], output: Path) -> str:
     lines = [
         f"cxx = {command(compiler)}",
         f"flags = {command(flags + shlex.split(os.environ.get('CXXFLAGS', '')))}",
-        f"ldflags = {command(link + shlex.split(os.environ.get('LDFLAGS', '')))}",
+        f"ldflags = {command(['-shared', *shlex.split(os.environ.get('LDFLAGS', ''))])}",
         f"libs = {command(libs)}",
         "rule compile",
         "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",

@@ -37,7 +37,7 @@ def git(*words: str) -> str:
 
 
 def header() -> dict[str, object]:
-    changes = [line for line in git("status", "--porcelain").splitlines() if "bench/results/" not in line]
+    changes = git("status", "--porcelain", "--untracked-files=no").splitlines()
     return {
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -46,7 +46,7 @@ def header() -> dict[str, object]:
         "torch": torch.__version__,
         "prefixattn": prefixattn.__version__,
         "commit": git("rev-parse", "HEAD"),
-        "tree": "dirty" if changes else "clean",
+        "tree": "dirty" if any("bench/results/" not in line for line in changes) else "clean",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

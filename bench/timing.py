@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 import numpy as np
 import torch
@@ -36,11 +35,6 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile."""
     p20, p50, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
     return p20, p50, p80
-
-
-def ratios(ours: list[float], peer: list[float]) -> tuple[float, float]:
-    """How many times longer the peer took: by the medians, and by the minima, which other load disturbs least."""
-    return median(peer) / median(ours), min(peer) / min(ours)
 
 
 def gemm_gflops(dtype: torch.dtype, seconds: float = 1.5) -> float:

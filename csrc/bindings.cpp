@@ -1,4 +1,5 @@
-// Python's door: plain integers in, nothing returned. Shapes and types were checked in prefixattn/cpu.py.
+// Python's door: plain integers in, nothing returned. Shapes were checked by whoever called the op (functional.py),
+// types and devices in prefixattn/cpu.py.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

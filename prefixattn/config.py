@@ -66,7 +66,8 @@ class PrefixConfig:
 
     def _check_init(self) -> None:
         if not isinstance(self.init, str):
-            ids: tuple[Any, ...] = tuple(self.init) if isinstance(self.init, Sequence) else ()
+            given = isinstance(self.init, Sequence) and not isinstance(self.init, bytes | bytearray)
+            ids: tuple[Any, ...] = tuple(self.init) if given else ()
             if not ids or not all(_is_int(i) and i >= 0 for i in ids):
                 raise ValueError(f"init is {self.init!r}, expected 'random', a text, or token ids")
             object.__setattr__(self, "init", ids)

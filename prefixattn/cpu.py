@@ -60,6 +60,7 @@ def fwd(
     out = empty_like_order(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     mass = q.new_empty(q.shape[:3] if want_mass else (0,), dtype=torch.float32)
+    _require_type_and_device(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
     q, k, v, prefix_k, prefix_v = map(_readable, (q, k, v, prefix_k, prefix_v))
     rows, lengths = _indices(rows), _indices(lengths)
     common = _common(
@@ -94,6 +95,7 @@ def bwd(
     grads = [empty_like_order(t) if need else empty for t, need in zip(inputs[:3], needs, strict=False)]
     # dense, whatever the prefix's own order: as the op's fake and the reference make them
     grads += [t.new_empty(t.shape) if need else empty for t, need in zip(inputs[3:], needs[3:5], strict=True)]
+    _require_type_and_device(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, dout=dout, out=out)
     q, k, v, prefix_k, prefix_v, dout, out = map(_readable, (*inputs, dout, out))
     rows, lengths = _indices(rows), _indices(lengths)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.float().contiguous()
@@ -106,6 +108,17 @@ def bwd(
     )
     dq, dk, dv, dprefix_k, dprefix_v = grads
     return dq, dk, dv, dprefix_k, dprefix_v, empty
+
+
+def _require_type_and_device(q: Tensor, **others: Tensor) -> None:
+    """An exported program, or parts of it, can be moved or cast after its backend was chosen."""
+    if q.dtype not in DTYPES:
+        raise NotImplementedError(f"the cpu kernels were called with q {q.dtype}; they take float32, bfloat16, float16")
+    for name, t in {"q": q, **others}.items():
+        if t.dtype != q.dtype or t.device.type != "cpu":
+            raise NotImplementedError(
+                f"the cpu kernels were called with {name} {t.dtype} on {t.device.type}, expected {q.dtype} on cpu"
+            )
 
 
 def _readable(t: Tensor) -> Tensor:
@@ -137,8 +150,6 @@ def _common(
     scale: float,
 ) -> tuple[object, ...]:
     """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
-    if q.device.type != "cpu" or q.dtype not in DTYPES:  # an exported program can be moved after its backend was chosen
-        raise NotImplementedError(f"the cpu kernels were called with q {q.dtype} on {q.device.type}")
     B, H, L, D = q.shape
     T, Hkv, P, _ = prefix_k.shape
     kind, mask, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]

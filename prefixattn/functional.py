@@ -1,5 +1,7 @@
 """prefix_attention: what a call means, in words and shapes; every refusal of bad input is here."""
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -55,10 +57,11 @@ def prefix_attention(
 
     Under autocast the inputs are cast as SDPA's are; a float32 mask stays as it is.
     """
+    _check_types(q, k, v, prefix_k, prefix_v, attn_mask, prefix_ids, prefix_lengths, dropout_p, prefix_dropout_p, scale)
     # torch's question has no answer for meta, and raises
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v, prefix_k, prefix_v, attn_mask = _autocast(q, k, v, prefix_k, prefix_v, attn_mask)
-    _check_tensors(q, k, v, prefix_k, prefix_v, enable_gqa)
+    _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if prefix_k.dim() == 3:
         if prefix_ids is not None:
             raise ValueError(
@@ -86,6 +89,8 @@ def prefix_attention(
     if dropout_p or prefix_dropout_p:
         seed = torch.randint(2**62, (1,), device=q.device)
 
+    if torch.compiler.is_compiling() and (k is q or v is q or v is k):  # which Dynamo does not take
+        k, v = k.view_as(k), v.view_as(v)
     tensors = (unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(prefix_k), unit_stride(prefix_v), attn_mask)
     needs = _wanted(tensors)
     chosen = backends.choose(backend, *tensors, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, needs)
@@ -118,12 +123,27 @@ def _require_shape(name: str, t: Tensor, **dims: int) -> None:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [{spelled}]")
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, enable_gqa: bool) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+_NAMES = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "prefix_ids", "prefix_lengths"
+_NUMBERS = "dropout_p", "prefix_dropout_p", "scale"
+
+
+def _check_types(*arguments: object) -> None:
+    for i, (name, t) in enumerate(zip(_NAMES, arguments, strict=False)):
+        if t is None and i >= 5:
+            continue
         if not isinstance(t, Tensor):
             raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
         if t.is_nested or t.layout != torch.strided:
             raise NotImplementedError(f"{name} is a nested or sparse tensor, expected a dense one")
+    for name, x in zip(_NUMBERS, arguments[len(_NAMES) :], strict=True):
+        if x is None and name == "scale":
+            continue
+        # a tensor would lose its gradient on the way to a number
+        if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
+            raise ValueError(f"{name} is {(x if isinstance(x, str) else type(x).__name__)!r}, expected a number")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, enable_gqa: bool) -> None:
     for name, t, axes in (("q", q, "B, H, L, D"), ("k", k, "B, Hkv, S, D")):
         if t.dim() != 4:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected 4 axes [{axes}]")
@@ -155,8 +175,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: 
 
 def _normal_mask(mask: Tensor, B: int, H: int, L: int, S: int, q: Tensor) -> Tensor:
     """The mask with four axes, each full or 1: backends read it by strides and its gradient has its own size."""
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"attn_mask is a {type(mask).__name__}, expected a tensor")
     full = (B, H, L, S)
     got = list(mask.shape)
     if mask.dim() < 4:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def empty_like_order(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # t [B, H, L, D]
+def empty_like_order(t: Tensor) -> Tensor:  # t [B, H, L, D]
     """An empty dense tensor of `t`'s shape, its axes in `t`'s memory order: [B, H, L, D] or [B, L, H, D].
 
     A model that views its packed projection as `x.view(B, L, H, D).transpose(1, 2)` undoes the transpose on the
@@ -12,8 +12,8 @@ def empty_like_order(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # 
     """
     B, H, L, D = t.shape
     if t.stride(1) < t.stride(2):
-        return torch.empty((B, L, H, D), dtype=dtype or t.dtype, device=t.device).transpose(1, 2)
-    return torch.empty((B, H, L, D), dtype=dtype or t.dtype, device=t.device)
+        return torch.empty((B, L, H, D), dtype=t.dtype, device=t.device).transpose(1, 2)
+    return torch.empty((B, H, L, D), dtype=t.dtype, device=t.device)
 
 
 def unit_stride(t: Tensor) -> Tensor:

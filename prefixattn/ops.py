@@ -1,6 +1,7 @@
 """prefixattn::fwd and prefixattn::bwd: one schema, one fake and one gradient rule for every backend.
 
-`Library.define` with an `autograd.Function` outside, because `custom_op` costs three times as much per call.
+`Library.define` with an `autograd.Function` outside, because `custom_op` costs three times as much per call. The rule
+is registered with the op as well, for graphs that hold nothing but the op: those of torch.export.
 """
 
 from typing import Any
@@ -134,8 +135,18 @@ class _Once(torch.autograd.Function):
     vmap = staticmethod(_no_vmap)
 
 
+torch.library.register_autograd(
+    "prefixattn::fwd", _PrefixAttention.backward, setup_context=_keep_for_backward, lib=_LIB
+)
+
+
 def prefix_attn(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """prefixattn::fwd with its gradient rule."""
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
+        raise NotImplementedError(
+            "prefix_attention inside torch.func's transforms does not compile; compile a function that calls "
+            "torch.autograd.grad or backward, or leave the transform uncompiled"
+        )
     result: tuple[Tensor, Tensor, Tensor] = (_Transformed if transformed else _PrefixAttention).apply(*args)
     return result

@@ -39,8 +39,8 @@ def fwd(
     P = prefix_k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
-        keys = _virtual(k, prefix_k, rows, keep_k, q)  # [B, H, P+S, D]
-        values = _virtual(v, prefix_v, rows, keep_v, q)  # [B, H, P+S, D]
+        keys = _virtual(k, prefix_k, rows, lengths, keep_k, q)  # [B, H, P+S, D]
+        values = _virtual(v, prefix_v, rows, lengths, keep_v, q)  # [B, H, P+S, D]
         scores = _scores(q, keys, P, attn_mask, lengths, is_causal, scale)  # [B, H, L, P+S]
         lse = scores.logsumexp(-1)  # [B, H, L]
         weights = _weights(scores, lse)
@@ -77,7 +77,7 @@ def bwd(
     grads = [q.new_empty(0) for _ in needs]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
-        keys = _virtual(k, prefix_k, rows, keep_k, q)
+        keys = _virtual(k, prefix_k, rows, lengths, keep_k, q)
         scores = _scores(q, keys, P, attn_mask, lengths, is_causal, scale)
         weights = _weights(scores, lse)  # [B, H, L, P+S]
         kept = _attention_dropout(weights, seed, dropout_p) if dropout_p > 0 else 1.0
@@ -92,7 +92,7 @@ def bwd(
             delta = (out * dout).sum(-1)  # [B, H, L]; what the softmax's normalisation takes back
             if dlse is not None:
                 delta = delta - dlse
-            values = _virtual(v, prefix_v, rows, keep_v, q)
+            values = _virtual(v, prefix_v, rows, lengths, keep_v, q)
             dscores = weights * ((dout @ values.mT) * kept - delta[..., None])  # [B, H, L, P+S]
             if need_q:
                 grads[0] = empty_like_order(q).copy_(dscores @ keys * scale)
@@ -108,10 +108,19 @@ def bwd(
     return dq, dk, dv, dprefix_k, dprefix_v, dmask
 
 
-def _virtual(own: Tensor, prefix: Tensor, rows: Tensor | None, kept: Tensor | float, q: Tensor) -> Tensor:
+def _virtual(
+    own: Tensor,  # [B, Hkv, S, D]
+    prefix: Tensor,  # [T, Hkv, P, D]
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    kept: Tensor | float,
+    q: Tensor,
+) -> Tensor:
     """The keys or values that the queries see, prefix first: [B, H, P+S, D] in the type of the scores."""
     B, Hkv, _, _ = own.shape
     prefix = prefix.expand(B, -1, -1, -1) if rows is None else prefix[rows]
+    if lengths is not None:  # whatever lies there: a weight of zero would still make nan of nan
+        prefix = prefix.masked_fill(_past(lengths, prefix.shape[2])[:, None, :, None], 0.0)
     both = torch.cat([prefix.to(_precision(q)) * kept, own.to(_precision(q))], 2)
     return both.repeat_interleave(q.shape[1] // Hkv, 1) if q.shape[1] != Hkv else both
 
@@ -136,9 +145,13 @@ def _scores(
         query, key = torch.arange(L, device=q.device)[:, None], torch.arange(S, device=q.device)
         own = own.masked_fill(key > query + (S - L), -INF)
     if lengths is not None:
-        past = torch.arange(P, device=q.device) >= lengths[:, None]  # [B, P]
-        prefix = prefix.masked_fill(past[:, None, None], -INF)
+        prefix = prefix.masked_fill(_past(lengths, P)[:, None, None], -INF)
     return torch.cat([prefix, own], -1)
+
+
+def _past(lengths: Tensor, P: int) -> Tensor:
+    """True at the prefix rows that a sample does not use, [B, P]."""
+    return torch.arange(P, device=lengths.device) >= lengths[:, None]
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
@@ -172,9 +185,10 @@ def _over_batch(grad: Tensor, kept: Tensor | float, rows: Tensor | None, T: int)
     """Sums the samples' prefix gradients [B, Hkv, P, D] into the prefixes that they used: [T, Hkv, P, D]."""
     grad = grad * kept
     if rows is not None:
-        # a product with a 0/1 matrix adds in a fixed order on every device; index_add_ does not
-        used = (rows == torch.arange(T, device=rows.device)[:, None]).to(grad.dtype)  # [T, B]
-        return (used @ grad.flatten(1)).view(T, *grad.shape[1:])
+        total = grad.new_zeros(T, *grad.shape[1:])
+        for row in rows.unique().tolist():  # in a fixed order on every device, which index_add_ is not
+            total[row] = grad[rows == row].sum(0)
+        return total
     return grad.sum(0, keepdim=True) if T == 1 else grad.contiguous()
 
 

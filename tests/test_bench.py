@@ -64,9 +64,8 @@ def test_rounds_alternate_their_order() -> None:
     assert [len(ms) for ms in samples.values()] == [3, 3]
 
 
-def test_quantiles_and_ratios() -> None:
+def test_quantiles() -> None:
     assert timing.quantiles([float(i) for i in range(1, 12)]) == (3.0, 6.0, 9.0)
-    assert timing.ratios([1.0, 2.0, 9.0], [3.0, 5.0, 6.0]) == (2.5, 3.0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")

@@ -8,8 +8,8 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from prefixattn import prefix_attention
-from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, objections, ours
+from prefixattn import backends, prefix_attention
+from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours, suited
 
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor and jvp still use TorchScript
 pytestmark = [
@@ -27,8 +27,8 @@ def forget_compiled_code() -> Iterator[None]:
 
 
 def inputs_for(backend: str, shape: str = "grouped", dtype: torch.dtype = torch.float32, **options: Any) -> Inputs:
-    inputs = make_inputs(shape, dtype, **options)
-    if words := objections(backend, inputs):
+    inputs, words = suited(backend, make_inputs(shape, dtype, **options))
+    if words:
         pytest.skip(words)
     return inputs
 
@@ -150,7 +150,44 @@ def test_export(backend: str, strict: bool) -> None:
     length = torch.export.Dim("length", min=2, max=64)
     program = torch.export.export(layer, (q, k, v), strict=strict, dynamic_shapes=({2: length},) * 3)
     q, k, v = torch.randn(3, 2, 2, 21, 16)
-    torch.testing.assert_close(program.module()(q, k, v), layer(q, k, v))
+    out = program.module()(q, k, v)
+    torch.testing.assert_close(out, layer(q, k, v))
+
+
+def test_an_exported_program_has_gradients(backend: str) -> None:
+    layer = Layer(backend)
+    q, k, v = torch.randn(3, 2, 2, 9, 16).unbind()
+    exported = torch.export.export(layer, (q, k, v)).module()
+    found = []
+    for module in (layer, exported):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)] + [module.prefix_k, module.prefix_v]
+        found.append(torch.autograd.grad(module(*leaves[:3]).square().sum(), leaves))
+    for grad, right in zip(*found, strict=True):
+        torch.testing.assert_close(grad, right)
+        assert right.any()
+
+
+def test_an_exported_program_of_another_type_is_refused() -> None:
+    if reasons := backends.here()["cpu"]:
+        pytest.skip("; ".join(reasons))
+    q, k, v = torch.randn(3, 2, 2, 9, 16).unbind()
+    exported = torch.export.export(Layer("cpu"), (q, k, v)).module().to(torch.bfloat16)
+    words = "called with prefix_k torch.bfloat16 on cpu, expected torch.float32 on cpu"
+    with pytest.raises(NotImplementedError, match=words):
+        exported(q, k, v)
+
+
+@pytest.mark.parametrize("same", ["kv", "qk", "qkv"])
+def test_compiles_where_inputs_are_one_tensor(backend: str, same: str) -> None:
+    q, k, prefix = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 5, 16)
+    tensors = {"kv": (q, k, k), "qk": (q, q, k), "qkv": (q, q, q)}[same]
+    results = []
+    for call in (prefix_attention, torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")):
+        leaves = {id(t): t.detach().requires_grad_() for t in (*tensors, prefix)}
+        out = call(*(leaves[id(t)] for t in (*tensors, prefix, prefix)), backend=backend)  # type: ignore[operator]
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    for fast, eager in zip(*results, strict=True):
+        torch.testing.assert_close(fast, eager)
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
@@ -169,11 +206,14 @@ def test_autocast_casts_as_sdpa_does(backend: str, mask: str, mode: str) -> None
         out.float().sum().backward()
     halves = inputs.to(torch.bfloat16)
     if mask:
-        halves.tensors["attn_mask"] = inputs.tensors["attn_mask"].detach().requires_grad_()
+        mask = inputs.tensors["attn_mask"]
+        halves.tensors["attn_mask"] = mask.detach().requires_grad_(mask.requires_grad)
     expected = halves.call(backend)
     torch.testing.assert_close(out, expected)
     expected.float().sum().backward()
     for name, t in inputs.tensors.items():
+        if not t.requires_grad:
+            continue
         assert t.grad is not None and t.grad.dtype == torch.float32
         torch.testing.assert_close(t.grad, halves.tensors[name].grad.float(), msg=name)
 
@@ -211,6 +251,17 @@ def test_func_grad(backend: str) -> None:
     expected = torch.autograd.grad((inputs.call(backend) * inputs.dout).sum(), list(inputs.tensors.values()))
     for name, grad, right in zip(inputs.tensors, grads, expected, strict=True):
         assert torch.equal(grad, right), name
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_func_grad_is_refused_and_never_zero(compiler: str) -> None:
+    x, prefix = torch.randn(1, 1, 3, 8), torch.randn(1, 2, 8)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda q: prefix_attention(q, x, x, prefix, prefix).square().sum())(x)  # type: ignore[union-attr]
+
+    with pytest.raises(Exception, match=r"inside torch\.func's transforms does not compile"):
+        torch.compile(gradient, fullgraph=True, backend=compiler)(x)
 
 
 def test_meta_tensors_have_a_shape() -> None:

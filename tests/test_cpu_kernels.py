@@ -1,5 +1,8 @@
 """What is particular to the CPU kernels: every instruction set, the schedules of the backward, threads."""
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +101,7 @@ def test_schedules_of_the_backward_agree(shape: Shape, wanted: str) -> None:
 @pytest.mark.parametrize("feature", ["plain", "causal", "key_padding", "bank_lengths"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_neither_threads_nor_what_is_wanted(feature: str, dtype: str) -> None:
-    """Two heads and nine samples: with one thread the fused schedule runs, with four, or without dq, the split one."""
+    """One thread runs the fused schedule; more threads than heads and prefixes, or no dq, run the split one."""
     inputs = make_inputs(Shape(9, 2, 2, 70, 150, 20, 16), DTYPES[dtype], **FEATURES[feature])
     with threads(1):
         every = ours(inputs, "cpu")
@@ -124,6 +127,39 @@ def test_threads_are_torchs_own() -> None:
     files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(runtimes) == 1 and len(files) <= 1, (runtimes, files)
     assert Path(_C.openmp_runtime()).name.startswith(tuple(runtimes))
+
+
+def test_the_runtime_is_found_while_another_thread_loads_libraries() -> None:
+    """The loader has two locks; taking them in the wrong order hangs both threads."""
+    code = """
+import ctypes, os, signal, sys, threading
+import torch
+from prefixattn import _C
+loader = ctypes.CDLL(None)  # called through ctypes, so that the interpreter's lock is not held
+loader.dlopen.restype = ctypes.c_void_p
+loader.dlclose.argtypes = [ctypes.c_void_p]
+for _ in range(20):
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, "the runtime was not found within a minute"
+        continue
+    signal.alarm(60)
+    started = threading.Event()
+    def load():
+        while True:
+            loader.dlclose(loader.dlopen(b"libBrokenLocale.so.1", 2))
+            started.set()
+    threading.Thread(target=load, daemon=True).start()
+    started.wait()
+    found = _C.openmp_runtime()
+    os._exit(0 if found else 1)
+"""
+    try:
+        ctypes.CDLL("libBrokenLocale.so.1")
+    except OSError:
+        pytest.skip("no library at hand that nothing else has loaded")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("bias", [100.0, -1e4])

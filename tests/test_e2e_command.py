@@ -29,8 +29,8 @@ BAD_ARGUMENTS = {
     "--dev -3": "--dev is -3, expected 1 to",
     "--seed 99999999999999999999": "--seed is 99999999999999999999, expected 0 to 4294967295",
     "--threads 0": "--threads is 0, expected 1 to",
-    "--length 600": "--length 600 and --max-new 100 leave no room for a prompt in the 512 positions of the model",
-    "--max-new 600": "--length 5 and --max-new 600 leave no room for a prompt in the 512 positions of the model",
+    "--length 600": "a prefix of length 600 and --max-new 100 leave no room for a prompt in the 512 positions",
+    "--max-new 600": "a prefix of length 5 and --max-new 600 leave no room for a prompt in the 512 positions",
     "--out x.png": "--out x.png: expected the name of a file that ends in .json",
     "--out FILE/x.json": "Not a directory",
 }

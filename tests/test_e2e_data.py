@@ -184,6 +184,15 @@ def test_generates_where_nothing_can_be_downloaded(
     assert f"no download ({type(error).__name__})" in data.where
 
 
+def test_generates_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert e2e_data.load(None).source == e2e_data.GENERATED
+
+
 def test_refuses_a_download_that_is_not_e2e(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(e2e_data.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"<html>log in</html>"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,66 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert t2t.epoch_order(50, 101, 0) == t2t.epoch_order(50, 101, 0)
     assert sorted(t2t.epoch_order(50, 101, 1)) == list(range(50))
     assert t2t.epoch_order(50, 101, 1) != t2t.epoch_order(50, 101, 0) != t2t.epoch_order(50, 102, 0)
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("tensors", "its weights lack 12 tensors of a GPT-2, transformer.h.1.attn.c_attn.bias among them"),
+    ("foreign", "its config says 'llama', expected 'gpt2'"),
+    ("vocabulary", "its tokenizer has 400 tokens, the model 100 embeddings"),
+])  # fmt: skip
+def test_a_model_that_is_not_whole_is_refused(damage: str, words: str, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    if damage == "tensors":
+        del model.transformer.h[1]
+        model.config.n_layer = 1
+        model.save_pretrained(path)
+        shutil.copy(folder / "config.json", path)  # which speaks of two layers
+    elif damage == "foreign":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=400, **sizes)).save_pretrained(path)
+    else:
+        model.resize_token_embeddings(100)
+        model.save_pretrained(path)
+    with pytest.raises(Refusal) as refusal:
+        load_model(str(path))
+    assert str(refusal.value) == f"--model {path}: {words}"
+
+
+def test_a_refused_model_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    (path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    out = tmp_path / "r" / "x.json"
+    done = call("--data", "generated", "--model", str(path), "--methods", "deep", "--out", str(out))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "not a GPT-2 with a tokenizer that can be loaded" in done.stderr
+    assert not list(out.parent.iterdir())
+
+
+def test_a_word_longer_than_the_prefix_keeps_within_the_positions(folder: Path, tmp_path: Path) -> None:
+    word = load_model(str(folder))[1](" summarize", add_special_tokens=False)["input_ids"]
+    assert len(word) > 1
+    method = made("none-word", folder)
+    assert method.length == len(word)
+    config = e2e.Config("small", str(folder), data="generated", subset=20, prompts=2, dev=2, beams=1, epochs=1,
+                        length=1, max_new=256 - len(word) - 1, threads=1)  # fmt: skip
+    write_json(tmp_path / "config.json", e2e.asdict(config))
+    threads = torch.get_num_threads()
+    try:
+        e2e.work("none-word", config, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(json.loads((tmp_path / "none-word.json").read_text())["texts"]) == 2
+
+
+def test_a_decoded_text_is_one_line(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    class BreaksLines:
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.tensor([tiny[1]("a\n\n b\u2028c")["input_ids"]] * len(input_ids))
+
+    assert t2t.decode(BreaksLines(), tiny[1], ["name : A"], tmp_path / "x", "x", torch.device("cpu"), 250) == ["a b c"]
 
 
 # --- kill and resume ---

@@ -202,12 +202,26 @@ def test_an_extension_that_does_not_load_is_named_with_its_error(
     assert backends._not_loaded == {"cpu": "prefixattn.cpu does not load: undefined symbol: prefix_attn_fwd"}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("argument, value, words", [
+    ("q", None, "q is a NoneType, expected a tensor"),
+    ("prefix_v", [1.0], "prefix_v is a list, expected a tensor"),
+    ("attn_mask", [True], "attn_mask is a list, expected a tensor"),
+    ("prefix_ids", [0], "prefix_ids is a list, expected a tensor"),
+    ("prefix_lengths", 3, "prefix_lengths is a int, expected a tensor"),
+    ("dropout_p", None, "dropout_p is 'NoneType', expected a number"),
+    ("prefix_dropout_p", "half", "prefix_dropout_p is 'half', expected a number"),
+    ("scale", torch.tensor(0.5, requires_grad=True), "scale is 'Tensor', expected a number"),
+])  # fmt: skip
+def test_another_type_is_refused(argument: str, value: object, words: str, autocast: bool) -> None:
+    q = torch.randn(1, 2, 3, 8)
+    given = {"q": q, "k": q, "v": q, "prefix_k": q, "prefix_v": q, argument: value}
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(ValueError, match=re.escape(words)):
+        prefix_attention(**given)  # type: ignore[arg-type]
+
+
 def test_what_is_no_dense_tensor_is_refused() -> None:
     q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="prefix_v is a NoneType, expected a tensor"):
-        prefix_attention(q, q, q, q[0], None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="attn_mask is a list, expected a tensor"):
-        prefix_attention(q, q, q, q[0], q[0], attn_mask=[True])  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="k is a nested or sparse tensor, expected a dense one"):
         prefix_attention(q, q.to_sparse(), q, q[0], q[0])
 

@@ -143,6 +143,28 @@ def test_disabled_and_detach_give_the_model_back_bit_for_bit():
     assert attached(model) is again
 
 
+def test_detached_while_disabled_gives_the_model_back():
+    model, ids = tiny_gpt2(), token_ids()
+    before, implementation = model(ids).logits, model.config._attn_implementation
+    prefix = prefixattn.attach(model, CONFIGS["deep"])
+    with prefix.disabled():
+        prefix.detach()
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_prefix_made_in_inference_mode_works_and_is_never_stale():
+    model, ids = tiny_gpt2(), token_ids()
+    with torch.inference_mode():
+        prefix = prefixattn.attach(model, CONFIGS["none"])
+        first = model(ids).logits
+        prefix.encoder.bank.add_(1.0)
+        second = model(ids).logits
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, second)
+
+
 def test_two_models_of_one_config_hold_two_prefixes():
     first, second = tiny_gpt2(0), tiny_gpt2(1)
     for module in second.modules():
@@ -236,6 +258,10 @@ def test_refusals_are_in_words():
         model(ids, attention_mask=torch.ones(3, 14))
     with pytest.raises(NotImplementedError, match="output_attentions"):
         model(ids, output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"implementation was set to 'sdpa' after attach, .* expected 'prefixattn'"):
+        model(ids)
+    model.set_attn_implementation("prefixattn")
     past = model(ids).past_key_values
     with pytest.raises(ValueError, match="attention_mask has 1 columns, expected 10"):
         model(ids[:, :1], attention_mask=torch.ones(3, 1), past_key_values=past)

@@ -64,12 +64,6 @@ def test_import_is_light_and_silent() -> None:
     assert done.stdout == ""
 
 
-def test_kernels_is_no_package() -> None:
-    assert not (ROOT / "kernels" / "__init__.py").exists(), (
-        "kernels/__init__.py would shadow Hugging Face's package `kernels` for whoever runs Python from the root"
-    )
-
-
 def tracked() -> list[Path]:
     folders = ("prefixattn", "kernels", "csrc", "tests", "bench")
     found = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]

@@ -43,7 +43,7 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     n_positions: int = 512
-    tokens: float = 1800 * 8 * 512
+    tokens: float = 3900 * 8 * 512
     batch: int = 8  # blocks of n_positions tokens a step
     lr: float = 2e-3
     warmup: int = 150  # steps

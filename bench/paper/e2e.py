@@ -115,15 +115,15 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     data = e2e_data.load(config.data)
     model, tokenizer = load_model(config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limit = room(model.config.n_positions, config)
     weights = digest(*(memoryview(t.numpy()).cast("B") for t in model.state_dict().values()))
     model.to(device)
     fingerprint = digest(run_key(config, data), method, weights)
     train, sources, _ = selected(data, config)
+    made = make_method(method, model, tokenizer, config.length, config.hidden, config.seed, config.logits == "labelled")
+    limit = room(model.config.n_positions, max(config.length, made.length), config.max_new)
     samples = t2t.encode(tokenizer, train, limit) if method != "frozen" else []
     dev = t2t.encode(tokenizer, data.dev[: config.dev], limit)
     del train
-    made = make_method(method, model, tokenizer, config.length, config.hidden, config.seed, config.logits == "labelled")
     schedule = t2t.Schedule(
         lr=config.rate(method), epochs=config.epochs, batch=config.batch, seed=config.seed,
         checkpoint_every=config.checkpoint_every,
@@ -161,13 +161,13 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     write_json(run / f"{method}.json", {"fingerprint": fingerprint, **result})
 
 
-def room(positions: int, config: Config) -> int:
+def room(positions: int, length: int, max_new: int) -> int:
     """The positions that the prefix leaves to prompt and text."""
-    limit = positions - config.length
-    if limit - config.max_new < 1:
+    limit = positions - length
+    if limit - max_new < 1:
         raise Refusal(
-            f"--length {config.length} and --max-new {config.max_new} leave no room for a prompt in the "
-            f"{positions} positions of the model"
+            f"a prefix of length {length} and --max-new {max_new} leave no room for a prompt in the {positions} "
+            "positions of the model"
         )
     return limit
 
@@ -358,7 +358,7 @@ def checked_model(config: Config) -> str:
     with suppress(OSError, ValueError, AttributeError):  # of a hub's model, or damaged: the worker will say
         positions = json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("n_positions")
     if isinstance(positions, int):
-        room(positions, config)
+        room(positions, config.length, config.max_new)
     return name
 
 

@@ -54,7 +54,8 @@ def load(folder: str | None) -> Data:
     else:
         try:
             root = _downloaded()
-        except (OSError, http.client.HTTPException) as error:  # HTTPException: a reply cut short
+        # HTTPException: a reply cut short; RuntimeError: a user without a home
+        except (OSError, http.client.HTTPException, RuntimeError) as error:
             return _generated(f"no --data, no PREFIXATTN_DATA, and no download ({type(error).__name__})")
     splits = {split: read_csv(root / name) for split, name in FILES.items()}
     counts = ", ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())

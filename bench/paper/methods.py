@@ -20,6 +20,7 @@ IGNORED = -100  # label of a position without loss
 
 class Method(Protocol):
     prefix: nn.Module  # what is trained
+    length: int  # P, which may be that of a word; the positions it takes
     kept: int  # numbers to keep once trained
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor: ...  # [B, S] both; the sum over the labelled tokens
@@ -41,7 +42,8 @@ class FrozenMethod:
     """The model without a prefix: nothing to train. `labelled`: logits only where a label is, and not everywhere."""
 
     def __init__(self, model: PreTrainedModel, labelled: bool) -> None:
-        self.model, self.prefix, self.kept, self.labelled = model, nn.Module(), 0, labelled
+        self.model, self.prefix, self.labelled = model, nn.Module(), labelled
+        self.length = self.kept = 0
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         if not self.labelled:
@@ -65,7 +67,7 @@ class AttachedMethod(FrozenMethod):
 
         super().__init__(model, labelled)
         self.prefix = prefixattn.attach(model, prefixattn.PrefixConfig(**config))
-        self.kept = self.prefix.num_parameters(kept=True)
+        self.length, self.kept = self.prefix.config.length, self.prefix.num_parameters(kept=True)
 
 
 class OriginalMethod:
@@ -75,7 +77,7 @@ class OriginalMethod:
         self.model = model
         self.model.set_attn_implementation("eager")
         self.prefix = OriginalPrefix(model, length, hidden)
-        self.kept = self.prefix.kept
+        self.length, self.kept = length, self.prefix.kept
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         past = self.prefix.cache(len(ids), self.model.config)
@@ -124,10 +126,18 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = GPT2LMHeadModel.from_pretrained(name)
+        model, found = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # each library under from_pretrained has errors of its own for a damaged file
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(f"--model {name}: not a GPT-2 with a tokenizer that can be loaded ({first[:160]})") from None
+    if model.config.model_type != "gpt2":
+        raise Refusal(f"--model {name}: its config says {model.config.model_type!r}, expected 'gpt2'")
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise Refusal(f"--model {name}: its weights lack {len(missing)} tensors of a GPT-2, {missing[0]} among them")
     if tokenizer.eos_token_id is None:
         raise Refusal(f"--model {name}: its tokenizer has no eos token, which separates record and text")
+    if len(tokenizer) > model.config.vocab_size:
+        raise Refusal(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size} embeddings"
+        )
     return model.float().requires_grad_(False).eval(), tokenizer

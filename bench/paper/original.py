@@ -5,9 +5,9 @@ result goes in as past keys and values, which each layer concatenates with its o
 concatenation; positions start at P; the concatenated keys and values of all layers stay alive through the step (the
 published loop leaves the cache on). Dropout of the frozen model is off, as there.
 
-Differs from the authors' code: transformers 5 and its cache class in place of a patched 3.2.0; the causal mask is -inf
-(there -1e4); P placeholder ids before the prompt tell generate() that the cache holds P positions (there
-prepare_inputs_for_generation was edited).
+Differs from the authors' code: transformers 5 and its cache class in place of a patched 3.2.0; the causal mask is the
+type's least value (there -1e4); P placeholder ids before the prompt tell generate() that the cache holds P positions
+(there prepare_inputs_for_generation was edited).
 """
 
 from typing import Any

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps every other process that asks for it out until the block, or this process, ends."""
+    """Makes `folder` and keeps every other process that asks for it out until the block, or this process, ends.
+
+    A block that fails before it leaves anything to go on from leaves no folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     with open(path, "w") as file:
@@ -46,7 +50,12 @@ def locked(folder: Path) -> Iterator[None]:
             raise Refusal(f"{folder}: another run is at work here; wait for it or choose another --out") from None
         if not path.exists():  # that other run finished, and removed the folder, since it was opened
             raise Refusal(f"{folder}: another run has just ended here; start again")
-        yield
+        try:
+            yield
+        except BaseException:
+            if {entry.name for entry in folder.iterdir()} <= {"config.json", "lock"}:
+                shutil.rmtree(folder)
+            raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -142,7 +151,7 @@ def thinned(values: list[float], points: int = 500) -> list[tuple[int, float]]:
 
 def provenance() -> dict[str, Any]:
     """Versions, commit and device; no name of a machine, a user or a folder."""
-    packages = ("torch", "transformers", "tokenizers", "prefixattn", "sacrebleu", "nltk", "pycocoevalcap", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "prefixattn", "sacrebleu", "pycocoevalcap", "numpy")
     found = {}
     for name in packages:
         try:

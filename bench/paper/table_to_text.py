@@ -179,7 +179,7 @@ def mean_token_loss(method: Method, samples: Sequence[Sample], batch: int, pad: 
 
 
 def newline_words(tokenizer: Any) -> list[list[int]]:
-    """The ids that would break a line; GPT-2's are [[628], [198]]."""
+    """The ids of one and of two line breaks, which the papers ban; GPT-2's are [[628], [198]]."""
     words = (tokenizer("\n" * n, add_special_tokens=False)["input_ids"] for n in (2, 1))
     return [word for word in words if len(word) == 1]
 
@@ -232,7 +232,8 @@ def decode(
             for i, new in zip(group, method.generate(ids, num_beams=beams, **options).tolist(), strict=True):
                 if tokenizer.eos_token_id in new:
                     new = new[: new.index(tokenizer.eos_token_id)]
-                done[str(i)] = tokenizer.decode(new, clean_up_tokenization_spaces=False).strip() or "Error"
+                text = tokenizer.decode(new, clean_up_tokenization_spaces=False)
+                done[str(i)] = " ".join(text.split()) or "Error"  # one line, whatever other tokens hold a break
             write_json(progress, {"fingerprint": fingerprint, "texts": done})
             bar.update(len(group))
             if not alive():

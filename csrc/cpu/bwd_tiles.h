@@ -17,7 +17,8 @@ class QuerySide {
     const float *query_rows, *dout_rows;  // [words(lanes)][ld], summed over in dK and dV
     ptrdiff_t query_ld, dout_ld;
     // [width] each. A weight is exp(score - pivot) * weight: with a pivot near the scores, not at lse, the difference
-    // keeps its last bits. weight is 0 where a query has no key.
+    // keeps its last bits. Where a query has no key, or a lane no query, pivot is inf, so that the weight is 0 whatever
+    // a mask adds to the score.
     float *pivot, *weight, *delta;
 
     void allocate(const BwdParams &p, Arena &arena) {
@@ -43,7 +44,7 @@ class QuerySide {
         const float log_keys = (float)__builtin_log((double)(p.P + p.S));
         for (int i = 0; i < q.width; ++i) {
             const bool some = i < q.lanes && p.lse[row0 + i] != kMinusInf;
-            pivot[i] = some ? p.lse[row0 + i] - log_keys : 0;
+            pivot[i] = some ? p.lse[row0 + i] - log_keys : -kMinusInf;
             weight[i] = some ? (float)__builtin_exp((double)pivot[i] - p.lse[row0 + i]) : 0;
             delta[i] = 0;
         }

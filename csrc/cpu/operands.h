@@ -27,7 +27,6 @@ struct Operands {
         Operand by_row(int r) const { return {data + r * stride, stride, 4}; }     // A[m = row, k = d]
         Operand by_column(int r) const { return {data + r * stride, 4, stride}; }  // A[m = d, k = row], floats only
     };
-    static constexpr int64_t kWidenedBytes = kWiden ? 4 : kSize;
 
     // Queries (or dout) transposed: dst[word of d][lane].
     static void pack_queries(const char *src, ptrdiff_t stride, const QueryBlock &q, int D, float *rows, float *dst) {

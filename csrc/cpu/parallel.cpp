@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 namespace prefixattn {
 namespace {
@@ -17,41 +18,43 @@ using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 struct Runtime {
     GompParallel parallel = nullptr;
     std::string file;
-    std::string torch;  // the folder of libtorch_cpu, whose runtime is preferred to another package's
 };
 
-int find_torch(dl_phdr_info *info, size_t, void *data) {
-    const std::string path = info->dlpi_name ? info->dlpi_name : "";
-    const size_t base = path.find_last_of('/') + 1;
-    if (path.compare(base, 12, "libtorch_cpu") != 0) return 0;
-    static_cast<Runtime *>(data)->torch = path.substr(0, base);
-    return 1;
+// Only collects: the loader holds a lock here that another thread inside dlopen waits for, so dlopen must not be
+// called.
+int collect(dl_phdr_info *info, size_t, void *data) {
+    if (info->dlpi_name) static_cast<std::vector<std::string> *>(data)->push_back(info->dlpi_name);
+    return 0;
 }
 
-int find_openmp(dl_phdr_info *info, size_t, void *data) {
-    auto *runtime = static_cast<Runtime *>(data);
-    const std::string path = info->dlpi_name ? info->dlpi_name : "";
-    const size_t base = path.find_last_of('/') + 1;
-    if (path.compare(base, 7, "libgomp") != 0 && path.compare(base, 6, "libomp") != 0 &&
-        path.compare(base, 7, "libiomp") != 0)
-        return 0;
-    const bool torchs = !runtime->torch.empty() && path.compare(0, base, runtime->torch) == 0;
-    if (runtime->parallel && !torchs) return 0;
-    void *library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    void *symbol = library ? dlsym(library, "GOMP_parallel") : nullptr;
-    if (!symbol) return 0;
-    runtime->parallel = reinterpret_cast<GompParallel>(symbol);
-    runtime->file = path;
-    return torchs;
+bool is_named(const std::string &path, const char *name) {
+    return path.compare(path.find_last_of('/') + 1, std::char_traits<char>::length(name), name) == 0;
+}
+
+std::string folder(const std::string &path) { return path.substr(0, path.find_last_of('/') + 1); }
+
+Runtime find_runtime() {
+    std::vector<std::string> loaded;
+    dl_iterate_phdr(collect, &loaded);
+    std::string torch;  // the folder of libtorch_cpu, whose runtime is preferred to another package's
+    for (const std::string &path : loaded)
+        if (is_named(path, "libtorch_cpu")) torch = folder(path);
+    Runtime found;
+    for (const std::string &path : loaded) {
+        if (!is_named(path, "libgomp") && !is_named(path, "libomp") && !is_named(path, "libiomp")) continue;
+        const bool torchs = !torch.empty() && folder(path) == torch;
+        if (found.parallel && !torchs) continue;
+        void *library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+        void *symbol = library ? dlsym(library, "GOMP_parallel") : nullptr;
+        if (!symbol) continue;
+        found = {reinterpret_cast<GompParallel>(symbol), path};
+        if (torchs) break;
+    }
+    return found;
 }
 
 const Runtime &runtime() {
-    static const Runtime found = [] {
-        Runtime r;
-        dl_iterate_phdr(find_torch, &r);
-        dl_iterate_phdr(find_openmp, &r);
-        return r;
-    }();
+    static const Runtime found = find_runtime();
     return found;
 }
 

@@ -2,8 +2,7 @@
 //   fused  a unit is one key head with the samples that share a prefix row; every tile is computed once (5 products),
 //          gradients of the prefix stay in the thread's scratch from sample to sample and leave already summed.
 //   split  when that scratch would pass its budget, or there are too few units, or no dq is wanted: passes over own
-//   keys,
-//          over the prefix, and over queries, each with as many units as it has chunks (7 products with all of them).
+//          keys, over the prefix, and over queries, each with as many units as it has chunks (7 products in all).
 // Either way a sum runs over samples, heads, queries and keys in the order of their indices, so the bits depend neither
 // on the number of threads nor on which gradients are wanted.
 #pragma once

@@ -69,7 +69,8 @@ constexpr float kMinusInf = -__builtin_inff();
 
 inline vf vzero() { return vset(0.f); }
 
-// What 2^x and e^x share: the result's power of two is applied, and what would be subnormal or nearly becomes 0.
+// What 2^x and e^x share: the result's power of two is applied. Without scalef, what would be subnormal or nearly
+// becomes 0.
 inline vf vfinish(vf fraction, vf n, vf x, float smallest) {
     const vf y = vscale2(fraction, n);
 #if defined(PA_AVX512)

@@ -93,13 +93,21 @@ class HuggingFaceAdapter:
         try:
             yield
         finally:
-            self.active, self.base.config._attn_implementation = before
+            self.active = before[0]
+            if self.prefix is not None:  # else it was detached inside, and the model is as it was before
+                self.base.config._attn_implementation = before[1]
 
     def before_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward pre-hook: computes the prefixes and shifts the positions."""
         prefix = self.prefix
         if not self.active or prefix is None:
             return None
+        implementation = self.base.config._attn_implementation
+        if implementation != NAME:
+            raise ValueError(
+                f"the model's attention implementation was set to {implementation!r} after attach, and would leave out "
+                f"the prefix; expected {NAME!r}: call set_attn_implementation before attach, or detach() the prefix"
+            )
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:

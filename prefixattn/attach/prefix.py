@@ -77,7 +77,10 @@ class Prefix(nn.Module):
             # An optimizer that writes through `.data` leaves no trace in the version, so training empties the cache.
             self._cache = None
             return self._split(dtype, device)
-        key = (dtype, device, *((t.data_ptr(), t._version) for t in self._sources()))
+        sources = list(self._sources())
+        if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
+            return self._split(dtype, device)
+        key = (dtype, device, *((t.data_ptr(), t._version) for t in sources))
         if self._cache is None or self._cache[0] != key:
             # Not as inference tensors: a later pass may need to save them for a backward.
             with torch.inference_mode(False), torch.no_grad():
@@ -114,7 +117,10 @@ class Prefix(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model runs as it did before `attach`, bit for bit."""
+        """Inside, the model runs as it did before `attach`, bit for bit.
+
+        A backward through checkpointed layers belongs where their forward was: it runs the layers again.
+        """
         with self._attached().disabled():
             yield
 
