@@ -253,6 +253,7 @@ def run_all(config: Config, out: Path, data: e2e_data.Data, command: str) -> dic
 
 def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run: Path, key: str) -> dict[str, Any]:
     write_json(run / "config.json", asdict(config))
+    begun_with = provenance()  # before results, which may be tracked, make the tree dirty
     train, sources, references = selected(data, config)
     files = {method: run / f"{method}.json" for method in config.methods}
     todo = [method for method, path in files.items() if not path.exists()]
@@ -278,7 +279,7 @@ def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run
         "command": command,
         "config": {**asdict(config), "model": model_name(config.model), "data": data.source},
         "data": {"where": data.where, "sha256": data.sha256, "trained_on": len(train), "decoded": len(sources)},
-        "provenance": provenance(),
+        "provenance": begun_with,
         "methods": runs,
         "paper": PAPER if config.rates == "paper" else None,
         "notes": notes,

@@ -1,0 +1,47 @@
+"""The README's tables are those of the records."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plot
+import plot_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = {"frozen": "no prefix", "deep": "Deep-share", "simple": "simple share", "none": "No-share"}
+
+
+def record(path: str) -> dict[str, Any]:
+    assert f"]({path})" in README or f"]({path.replace('.json', '.md')})" in README, f"README does not name {path}"
+    found: dict[str, Any] = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("causal, label", [(False, "bidirectional (ViT)"), (True, "causal (GPT)")])
+def test_speed_is_the_records(causal: bool, label: str) -> None:
+    pairs = plot.pair(record("bench/results/cpu-amd-epyc-2-threads.json")["rows"])
+    cells = []
+    for dtype, passes in plot.COLUMNS:
+        ratios = [p["ratio"] for p in pairs if (p["causal"], p["dtype"], p["pass"]) == (causal, dtype, passes)]
+        cells.append(f"{plot.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
+    assert f"| {label} | {' | '.join(cells)} |" in README
+
+
+def test_memory_is_the_records() -> None:
+    pairs = plot.pair(record("bench/results/cpu-amd-epyc-2-threads.json")["rows"])
+    case = ("vit B2 N577 P50 D64", "torch.float32", "fwd+bwd")
+    [row] = [p for p in pairs if (p["name"], p["dtype"], p["pass"]) == case]
+    ours, peer, necessary = row["ours"]["peak_mib"], row["peer"]["peak_mib"], row["ours"]["necessary_mib"]
+    words = f"{ours:.1f} MiB, of concatenation {peer:.1f}, of outputs and gradients alone {necessary:.1f}"
+    assert words in " ".join(README.split())
+
+
+def test_table_to_text_is_the_records() -> None:
+    shown = plot_runs.table(record("bench/paper/results/e2e-small.json")).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown if line.startswith("|")]
+    assert [row[0] for row in rows] == ["frozen", "deep", "simple", "none", "deep-all", "original"]
+    for name, *cells in rows:
+        assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in README
