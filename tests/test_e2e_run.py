@@ -184,7 +184,8 @@ def test_a_refused_model_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, path)
     (path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     out = tmp_path / "r" / "x.json"
-    done = call("--data", "generated", "--model", str(path), "--methods", "deep", "--out", str(out))
+    methods = ("frozen", "deep", "none", "--parallel", "2")
+    done = call("--data", "generated", "--model", str(path), "--out", str(out), "--methods", *methods)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "not a GPT-2 with a tokenizer that can be loaded" in done.stderr
     assert not list(out.parent.iterdir())

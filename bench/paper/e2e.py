@@ -37,11 +37,24 @@ from typing import Any
 
 import e2e_data
 from plot_runs import METRICS, figure, table
-from runs import Refusal, digest, finished, locked, parent_alive, provenance, read_json, thinned, write_json, write_text
+from runs import (
+    Refusal,
+    digest,
+    finished,
+    locked,
+    parent_alive,
+    provenance,
+    read_json,
+    room,
+    thinned,
+    write_json,
+    write_text,
+)
 
 HERE = Path(__file__).resolve().parent
 MODEL_FILES = ("config", "tokenizer", "tokenizer_config", "vocab", "merges")  # beside the weights
 WEIGHTS = (".safetensors", ".bin")
+CHECK = "check"
 METHODS = ("frozen", "deep", "simple", "none", "none-word", "deep-all", "original")
 PAPER = {
     "paper: Deep-share": {"BLEU": 0.699, "NIST": 8.78, "METEOR": 0.463, "ROUGE_L": 0.715, "CIDEr": 2.45},
@@ -101,7 +114,7 @@ BOUNDS = {  # least and most of a number on the command line
 
 
 def work(method: str, config: Config, run: Path, parent: int | None = None) -> None:
-    """Trains and decodes one method and leaves run/<method>.json."""
+    """Trains and decodes one method and leaves run/<method>.json; CHECK only loads the model."""
     import time
 
     import torch
@@ -113,6 +126,8 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     torch.set_num_threads(config.threads)
     data = e2e_data.load(config.data)
     model, tokenizer = load_model(config.model)
+    if method == CHECK:
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = digest(*(memoryview(t.numpy()).cast("B") for t in model.state_dict().values()))
     model.to(device)
@@ -123,10 +138,8 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     samples = t2t.encode(tokenizer, train, limit) if method != "frozen" else []
     dev = t2t.encode(tokenizer, data.dev[: config.dev], limit)
     del train
-    schedule = t2t.Schedule(
-        lr=config.rate(method), epochs=config.epochs, batch=config.batch, seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-    )  # fmt: skip
+    schedule = t2t.Schedule(lr=config.rate(method), epochs=config.epochs, batch=config.batch, seed=config.seed,
+                            checkpoint_every=config.checkpoint_every)  # fmt: skip
     pad, done, trained = tokenizer.eos_token_id, t2t.Training(), sum(p.numel() for p in made.prefix.parameters())
     if method != "frozen":
         state = run / f"{method}.pt"
@@ -135,10 +148,8 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
     start, texts = time.perf_counter(), []
     if sources:
         progress = run / f"{method}.decoded.json"
-        texts = t2t.decode(
-            made, tokenizer, sources, progress, fingerprint, device, limit,
-            config.beams, config.max_new, label=f"{method:>9} decode", alive=alive,
-        )  # fmt: skip
+        texts = t2t.decode(made, tokenizer, sources, progress, fingerprint, device, limit, config.beams,
+                           config.max_new, label=f"{method:>9} decode", alive=alive)  # fmt: skip
     result = {
         "method": method,
         "lr": schedule.lr or None,
@@ -158,17 +169,6 @@ def work(method: str, config: Config, run: Path, parent: int | None = None) -> N
         "texts": texts,
     }
     write_json(run / f"{method}.json", {"fingerprint": fingerprint, **result})
-
-
-def room(positions: int, length: int, max_new: int) -> int:
-    """The positions that the prefix leaves to prompt and text."""
-    limit = positions - length
-    if limit - max_new < 1:
-        raise Refusal(
-            f"a prefix of length {length} and --max-new {max_new} leave no room for a prompt in the {positions} "
-            "positions of the model"
-        )
-    return limit
 
 
 # --- all of them ---
@@ -259,6 +259,8 @@ def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run
     todo = [method for method, path in files.items() if not path.exists()]
     for method in set(files) - set(todo):  # before the hours that the others take
         finished(files[method], key, method, len(sources))
+    if todo:  # so that a bad model is refused once, and not by each method
+        spawn(CHECK, config, run)
     with ThreadPoolExecutor(config.parallel) as pool:
         list(pool.map(lambda method: spawn(method, config, run), todo))
     runs = [finished(path, key, method, len(sources)) for method, path in files.items()]

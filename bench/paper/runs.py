@@ -142,6 +142,17 @@ def finished(path: Path, key: str, method: str, texts: int) -> dict[str, Any]:
     return known
 
 
+def room(positions: int, length: int, max_new: int) -> int:
+    """The positions that the prefix leaves to prompt and text."""
+    limit = positions - length
+    if limit - max_new < 1:
+        raise Refusal(
+            f"a prefix of length {length} and --max-new {max_new} leave no room for a prompt in the {positions} "
+            "positions of the model"
+        )
+    return limit
+
+
 def thinned(values: list[float], points: int = 500) -> list[tuple[int, float]]:
     """(last step, mean over the window) of at most `points` equal windows; steps count from 1."""
     window = -(-len(values) // points) if values else 1
