@@ -170,9 +170,10 @@ def _read_peft(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Modul
     if differing:
         raise ValueError(f"{path} is of a prefix for another model: {'; '.join(differing)}")
     tensors = _read_tensors(weights, None)
-    length, row = values.get("num_virtual_tokens"), geometry.layers * 2 * geometry.kv_heads * geometry.head_dim
+    length: Any = values.get("num_virtual_tokens")  # PrefixConfig refuses what is no integer
+    row = geometry.layers * 2 * geometry.kv_heads * geometry.head_dim
     try:
-        config = PrefixConfig(length=length, share="none", positions="shifted")  # type: ignore[arg-type]
+        config = PrefixConfig(length=length, share="none", positions="shifted")
     except ValueError:
         raise ValueError(f"{path} has num_virtual_tokens {length!r}, expected an integer from 1 to {MOST}") from None
     _check_tensors(weights, tensors, {"prompt_embeddings": [config.length, row]})

@@ -60,7 +60,9 @@ def prefix_attention(
     _check_types(q, k, v, prefix_k, prefix_v, attn_mask, prefix_ids, prefix_lengths, dropout_p, prefix_dropout_p, scale)
     # torch's question has no answer for meta, and raises
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        q, k, v, prefix_k, prefix_v, attn_mask = _autocast(q, k, v, prefix_k, prefix_v, attn_mask)
+        q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
+        if attn_mask is not None and attn_mask.dtype != torch.float32:
+            (attn_mask,) = _autocast(attn_mask)
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if prefix_k.dim() == 3:
         if prefix_ids is not None:
@@ -89,8 +91,8 @@ def prefix_attention(
     if dropout_p or prefix_dropout_p:
         seed = torch.randint(2**62, (1,), device=q.device)
 
-    if torch.compiler.is_compiling() and (k is q or v is q or v is k):  # which Dynamo does not take
-        k, v = k.view_as(k), v.view_as(v)
+    if torch.compiler.is_compiling():
+        q, k, v, prefix_k, prefix_v = _distinct(q, k, v, prefix_k, prefix_v)
     tensors = (unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(prefix_k), unit_stride(prefix_v), attn_mask)
     needs = _wanted(tensors)
     chosen = backends.choose(backend, *tensors, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, needs)
@@ -101,14 +103,15 @@ def prefix_attention(
     return (out, mass) if return_prefix_mass else out
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor]:
-    """The tensors in the type of autocast; float64 stays, as for SDPA, and so does a float32 mask."""
-    *inputs, mask = tensors
-    dtype = torch.get_autocast_dtype(inputs[0].device.type)  # type: ignore[union-attr]
-    cast = [t.to(dtype) if t.dtype in _FLOATS[:3] else t for t in inputs]  # type: ignore[union-attr]
-    if mask is not None and mask.dtype not in (torch.bool, torch.float32, torch.float64):
-        mask = mask.to(dtype)
-    return [*cast, mask]  # type: ignore[list-item]
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the type of autocast; float64 stays, as for SDPA, and so does what is no float."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [t.to(dtype) if t.dtype in _FLOATS[:3] else t for t in tensors]
+
+
+def _distinct(*tensors: Tensor) -> list[Tensor]:
+    """Views in place of what came before: Dynamo gives no autograd.Function the same tensor twice."""
+    return [t.view_as(t) if any([t is earlier for earlier in tensors[:i]]) else t for i, t in enumerate(tensors)]
 
 
 def _wanted(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:

@@ -177,14 +177,21 @@ def test_an_exported_program_of_another_type_is_refused() -> None:
         exported(q, k, v)
 
 
-@pytest.mark.parametrize("same", ["kv", "qk", "qkv"])
+@pytest.mark.parametrize("same", ["kv", "qk", "qkv", "prefixes", "all"])
 def test_compiles_where_inputs_are_one_tensor(backend: str, same: str) -> None:
-    q, k, prefix = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 5, 16)
-    tensors = {"kv": (q, k, k), "qk": (q, q, k), "qkv": (q, q, q)}[same]
+    q, k, v, *prefixes = torch.randn(5, 2, 2, 9, 16).unbind()
+    one = prefixes[0]
+    tensors = {
+        "kv": (q, k, k, *prefixes),
+        "qk": (q, q, k, *prefixes),
+        "qkv": (q, q, q, *prefixes),
+        "prefixes": (q, k, v, one, one),  # one per sample: no shared prefix's extra axis makes them two
+        "all": (q, q, q, q, q),
+    }[same]
     results = []
     for call in (prefix_attention, torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")):
-        leaves = {id(t): t.detach().requires_grad_() for t in (*tensors, prefix)}
-        out = call(*(leaves[id(t)] for t in (*tensors, prefix, prefix)), backend=backend)  # type: ignore[operator]
+        leaves = {id(t): t.detach().requires_grad_() for t in tensors}
+        out = call(*(leaves[id(t)] for t in tensors), backend=backend)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
     for fast, eager in zip(*results, strict=True):
         torch.testing.assert_close(fast, eager)
@@ -258,7 +265,7 @@ def test_a_compiled_func_grad_is_refused_and_never_zero(compiler: str) -> None:
     x, prefix = torch.randn(1, 1, 3, 8), torch.randn(1, 2, 8)
 
     def gradient(x: Tensor) -> Tensor:
-        return torch.func.grad(lambda q: prefix_attention(q, x, x, prefix, prefix).square().sum())(x)  # type: ignore[union-attr]
+        return torch.func.grad(lambda q: prefix_attention(q, x, x, prefix, prefix).square().sum())(x)
 
     with pytest.raises(Exception, match=r"inside torch\.func's transforms does not compile"):
         torch.compile(gradient, fullgraph=True, backend=compiler)(x)

@@ -217,7 +217,7 @@ def test_another_type_is_refused(argument: str, value: object, words: str, autoc
     q = torch.randn(1, 2, 3, 8)
     given = {"q": q, "k": q, "v": q, "prefix_k": q, "prefix_v": q, argument: value}
     with torch.autocast("cpu", enabled=autocast), pytest.raises(ValueError, match=re.escape(words)):
-        prefix_attention(**given)  # type: ignore[arg-type]
+        prefix_attention(**given)
 
 
 def test_what_is_no_dense_tensor_is_refused() -> None:
