@@ -4,7 +4,15 @@
 from prefixattn.attach import attach, load
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
-from prefixattn.functional import prefix_attention
+from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
 
 __version__ = "0.1.0"
-__all__ = ["Prefix", "PrefixConfig", "__version__", "attach", "load", "prefix_attention"]
+__all__ = [
+    "Prefix",
+    "PrefixConfig",
+    "__version__",
+    "attach",
+    "load",
+    "prefix_attention",
+    "prefix_attention_qkvpacked",
+]

@@ -1,4 +1,4 @@
-"""The CPU kernels of csrc/cpu as a backend: torch tensors to addresses and strides, outputs allocated here."""
+"""The CPU kernels of csrc/cpu as a backend: torch tensors to addresses and strides, outputs allocated here or given."""
 
 import torch
 from torch import Tensor
@@ -89,10 +89,14 @@ def bwd(
     is_causal: bool,
     scale: float,
     needs: Needs,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,  # where dq, dk and dv are to be written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     empty = q.new_empty(0)
     inputs = (q, k, v, prefix_k, prefix_v)
-    grads = [empty_like_order(t) if need else empty for t, need in zip(inputs[:3], needs, strict=False)]
+    if into is None:
+        grads = [empty_like_order(t) if need else empty for t, need in zip(inputs[:3], needs, strict=False)]
+    else:
+        grads = [t if need else empty for t, need in zip(into, needs, strict=False)]
     # dense, whatever the prefix's own order: as the op's fake and the reference make them
     grads += [t.new_empty(t.shape) if need else empty for t, need in zip(inputs[3:], needs[3:5], strict=True)]
     _require_type_and_device(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, dout=dout, out=out)

@@ -1,14 +1,15 @@
-"""prefix_attention: what a call means, in words and shapes; every refusal of bad input is here."""
+"""prefix_attention and its packed form: what a call means, in words and shapes; every refusal of bad input is here."""
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from prefixattn import backends
-from prefixattn.layout import unit_stride
-from prefixattn.ops import prefix_attn
+from prefixattn.layout import unit_stride, unpacked
+from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 
 _FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -57,9 +58,82 @@ def prefix_attention(
 
     Under autocast the inputs are cast as SDPA's are; a float32 mask stays as it is.
     """
+    inputs = _normal_form(
+        *(q, k, v, prefix_k, prefix_v, attn_mask),
+        *(dropout_p, is_causal, scale, enable_gqa),
+        *(prefix_ids, prefix_lengths, prefix_dropout_p),
+        *(return_prefix_mass, backend),
+    )
+    out, lse, mass = prefix_attn(*inputs)
+    return _asked_for(out, lse, mass, return_lse, return_prefix_mass)
+
+
+def prefix_attention_qkvpacked(
+    qkv: Tensor,  # [B, N, 3, H, D]
+    prefix_k: Tensor,  # [H, P, D] shared | [B, H, P, D] one per sample | [T, H, P, D] a bank, with prefix_ids
+    prefix_v: Tensor,  # as prefix_k
+    attn_mask: Tensor | None = None,  # broadcastable to [B, H, N, N]
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    prefix_ids: Tensor | None = None,  # int64 [B]
+    prefix_lengths: Tensor | None = None,  # int64 [T] or [B]
+    prefix_dropout_p: float = 0.0,
+    return_lse: bool = False,
+    return_prefix_mass: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:  # [B, N, H, D], then lse and mass [B, H, N] if asked for
+    """prefix_attention for queries, keys and values that one projection makes and leaves in one tensor.
+
+    Equal to ``prefix_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(), prefix_k, prefix_v, ...).transpose(1, 2)``, made
+    contiguous if it is not. The gradient of qkv is one contiguous tensor that the kernels write themselves; that of the
+    three views is copied together from three. So it is, with the same values, in a program made by torch.export.
+
+    Args:
+        qkv: As ``projection(x).view(B, N, 3, H, D)`` leaves it. Copied only if its last axis has another stride than 1.
+
+    The other arguments are those of prefix_attention.
+    """
+    _check_tensor("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv has shape {list(qkv.shape)}, expected [B, N, 3, H, D]")
+    _check_float("qkv", qkv)
+    # here and not in the parts, so that the gradient of a cast or a copy is of one tensor too
+    if _autocasts(qkv):
+        (qkv,) = _autocast(qkv)
+    qkv = unit_stride(qkv)
+    _, _, _, *others = _normal_form(
+        *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
+        *(dropout_p, is_causal, scale, False),
+        *(prefix_ids, prefix_lengths, prefix_dropout_p),
+        *(return_prefix_mass, backend),
+    )
+    out, lse, mass = prefix_attn_qkvpacked(qkv, *others)
+    # contiguous as it is, unless qkv's own axes lie in another order
+    return _asked_for(out.transpose(1, 2).contiguous(), lse, mass, return_lse, return_prefix_mass)
+
+
+def _normal_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    prefix_ids: Tensor | None,
+    prefix_lengths: Tensor | None,
+    prefix_dropout_p: float,
+    return_prefix_mass: bool,
+    backend: str,
+) -> tuple[Any, ...]:
+    """The arguments of prefix_attn, checked, with a backend that takes them."""
     _check_types(q, k, v, prefix_k, prefix_v, attn_mask, prefix_ids, prefix_lengths, dropout_p, prefix_dropout_p, scale)
-    # torch's question has no answer for meta, and raises
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+    if _autocasts(q):
         q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
         if attn_mask is not None and attn_mask.dtype != torch.float32:
             (attn_mask,) = _autocast(attn_mask)
@@ -97,10 +171,20 @@ def prefix_attention(
     needs = _wanted(tensors)
     chosen = backends.choose(backend, *tensors, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, needs)
     numbers = (dropout_p, prefix_dropout_p, is_causal, scale, return_prefix_mass)
-    out, lse, mass = prefix_attn(*tensors, prefix_ids, lengths, seed, *numbers, chosen)
+    return *tensors, prefix_ids, lengths, seed, *numbers, chosen
+
+
+def _asked_for(
+    out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_prefix_mass: bool
+) -> Tensor | tuple[Tensor, ...]:
     if return_lse:
         return (out, lse, mass) if return_prefix_mass else (out, lse)
     return (out, mass) if return_prefix_mass else out
+
+
+def _autocasts(t: Tensor) -> bool:
+    # torch's question has no answer for meta, and raises
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -134,16 +218,25 @@ def _check_types(*arguments: object) -> None:
     for i, (name, t) in enumerate(zip(_NAMES, arguments, strict=False)):
         if t is None and i >= 5:
             continue
-        if not isinstance(t, Tensor):
-            raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
-        if t.is_nested or t.layout != torch.strided:
-            raise NotImplementedError(f"{name} is a nested or sparse tensor, expected a dense one")
+        _check_tensor(name, t)
     for name, x in zip(_NUMBERS, arguments[len(_NAMES) :], strict=True):
         if x is None and name == "scale":
             continue
         # a tensor would lose its gradient on the way to a number
         if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
             raise ValueError(f"{name} is {(x if isinstance(x, str) else type(x).__name__)!r}, expected a number")
+
+
+def _check_tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
+    if t.is_nested or t.layout != torch.strided:
+        raise NotImplementedError(f"{name} is a nested or sparse tensor, expected a dense one")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    if t.dtype not in _FLOATS:
+        raise ValueError(f"{name} is {t.dtype}, expected float32, bfloat16, float16 or float64")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, enable_gqa: bool) -> None:
@@ -166,9 +259,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
             raise ValueError(f"q has H={H} heads and k has Hkv={Hkv}; expected as many, or enable_gqa=True")
         if Hkv == 0 or H % Hkv:
             raise ValueError(f"q has H={H} heads, expected a multiple of the Hkv={Hkv} heads of k")
+    _check_float("q", q)
     dtype, device = q.dtype, q.device
-    if dtype not in _FLOATS:
-        raise ValueError(f"q is {dtype}, expected float32, bfloat16, float16 or float64")
     for name, t in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if t.dtype != dtype:
             raise ValueError(f"{name} is {t.dtype}, expected {dtype} as q")

@@ -1,4 +1,4 @@
-"""How tensors lie in memory: which axis is outermost, and what an attention mask looks like to a kernel."""
+"""How tensors lie in memory: which axis is outermost, where a packed projection has its queries, keys and values."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,9 @@ def empty_like_order(t: Tensor) -> Tensor:  # t [B, H, L, D]
 def unit_stride(t: Tensor) -> Tensor:
     """`t` with stride one in its last axis; copies only when it has another."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # qkv [B, N, 3, H, D]
+    """The views q, k, v [B, H, N, D] of a packed projection, or of its gradient."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v

@@ -1,7 +1,11 @@
 """prefixattn::fwd and prefixattn::bwd: one schema, one fake and one gradient rule for every backend.
 
+prefixattn::bwd_qkvpacked is bwd for a packed projection: dq, dk and dv are written into one tensor. Its forward is fwd
+on three views.
+
 `Library.define` with an `autograd.Function` outside, because `custom_op` costs three times as much per call. The rule
-is registered with the op as well, for graphs that hold nothing but the op: those of torch.export.
+is registered with the op as well, for graphs that hold nothing but the op: those of torch.export. They know fwd's own
+rule only: from a packed projection, three gradients that the views' rules copy into one.
 """
 
 from typing import Any
@@ -10,12 +14,10 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.layout import empty_like_order, unit_stride
+from prefixattn.layout import empty_like_order, unit_stride, unpacked
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
-    "Tensor? attn_mask, Tensor? rows, Tensor? lengths, Tensor? seed"
-)
+_SHARED = "Tensor prefix_k, Tensor prefix_v, Tensor? attn_mask, Tensor? rows, Tensor? lengths, Tensor? seed"
+_TENSORS = f"Tensor q, Tensor k, Tensor v, {_SHARED}"
 _NUMBERS = "float dropout_p, float prefix_dropout_p, bool is_causal, float scale"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -26,6 +28,11 @@ _LIB.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+_LIB.define(
+    f"bwd_qkvpacked(Tensor dout, Tensor? dlse, Tensor qkv, {_SHARED}, Tensor out, Tensor lse, {_NUMBERS}, "
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,9 +41,27 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
+def _bwd(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, needs, backend = args
-    grads = backends.module(backend).bwd(*inputs, needs)
+    return _wanted(backends.module(backend).bwd(unit_stride(dout), *inputs, needs), needs)
+
+
+def _bwd_qkvpacked(dout: Tensor, dlse: Tensor | None, qkv: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, needs, backend = args
+    need_qkv, *need_others = needs
+    dqkv = qkv.new_empty(qkv.shape if need_qkv else 0)
+    grads = backends.module(backend).bwd(
+        unit_stride(dout),
+        dlse,
+        *unpacked(qkv),
+        *inputs,
+        (need_qkv, need_qkv, need_qkv, *need_others),
+        into=unpacked(dqkv) if need_qkv else None,
+    )
+    return dqkv, *_wanted(grads[3:], need_others)
+
+
+def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, ...]:
     # what nobody wanted is a tensor of its own: outputs of an op may not alias
     return tuple([grad if need else grad.new_empty(0) for grad, need in zip(grads, needs, strict=True)])
 
@@ -51,9 +76,19 @@ def _bwd_fake(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ..
     q, k, v, prefix_k, prefix_v, attn_mask = args[:6]
     needs = args[-2]
     grads = [empty_like_order(t) if need else q.new_empty(0) for t, need in zip((q, k, v), needs[:3], strict=True)]
-    for t, need in zip((prefix_k, prefix_v, attn_mask), needs[3:], strict=True):
-        grads.append(t.new_empty(t.shape) if need and t is not None else q.new_empty(0))
-    return tuple(grads)
+    return *grads, *_dense_fakes((prefix_k, prefix_v, attn_mask), needs[3:], q)
+
+
+def _bwd_qkvpacked_fake(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_dense_fakes(args[:4], args[-2], args[0]))
+
+
+def _dense_fakes(inputs: tuple[Tensor | None, ...], needs: list[bool], like: Tensor) -> list[Tensor]:
+    """Gradients in their inputs' shapes, contiguous whatever their inputs' order."""
+    return [
+        t.new_empty(t.shape) if need and t is not None else like.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    ]
 
 
 def _no_vmap(*_: Any) -> Any:
@@ -63,12 +98,17 @@ def _no_vmap(*_: Any) -> Any:
     )
 
 
-for _name, _impl, _fake in (("fwd", _fwd, _fwd_fake), ("bwd", _bwd, _bwd_fake)):
+for _name, _impl, _fake in (
+    ("fwd", _fwd, _fwd_fake),
+    ("bwd", _bwd, _bwd_fake),
+    ("bwd_qkvpacked", _bwd_qkvpacked, _bwd_qkvpacked_fake),
+):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"prefixattn::{_name}", _fake, lib=_LIB)
     torch.library.register_vmap(f"prefixattn::{_name}", _no_vmap, lib=_LIB)
 
 _FWD, _BWD = torch.ops.prefixattn.fwd.default, torch.ops.prefixattn.bwd.default
+_BWD_QKVPACKED = torch.ops.prefixattn.bwd_qkvpacked.default
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -80,27 +120,55 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dmass: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        # only lse was used: its gradient alone has to go through
-        dout = torch.zeros_like(saved[-2]) if dout is None else unit_stride(dout)
-        needs = ctx.needs_input_grad[:6]
-        args = (dout, dlse, *saved, *ctx.numbers, needs, ctx.backend)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _Once.apply(*args)
-        else:
-            grads = _BWD(*args)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return *grads, None, None, None, None, None, None, None, None, None
+        return _gradients(_BWD, 6, ctx, dout, dlse)
 
     vmap = staticmethod(_no_vmap)
 
 
+class _QkvPacked(torch.autograd.Function):
+    """The same for a packed projection: its first input is qkv, in the place of q, k and v."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _fwd_qkvpacked(*inputs)
+        _keep_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dmass: None) -> tuple[Tensor | None, ...]:
+        return _gradients(_BWD_QKVPACKED, 4, ctx, dout, dlse)
+
+    vmap = staticmethod(_no_vmap)
+
+
+def _fwd_qkvpacked(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output: tuple[Tensor, Tensor, Tensor] = _FWD(*unpacked(qkv), *others)
+    return output
+
+
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, dropout_p, prefix_dropout_p, is_causal, scale, _want_mass, backend = inputs
     out, lse, mass = output
     ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9], out, lse)
-    ctx.numbers, ctx.backend = inputs[9:13], inputs[14]
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.numbers, ctx.backend = (dropout_p, prefix_dropout_p, is_causal, scale), backend
+
+
+def _gradients(op: Any, count: int, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A gradient, or None, for each input: the first `count` may have one, and `op` makes those."""
+    saved = ctx.saved_tensors
+    if dout is None:  # only lse was used: its gradient alone has to go through
+        dout = torch.zeros_like(saved[-2])
+    # whoever asked for its strides here would make Dynamo copy it in every compiled backward pass; the op looks
+    needs = ctx.needs_input_grad[:count]
+    args = (dout, dlse, *saved, *ctx.numbers, needs, ctx.backend)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _Once.apply(op, *args)
+    else:
+        grads = op(*args)
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return *grads, None, None, None, None, None, None, None, None, None
 
 
 class _Transformed(_PrefixAttention):
@@ -114,12 +182,21 @@ class _Transformed(_PrefixAttention):
     setup_context = staticmethod(_keep_for_backward)
 
 
+class _QkvPackedTransformed(_QkvPacked):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _fwd_qkvpacked(*inputs)
+
+    setup_context = staticmethod(_keep_for_backward)
+
+
 class _Once(torch.autograd.Function):
     """The backward pass when a graph of it is recorded: its values are right, and differentiating them is refused."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _BWD(*args)
+    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = op(*args)
+        return grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -142,11 +219,20 @@ torch.library.register_autograd(
 
 def prefix_attn(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """prefixattn::fwd with its gradient rule."""
+    return _apply(_PrefixAttention, _Transformed, args)
+
+
+def prefix_attn_qkvpacked(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """prefixattn::fwd on the three parts of its first argument, qkv, with a gradient rule that makes one tensor."""
+    return _apply(_QkvPacked, _QkvPackedTransformed, args)
+
+
+def _apply(usual: Any, for_transforms: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     transformed = torch._C._are_functorch_transforms_active()
     if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
         raise NotImplementedError(
             "prefix_attention inside torch.func's transforms does not compile; compile a function that calls "
             "torch.autograd.grad or backward, or leave the transform uncompiled"
         )
-    result: tuple[Tensor, Tensor, Tensor] = (_Transformed if transformed else _PrefixAttention).apply(*args)
+    result: tuple[Tensor, Tensor, Tensor] = (for_transforms if transformed else usual).apply(*args)
     return result

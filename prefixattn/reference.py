@@ -70,10 +70,15 @@ def bwd(
     is_causal: bool,
     scale: float,
     needs: Needs,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,  # shaped as q, k, v; strides as they come, 1 in D
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k, v, prefix_k, prefix_v and attn_mask, each in its input's shape, or empty [0]."""
+    """Returns the gradients of q, k, v, prefix_k, prefix_v and attn_mask, each in its input's shape, or empty [0].
+
+    Those of q, k and v that are wanted are written to `into`, and returned from there, if it is given.
+    """
     T, P = prefix_k.shape[0], prefix_k.shape[2]
     need_q, need_k, need_v, need_prefix_k, need_prefix_v, need_mask = needs
+    into_q, into_k, into_v = into or (None, None, None)
     grads = [q.new_empty(0) for _ in needs]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
@@ -85,7 +90,7 @@ def bwd(
         if need_v or need_prefix_v:
             dvalues = _over_group((weights * kept).mT @ dout, k.shape[1])  # [B, Hkv, P+S, D]
             if need_v:
-                grads[2] = empty_like_order(v).copy_(dvalues[:, :, P:])
+                grads[2] = _written(dvalues[:, :, P:], v, into_v)
             if need_prefix_v:
                 grads[4] = _over_batch(dvalues[:, :, :P], keep_v, rows, T).to(prefix_v.dtype)
         if need_q or need_k or need_prefix_k or need_mask:
@@ -95,17 +100,22 @@ def bwd(
             values = _virtual(v, prefix_v, rows, lengths, keep_v, q)
             dscores = weights * ((dout @ values.mT) * kept - delta[..., None])  # [B, H, L, P+S]
             if need_q:
-                grads[0] = empty_like_order(q).copy_(dscores @ keys * scale)
+                grads[0] = _written(dscores @ keys * scale, q, into_q)
             if need_k or need_prefix_k:
                 dkeys = _over_group(dscores.mT @ q.to(dscores.dtype) * scale, k.shape[1])  # [B, Hkv, P+S, D]
                 if need_k:
-                    grads[1] = empty_like_order(k).copy_(dkeys[:, :, P:])
+                    grads[1] = _written(dkeys[:, :, P:], k, into_k)
                 if need_prefix_k:
                     grads[3] = _over_batch(dkeys[:, :, :P], keep_k, rows, T).to(prefix_k.dtype)
             if need_mask and attn_mask is not None:
                 grads[5] = dscores[..., P:].sum_to_size(attn_mask.shape).to(attn_mask.dtype).contiguous()
     dq, dk, dv, dprefix_k, dprefix_v, dmask = grads
     return dq, dk, dv, dprefix_k, dprefix_v, dmask
+
+
+def _written(grad: Tensor, t: Tensor, into: Tensor | None) -> Tensor:
+    """The gradient of `t` in the type of `t`, in the memory of `into` or else in the order of `t`."""
+    return (empty_like_order(t) if into is None else into).copy_(grad)
 
 
 def _virtual(

@@ -1,5 +1,6 @@
 """What tests and benchmarks share: named inputs, the exact answer, plain PyTorch's answer, and how to compare."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixattn import philox
-from prefixattn.functional import prefix_attention
+from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
 
 INF = float("inf")
 
@@ -170,6 +171,31 @@ def results(inputs: Inputs, out: Tensor, lse: Tensor, mass: Tensor) -> dict[str,
 
 def ours(inputs: Inputs, backend: str = "auto", **options: Any) -> dict[str, Tensor]:
     return results(inputs, *inputs.call(backend, return_lse=True, return_prefix_mass=True, **options))
+
+
+def packed(inputs: Inputs) -> Inputs:
+    """The same call with q, k and v in one leaf qkv [B, N, 3, H, D], for prefix_attention_qkvpacked."""
+    qkv = torch.stack([inputs.tensors[name].detach().transpose(1, 2) for name in "qkv"], 2)
+    rest = {n: t for n, t in inputs.tensors.items() if n not in ("q", "k", "v")}
+    options = {n: o for n, o in inputs.options.items() if n != "enable_gqa"}
+    return replace(inputs, tensors={"qkv": qkv.requires_grad_(inputs.q.requires_grad), **rest}, options=options)
+
+
+def parts(t: Tensor) -> dict[str, Tensor]:
+    """q, k and v [B, H, N, D] of [B, N, 3, H, D]: not in the words of layout.py, which are tested."""
+    return {name: t[:, :, i].transpose(1, 2) for i, name in enumerate("qkv")}
+
+
+def ours_packed(
+    inputs: Inputs, backend: str = "auto", call: Callable[..., Any] = prefix_attention_qkvpacked, **options: Any
+) -> dict[str, Tensor]:
+    """`ours` of packed inputs, with out as [B, H, N, D] and one gradient dqkv; `call` may be a compiled form."""
+    asked = {"backend": backend, "return_lse": True, "return_prefix_mass": True, **inputs.options, **options}
+    out, lse, mass = call(**inputs.tensors, **asked)
+    assert out.is_contiguous()
+    found = results(inputs, out.transpose(1, 2), lse, mass)
+    assert "dqkv" not in found or found["dqkv"].is_contiguous()
+    return found
 
 
 def exact(inputs: Inputs, seed: Tensor | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from prefixattn import backends, prefix_attention
 from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours, suited
@@ -106,6 +108,20 @@ def test_dynamic_shapes_compile_once(backend: str) -> None:
         assert_same(compiled(inputs, call, backend), ours(inputs, backend))
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1, f"compiled again for another batch, length or prefix: {counts}"
+
+
+def test_a_compiled_backward_copies_no_gradient(backend: str) -> None:
+    """Asking dout for its strides while Dynamo traces would make it contiguous first."""
+    called: list[str] = []
+
+    def read(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called[:] = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        return make_boxed_func(graph.forward)
+
+    inputs = inputs_for(backend, **FEATURES["packed"])
+    compiler = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=read)
+    compiled(inputs, torch.compile(prefix_attention, fullgraph=True, backend=compiler), backend)
+    assert "prefixattn.bwd.default" in called and "aten.clone.default" not in called
 
 
 def test_compiled_dropout_follows_the_seed(backend: str) -> None:
