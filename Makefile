@@ -46,8 +46,11 @@ $(PY):
 
 $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	rm -f $(VENV)/installed-*
-	grep -v -e '^torch==' -e '^transformers==' $(TESTED) > $(VENV)/requirements.txt
+	grep -v -e '^torch==' -e '^transformers==' -e '^triton==' $(TESTED) > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -r $(VENV)/requirements.txt
+	@# torch's builds for CUDA bring their own triton, and no other
+	$(PY) -c 'import triton' 2>/dev/null || \
+	    $(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^triton==' $(TESTED))"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 

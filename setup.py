@@ -186,7 +186,7 @@ class NinjaBuildExt(build_ext):
 
 setup(
     # written out: kernels/ would not be found by looking for packages, and bench/ or tests/ must never be
-    packages=["prefixattn", "prefixattn.attach"],
+    packages=["prefixattn", "prefixattn.attach", "prefixattn.kernels"],
     ext_modules=[Extension("prefixattn._C", sources=[])],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from prefixattn import __version__, backends
+from prefixattn import __version__, backends, guard
 
 
 def main() -> None:
@@ -12,6 +12,21 @@ def main() -> None:
     width = max(map(len, backends.NAMES))
     for name, reasons in backends.here().items():
         print(f"  {name:{width}}  " + ("no: " + "; ".join(reasons) if reasons else "works"))
+    if torch.cuda.is_available() and not backends.here()["triton"]:
+        print_verdicts(torch.device("cuda", torch.cuda.current_device()))
+
+
+def print_verdicts(device: torch.device) -> None:
+    """Compiles and tries the Triton kernels as their first use by backend="auto" would."""
+    print(f"  triton on {guard.name(device)}, against the reference:")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for D in (64, 128):
+            wrong = {}
+            for kind in guard.TRIALS:
+                if words := guard.verdict((kind, device, dtype, D)):
+                    wrong[kind] = words
+            said = "; ".join(f"{name}: {words}" for name, words in wrong.items()) or "agrees"
+            print(f"    {str(dtype).removeprefix('torch.'):8}  head size {D:3}  {said}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,18 @@ class Row(NamedTuple):
     name: str
     module: str
     missing: str  # the objection when the module, or something compiled that it needs, is not there
+    auto: bool = True  # for "auto"
+    named: bool = True  # for backend="name"
 
 
 # "auto" takes the first row without an objection; a row stands ahead of the reference where a measurement put it
 TABLE = (
     Row("cpu", "prefixattn.cpu", "prefixattn._C is not built"),
+    Row("guarded triton", "prefixattn.guard", "prefixattn.guard is missing", named=False),
+    Row("triton", "prefixattn.triton", "prefixattn.triton is missing", auto=False),
     Row("reference", "prefixattn.reference", "prefixattn.reference is missing"),
 )
-NAMES = tuple(row.name for row in TABLE)
+NAMES = tuple(row.name for row in TABLE if row.named)
 
 _modules: dict[str, ModuleType] = {}
 _not_loaded: dict[str, str] = {}
@@ -44,7 +48,7 @@ def choose(backend: str, q: Tensor, *args: object) -> str:
         raise ValueError(f'backend is "{backend}"; expected "auto", ' + " or ".join(f'"{n}"' for n in NAMES))
     rejected = []
     for row in TABLE:
-        if backend in ("auto", row.name):
+        if row.auto if backend == "auto" else row.name == backend:
             reasons = objections(row, q, *args)
             if not reasons:
                 return row.name
@@ -60,11 +64,16 @@ def objections(row: Row, q: Tensor, *args: object) -> list[str]:
 
 
 def here() -> dict[str, list[str]]:
-    """What each backend objects to on this machine, asked with a small ordinary call."""
-    q, prefix = torch.zeros(1, 1, 8, 64), torch.zeros(1, 1, 8, 64)
-    needs = (True, True, True, True, True, False)
-    call = (q, q, q, prefix, prefix, None, None, None, 0.0, 0.0, False, needs)
-    return {row.name: objections(row, *call) for row in TABLE}
+    """What each backend objects to on this machine, asked with a small ordinary call on each kind of device."""
+    found: dict[str, list[str]] = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        q, prefix = torch.zeros(1, 1, 8, 64, device=device), torch.zeros(1, 1, 8, 64, device=device)
+        needs = (True, True, True, True, True, False)
+        call = (q, q, q, prefix, prefix, None, None, None, 0.0, 0.0, False, needs)
+        for row in TABLE:
+            if row.named and found.get(row.name, [""]):
+                found[row.name] = objections(row, *call)
+    return found
 
 
 def _build_failure() -> str:

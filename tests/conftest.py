@@ -1,9 +1,16 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything of ours is imported
+
 from prefixattn import backends
+from prefixattn.testing import round_products_once
+
+round_products_once()
 
 
 @pytest.fixture(autouse=True)

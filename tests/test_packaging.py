@@ -24,6 +24,14 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") o
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
+def python_files() -> set[Path]:
+    """Those of the package, by their place in it: kernels/ is there through a link."""
+    found = os.walk(ROOT / "prefixattn", followlinks=True)
+    return {
+        (Path(folder) / file).relative_to(ROOT) for folder, _, files in found for file in files if file.endswith(".py")
+    }
+
+
 def run_setup(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", *words],
@@ -87,8 +95,7 @@ def test_packages_are_all_written_out() -> None:
         for keyword in node.keywords
         if keyword.arg == "packages"
     ]
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "prefixattn").rglob("*.py")}
-    assert set(written) == {".".join(folder.parts) for folder in folders}
+    assert set(written) == {".".join(path.parent.parts) for path in python_files()}
 
 
 def test_tested_versions_satisfy_what_the_package_asks_for() -> None:
@@ -105,7 +112,7 @@ def test_tested_versions_satisfy_what_the_package_asks_for() -> None:
 
 def test_wheel_holds_the_package_and_nothing_else(archives: tuple[Path, set[str], set[str]]) -> None:
     _, wheel, _ = archives
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "prefixattn").rglob("*.py")}
+    package = set(map(str, python_files()))
     inside = {name for name in wheel if ".dist-info/" not in name}
     assert inside - {"prefixattn/py.typed", "prefixattn/_C.pyi"} == package | {"prefixattn/_C_build.json"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
@@ -116,7 +123,10 @@ def test_sdist_holds_what_a_build_needs(archives: tuple[Path, set[str], set[str]
     _, _, sdist = archives
     sources = {str(path.relative_to(ROOT)) for end in ("h", "cpp") for path in (ROOT / "csrc").rglob(f"*.{end}")}
     tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*.py")}
-    expected = sources | tests | {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "requirements/tested.txt"}
+    kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected = (
+        sources | tests | kernels | {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "requirements/tested.txt"}
+    )
     assert expected <= sdist
     assert not {name for name in sdist if name.endswith((".so", ".pyc", ".o"))}
 

@@ -1,0 +1,252 @@
+"""What the backward kernels do with one tile of keys and one of queries, and with a row or a column of them.
+
+Arguments that go together are tuples, as in fwd_tiles.py; `sources` and `given` are what belongs to the queries
+(queries, dout, lse, delta), in memory and loaded.
+"""
+
+import triton
+import triton.language as tl
+
+from prefixattn.kernels.tiles import (
+    ATTENTION,
+    LOG2E,
+    OWN,
+    PREFIX,
+    PREFIX_K,
+    PREFIX_V,
+    RAW,
+    draw_column,
+    drop_prefix,
+    kept,
+    load_columns,
+    load_lse,
+    load_rows,
+    masked,
+    weights,
+)  # fmt: skip
+
+
+@triton.jit
+def load_keys(
+    keys, values, axis, drops, column,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """A tile's keys and values, with prefix dropout but without its gain: [W, BLOCK_D] each."""
+    S, _, end, _ = axis
+    own, prefix, stride_own, stride_prefix = keys
+    key = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
+    own, prefix, stride_own, stride_prefix = values
+    value = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
+    if PREFIX_DROPOUT and PART != OWN:
+        key, value = drop_both(key, value, axis, drops, column, BLOCK_D, PART)
+    return key, value
+
+
+@triton.jit
+def load_given(sources, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile's queries and dout [M, BLOCK_D], lse and delta [M]."""
+    q, dout, lse, delta, stride_ql, stride_gl = sources
+    queries = load_rows(q, stride_ql, row, inside, D, BLOCK_D)
+    grads = load_rows(dout, stride_gl, row, inside, D, BLOCK_D)
+    return queries, grads, load_lse(lse, row, inside), tl.load(delta + row, mask=inside, other=0.0)
+
+
+@triton.jit
+def drop_both(key, value, axis, drops, column, BLOCK_D: tl.constexpr, PART: tl.constexpr):
+    """Prefix dropout's masks on keys and values, or on their gradients."""
+    number, _, kv_head, _, _, prefix_threshold, _ = drops
+    key = drop_prefix(key, number, column, axis[0], kv_head, PREFIX_K, prefix_threshold, BLOCK_D, PART)
+    value = drop_prefix(value, number, column, axis[0], kv_head, PREFIX_V, prefix_threshold, BLOCK_D, PART)
+    return key, value
+
+
+@triton.jit
+def pair(
+    dk, dv, key, value, sources, places, bias, axis, drops, row, column, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PREFIX_DROPOUT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """dk and dv [W, BLOCK_D] with what one tile of queries adds; scale and prefix dropout's mask come at the end."""
+    S, P, end, L = axis
+    number, head, _, threshold, keep_scale, _, prefix_gain = drops
+    q, dout, lse, delta = sources
+    q_at, dout_at, lse_at, inside = places
+    queries = load_rows(q, 1, q_at, inside, D, BLOCK_D)
+    pivot = load_lse(lse, lse_at, inside)
+    score = tl.dot(key, tl.trans(queries), input_precision=PRECISION)  # [W, M]
+    if EXP == RAW:
+        pivot *= LOG2E
+    else:
+        score *= scale
+    if PREFIX_DROPOUT and PART != OWN:
+        gain = tl.where(column >= S, prefix_gain, 1.0)[:, None]
+        score *= gain
+    mask, stride_ml, stride_ms = bias
+    score = masked(
+        score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
+    )
+    weight = weights(score, pivot[None, :], scale * LOG2E, EXP)
+    if DROPOUT:
+        drawn = draw_column(column, S, P, PART)
+        keep = kept(number, row[None, :], drawn[:, None], head, ATTENTION, threshold)
+    grads = load_rows(dout, 1, dout_at, inside, D, BLOCK_D)  # not before the first product: registers
+    if NEED_V:
+        dropped = weight
+        if DROPOUT:
+            dropped = weight * (keep * keep_scale)
+        if PREFIX_DROPOUT and PART != OWN:
+            dropped *= gain
+        dv = tl.dot(dropped.to(grads.dtype), grads, dv, input_precision=PRECISION)
+    if NEED_K:
+        dweight = tl.dot(value, tl.trans(grads), input_precision=PRECISION)  # [W, M]
+        if PREFIX_DROPOUT and PART != OWN:
+            dweight *= gain
+        if DROPOUT:
+            dweight *= keep * keep_scale
+        taken = tl.load(delta + lse_at, mask=inside, other=0.0)
+        dscore = weight * (dweight - taken[None, :])
+        if PREFIX_DROPOUT and PART != OWN:
+            dscore *= gain
+        dk = tl.dot(dscore.to(queries.dtype), queries, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def over_queries(
+    dk, dv, key, value, sources, bias, axis, drops, column, first, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
+    QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: as wide as the others, masked
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PREFIX_DROPOUT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of W keys, from `first` on, over every query of a head that sees one of them."""
+    S, _, _, L = axis
+    q, dout, lse, delta, stride_ql, stride_gl = sources
+    bases = (q, dout, lse, delta)
+    end = L
+    if QUERY_TAIL:
+        end = L // BLOCK_M * BLOCK_M
+    start = 0
+    if CAUSAL:
+        start = tl.maximum(first - (S - L), 0) // BLOCK_M * BLOCK_M  # the first tile that sees a key
+        seen = tl.minimum(tl.maximum(first + W - 1 - (S - L), start), L)  # the first query that sees all keys
+        all_seen = tl.minimum(tl.cdiv(seen, BLOCK_M) * BLOCK_M, end)
+        for row0 in range(start, all_seen, BLOCK_M):
+            row = row0 + tl.arange(0, BLOCK_M)
+            places = (row * stride_ql, row * stride_gl, row, row < L)
+            dk, dv = pair(
+                dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, D, BLOCK_D,
+                MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
+            )  # fmt: skip
+        start = tl.maximum(start, all_seen)
+    for row0 in range(start, end, BLOCK_M):
+        row = row0 + tl.arange(0, BLOCK_M)
+        places = (row * stride_ql, row * stride_gl, row, row < L)
+        dk, dv = pair(
+            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, D, BLOCK_D,
+            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
+        )  # fmt: skip
+    if QUERY_TAIL:
+        row = end + tl.arange(0, QUERY_TAIL)
+        places = (row * stride_ql, row * stride_gl, row, row < L)
+        dk, dv = pair(
+            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, D, BLOCK_D,
+            MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def _columns(
+    dq, given, keys, values, bias, axis, drops, dmask, row, first, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, NEED_Q: tl.constexpr,
+    NEED_MASK: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """dq [M, BLOCK_D] with what columns first .. first + W add; what they give the mask is written. Scores: [M, W]."""
+    S, P, end, L = axis
+    number, head, _, threshold, keep_scale, _, prefix_gain = drops
+    queries, grads, pivot, delta = given
+    column = first + tl.arange(0, W)
+    key, value = load_keys(keys, values, axis, drops, column, D, BLOCK_D, PREFIX_DROPOUT, PART, BOUND)
+    score = tl.dot(queries, tl.trans(key), input_precision=PRECISION)
+    dweight = tl.dot(grads, tl.trans(value), input_precision=PRECISION)
+    if EXP == RAW:
+        pivot *= LOG2E
+    else:
+        score *= scale
+    if PREFIX_DROPOUT and PART != OWN:
+        gain = tl.where(column >= S, prefix_gain, 1.0)[None, :]
+        score *= gain
+        dweight *= gain
+    mask, stride_ml, stride_ms = bias
+    score = masked(
+        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
+    )
+    weight = weights(score, pivot[:, None], scale * LOG2E, EXP)
+    if DROPOUT:
+        drawn = draw_column(column, S, P, PART)
+        keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, threshold)
+        dweight *= keep * keep_scale
+    dscore = weight * (dweight - delta[:, None])
+    if NEED_MASK and PART != PREFIX:
+        inside = (column < S)[None, :] & (row < L)[:, None]
+        tl.store(dmask + (head * L + row)[:, None] * S + column[None, :], dscore, mask=inside)
+    if NEED_Q:
+        if PREFIX_DROPOUT and PART != OWN:
+            dscore *= gain
+        dq = tl.dot(dscore.to(key.dtype), key, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def over_keys(
+    dq, given, keys, values, bias, axis, drops, dmask, row, row0, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+    REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PREFIX_DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
+    PRECISION: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """dq of M queries, from `row0` on, over every key that one of them sees, in the order of prefix_attn_fwd."""
+    S, P, end, L = axis
+    own_axis = (S, P, S, L)
+    open_end, own_end = S // BLOCK_N * BLOCK_N, S
+    if CAUSAL:
+        hidden = tl.maximum(row0 + S - L + 1, 0)
+        open_end = tl.minimum(S, hidden) // BLOCK_N * BLOCK_N
+        if not NEED_MASK:  # whose gradient is written everywhere
+            own_end = tl.minimum(S, tl.maximum(row0 + M + S - L, 0))
+    for first in range(0, open_end, BLOCK_N):
+        dq = _columns(
+            dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, D, BLOCK_D, BLOCK_N,
+            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, OWN, False,
+        )  # fmt: skip
+    first_rest = open_end
+    if CAUSAL:
+        for first in range(open_end, own_end, BLOCK_N):
+            dq = _columns(
+                dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, D, BLOCK_D, BLOCK_N,
+                MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, OWN, True,
+            )  # fmt: skip
+        first_rest = S
+    tail = end
+    if TAIL:
+        tail = first_rest
+        if REST_LOOP:
+            tail += (end - first_rest) // BLOCK_N * BLOCK_N
+    if REST_LOOP:
+        for first in range(first_rest, tail, BLOCK_N):
+            dq = _columns(
+                dq, given, keys, values, bias, axis, drops, dmask, row, first, scale, D, BLOCK_D, BLOCK_N,
+                MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, REST, TAIL == 0,
+            )  # fmt: skip
+    if TAIL:
+        dq = _columns(
+            dq, given, keys, values, bias, axis, drops, dmask, row, tail, scale, D, BLOCK_D, TAIL,
+            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, REST, True,
+        )  # fmt: skip
+    return dq

@@ -1,0 +1,136 @@
+"""One call of the op as the kernels take it: operands, strides, numbers, and the features that are compiled in."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from prefixattn.kernels.table import Launch, choose
+from prefixattn.philox import threshold
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so once
+HALF_TYPES = torch.bfloat16, torch.float16
+OWN, PREFIX, SPLIT = range(3)  # as in tiles.py
+RAW, NATURAL, EXACT = range(3)
+
+
+class Call(NamedTuple):
+    q: Tensor  # [B, H, L, D]
+    k: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, D]
+    prefix_k: Tensor  # [T, Hkv, P, D]
+    prefix_v: Tensor  # [T, Hkv, P, D]
+    mask: Tensor | None  # [B or 1, H or 1, L or 1, S or 1]
+    rows: Tensor | None  # [B]
+    lengths: Tensor | None  # [B]
+    seed: Tensor | None  # [1]
+    dropout_p: float
+    prefix_dropout_p: float
+    is_causal: bool
+    scale: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """B, H, Hkv, L, S, T, P, D."""
+        B, H, L, D = self.q.shape
+        T, KV, P, _ = self.prefix_k.shape
+        return B, H, KV, L, self.k.shape[2], T, P, D
+
+    @property
+    def causal(self) -> bool:
+        return self.is_causal and self.q.shape[2] > 1  # a single query, aligned bottom-right, sees every key
+
+    @property
+    def exp(self) -> int:
+        """How weights are computed. RAW: nothing is added to scores, and the largest is the largest scaled one."""
+        if self.q.dtype not in HALF_TYPES:
+            return EXACT
+        biased = self.mask is not None and self.mask.dtype != torch.bool
+        return RAW if self.scale > 0 and not biased and self.prefix_dropout_p == 0 else NATURAL
+
+    @property
+    def block_d(self) -> int:
+        return max(16, triton.next_power_of_2(self.q.shape[3]))
+
+    def launch(self, kernel: str) -> Launch | None:
+        half = INTERPRETED or self.q.dtype in HALF_TYPES
+        return choose(kernel, self.q.device, self.block_d, half)
+
+    def readable_mask(self) -> Tensor:
+        """A bool mask is read as bytes; where there is none, some tensor that is never read."""
+        if self.mask is None:
+            return self.q
+        return self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
+
+    def mask_strides(self) -> tuple[int, ...]:
+        if self.mask is None:
+            return 0, 0, 0, 0
+        return tuple(s if n > 1 else 0 for s, n in zip(self.mask.stride(), self.mask.shape, strict=True))
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """rows, lengths and seed, or what is never read."""
+        return tuple(self.q if t is None else t for t in (self.rows, self.lengths, self.seed))  # type: ignore[return-value]
+
+    def drops(self) -> tuple[int, float, int, float]:
+        """Threshold and gain of attention dropout, then of prefix dropout."""
+        return (
+            *(threshold(self.dropout_p), 1 / (1 - self.dropout_p)),
+            *(threshold(self.prefix_dropout_p), 1 / (1 - self.prefix_dropout_p)),
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """The constants that every kernel takes."""
+        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return {
+            "D": self.q.shape[3],
+            "BLOCK_D": self.block_d,
+            "DROPOUT": self.dropout_p > 0,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "EXP": self.exp,
+        }
+
+    def masks(self) -> dict[str, Any]:
+        return {
+            "MASK": 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2,
+            "KEY_MASK": self.mask is not None and self.mask.shape[2] == 1,
+            "CAUSAL": self.causal,
+        }
+
+    def prefixes(self) -> dict[str, Any]:
+        return {
+            "HAS_ROWS": self.rows is not None,
+            "PER_SAMPLE": self.rows is None and self.prefix_k.shape[0] > 1,
+            "HAS_LENGTHS": self.lengths is not None,
+            "PREFIX_DROPOUT": self.prefix_dropout_p > 0,
+        }
+
+    def rest(self, block_n: int, prefix: bool = True) -> dict[str, Any]:
+        """How the columns after the whole tiles of own keys are cut: see prefix_attn_fwd."""
+        own = 0 if self.causal else self.k.shape[2] % block_n
+        P = self.prefix_k.shape[2] if prefix else 0
+        part = OWN if P == 0 else SPLIT if own else PREFIX
+        width = own + P
+        if self.q.shape[2] == 1 and prefix:  # decoding: one kernel for every S, masked, rather than few products
+            part = SPLIT
+        # without tensor cores one more kind of tile costs more registers than it saves
+        if self.exp == EXACT or self.q.shape[2] == 1:
+            loop, tail = True, 0
+        elif width <= block_n:
+            loop, tail = False, width
+        elif self.lengths is not None and prefix:  # where the last tile begins is known to the kernel alone
+            loop, tail = True, 0
+        else:
+            loop, tail = True, width % block_n
+        return {"REST": part, "REST_LOOP": loop, "TAIL": tile_width(tail)}
+
+
+def tile_width(n: int) -> int:
+    """The narrowest tile that holds n: 0, or a power of two from 16 on, the least that a product of tiles takes."""
+    return max(16, triton.next_power_of_2(n)) if n else 0
+
+
+def options(plan: Launch) -> dict[str, Any]:
+    # fusing a multiplication into an addition stops being Triton's default with 3.10
+    return {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}

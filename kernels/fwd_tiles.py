@@ -1,0 +1,104 @@
+"""What the forward kernels do with one tile of keys.
+
+Arguments that go together are tuples: `keys` and `values` (own base, prefix base, their strides), `bias` (mask base,
+strides), `axis` (S, P, end of the columns, L), `drops` (seed, head and key head of the counters, threshold and gain
+of both dropouts).
+"""
+
+import triton
+import triton.language as tl
+
+from prefixattn.kernels.tiles import (
+    ATTENTION,
+    EXACT,
+    MINUS_INF,
+    OWN,
+    PREFIX_K,
+    PREFIX_V,
+    RAW,
+    SPLIT,
+    draw_column,
+    drop_prefix,
+    kept,
+    load_columns,
+    masked,
+    store_rows,
+)  # fmt: skip
+
+
+@triton.jit
+def scores(
+    queries, keys, bias, axis, drops, row, column, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """Scores of one tile of keys, -inf where unseen: [M, W]."""
+    S, _, end, L = axis
+    own, prefix, stride_own, stride_prefix = keys
+    key = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
+    if PREFIX_DROPOUT and PART != OWN:
+        number, _, kv_head, _, _, prefix_threshold, prefix_gain = drops
+        key = drop_prefix(key, number, column, S, kv_head, PREFIX_K, prefix_threshold, BLOCK_D, PART)
+    score = tl.dot(queries, tl.trans(key), input_precision=PRECISION)
+    if EXP != RAW:
+        score *= scale
+    if PREFIX_DROPOUT and PART != OWN:
+        score *= tl.where(column >= S, prefix_gain, 1.0)[None, :]
+    mask, stride_ml, stride_ms = bias
+    return masked(
+        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
+    )
+
+
+@triton.jit
+def add_values(
+    acc, weight, values, axis, drops, row, column,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """acc [M, BLOCK_D] with the values of one tile of keys, weighted [M, W]."""
+    S, P, end, _ = axis
+    number, head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain = drops
+    if DROPOUT:
+        drawn = draw_column(column, S, P, PART)
+        keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, threshold)
+        weight *= keep * keep_scale
+    own, prefix, stride_own, stride_prefix = values
+    value = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
+    if PREFIX_DROPOUT and PART != OWN:
+        value = drop_prefix(value, number, column, S, kv_head, PREFIX_V, prefix_threshold, BLOCK_D, PART)
+        weight *= tl.where(column >= S, prefix_gain, 1.0)[None, :]
+    return tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def prefix_share(weight, column, axis, PART: tl.constexpr):
+    """The part of a tile's weights [M, W] that lies on the prefix: [M]."""
+    if PART == OWN:
+        return tl.zeros((weight.shape[0],), tl.float32)
+    if PART == SPLIT:
+        weight = tl.where((column >= axis[0])[None, :], weight, 0.0)
+    return tl.sum(weight, 1)
+
+
+@triton.jit
+def finish(
+    target, acc, top, weight_sum, prefix_sum, row, L, at, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """Divides by the sum of the weights and writes out, lse and the share of the prefix."""
+    out, stride_ol, lse, mass = target
+    inside = row < L
+    if EXP == RAW:
+        top *= scale
+    seen = weight_sum != 0.0  # a nan counts as seen and stays one
+    total = tl.where(seen, weight_sum, 1.0)
+    inverse = tl.where(seen, 1.0 / total, 0.0)
+    if EXP == EXACT:  # every weight of the backward inherits the rounding of lse, so there should be one only
+        logarithm = (top.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
+    else:
+        logarithm = top + tl.log(total)
+    tl.store(lse + at + row, tl.where(seen, logarithm, MINUS_INF), mask=inside)
+    if MASS:
+        tl.store(mass + at + row, prefix_sum * inverse, mask=inside)
+    store_rows(out, stride_ol, row, inside, acc * inverse[:, None], D, BLOCK_D)

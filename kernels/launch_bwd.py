@@ -1,0 +1,258 @@
+"""The backward pass: which kernels run, with what grid, and only for gradients that somebody wants."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from prefixattn.kernels.call import Call, options, tile_width
+from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
+from prefixattn.kernels.prefix_attn_bwd_prefix import prefix_attn_bwd_prefix, prefix_attn_bwd_reduce
+from prefixattn.kernels.prefix_attn_bwd_short import prefix_attn_bwd_short
+from prefixattn.kernels.table import HEAD_KEYS, Launch, processors
+from prefixattn.layout import empty_like_order
+from prefixattn.reference import Needs
+
+
+class Grads(NamedTuple):
+    """What is wanted, allocated; what is not, empty [0]."""
+
+    dq: Tensor  # [B, H, L, D]
+    dk: Tensor  # [B, Hkv, S, D]
+    dv: Tensor  # [B, Hkv, S, D]
+    dprefix_k: Tensor  # [T, Hkv, P, D]
+    dprefix_v: Tensor  # [T, Hkv, P, D]
+    dmask: Tensor  # of the mask's shape
+
+
+class Given(NamedTuple):
+    """What the forward left and what arrived."""
+
+    out: Tensor  # [B, H, L, D]
+    lse: Tensor  # [B, H, L]
+    dout: Tensor  # [B, H, L, D]
+    dlse: Tensor | None  # [B, H, L], float32, contiguous
+
+
+def backward(call: Call, given: Given, needs: Needs, into: tuple[Tensor, Tensor, Tensor] | None) -> Grads:
+    empty = call.q.new_empty(0)
+    dq, dk, dv = (
+        empty if not need else empty_like_order(t) if into is None else into[i]
+        for i, (t, need) in enumerate(zip(call[:3], needs, strict=False))
+    )
+    dprefix_k, dprefix_v = (
+        t.new_empty(t.shape) if need else empty for t, need in zip(call[3:5], needs[3:5], strict=True)
+    )
+    grads = Grads(dq, dk, dv, dprefix_k, dprefix_v, empty)
+    if call.q.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads._replace(dmask=_mask_zeros(call)) if needs[5] else grads
+    B, H, _, L, S, _, P, _ = call.sizes
+    delta = call.q.new_empty((B, H, L), dtype=torch.float32)
+    if (plan := short_plan(call, needs)) is not None:
+        _short(call, given, delta, grads, needs, plan)
+        return grads
+    prefix = (needs[3] or needs[4]) and P > 0
+    in_prefix_pass = prefix and P <= prefix_plan(call).block_n
+    if not in_prefix_pass:
+        _delta(call, given, delta)
+    if prefix:
+        _prefix(call, given, delta, grads, needs, in_prefix_pass)
+    if (needs[1] or needs[2]) and S > 0:
+        _keys(call, given, delta, grads, needs)
+    if needs[0] or needs[5]:
+        grads = grads._replace(dmask=_queries(call, given, delta, grads, needs))
+    return grads
+
+
+def short_plan(call: Call, needs: Needs) -> Launch | None:
+    """The parameters of the kernel for a whole key head: where heads are small, and many, and most gradients wanted."""
+    B, _, KV, L, S, _, P, _ = call.sizes
+    most_wanted = needs[0] and any(needs[1:5]) and not needs[5]
+    if not most_wanted or max(S + P, L) > HEAD_KEYS or B * KV < processors(call.q.device):
+        return None
+    return call.launch("bwd_short")
+
+
+def prefix_plan(call: Call) -> Launch:
+    """Tiles no wider than the prefix."""
+    plan = call.launch("bwd_prefix")
+    assert plan is not None
+    return plan._replace(block_n=min(plan.block_n, tile_width(call.prefix_k.shape[2])))
+
+
+def _dlse(given: Given) -> Tensor:
+    """dlse as the kernels read it, or what is never read."""
+    return given.lse if given.dlse is None else given.dlse
+
+
+def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, plan: Launch) -> None:
+    B, H, KV, L, S, T, P, D = call.sizes
+    own, prefix = needs[1] or needs[2], (needs[3] or needs[4]) and P > 0
+    partial = tuple(call.q.new_empty((2, B, KV, P, D) if prefix else (2, 0), dtype=torch.float32))
+    # the pair is made together; what nobody wants goes where nobody looks
+    dk = grads.dk if needs[1] or not own else empty_like_order(call.k)
+    dv = grads.dv if needs[2] or not own else empty_like_order(call.v)
+    prefix_attn_bwd_short[(B * KV,)](
+        *(*call[:5], call.readable_mask(), *call.indices(), given.out, given.dout, given.lse, _dlse(given)),
+        *(delta, grads.dq, dk, dv, partial[0], partial[1]),
+        *(s for t in call[:5] for s in t.stride()[:3]),
+        *(*call.mask_strides(), *given.out.stride()[:3], *given.dout.stride()[:3]),
+        *(s for t in (grads.dq, dk, dv) for s in _strides(t)),
+        *(H, L, S, P, call.scale, *call.drops()),
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        GROUP=H // KV,
+        QUERY_TAIL=tile_width(L % plan.block_m),
+        HAS_DLSE=given.dlse is not None,
+        NEED_OWN=own,
+        NEED_PREFIX=prefix,
+        **call.rest(plan.block_n),
+        **call.numbers(),
+        **call.masks(),
+        **call.prefixes(),
+        **options(plan),
+    )
+    if prefix:
+        each = KV * P * D
+        if call.rows is None and T > 1:
+            _reduce(call, partial, grads, needs, stride_n=0, stride_t=each, count=1, by_rows=False)
+        else:
+            _reduce(call, partial, grads, needs, stride_n=each, stride_t=0, count=B, by_rows=call.rows is not None)
+
+
+def _reduce(
+    call: Call,
+    partial: tuple[Tensor, ...],
+    grads: Grads,
+    needs: Needs,
+    stride_n: int,
+    stride_t: int,
+    count: int,
+    by_rows: bool,
+) -> None:
+    _, _, KV, _, _, T, P, D = call.sizes
+    block, slices = 128, 32
+    prefix_attn_bwd_reduce[(triton.cdiv(KV * P * D, block) * T,)](
+        *(partial[0], partial[1], grads.dprefix_k, grads.dprefix_v, call.indices()[0]),
+        *(stride_n, stride_t, count, KV * P * D),
+        HAS_ROWS=by_rows,
+        NEED_K=needs[3],
+        NEED_V=needs[4],
+        BLOCK=block,
+        SLICES=min(slices, triton.next_power_of_2(count)),
+        enable_fp_fusion=True,
+    )
+
+
+def _delta(call: Call, given: Given, delta: Tensor) -> None:
+    B, H, _, L, _, _, _, D = call.sizes
+    block = max(16, min(64, 4096 // call.block_d))
+    prefix_attn_bwd_delta[(triton.cdiv(L, block) * B * H,)](
+        *(given.out, given.dout, _dlse(given), delta),
+        *(*given.out.stride()[:3], *given.dout.stride()[:3], H, L),
+        D=D,
+        BLOCK_D=call.block_d,
+        BLOCK_M=block,
+        HAS_DLSE=given.dlse is not None,
+        enable_fp_fusion=True,
+    )
+
+
+def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, make_delta: bool) -> None:
+    B, H, KV, L, _, T, P, D = call.sizes
+    plan = prefix_plan(call)
+    tiles = triton.cdiv(P, plan.block_n)
+    rows, lengths, seed = call.indices()
+    order, starts = rows, rows
+    samples, used = (B, 1) if call.rows is None and T == 1 else (1, T)
+    if call.rows is not None:
+        order = call.rows.argsort(stable=True)
+        starts = torch.searchsorted(call.rows[order], torch.arange(T + 1, device=call.q.device))
+        samples, used = B, min(T, B)  # all may use one row, or each its own
+    # enough programs for the GPU, but none with less than a few tiles of queries
+    most = triton.cdiv(samples * (H // KV) * L, 4 * plan.block_m)
+    shares = max(1, min(most, triton.cdiv(4 * processors(call.q.device), tiles * used * KV)))
+    partial = (grads.dprefix_k, grads.dprefix_v)
+    if shares > 1:
+        partial = tuple(call.q.new_empty((2, shares, T, KV, P, D), dtype=torch.float32))
+    prefix_attn_bwd_prefix[(tiles * T * KV, shares)](
+        *(call.q, call.prefix_k, call.prefix_v, order, starts, lengths, seed),
+        *(given.out, given.dout, given.lse, _dlse(given), delta, *partial),
+        *(s for t in (call.q, call.prefix_k, call.prefix_v) for s in t.stride()[:3]),
+        *(*given.out.stride()[:3], *given.dout.stride()[:3]),
+        *(B, H, L, P, T, call.scale, *call.drops()),
+        GROUP=H // KV,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        DELTA=make_delta,
+        HAS_DLSE=given.dlse is not None,
+        NEED_K=needs[3],
+        NEED_V=needs[4],
+        **call.numbers(),
+        **call.prefixes(),
+        **options(plan),
+    )
+    if shares > 1:
+        each = T * KV * P * D
+        _reduce(call, partial, grads, needs, stride_n=each, stride_t=KV * P * D, count=shares, by_rows=False)
+
+
+def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -> None:
+    B, H, KV, L, S, _, P, _ = call.sizes
+    plan = call.launch("bwd_keys")
+    assert plan is not None
+    prefix_attn_bwd_keys[(triton.cdiv(S, plan.block_n) * B * KV,)](
+        *(call.q, call.k, call.v, call.readable_mask(), call.indices()[2], given.dout, given.lse, delta),
+        *(grads.dk, grads.dv),
+        *(s for t in (call.q, call.k, call.v) for s in t.stride()[:3]),
+        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.dk), *_strides(grads.dv)),
+        *(H, L, S, P, call.scale, *call.drops()[:2]),
+        GROUP=H // KV,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        NEED_K=needs[1],
+        NEED_V=needs[2],
+        **call.numbers(),
+        **call.masks(),
+        **options(plan),
+    )
+
+
+def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -> Tensor:
+    """Writes dq; returns the gradient of the mask, or empty [0]."""
+    B, H, KV, L, S, _, P, _ = call.sizes
+    plan = call.launch("bwd_queries")
+    assert plan is not None
+    scores = call.q.new_empty((B, H, L, S) if needs[5] else 0, dtype=torch.float32)
+    prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
+        *(*call[:5], call.readable_mask(), *call.indices(), given.dout, given.lse, delta, grads.dq, scores),
+        *(s for t in call[:5] for s in t.stride()[:3]),
+        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.dq)),
+        *(B, H, L, S, P, call.scale, *call.drops()),
+        GROUP=H // KV,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        NEED_Q=needs[0],
+        NEED_MASK=needs[5],
+        **call.rest(plan.block_n),
+        **call.numbers(),
+        **call.masks(),
+        **call.prefixes(),
+        **options(plan),
+    )
+    if not needs[5]:
+        return scores
+    assert call.mask is not None
+    return scores.sum_to_size(call.mask.shape).to(call.mask.dtype)
+
+
+def _mask_zeros(call: Call) -> Tensor:
+    assert call.mask is not None
+    return call.mask.new_zeros(call.mask.shape)
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    return t.stride()[:3] if t.dim() == 4 else (0, 0, 0)

@@ -1,0 +1,117 @@
+"""The forward pass: which kernels run, with what grid."""
+
+import torch
+import triton
+from torch import Tensor
+
+from prefixattn.kernels.call import Call, options, tile_width
+from prefixattn.kernels.prefix_attn_fwd import prefix_attn_fwd
+from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
+from prefixattn.kernels.prefix_attn_fwd_short import prefix_attn_fwd_short
+from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, SHORT_KEYS, Launch, processors
+from prefixattn.layout import empty_like_order
+
+
+def forward(call: Call, want_mass: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, H, L, D]; lse [B, H, L], float32; the weight on the prefix [B, H, L], float32, or empty [0]."""
+    B, H, _, L, _, _, _, _ = call.sizes
+    out = empty_like_order(call.q)
+    lse = call.q.new_empty((B, H, L), dtype=torch.float32)
+    mass = call.q.new_empty((B, H, L) if want_mass else 0, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse, mass
+    if folds(call):
+        _online(call, out, lse, mass, _fold(call))
+    elif (plan := short_plan(call)) is not None:
+        _short(call, out, lse, mass, plan)
+    else:
+        _online(call, out, lse, mass, [])
+    return out, lse, mass
+
+
+def folds(call: Call) -> bool:
+    """Whether few queries of many samples meet one long prefix, which a kernel of its own then reads once for all."""
+    B, H, KV, L, _, T, P, _ = call.sizes
+    shared = T == 1 or call.rows is not None
+    few = L * (H // KV) <= FOLD_QUERIES and B * (H // KV) > 1
+    return shared and few and P >= FOLD_PREFIX and call.prefix_dropout_p == 0
+
+
+def short_plan(call: Call) -> Launch | None:
+    _, _, _, L, S, _, P, _ = call.sizes
+    # decoding meets every S; a kernel that is compiled for few of them would keep compiling
+    return call.launch("fwd_short") if S + P <= SHORT_KEYS and L > 1 else None
+
+
+def _short(call: Call, out: Tensor, lse: Tensor, mass: Tensor, plan: Launch) -> None:
+    B, H, KV, L, S, _, P, _ = call.sizes
+    prefix_attn_fwd_short[(triton.cdiv(L, plan.block_m) * B * H,)](
+        *(*call[:5], call.readable_mask(), *call.indices(), out, lse, mass),
+        *(s for t in call[:5] for s in t.stride()[:3]),
+        *(*call.mask_strides(), *out.stride()[:3]),
+        *(H, L, S, P, call.scale, *call.drops()),
+        GROUP=H // KV,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        TILES=(S + P) // plan.block_n,
+        TAIL=tile_width((S + P) % plan.block_n),
+        OWN_TILES=S // plan.block_n,
+        SPLIT_TILE=S % plan.block_n > 0,
+        MASS=mass.numel() > 0,
+        **call.numbers(),
+        **call.masks(),
+        **call.prefixes(),
+        **options(plan),
+    )
+
+
+def _online(call: Call, out: Tensor, lse: Tensor, mass: Tensor, parts: list[Tensor]) -> None:
+    """`parts`: sums of values, largest scores and sums of weights over parts of the prefix, which then is done."""
+    B, H, KV, L, S, _, P, _ = call.sizes
+    plan = call.launch("fwd_medium") if L <= MEDIUM_QUERIES else None
+    plan = plan or call.launch("fwd")
+    assert plan is not None
+    prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
+        *(*call[:5], call.readable_mask(), *call.indices(), out, lse, mass),
+        *(parts or [lse, lse, lse]),
+        *(s for t in call[:5] for s in t.stride()[:3]),
+        *(*call.mask_strides(), *out.stride()[:3]),
+        *(B, H, L, S, P, call.scale, *call.drops()),
+        GROUP=H // KV,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        PARTS=len(parts[0]) if parts else 0,
+        MASS=mass.numel() > 0,
+        **call.rest(plan.block_n, prefix=not parts),
+        **call.numbers(),
+        **call.masks(),
+        **call.prefixes(),
+        **options(plan),
+    )
+
+
+def _fold(call: Call) -> list[Tensor]:
+    B, H, KV, L, _, _, P, D = call.sizes
+    plan = call.launch("fwd_fold")
+    assert plan is not None
+    tiles = triton.cdiv(B * (H // KV) * L, plan.block_m)
+    wanted = triton.cdiv(2 * processors(call.q.device), tiles * KV)  # two programs for each processor
+    width = triton.cdiv(triton.cdiv(P, wanted), plan.block_n) * plan.block_n
+    parts = triton.cdiv(P, width)
+    part_out = call.q.new_empty((parts, B, H, L, D), dtype=torch.float32)
+    part_top, part_sum = (call.q.new_empty((parts, B, H, L), dtype=torch.float32) for _ in range(2))
+    rows, lengths, seed = call.indices()
+    order = call.q if call.rows is None else call.rows.argsort(stable=True)
+    prefix_attn_fwd_fold[(tiles, KV * parts)](
+        *(call.q, call.prefix_k, call.prefix_v, order, rows, lengths, seed, part_out, part_top, part_sum),
+        *(s for t in (call.q, call.prefix_k, call.prefix_v) for s in t.stride()[:3]),
+        *(B, H, L, P, call.scale, *call.drops()[:2], width),
+        GROUP=H // KV,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        HAS_ROWS=call.rows is not None,
+        HAS_LENGTHS=call.lengths is not None,
+        **call.numbers(),
+        **options(plan),
+    )
+    return [part_out, part_top, part_sum]

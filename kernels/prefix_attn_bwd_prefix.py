@@ -1,0 +1,153 @@
+"""Backward, gradients of the prefix: summed over the samples that share it, without atomics or a partial sum a sample.
+
+A program is one tile of one prefix's keys of one head, and a share of the queries that see them. The queries of all
+samples are the rows of one tile after another, so that neither short samples nor ends of samples waste rows; only
+prefix dropout, which gives each sample keys of its own, keeps the tiles of samples apart.
+"""
+
+import triton
+import triton.language as tl
+
+from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
+from prefixattn.kernels.tiles import NO_MASK, PREFIX, load_rows, store_rows
+
+
+@triton.jit
+def prefix_attn_bwd_prefix(
+    q, prefix_k, prefix_v, order, starts, lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
+    stride_qb, stride_qh, stride_ql, stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
+    stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl,
+    B, H, L, P, T, scale, threshold, keep_scale, prefix_threshold, prefix_gain,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DELTA: tl.constexpr,  # compute delta [B, H, L] here, and write it, instead of reading it
+    HAS_DLSE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,  # `order` [B] sorts the samples by their row of the bank, which begins at `starts` [T + 1]
+    PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    """dprefix_k, dprefix_v [shares, T, Hkv, P, D]."""
+    KV = H // GROUP
+    column_tiles = tl.cdiv(P, BLOCK_N)
+    column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tg = tl.program_id(0) // column_tiles
+    t, g = (tg // KV).to(tl.int64), (tg % KV).to(tl.int64)
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    number = tl.zeros((), tl.int64)
+    if DROPOUT or PREFIX_DROPOUT:
+        number = tl.load(seed)
+    first_sample, samples = 0, B
+    if HAS_ROWS:
+        first_sample = tl.load(starts + t).to(tl.int32)
+        samples = tl.load(starts + t + 1).to(tl.int32) - first_sample
+    elif PER_SAMPLE:
+        first_sample, samples = t.to(tl.int32), 1
+    blocks = tl.cdiv(L, BLOCK_M)
+    count = samples * GROUP * L  # rows: over samples in order, heads of the group, queries
+    tiles = tl.cdiv(count, BLOCK_M)
+    if PREFIX_DROPOUT:
+        tiles = samples * GROUP * blocks  # a tile stays within a sample and a head
+    longest = P  # what lies past the length of every sample must not be read: zero times nan is nan
+    if HAS_LENGTHS:
+        longest = P * 0
+        for first in range(0, samples, 64):
+            i = first + tl.arange(0, 64)
+            at = first_sample + i
+            if HAS_ROWS:
+                at = tl.load(order + at, mask=i < samples, other=0)
+            longest = tl.maximum(longest, tl.max(tl.load(lengths + at, mask=i < samples, other=0), 0).to(tl.int32))
+    axis = (0, P, longest, L)
+    keys = (prefix_k, prefix_k + t * stride_pkt + g * stride_pkh, stride_pkp, stride_pkp)
+    values = (prefix_v, prefix_v + t * stride_pvt + g * stride_pvh, stride_pvp, stride_pvp)
+    no_drops = (number, t, t, threshold, keep_scale, prefix_threshold, prefix_gain)
+    key, value = load_keys(keys, values, axis, no_drops, column, D, BLOCK_D, False, PREFIX, True)
+    dkeys, dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+    each = tl.cdiv(tiles, shares)
+    for tile in range(share * each, tl.minimum((share + 1) * each, tiles)):
+        if PREFIX_DROPOUT:
+            row = tile % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+            member, sample = tile // blocks % GROUP, (first_sample + tile // blocks // GROUP).to(tl.int64)
+            inside = row < L
+            if HAS_ROWS:
+                sample = tl.load(order + sample)
+            head = g * GROUP + member
+            kv_head = sample * KV + g
+        else:
+            folded = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside = folded < count
+            folded = tl.minimum(folded, count - 1)
+            row = folded % L
+            sample = (first_sample + folded // L // GROUP).to(tl.int64)  # [M]
+            if HAS_ROWS:
+                sample = tl.load(order + sample)
+            head = g * GROUP + folded // L % GROUP  # [M]
+            kv_head = t * 0
+        at = (sample * H + head) * L + row
+        dout_at = sample * stride_gb + head * stride_gh + row * stride_gl
+        if DELTA:
+            out_at = sample * stride_ob + head * stride_oh + row * stride_ol
+            result = load_rows(out, 1, out_at, inside, D, BLOCK_D).to(tl.float32)
+            taken = tl.sum(result * load_rows(dout, 1, dout_at, inside, D, BLOCK_D).to(tl.float32), 1)
+            if HAS_DLSE:
+                taken -= tl.load(dlse + at, mask=inside, other=0.0)
+            tl.store(delta + at, taken, mask=inside)
+            tl.debug_barrier()  # other threads of the program read it
+        seen_key, seen_value, more_k, more_v = key, value, dkeys, dvalues
+        counter = sample * H + head
+        if DROPOUT and not PREFIX_DROPOUT:
+            counter = counter[None, :]
+        drops = (number, counter, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+        if PREFIX_DROPOUT:
+            seen_key, seen_value = drop_both(key, value, axis, drops, column, BLOCK_D, PREFIX)
+            more_k, more_v = tl.zeros_like(dkeys), tl.zeros_like(dvalues)
+        end = P
+        if HAS_LENGTHS:
+            length = tl.load(lengths + sample).to(tl.int32)
+            if not PREFIX_DROPOUT:
+                length = length[None, :]
+            end = length
+        places = (sample * stride_qb + head * stride_qh + row * stride_ql, dout_at, at, inside)
+        more_k, more_v = pair(
+            more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0), (0, P, end, L), drops,
+            row, column, scale, D, BLOCK_D, NO_MASK, False, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V,
+            PRECISION, EXP, PREFIX, True,
+        )  # fmt: skip
+        if PREFIX_DROPOUT:
+            more_k, more_v = drop_both(more_k, more_v, axis, drops, column, BLOCK_D, PREFIX)
+            dkeys, dvalues = dkeys + more_k, dvalues + more_v
+        else:
+            dkeys, dvalues = more_k, more_v
+
+    base = ((share.to(tl.int64) * T + t) * KV + g) * P * D
+    if NEED_K:
+        store_rows(dprefix_k + base, D, column, column < P, dkeys * scale, D, BLOCK_D)
+    if NEED_V:
+        store_rows(dprefix_v + base, D, column, column < P, dvalues, D, BLOCK_D)
+
+
+@triton.jit
+def prefix_attn_bwd_reduce(
+    partial_k, partial_v, dprefix_k, dprefix_v, rows, stride_n, stride_t, count, numel,
+    HAS_ROWS: tl.constexpr,  # partial n belongs to row rows[n]; otherwise all belong to every row, by stride_t
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """dprefix [T, numel] from `count` partial sums, float32, added in their order."""
+    blocks = tl.cdiv(numel, BLOCK)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    t = (tl.program_id(0) // blocks).to(tl.int64)
+    dk, dv = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, count, SLICES):
+        n = first + tl.arange(0, SLICES)
+        mine = n < count
+        if HAS_ROWS:
+            mine = mine & (tl.load(rows + n, mask=mine, other=-1) == t)
+        where = (n.to(tl.int64) * stride_n + t * stride_t)[:, None] + at[None, :]
+        inside = mine[:, None] & (at < numel)[None, :]
+        if NEED_K:
+            dk += tl.sum(tl.load(partial_k + where, mask=inside, other=0.0), 0)
+        if NEED_V:
+            dv += tl.sum(tl.load(partial_v + where, mask=inside, other=0.0), 0)
+    if NEED_K:
+        tl.store(dprefix_k + t * numel + at, dk.to(dprefix_k.dtype.element_ty), mask=at < numel)
+    if NEED_V:
+        tl.store(dprefix_v + t * numel + at, dv.to(dprefix_v.dtype.element_ty), mask=at < numel)

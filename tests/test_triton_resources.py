@@ -1,0 +1,82 @@
+"""Every Triton kernel, with the table's own parameters, compiled for GPUs that need not be here: nothing spills."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixattn.kernels.table import DATE, SHARED_KIB
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "bench" / "results" / "triton_resources.json"
+ARCHS = "sm_80", "sm_90", "sm_100"  # sm_86 has the instructions of sm_80; its memory is a test below
+
+
+def compiled_for(arch: str, folder: Path) -> list[dict[str, Any]]:
+    out = folder / f"{arch}.json"
+    done = subprocess.run(
+        [sys.executable, "bench/triton_resources.py", "--arch", arch, "--out", str(out)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("resources")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for found in pool.map(compiled_for, ARCHS, [folder] * len(ARCHS)) for row in found]
+
+
+def recorded() -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(RECORD.read_text())
+    return record
+
+
+def test_every_kernel_was_compiled(rows: list[dict[str, Any]]) -> None:
+    named = {
+        f"prefix_attn_{name}"
+        for name in "fwd fwd_short fwd_fold bwd_delta bwd_short bwd_keys bwd_prefix bwd_queries bwd_reduce".split()
+    }
+    for arch in ARCHS:
+        assert {row["kernel"] for row in rows if row["arch"] == arch} == named
+
+
+def spilled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where every feature is on at once, that a kernel compiles and fits is enough."""
+    return [row for row in rows if row["stack"] and not row["case"].startswith("features")]
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert not spilled(rows)
+
+
+def test_shared_memory_suffices(rows: list[dict[str, Any]]) -> None:
+    assert not [row for row in rows if row["shared_kib"] > SHARED_KIB[row["arch"]]]
+
+
+def test_the_record_is_of_this_code(rows: list[dict[str, Any]]) -> None:
+    record = recorded()
+    assert record["table"] == DATE
+    if record["triton"] != triton.__version__:
+        pytest.skip(f"the record is of triton {record['triton']}, this is {triton.__version__}")
+    assert [row for row in record["rows"] if row["arch"] in ARCHS] == rows
+
+
+def test_the_record_spills_nowhere_and_fits_everywhere() -> None:
+    rows = recorded()["rows"]
+    assert {row["arch"] for row in rows} == set(SHARED_KIB)
+    assert not spilled(rows)
+    assert not [row for row in rows if row["shared_kib"] > SHARED_KIB[row["arch"]]]
