@@ -45,14 +45,15 @@ def choose(backend: str, q: Tensor, *args: object) -> str:
     `args` are the rest of `unsupported`'s arguments. Raises NotImplementedError with every objection in words.
     """
     if backend != "auto" and backend not in NAMES:
-        raise ValueError(f'backend is "{backend}"; expected "auto", ' + " or ".join(f'"{n}"' for n in NAMES))
+        *most, last = (f'"{name}"' for name in ("auto", *NAMES))
+        raise ValueError(f'backend is "{backend}"; expected {", ".join(most)} or {last}')
     rejected = []
     for row in TABLE:
         if row.auto if backend == "auto" else row.name == backend:
             reasons = objections(row, q, *args)
             if not reasons:
                 return row.name
-            rejected.append(f"\n  {row.name}: " + "; ".join(reasons))
+            rejected.append(f"\n  {row.name.removeprefix('guarded ')}: " + "; ".join(reasons))
     raise NotImplementedError(f"no backend for q {list(q.shape)} {q.dtype} on {q.device.type}:" + "".join(rejected))
 
 

@@ -101,7 +101,7 @@ REFUSED = {
     ),
     "lengths_past_P": ({"prefix_lengths": torch.tensor([6, 7])}, "prefix_lengths[1] is 7, expected 0 to 6 (P=6)"),
     "lengths_negative": ({"prefix_lengths": torch.tensor([-1])}, "prefix_lengths[0] is -1, expected 0 to 6 (P=6)"),
-    "backend_unknown": ({"backend": "gpu"}, 'backend is "gpu"; expected "auto", "cpu" or "reference"'),
+    "backend_unknown": ({"backend": "gpu"}, 'backend is "gpu"; expected "auto", "cpu", "triton" or "reference"'),
 }
 
 BANK_REFUSED = {
@@ -171,9 +171,12 @@ def test_a_backend_that_is_not_built_says_so(
 
 
 def test_every_reason_is_given_when_none_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in backends.NAMES:
-        monkeypatch.setitem(backends._not_loaded, name, f"{name} is away")
-    words = "no backend for q [2, 4, 3, 8] torch.float32 on cpu:\n  cpu: cpu is away\n  reference: reference is away"
+    for row in backends.TABLE:
+        monkeypatch.setitem(backends._not_loaded, row.name, f"{row.module} is away")
+    words = (
+        "no backend for q [2, 4, 3, 8] torch.float32 on cpu:\n  cpu: prefixattn.cpu is away\n"
+        "  triton: prefixattn.guard is away\n  reference: prefixattn.reference is away"
+    )
     with pytest.raises(NotImplementedError, match=f"^{re.escape(words)}$"):
         call()
 

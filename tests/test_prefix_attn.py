@@ -78,7 +78,10 @@ def test_a_gradient_nobody_wants_changes_no_other(backend: str, unwanted: str) -
     some = ours(inputs, backend)
     assert some.keys() == every.keys() - {"d" + unwanted}
     for name, t in some.items():
-        assert torch.equal(t, every[name]), name
+        if backend == "triton":  # what is wanted chooses among kernels with other tiles
+            torch.testing.assert_close(t, every[name], rtol=1e-5, atol=1e-6, msg=name)
+        else:
+            assert torch.equal(t, every[name]), name
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask"])
