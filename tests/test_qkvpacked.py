@@ -90,7 +90,11 @@ def test_a_gradient_nobody_wants_changes_no_other(backend: str, wanted: tuple[st
         t.requires_grad_(name in wanted)
     some = ours_packed(inputs, backend)
     assert {n for n in some if n.startswith("d")} == {"d" + n for n in wanted}
-    assert_equal(some, {n: every[n] for n in some})
+    if backend == "triton":  # what is wanted chooses among kernels with other tiles
+        for name, t in some.items():
+            torch.testing.assert_close(t, every[name], rtol=1e-5, atol=1e-6, msg=name)
+    else:
+        assert_equal(some, {n: every[n] for n in some})
 
 
 def test_prefixes_alone_compute_nothing_for_qkv(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
