@@ -35,7 +35,7 @@ from prefixattn.kernels.launch_fwd import forward
 from prefixattn.layout import unpacked
 from prefixattn.reference import Needs
 
-# the ceilings and floors of facts/kernels.md: products of bf16, flops a second; device memory, bytes a second
+# ceilings of an H200, as the targets were set with: products of bf16, flops a second; device memory, bytes a second
 FLOPS, BYTES = 790e12, 4.3e12
 PROCESSORS = 132  # streaming multiprocessors of an H200
 ALL: Needs = (True, True, True, True, True, False)
@@ -59,7 +59,7 @@ class Count(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A row of the table of targets, facts/kernels.md section 9; times in microseconds.
+    """A row of the targets that were set, with these floors and estimates of peers, before any kernel; microseconds.
 
     Its target of forward + backward is a ratio to the best peer, whose time it estimates for the forward alone: here
     the peer's forward + backward is that time, scaled by the peers' two floors (`peer_floor`).
@@ -363,7 +363,7 @@ def _kernel(kernel: dict[str, Any]) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| shape | kernels, queries x keys of a tile (floor, us) | flops issued/useful | bytes issued/floor | "
-        "floor us | section 9's floor | target us | share to sustain |",
+        "floor us | floor set | target us | share to sustain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

@@ -55,16 +55,23 @@ def candidates(kernel: str, dtype: str, width: int) -> Iterator[Launch]:
 
 
 def cases(kernel: str) -> dict[str, Case]:
-    """The cases that may launch the kernel."""
-    backward = kernel.startswith("bwd")
-    return {n: case for n, case in CASES.items() if (case.backward or not backward) and not case.features}
+    """The cases that may launch the kernel with these parameters."""
+    plain = {name: case for name, case in CASES.items() if not case.features}
+    if kernel.startswith("bwd"):
+        return {name: case for name, case in plain.items() if case.backward}
+    if kernel in ("fwd", "fwd_medium"):
+        medium = kernel == "fwd_medium"
+        return {name: case for name, case in plain.items() if (case.L <= table.MEDIUM_QUERIES) == medium}
+    return plain
 
 
 def objection(kernel: str, arch: str, dtype: str, D: int) -> str:
     """Why the parameters on trial do not fit, in words; "" if they do."""
+    compiles = 0
     for name, case in cases(kernel).items():
         try:
-            for compiled in launched(case, D, TYPES[dtype], only=f"prefix_attn_{kernel}"):
+            for compiled in launched(case, D, TYPES[dtype], only=f"prefix_attn_{kernel.removesuffix('_medium')}"):
+                compiles += 1
                 use = resources(compiled.result)
                 if use["stack"]:
                     return f"spills {use['stack']} bytes in {name}"
@@ -72,7 +79,7 @@ def objection(kernel: str, arch: str, dtype: str, D: int) -> str:
                     return f"needs {use['shared_kib']} KiB in {name}"
         except Exception as error:  # whatever a compiler raises is an answer
             return f"{type(error).__name__} in {name}"
-    return ""
+    return "" if compiles else "no case launches it"
 
 
 def milliseconds(kernel: str, dtype: str, D: int) -> float:
@@ -81,7 +88,8 @@ def milliseconds(kernel: str, dtype: str, D: int) -> float:
 
     total = 0.0
     for case in cases(kernel).values():
-        call = operands(case, D, TYPES[dtype], batch=64, device="cuda")
+        # two key heads a sample: enough of them for the kernel that wants one for each processor
+        call = operands(case, D, TYPES[dtype], batch=128, device="cuda")
         if kernel.startswith("fwd"):
             run = partial(forward, call, False)
         else:

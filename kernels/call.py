@@ -1,19 +1,19 @@
 """One call of the op as the kernels take it: operands, strides, numbers, and the features that are compiled in."""
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from prefixattn.kernels.table import Launch, choose
+from prefixattn.kernels import tiles
+from prefixattn.kernels.table import INTERPRETED, Launch, choose
 from prefixattn.philox import threshold
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so once
 HALF_TYPES = torch.bfloat16, torch.float16
-OWN, PREFIX, SPLIT = range(3)  # as in tiles.py
-RAW, NATURAL, EXACT = range(3)
+OWN, PREFIX, SPLIT = tiles.OWN.value, tiles.PREFIX.value, tiles.SPLIT.value
+RAW, NATURAL, EXACT = tiles.RAW.value, tiles.NATURAL.value, tiles.EXACT.value
+NO_MASK, BOOL_MASK, FLOAT_MASK = tiles.NO_MASK.value, tiles.BOOL_MASK.value, tiles.FLOAT_MASK.value
 
 
 class Call(NamedTuple):
@@ -92,8 +92,9 @@ class Call(NamedTuple):
         }
 
     def masks(self) -> dict[str, Any]:
+        kind = NO_MASK if self.mask is None else BOOL_MASK if self.mask.dtype == torch.bool else FLOAT_MASK
         return {
-            "MASK": 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2,
+            "MASK": kind,
             "KEY_MASK": self.mask is not None and self.mask.shape[2] == 1,
             "CAUSAL": self.causal,
         }

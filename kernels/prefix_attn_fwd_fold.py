@@ -3,6 +3,9 @@
 The queries of all samples (and of a key head's group) are the rows of one tile, so each row of the prefix is read
 once for all of them, and the prefix is cut into parts for as many programs as the GPU needs. `prefix_attn_fwd` starts
 from the parts.
+
+Prefix rows that no query of a tile uses are not read. A nan in a row that some use reaches the others of the tile that
+share the prefix, also those whose length ends before it: zero times nan.
 """
 
 import triton

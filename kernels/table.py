@@ -3,10 +3,13 @@
 2026-11-21, not measured: chosen so that nothing spills and shared memory suffices, by bench/triton_resources.py.
 """
 
+import os
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so once
 
 
 class Launch(NamedTuple):

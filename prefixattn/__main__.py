@@ -18,7 +18,10 @@ def main() -> None:
 
 def print_verdicts(device: torch.device) -> None:
     """Compiles and tries the Triton kernels as their first use by backend="auto" would."""
-    print(f"  triton on {guard.name(device)}, against the reference:")
+    print(
+        f"  triton on {guard.name(device)}, against the reference (compiling takes minutes at the first time):",
+        flush=True,
+    )
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for D in (64, 128):
             wrong = {}

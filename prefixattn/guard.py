@@ -44,7 +44,7 @@ def fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _trusted(case):
         try:
             return triton.fwd(*inputs)
-        except Exception as error:
+        except Exception as error:  # raised again, but for a compiler's
             _give_up(case, error)
     return reference.fwd(*inputs)
 
@@ -55,7 +55,7 @@ def bwd(*inputs: Any, into: tuple[Tensor, Tensor, Tensor] | None = None) -> tupl
     if _trusted(case):
         try:
             return triton.bwd(*inputs, into=into)  # type: ignore[misc]
-        except Exception as error:
+        except Exception as error:  # raised again, but for a compiler's
             _give_up(case, error)
     return reference.bwd(*inputs, into=into)  # type: ignore[misc]
 

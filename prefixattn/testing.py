@@ -1,6 +1,5 @@
 """What tests and benchmarks share: named inputs, the exact answer, plain PyTorch's answer, and how to compare."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from prefixattn import philox
 from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.kernels.table import INTERPRETED
 
 INF = float("inf")
 
@@ -301,7 +301,7 @@ def round_products_once() -> None:
     Else its float32 products are numpy's, whose sums err up to three times as much as those of torch's BLAS: neither
     what a GPU does nor what plain PyTorch is measured by here. The tests ask what the kernels do with the products.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+    if not INTERPRETED or find_spec("triton") is None:
         return
     import numpy as np
     from triton.runtime import interpreter

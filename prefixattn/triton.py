@@ -1,6 +1,5 @@
 """The Triton kernels of kernels/ as a backend. Triton itself is imported by the first call that runs."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prefixattn.kernels.table import INTERPRETED
 from prefixattn.layout import unit_stride
 from prefixattn.reference import Needs
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so once
 INSTALLED = find_spec("triton") is not None
 
 

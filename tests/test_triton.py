@@ -229,6 +229,23 @@ def test_the_table_has_what_every_call_needs() -> None:
                     assert plan.warps in (4, 8) and 1 <= plan.stages <= 4, plan
 
 
+def test_float32_products_follow_torchs_own_switch() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert call(8, 5, dtype=torch.float32).numbers()["PRECISION"] == expected
+            assert call(8, 5, dtype=torch.bfloat16).numbers()["PRECISION"] == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_a_scale_that_turns_the_order_of_scores_around(dtype: torch.dtype, scale: float) -> None:
+    check(make_inputs(Shape(2, 2, 2, 37, 37, 5, 32), dtype, causal=True, scale=scale))
+
+
 def test_one_query_needs_no_causality() -> None:
     first, second = (make_inputs("one_query", grad=False, causal=causal).call("triton") for causal in (False, True))
     assert torch.equal(first, second)
