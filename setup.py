@@ -186,7 +186,7 @@ class NinjaBuildExt(build_ext):
 
 setup(
     # written out: kernels/ would not be found by looking for packages, and bench/ or tests/ must never be
-    packages=["prefixattn", "prefixattn.attach", "prefixattn.kernels"],
+    packages=["prefixattn", "prefixattn.attach", "prefixattn.kernels", "prefixattn.optim", "prefixattn.reparam"],
     ext_modules=[Extension("prefixattn._C", sources=[])],
     cmdclass={"build_ext": NinjaBuildExt},
 )

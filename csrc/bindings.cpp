@@ -1,5 +1,7 @@
 // Python's door: plain integers in, nothing returned. Shapes were checked by whoever called the op (functional.py),
 // types and devices in prefixattn/cpu.py.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -115,6 +117,9 @@ void bwd(const py::tuple &common, const py::tuple &dout, const py::tuple &out, u
 }
 
 }  // namespace
+
+const char *isa_in_use() { return chosen()->name; }
+
 }  // namespace prefixattn
 
 PYBIND11_MODULE(_C, m) {
@@ -122,7 +127,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("prefix_attn_fwd", fwd);
     m.def("prefix_attn_bwd", bwd);
     m.def("isas", isas, "Instruction sets that were compiled in and run on this CPU, best first.");
-    m.def("isa", [] { return chosen()->name; }, "The instruction set in use.");
+    m.def("isa", isa_in_use, "The instruction set in use.");
     m.def("set_isa", set_isa, "Takes another of isas(), for tests and benchmarks.");
     m.def("openmp_runtime", openmp_runtime, "File of the OpenMP runtime in use; empty: none found, one thread.");
+    bind_reparam(m);
 }

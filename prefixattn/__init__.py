@@ -5,9 +5,13 @@ from prefixattn.attach import attach, load
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
 from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.optim import FactoredAdamW, FactoredSGD
+from prefixattn.reparam.functional import reparameterize
 
 __version__ = "0.1.0"
 __all__ = [
+    "FactoredAdamW",
+    "FactoredSGD",
     "Prefix",
     "PrefixConfig",
     "__version__",
@@ -15,4 +19,5 @@ __all__ = [
     "load",
     "prefix_attention",
     "prefix_attention_qkvpacked",
+    "reparameterize",
 ]

@@ -1,10 +1,14 @@
-"""The backends, fastest first. Each is a module with `unsupported`, `fwd` and `bwd`, the signatures of reference.py."""
+"""The backends of each op, fastest first. Each is a module with `unsupported`, `fwd` and `bwd`.
+
+The signatures are those of reference.py, and for the reparameterization of reparam/reference.py.
+"""
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +20,12 @@ class Row(NamedTuple):
     missing: str  # the objection when the module, or something compiled that it needs, is not there
     auto: bool = True  # for "auto"
     named: bool = True  # for backend="name"
+    op: str = ""
+
+    @property
+    def key(self) -> str:
+        """What no other row has: the name alone where the op is attention."""
+        return f"{self.op} {self.name}" if self.op else self.name
 
 
 # "auto" takes the first row without an objection; a row stands ahead of the reference where a measurement put it
@@ -26,17 +36,24 @@ TABLE = (
     Row("reference", "prefixattn.reference", "prefixattn.reference is missing"),
 )
 NAMES = tuple(row.name for row in TABLE if row.named)
+REPARAM = (
+    Row("cpu", "prefixattn.reparam.cpu", "prefixattn._C is not built", op="reparam"),
+    Row("guarded triton", "prefixattn.reparam.guard", "prefixattn.reparam.guard is missing", named=False, op="reparam"),
+    Row("triton", "prefixattn.reparam.triton", "prefixattn.reparam.triton is missing", auto=False, op="reparam"),
+    Row("reference", "prefixattn.reparam.reference", "prefixattn.reparam.reference is missing", op="reparam"),
+)
 
 _modules: dict[str, ModuleType] = {}
 _not_loaded: dict[str, str] = {}
 
 
-def module(name: str) -> ModuleType:
+def module(name: str, op: str = "") -> ModuleType:
     """The backend's module, by a name that `choose` returned."""
-    if name not in _modules:  # a program exported where it was there
-        why = _not_loaded.get(name, "no such backend")
+    key = f"{op} {name}" if op else name
+    if key not in _modules:  # a program exported where it was there
+        why = _not_loaded.get(key, "no such backend")
         raise NotImplementedError(f'backend "{name}" was chosen when this program was made: {why}')
-    return _modules[name]
+    return _modules[key]
 
 
 def choose(backend: str, q: Tensor, *args: object) -> str:
@@ -44,36 +61,55 @@ def choose(backend: str, q: Tensor, *args: object) -> str:
 
     `args` are the rest of `unsupported`'s arguments. Raises NotImplementedError with every objection in words.
     """
-    if backend != "auto" and backend not in NAMES:
-        *most, last = (f'"{name}"' for name in ("auto", *NAMES))
+    return _choose(TABLE, "q", backend, q, *args)
+
+
+def choose_reparam(backend: str, x: Tensor, *args: object) -> str:
+    """The same for the reparameterization."""
+    return _choose(REPARAM, "x", backend, x, *args)
+
+
+def _choose(table: tuple[Row, ...], letter: str, backend: str, first: Tensor, *args: object) -> str:
+    names = [row.name for row in table if row.named]
+    if backend != "auto" and backend not in names:
+        *most, last = (f'"{name}"' for name in ("auto", *names))
         raise ValueError(f'backend is "{backend}"; expected {", ".join(most)} or {last}')
     rejected = []
-    for row in TABLE:
+    for row in table:
         if row.auto if backend == "auto" else row.name == backend:
-            reasons = objections(row, q, *args)
+            reasons = objections(row, first, *args)
             if not reasons:
                 return row.name
             rejected.append(f"\n  {row.name.removeprefix('guarded ')}: " + "; ".join(reasons))
-    raise NotImplementedError(f"no backend for q {list(q.shape)} {q.dtype} on {q.device.type}:" + "".join(rejected))
+    what = f"{letter} {list(first.shape)} {first.dtype} on {first.device.type}"
+    raise NotImplementedError(f"no backend for {what}:" + "".join(rejected))
 
 
-def objections(row: Row, q: Tensor, *args: object) -> list[str]:
-    if row.name in _not_loaded:
-        return [_not_loaded[row.name]]
-    reasons: list[str] = _modules[row.name].unsupported(q, *args)
+def objections(row: Row, first: Tensor, *args: object) -> list[str]:
+    if row.key in _not_loaded:
+        return [_not_loaded[row.key]]
+    reasons: list[str] = _modules[row.key].unsupported(first, *args)
     return reasons
 
 
 def here() -> dict[str, list[str]]:
     """What each backend objects to on this machine, asked with a small ordinary call on each kind of device."""
-    found: dict[str, list[str]] = {}
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+
+    def call(device: str) -> tuple[object, ...]:
         q, prefix = torch.zeros(1, 1, 8, 64, device=device), torch.zeros(1, 1, 8, 64, device=device)
         needs = (True, True, True, True, True, False)
-        call = (q, q, q, prefix, prefix, None, None, None, 0.0, 0.0, False, needs)
-        for row in TABLE:
+        return q, q, q, prefix, prefix, None, None, None, 0.0, 0.0, False, needs
+
+    return here_of(TABLE, call)
+
+
+def here_of(table: tuple[Row, ...], call: Callable[[str], tuple[Any, ...]]) -> dict[str, list[str]]:
+    """The same for another op's table, asked with what `call` makes for a device."""
+    found: dict[str, list[str]] = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for row in table:
             if row.named and found.get(row.name, [""]):
-                found[row.name] = objections(row, *call)
+                found[row.name] = objections(row, *call(device))
     return found
 
 
@@ -86,13 +122,13 @@ def _build_failure() -> str:
 
 def _load(row: Row) -> None:
     try:
-        _modules[row.name] = importlib.import_module(row.module)
+        _modules[row.key] = importlib.import_module(row.module)
     except ModuleNotFoundError as error:
         ours = str(error.name).startswith("prefixattn")
-        _not_loaded[row.name] = row.missing + _build_failure() if ours else str(error)
+        _not_loaded[row.key] = row.missing + _build_failure() if ours else str(error)
     except ImportError as error:  # there, but the loader refuses it: an undefined symbol, a missing library
-        _not_loaded[row.name] = f"{row.module} does not load: {error}"
+        _not_loaded[row.key] = f"{row.module} does not load: {error}"
 
 
-for _row in TABLE:
+for _row in TABLE + REPARAM:
     _load(_row)

@@ -116,13 +116,14 @@ def _try(case: Case) -> str:
                 names = ["dq", "dk", "dv", "dprefix_k", "dprefix_v"]
                 inputs = (dout, None, q, k, v, prefix_k, prefix_v, *absent, right[0], right[1], *numbers, needs)
                 found, expected = triton.bwd(*inputs), reference.bwd(*inputs)
-        wrong = [name for name, a, b in zip(names, found, expected, strict=False) if not _close(a, b, dtype)]
+        wrong = [name for name, a, b in zip(names, found, expected, strict=False) if not close(a, b, dtype)]
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)} differ from the reference" if wrong else ""
 
 
-def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """By rms, of the reference's rms; in float32 as torch's own switch for TF32 stands."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     tolerance = _TF32_TOLERANCE if tf32 else _TOLERANCE[dtype]
     error = (actual.double() - expected.double()).square().mean()

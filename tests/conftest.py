@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything of ours is imported
 
 from prefixattn import backends
+from prefixattn.reparam import functional as reparam
 from prefixattn.testing import round_products_once
 
 round_products_once()
@@ -27,5 +28,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend; skips in the words of the one that does not work here."""
     name: str = request.param
     if reasons := backends.here()[name]:
+        pytest.skip(f"{name}: " + "; ".join(reasons))
+    return name
+
+
+@pytest.fixture(params=[row.name for row in backends.REPARAM if row.named])
+def reparam_backend(request: pytest.FixtureRequest) -> str:
+    """The same for the reparameterization."""
+    name: str = request.param
+    if reasons := reparam.here()[name]:
         pytest.skip(f"{name}: " + "; ".join(reasons))
     return name

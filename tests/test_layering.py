@@ -15,7 +15,7 @@ PACKAGE = ROOT / "prefixattn"
 LAYERS = """
     __main__ __init__ attach checkpoint config optim prefix
     testing
-    functional
+    functional reparam
     ops
     backends
     guard

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefixattn import Prefix, PrefixConfig
 from prefixattn.prefix import DeepShare, FreePrefix, Geometry, make_encoder
@@ -49,7 +49,76 @@ def test_deep_share_lays_out_layer_then_key_or_value_then_head():
     assert bank.shape == (3, 2, 2, 5, 4)
     for layer, kv, head, d in ((0, 0, 0, 0), (0, 1, 0, 3), (1, 0, 1, 2), (2, 1, 1, 3)):
         column = ((2 * layer + kv) * 2 + head) * 4 + d
-        assert torch.equal(bank[layer, kv, head, :, d], out[:, column])
+        torch.testing.assert_close(bank[layer, kv, head, :, d], out[:, column])
+
+
+NETWORKS = {
+    "language": {"layers": 3},
+    "encoder_decoder": {"layers": 2, "networks": 3},  # self, cross and encoder attention
+    "vision": {"layers": 1, "networks": 3, "interleaved": True},
+    "gelu": {"layers": 3, "activation": "gelu"},
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_deep_share_fused_equals_its_layers(kind):
+    network = DeepShare(length=5, hidden=7, geometry=GEOMETRY, **NETWORKS[kind])
+    found = {}
+    for fused in (True, False):
+        network.fused = fused
+        bank = network()
+        bank.square().sum().backward()
+        found[fused] = [bank.detach(), *(p.grad.clone() for p in network.parameters())]
+        network.zero_grad()
+        half = network(torch.bfloat16)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half, bank.to(torch.bfloat16), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(found[True], found[False])
+    assert not torch.equal(found[True][1], torch.zeros_like(found[True][1]))
+
+
+def test_several_networks_are_drawn_and_run_as_one_each():
+    torch.manual_seed(0)
+    network = DeepShare(length=500, hidden=40, geometry=GEOMETRY, layers=2, networks=3)
+    alone = DeepShare(length=500, hidden=40, geometry=GEOMETRY, layers=2)
+    bank, ours, theirs = network(), network.state_dict(), alone.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name][0].std(), theirs[name].std(), rtol=0.4, atol=0)
+        assert ours[name].abs().max() <= 6**-0.5 or name == "embedding.weight"
+    for g in range(3):
+        alone.load_state_dict({name: t[g] for name, t in ours.items()})
+        torch.testing.assert_close(alone(), bank[2 * g : 2 * g + 2])
+
+
+def test_deep_share_keeps_the_names_and_random_numbers_of_its_layers():
+    """So that prefixes saved or seeded before the op was there are the same now."""
+    torch.manual_seed(0)
+    network = DeepShare(layers=3, length=5, hidden=7, geometry=GEOMETRY)
+    torch.manual_seed(0)
+    layers = {"embedding": nn.Embedding(5, 6), "down": nn.Linear(6, 7), "up": nn.Linear(7, 3 * 2 * 2 * 4)}
+    expected = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.state_dict().items()}
+    assert network.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in network.state_dict().items())
+
+
+def test_deep_share_refuses_in_words():
+    sizes = dict(layers=3, length=5, hidden=7, geometry=GEOMETRY)
+    with pytest.raises(ValueError, match="activation is 'swish', expected 'tanh', 'relu', 'gelu', 'none'"):
+        DeepShare(**sizes, activation="swish")
+    with pytest.raises(ValueError, match="networks is 0, expected an integer from 1"):
+        DeepShare(**sizes, networks=0)
+
+
+def test_simple_share_sends_each_layers_rows_through_it_once():
+    """P rows, whatever the batch: the vectors are not repeated for samples."""
+    prefix = make_prefix(share="simple", length=4)
+    seen = []
+    project = prefix._adapter.project
+    prefix._adapter.project = lambda layer, vectors: (seen.append(vectors.shape), project(layer, vectors))[1]
+    pairs = prefix.layer_prefixes(torch.float32, torch.device("cpu"))
+    sum((key * value).sum() for key, value in pairs).backward()
+    assert seen == [(4, 6)] * 3
 
 
 def test_gpt2_medium_has_the_published_numbers_of_parameters():

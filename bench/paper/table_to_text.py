@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import prefixattn
 from methods import IGNORED, Method
 from runs import PeakMemory, Refusal, load_state, read_json, save_state, write_json
 
@@ -103,6 +104,14 @@ def steps_of(n: int, schedule: Schedule) -> int:
     return schedule.epochs * math.ceil(n / schedule.batch)
 
 
+def build_optimizer(method: Method, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW on what is trained; for a prefix of this library without the gradient of the network's large matrix."""
+    options = {"lr": schedule.lr, "betas": schedule.betas, "eps": schedule.eps, "weight_decay": 0.0}
+    if isinstance(method.prefix, prefixattn.Prefix):
+        return prefixattn.FactoredAdamW(method.prefix, **options)
+    return torch.optim.AdamW([p for p in method.prefix.parameters() if p.requires_grad], **options)
+
+
 def train(
     method: Method,
     samples: Sequence[Sample],
@@ -117,7 +126,7 @@ def train(
     parameters = [p for p in method.prefix.parameters() if p.requires_grad]
     device = parameters[0].device
     steps, per_epoch = steps_of(len(samples), schedule), math.ceil(len(samples) / schedule.batch)
-    optimizer = torch.optim.AdamW(parameters, schedule.lr, schedule.betas, schedule.eps, weight_decay=0.0)
+    optimizer = build_optimizer(method, schedule)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     done = Training()
     keys = {"step", "prefix", "optimizer", "decay", "rng", "training"}
@@ -141,15 +150,16 @@ def train(
         loss = method.loss(ids, labels) / len(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        optimizer.step()
-        decay.step()
-        done.losses.append(loss.item())  # also waits for the device
-        done.seconds.append(time.perf_counter() - start)
+        done.losses.append(loss.item())
         if not math.isfinite(done.losses[-1]):
             raise Refusal(
                 f"{label}: loss {done.losses[-1]} at step {step + 1}; lower the learning rate ({schedule.lr})"
             )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        optimizer.step()
+        decay.step()
+        norm.item()  # waits for the device
+        done.seconds.append(time.perf_counter() - start)
         if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == steps:
             done.peak_mib, done.memory = max(peak_before, meter.mib()), meter.how
             bar.set_postfix(loss=f"{sum(done.losses[-100:]) / len(done.losses[-100:]):.2f}")

@@ -1,4 +1,4 @@
-// One float vector type per instruction set. Included only from prefix_attn_<isa>.cpp, which define PA_ISA (a
+// One float vector type per instruction set. Included only from files <what>_<isa>.cpp, which define PA_ISA (a
 // namespace) and one of PA_AVX512, PA_AVX2 or neither. No templates of the standard library below this line: an
 // instance compiled for AVX-512 could otherwise be the one the linker keeps for everybody.
 #pragma once
@@ -23,6 +23,8 @@ inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 // the second operand if either is nan
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf vround(vf x) { return _mm512_roundscale_ps(x, 0); }
+inline vf vsqrt(vf x) { return _mm512_sqrt_ps(x); }
+inline float vsum(vf x) { return _mm512_reduce_add_ps(x); }
 inline vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n, n integral
 #elif defined(PA_AVX2)
 constexpr int VL = 8;
@@ -34,6 +36,12 @@ inline vf vset(float x) { return _mm256_set1_ps(x); }
 inline vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline vf vsqrt(vf x) { return _mm256_sqrt_ps(x); }
+inline float vsum(vf x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
 inline vf vscale2(vf x, vf n) {  // n >= -126: the caller's exponents are clamped
     return x * (vf)_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
 }
@@ -55,6 +63,10 @@ inline vf vround(vf x) {  // |x| < 2^22 here; adding and taking away 1.5 * 2^23 
     const vf magic = vset(12582912.f);
     return (x + magic) - magic;
 }
+inline vf vsqrt(vf x) {
+    return vf{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+}
+inline float vsum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline vf vscale2(vf x, vf n) {
     vi e = (__builtin_convertvector(n, vi) + 127) << 23;
     vf s;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.config import PrefixConfig
-from prefixattn.prefix import FreePrefix, Geometry, SimpleShare
+from prefixattn.prefix import DeepShare, FreePrefix, Geometry, SimpleShare
 
 LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each
 
@@ -57,14 +57,15 @@ class Prefix(nn.Module):
         """True if only keys and values are left, with no network or projection to run."""
         return isinstance(self.encoder, FreePrefix)
 
-    def forward(self) -> Tensor:
-        """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type."""
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
         with torch.autocast(device_type, enabled=False):
-            if isinstance(self.encoder, SimpleShare):
-                return self.encoder(self._attached().project)
-            return self.encoder()
+            if isinstance(self.encoder, DeepShare):
+                return self.encoder(dtype)
+            bank = self.encoder(self._attached().project) if isinstance(self.encoder, SimpleShare) else self.encoder()
+            return bank if dtype is None else bank.to(dtype)
 
     def layer_prefixes(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         """Key and value for each layer of `layers`, in the model's type; computed once for a forward of the model.
@@ -95,7 +96,7 @@ class Prefix(nn.Module):
                 yield from self._attached().projection_parameters(layer)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
-        bank = self().to(device=device, dtype=dtype)
+        bank = self(dtype).to(device)
         tensors = bank.flatten(0, 1).unbind(0)
         return list(zip(tensors[0::2], tensors[1::2], strict=True))
 

@@ -1,0 +1,116 @@
+"""A training step of the network that makes the prefixes: forward, backward and AdamW, ours beside PyTorch's.
+
+    python -m pytest bench/bench_reparam.py                 # some minutes, then bench/results/reparam-<device>.json
+    python -m pytest bench/bench_reparam.py --device gpu
+    python -m pytest bench/bench_reparam.py --quick         # tiny networks, no file
+
+The gradient of the bank is given. Before anything is timed, a step of every way is compared with the plain one's.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reparam_memory
+import timing
+from record import RESULTS, device_slug, header
+from reparam_cases import CASES, TINY, WAYS, Network, Step
+
+Rows = list[dict[str, Any]]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("name", TINY if metafunc.config.getoption("--quick") else CASES)
+
+
+def copy_gbytes(device: str, seconds: float) -> float:
+    """Bytes read and written a second, in 1e9: the rate that the floor is computed with."""
+    source = torch.randn(2**26 if seconds > 0.1 else 2**20, device=device)
+    target = torch.empty_like(source)
+    samples = timing.interleave({"copy": lambda: target.copy_(source)}, seconds, rounds=(3, 100))["copy"]
+    return 2 * 4 * source.numel() / min(samples) * 1e-6
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
+    quick, out = request.config.getoption("--quick"), request.config.getoption("--out")
+    device = _device(request.config)
+    rates = [copy_gbytes(device, 0.1 if quick else 3.0)]
+    found: Rows = []
+    yield found
+    rates.append(copy_gbytes(device, 0.1 if quick else 3.0))
+    if out is None and quick:
+        return
+    if request.session.testsfailed:
+        print("\nsome cases failed: nothing is written")
+        return
+    path: Path = out or RESULTS / f"reparam-{device_slug()}.json"
+    for row in found:
+        if "ms" in row:
+            row["floor_ms"] = round(Network(**row["network"]).floor_bytes / max(rates) * 1e-6, 4)
+    result = header() | {"op": "reparam", "copy_gbytes_per_s": round(max(rates), 1), "rows": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(re.sub(r"\n {3,}", " ", json.dumps(result, indent=1)) + "\n")
+    fresh.replace(path)
+    print(f"\nwrote {path}")
+
+
+def _device(config: pytest.Config) -> str:
+    return "cuda" if config.getoption("--device", "cpu") == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def check(size: Network, device: str) -> None:
+    """After two steps every way has the same parameters, but for rounding."""
+    trained = {}
+    for way in WAYS:
+        step = WAYS[way](size, device)
+        before = step.network.up.weight.detach().clone()
+        for _ in range(2):
+            step()
+        trained[way] = [p.detach() for p in step.network.parameters()]
+        moved = (trained[way][3] - before).abs().max()
+        assert moved > 1e-4, f"{way} trains nothing: the large matrix moved by {moved:.1e}"
+    for way in WAYS:
+        for ours, plain in zip(trained[way], trained["eager"], strict=True):
+            # AdamW divides by the gradient's own size: where that is all rounding, so is the step
+            wrong = ((ours - plain).abs() > 1e-5 + 1e-3 * plain.abs()).double().mean()
+            assert wrong < 1e-3, f"{way}: {wrong:.1%} of the numbers differ from the plain way's"
+
+
+def test_reparam(name: str, rows: Rows, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    quick, device = request.config.getoption("--quick"), _device(request.config)
+    size = (TINY if quick else CASES)[name]
+    check(size, device)
+    case = {"op": "reparam", "case": name, "network": asdict(size), "parameter_mib": size.parameter_bytes / 2**20}
+    steps: dict[str, Step] = {}
+    for way, start in WAYS.items():
+        began = time.perf_counter()
+        if device == "cpu" and not quick:
+            case_memory = reparam_memory.of(way, name)
+            rows.append(case | {"way": way} | case_memory)
+            print(f"{name}, {way}: {case_memory} ({time.perf_counter() - began:.0f} s)", flush=True)
+        steps[way] = start(size, device)
+    seconds = 0.1 if quick else 45.0
+    if device == "cuda":
+        import timing_gpu
+
+        samples, _ = timing_gpu.interleave(dict(steps), seconds / 10, rounds=(5, 60))
+    else:
+        samples = timing.interleave(dict(steps), seconds, rounds=(2, 2) if quick else (5, 60))
+    for way, ms in samples.items():
+        found = {"ms": [round(t, 4) for t in timing.quantiles(ms)], "min_ms": round(min(ms), 4), "rounds": len(ms)}
+        mine = [row for row in rows if row["case"] == name and row["way"] == way]
+        if mine:
+            mine[0].update(found)
+        else:
+            rows.append(case | {"way": way} | found)
+    benchmark.extra_info.update(case)
+    benchmark.pedantic(steps["ours"], rounds=2 if quick else 3)

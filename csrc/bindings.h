@@ -1,0 +1,10 @@
+// What the files of Python's door share.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace prefixattn {
+
+const char *isa_in_use();
+void bind_reparam(pybind11::module_ &);
+
+}  // namespace prefixattn

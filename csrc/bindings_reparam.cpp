@@ -1,0 +1,125 @@
+// The reparameterization's part of Python's door; prefixattn/reparam/cpu.py says what goes where.
+#include <cstring>
+
+#include "bindings.h"
+#include "reparam.h"
+
+namespace py = pybind11;
+namespace prefixattn {
+namespace {
+
+// AVX512_BF16 has nothing for it: parameters are float32.
+const ReparamKernels &kernels() {
+    const char *isa = isa_in_use();
+    if (!std::strncmp(isa, "avx512", 6)) return avx512_reparam_kernels();
+    return !std::strcmp(isa, "avx2") ? avx2_reparam_kernels() : portable_reparam_kernels();
+}
+
+class Reader {  // of a tuple, in its order
+  public:
+    explicit Reader(const py::tuple &t) : tuple_(t) {}
+    template <class T>
+    void read(T &x) {
+        if constexpr (std::is_pointer_v<T>)
+            x = reinterpret_cast<T>(tuple_[i_++].cast<uintptr_t>());
+        else if constexpr (std::is_enum_v<T>)
+            x = static_cast<T>(tuple_[i_++].cast<int>());
+        else
+            x = tuple_[i_++].cast<T>();
+    }
+    template <class... T>
+    void all(T &...x) {
+        (read(x), ...);
+    }
+
+  private:
+    const py::tuple &tuple_;
+    size_t i_ = 0;
+};
+
+void read_sizes(const py::tuple &t, ReparamSizes &s) { Reader(t).all(s.G, s.P, s.O, s.M, s.threads); }
+void read_form(const py::tuple &t, BankForm &f) { Reader(t).all(f.layers, f.kv_heads, f.head_dim, f.interleaved); }
+
+int64_t fwd_workspace(const py::tuple &sizes) {
+    ReparamSizes s{};
+    read_sizes(sizes, s);
+    return reparam_fwd_workspace(s);
+}
+
+int64_t sweep_workspace(const py::tuple &sizes) {
+    ReparamSizes s{};
+    read_sizes(sizes, s);
+    return reparam_sweep_workspace(s);
+}
+
+void fwd(const py::tuple &sizes, const py::tuple &form, int dtype, const py::tuple &tensors) {
+    ReparamFwdParams p{};
+    read_sizes(sizes, p);
+    read_form(form, p.form);
+    p.dtype = static_cast<DType>(dtype);
+    Reader(tensors).all(p.h, p.w, p.b, p.workspace, p.bank);
+    const py::gil_scoped_release nogil;
+    kernels().fwd(p);
+}
+
+SweepParams sweep_params(const py::tuple &sizes, const py::tuple &tensors, float grad_scale) {
+    SweepParams p{};
+    read_sizes(sizes, p);
+    Reader(tensors).all(p.h, p.dy, p.w, p.dh, p.workspace);
+    p.grad_scale = grad_scale;
+    return p;
+}
+
+void bwd(const py::tuple &sizes, const py::tuple &tensors, const py::tuple &form, int dtype, uintptr_t dw,
+         uintptr_t db) {
+    SweepParams p = sweep_params(sizes, tensors, 1.f);
+    p.dy_is_bank = true;
+    read_form(form, p.form);
+    p.dtype = static_cast<DType>(dtype);
+    p.dw = reinterpret_cast<float *>(dw);
+    p.db = reinterpret_cast<float *>(db);
+    p.rule = p.dw ? SweepRule::kDense : SweepRule::kNone;
+    const py::gil_scoped_release nogil;
+    kernels().sweep(p);
+}
+
+void dh(const py::tuple &sizes, const py::tuple &tensors) {
+    const SweepParams p = sweep_params(sizes, tensors, 1.f);
+    const py::gil_scoped_release nogil;
+    kernels().sweep(p);
+}
+
+void adamw(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &moments,
+           const py::tuple &numbers) {
+    SweepParams p = sweep_params(sizes, tensors, grad_scale);
+    p.rule = SweepRule::kAdamW;
+    Reader(moments).all(p.moment1, p.moment2, p.moment_dtype);
+    Reader(numbers).all(p.one_minus_beta1, p.beta2, p.one_minus_beta2, p.eps, p.step_size, p.inverse_sqrt_correction2,
+                        p.decay);
+    const py::gil_scoped_release nogil;
+    kernels().sweep(p);
+}
+
+void sgd(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &moments,
+         const py::tuple &numbers) {
+    SweepParams p = sweep_params(sizes, tensors, grad_scale);
+    p.rule = SweepRule::kSgd;
+    Reader(moments).all(p.moment1, p.moment_dtype);
+    Reader(numbers).all(p.lr, p.momentum, p.one_minus_dampening, p.weight_decay, p.nesterov, p.first);
+    const py::gil_scoped_release nogil;
+    kernels().sweep(p);
+}
+
+}  // namespace
+
+void bind_reparam(py::module_ &m) {
+    m.def("reparam_fwd_workspace", fwd_workspace, "Floats of scratch that reparam_fwd wants.");
+    m.def("reparam_sweep_workspace", sweep_workspace, "Floats of scratch that the others want.");
+    m.def("reparam_fwd", fwd);
+    m.def("reparam_bwd", bwd);
+    m.def("reparam_dh", dh);
+    m.def("reparam_adamw", adamw);
+    m.def("reparam_sgd", sgd);
+}
+
+}  // namespace prefixattn

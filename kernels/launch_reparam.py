@@ -1,0 +1,241 @@
+"""The network that makes a prefix, and its optimizer's sweep: which kernels run, with what tiles and grid.
+
+Nothing here was measured: the tiles are those that spill nowhere, by bench/reparam_resources.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from prefixattn.kernels import reparam_bwd, reparam_fwd
+from prefixattn.kernels.call import options
+from prefixattn.kernels.factored_adamw import factored_adamw, factored_sgd
+from prefixattn.kernels.reparam_bwd import reparam_dh, reparam_dw2
+from prefixattn.kernels.reparam_fwd import reparam_bank, reparam_hidden
+from prefixattn.kernels.table import Launch
+
+DATE = "2026-11-22"
+ACTIVATIONS = {
+    "none": reparam_fwd.NONE.value,
+    "tanh": reparam_fwd.TANH.value,
+    "relu": reparam_fwd.RELU.value,
+    "gelu": reparam_fwd.GELU.value,
+}
+PLAIN, BLOCKED = reparam_bwd.PLAIN.value, reparam_bwd.BLOCKED.value
+INTERLEAVED = reparam_bwd.INTERLEAVED.value
+
+SHORT_SUM = 7
+PROGRAMS = 512  # that a sum over O is cut for, on every GPU, so that each makes the same sums
+SHARE = 0.05  # of a sweep's own bytes, that its parts of dh may add where there are programs enough
+FEW = 128
+MAX_ROWS = 256  # of P, whose dh a program of the sweep can hold
+STEP_ROWS = 32  # of P, that a product over P takes at once
+
+
+class Tiles(NamedTuple):
+    block_o: int
+    block_m: int
+    warps: int
+    stages: int
+    registers: int | None = None  # a thread's most, so that two programs fit a processor
+
+
+# of the sweeps, by rows of P up to
+SWEEP = {
+    16: Tiles(32, 64, 8, 2, 128),
+    32: Tiles(16, 64, 8, 2, 128),
+    64: Tiles(16, 32, 4, 2),
+    128: Tiles(16, 64, 8, 2),
+    256: Tiles(16, 64, 8, 2),
+}
+
+
+class Sizes(NamedTuple):
+    G: int
+    P: int
+    O: int
+    M: int
+
+
+def precision(terms: int) -> str:
+    """How a sum of products is made.
+
+    tf32x3, on tensor cores, errs by about 2**-22 of each product and then as float32 does: of a long sum that is little
+    beside the rounding of the sum itself, of a short one it is more than twice what plain float32 does.
+    """
+    return "ieee" if terms <= SHORT_SUM else "tf32x3"
+
+
+def tile(n: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(n)))
+
+
+def forward(
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    b1: Tensor | None,  # [G, M]
+    w2: Tensor,  # [G, O, M]
+    b2: Tensor | None,  # [G, O]
+    form: Any,  # of reparam/reference.py
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The bank [N, 2, Hkv, P, D] and z [G, P, M]."""
+    (G, P, E), (O, M) = x.shape, w2.shape[1:]
+    z, h = (x.new_empty(G, P, M) for _ in range(2))
+    bank = x.new_empty((G * form.layers, 2, form.kv_heads, P, form.head_dim), dtype=dtype)
+    block_p, block_m = tile(P, 64), 16
+    reparam_hidden[(triton.cdiv(P, block_p) * triton.cdiv(M, block_m) * G,)](
+        *(x, w1, x if b1 is None else b1, z, h, P, E, M),
+        HAS_BIAS=b1 is not None,
+        ACTIVATION=ACTIVATIONS[form.activation],
+        BLOCK_P=block_p,
+        BLOCK_M=block_m,
+        BLOCK_K=tile(E, 64),
+        PRECISION=precision(E),
+        **options(Launch(0, 0, 4, 3)),
+    )
+    block_p, block_o = tile(P, 64), 64
+    block_k = tile(M, 64 if block_p < 64 else 32)
+    reparam_bank[(triton.cdiv(P, block_p) * triton.cdiv(O, block_o) * G,)](
+        *(h, w2, x if b2 is None else b2, bank, P, O, M, form.kv_heads * form.head_dim),
+        D=form.head_dim,
+        INTERLEAVED=form.interleaved,
+        HAS_BIAS=b2 is not None,
+        BLOCK_P=block_p,
+        BLOCK_O=block_o,
+        BLOCK_K=block_k,
+        PRECISION=precision(M),
+        **options(Launch(0, 0, 4, 3)),
+    )
+    return bank, z
+
+
+def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Any = None, scale: float = 1.0) -> Tensor:
+    """dh [G, P, M] = scale * dy w2. dy: rows [G, P, O], or with a form the gradient of a bank."""
+    sizes = Sizes(w2.shape[0], P, *w2.shape[1:])
+    block_p, block_m = tile(P, 64), tile(sizes.M, 64)
+    block_o = 64 if block_p < 64 else 32
+    tiles = triton.cdiv(P, block_p) * triton.cdiv(sizes.M, block_m) * sizes.G
+    rows = rows_of_part(sizes, tiles, block_o, bytes_an_element=4)
+    part = w2.new_empty((triton.cdiv(sizes.O, rows), sizes.G, P, sizes.M))
+    reparam_dh[(tiles, len(part))](
+        *(dy, w2, part, *sizes, 1 if form is None else form.kv_heads * form.head_dim, rows, scale),
+        D=1 if form is None else form.head_dim,
+        LAYOUT=layout(form),
+        BLOCK_P=block_p,
+        BLOCK_O=block_o,
+        BLOCK_M=block_m,
+        PRECISION=precision(sizes.O),
+        **options(Launch(0, 0, 4, 2)),
+    )
+    return added(part)
+
+
+def matrix_gradient(dbank: Tensor, h: Tensor, w2: Tensor, form: Any) -> Tensor:
+    """dw2 [G, O, M]."""
+    G, P, M = h.shape
+    O = w2.shape[1]
+    dw2 = torch.empty_like(w2)
+    block_o, block_m = 64, tile(M, 64)
+    reparam_dw2[(triton.cdiv(O, block_o) * triton.cdiv(M, block_m) * G,)](
+        *(dbank, h, dw2, P, O, M, form.kv_heads * form.head_dim),
+        D=form.head_dim,
+        LAYOUT=layout(form),
+        BLOCK_P=tile(P, STEP_ROWS),
+        BLOCK_O=block_o,
+        BLOCK_M=block_m,
+        PRECISION=precision(P),
+        **options(Launch(0, 0, 4, 1)),
+    )
+    return dw2
+
+
+def adamw(
+    w: Tensor,  # [G, O, M]
+    exp_avg: Tensor,  # [G, O, M]
+    exp_avg_sq: Tensor,  # [G, O, M]
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+    numbers: tuple[float, ...],  # factored_adamw's from scale to root
+    want_dh: bool,
+    found_inf: Tensor | None,
+) -> Tensor | None:
+    return _sweep(factored_adamw, (w, exp_avg, exp_avg_sq), h, dy, numbers, want_dh, found_inf, {})
+
+
+def sgd(
+    w: Tensor,  # [G, O, M]
+    buffer: Tensor | None,  # [G, O, M]
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+    numbers: tuple[float, ...],  # factored_sgd's from scale to weight_decay
+    nesterov: bool,
+    first: bool,
+    want_dh: bool,
+    found_inf: Tensor | None,
+) -> Tensor | None:
+    flags = {"MOMENTUM": buffer is not None, "NESTEROV": nesterov, "FIRST": first}
+    return _sweep(factored_sgd, (w, w if buffer is None else buffer), h, dy, numbers, want_dh, found_inf, flags)
+
+
+def _sweep(
+    kernel: Any,
+    state: tuple[Tensor, ...],
+    h: Tensor,
+    dy: Tensor,
+    numbers: tuple[float, ...],
+    want_dh: bool,
+    found_inf: Tensor | None,
+    flags: dict[str, bool],
+) -> Tensor | None:
+    w = state[0]
+    sizes = Sizes(w.shape[0], h.shape[1], *w.shape[1:])
+    P, dh = sizes.P, None
+    if want_dh and P > MAX_ROWS:  # too much for a program to hold: one more read of w
+        dh, want_dh = hidden_gradient(dy, w, P, scale=numbers[0]), False
+    block_p = tile(P, MAX_ROWS)
+    plan = SWEEP[block_p]
+    block_o, block_m = plan.block_o, tile(sizes.M, plan.block_m)
+    tiles = triton.cdiv(sizes.M, block_m) * sizes.G
+    rows = rows_of_part(sizes, tiles, block_o, bytes_an_element=sum(2 * t.element_size() for t in state))
+    parts = triton.cdiv(sizes.O, rows)
+    part = w.new_empty((parts, sizes.G, P, sizes.M) if want_dh else 0)
+    kernel[(tiles, parts)](
+        *(*state, h, dy, part, w if found_inf is None else found_inf, *sizes, rows, *numbers),
+        **flags,
+        WANT_DH=want_dh,
+        HAS_FOUND_INF=found_inf is not None,
+        ONCE=block_p <= STEP_ROWS,
+        BLOCK_P=block_p,
+        STEP_P=min(block_p, STEP_ROWS),
+        BLOCK_O=block_o,
+        BLOCK_M=block_m,
+        STAGES=plan.stages,
+        PRECISION=precision(P),
+        PRECISION_DH=precision(sizes.O),
+        maxnreg=plan.registers,
+        **options(Launch(0, 0, plan.warps, plan.stages)),
+    )
+    return added(part) if want_dh else dh
+
+
+def rows_of_part(sizes: Sizes, tiles: int, block_o: int, bytes_an_element: int) -> int:
+    """Of the O rows of w2, how many a program goes over; the programs of one part make a part of dh.
+
+    Enough parts for PROGRAMS programs, but parts of dh, written and read, no more than SHARE of what goes over w2
+    anyway: unless that leaves fewer than FEW programs.
+    """
+    cheap = int(SHARE * sizes.O * bytes_an_element / (8 * sizes.P))
+    parts = max(triton.cdiv(FEW, tiles), min(cheap, triton.cdiv(PROGRAMS, tiles)))
+    return triton.cdiv(triton.cdiv(sizes.O, block_o), parts) * block_o
+
+
+def added(part: Tensor) -> Tensor:
+    """The sum of parts [n, G, P, M], in the order that their shape alone decides."""
+    return part[0] if len(part) == 1 else part.sum(0)
+
+
+def layout(form: Any) -> int:
+    return PLAIN if form is None else INTERLEAVED if form.interleaved else BLOCKED

@@ -1,0 +1,173 @@
+"""`FactoredAdamW`."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from prefixattn.optim.base import Factored, Hyper
+from prefixattn.optim.moments import FORMATS, as_format, check_moment, moment
+from prefixattn.optim.source import W2, stacked
+from prefixattn.optim.sweeps import choose
+from prefixattn.reparam.moments8 import Moment8
+from prefixattn.reparam.sweep import adamw_tile, tiles
+
+
+class FactoredAdamW(Factored):
+    """torch.optim.AdamW that never makes the gradient of a prefix network's large matrix.
+
+    The gradient of w2 [G, O, M] is dy.mT @ h, of rank P at most. One sweep reads the matrix and its moments, makes a
+    tile of the gradient at a time from the factors, applies the rule of torch.optim.AdamW, and takes dy @ w2, of which
+    the smaller gradients are made, from the old matrix in the same visit. Equal to AdamW up to float32's rounding.
+
+        optimizer = FactoredAdamW(prefix, lr=5e-5)      # the prefix itself, not prefix.parameters()
+
+    The networks in the modules given are *taken over*: as long as the optimizer lives, they run once for a state of
+    their parameters, however many micro-batches there are, and `.grad` of their parameters are `FactoredGradient` and
+    `DeferredGradient`, tensors that torch.nn.utils.clip_grad_norm_, torch.amp.GradScaler and zero_grad take as
+    they take others; torch.autograd.grad finds no way from a loss to them. Parameters given bare, those of other
+    modules and of a prefix that is neither float32 nor float64 take torch's ordinary step.
+
+    Over several processes a step averages the gradients of prefixes, of networks as dy [G, P, O]; those of parameters
+    that a wrapper (DistributedDataParallel, fully_shard) reduces are left to it, and so are parameters given bare.
+
+    Args:
+        params: A `Prefix` or another module, an iterable of modules and parameters, or groups whose "params" is such.
+        lr, betas, eps, weight_decay: As of torch.optim.AdamW, with its defaults; each may differ by group.
+        moments: How a taken over w2's moments are kept: "float32", "bfloat16", or "8bit", with a scale for each 256
+            numbers (prefixattn/reparam/moments8.py); or a pair, for exp_avg and exp_avg_sq. May differ by group. An
+            exp_avg_sq in bfloat16 does not decay where beta2 is 0.999: a step changes it by less than half its last
+            bit. Take ("bfloat16", "float32") there; "8bit" rounds by a coin and has no such trouble.
+        max_norm: Clips the gradient of all parameters together to this Euclidean norm, which is left in `grad_norm`.
+            It costs another read of w2.
+        process_group: Of the processes that train together; None: all, if torch.distributed is initialized; False: this
+            one alone.
+        backend: Of the sweep: "auto", or the name of one, which then runs or says why it cannot.
+    """
+
+    kept: ClassVar = {"step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq"}
+    refused: ClassVar = {
+        "amsgrad": "the sweep keeps two moments and no maximum; use torch.optim.AdamW",
+        "maximize": "negate the loss instead",
+        "capturable": "the step reads its counter on the host; leave it out",
+        "differentiable": "the sweep has no gradient; use torch.optim.AdamW",
+        "foreach": "parameters that are not swept take torch's default; leave it out",
+        "fused": "the sweep is fused, and other parameters take torch's default; leave it out",
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moments: str | tuple[str, str] = "float32",
+        max_norm: float | None = None,
+        process_group: Any = None,
+        backend: str = "auto",
+        amsgrad: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments},
+            **{"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable},
+            **{"differentiable": differentiable, "foreach": foreach, "fused": fused},
+        }
+        super().__init__(params, defaults, max_norm, process_group, backend)
+
+    def _check(self, group: Hyper) -> None:
+        super()._check(group)
+        for name in ("lr", "eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name} is {group[name]!r}, expected 0 or more")
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+            raise ValueError(f"betas is {betas!r}, expected two numbers from 0 to below 1")
+        _formats(group)
+
+    def _check_state(self, name: str, p: Tensor, state: dict[str, Any]) -> None:
+        if not state:
+            return
+        if "max_exp_avg_sq" in state:
+            raise NotImplementedError(f"the state of {name} is of amsgrad: {self.refused['amsgrad']}")
+        if missing := {"step", "exp_avg", "exp_avg_sq"} - set(state):
+            raise ValueError(f"the state of {name} lacks {', '.join(sorted(missing))}")
+        for key in ("exp_avg", "exp_avg_sq"):
+            check_moment(name, key, p, state)
+
+    def _start(self, p: Tensor, formats: tuple[str, str]) -> dict[str, Any]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        for key, name in zip(("exp_avg", "exp_avg_sq"), formats, strict=True):
+            as_format(name, key, p, state)
+        return state
+
+    def _sweep(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, scale: float, want_dh: bool) -> Tensor | None:
+        state = self._start(p, _formats(group))
+        w, m, v = stacked(p.detach(), W2), moment("exp_avg", state), moment("exp_avg_sq", state)
+        module = choose(self.backend, w, m, v, h, dy)
+        state["step"] += 1
+        dh: Tensor | None = module.adamw_sweep(
+            *(w, m, v, h, dy), **_numbers(group), step=int(state["step"]), grad_scale=scale, want_dh=want_dh
+        )
+        return dh
+
+    def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
+        rest = []
+        for p, grad in zip(params, grads, strict=True):
+            state = self.state[p]
+            if state and any(isinstance(moment(k, state), Moment8) or state[k].dtype != p.dtype for k in _MOMENTS):
+                self._by_tiles(group, p, grad)  # a matrix that was swept before
+            else:
+                self._start(p, _NATIVE)
+                rest.append((p, grad))
+        states = [self.state[p] for p, _ in rest]
+        adamw(
+            params=[p for p, _ in rest],
+            grads=[grad for _, grad in rest],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            amsgrad=False,
+            maximize=False,
+            **_numbers(group),  # type: ignore[arg-type]
+        )
+
+    def _by_tiles(self, group: Hyper, p: Tensor, grad: Tensor) -> None:
+        state = self.state[p]
+        state["step"] += 1
+        w, m, v = stacked(p.detach(), W2), moment("exp_avg", state), moment("exp_avg_sq", state)
+        numbers = _numbers(group)
+        for g, rows in tiles(w):
+            tile = stacked(grad, W2)[g, rows].clone()
+            adamw_tile(w, m, v, g, rows, tile, **numbers, step=int(state["step"]))
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NATIVE = ("", "")
+
+
+def _numbers(group: Hyper) -> dict[str, float]:
+    beta1, beta2 = (float(b) for b in group["betas"])
+    options = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+    return {**options, "beta1": beta1, "beta2": beta2}
+
+
+def _formats(group: Hyper) -> tuple[str, str]:
+    found = group["moments"]
+    first, second = (found, found) if isinstance(found, str) else found
+    for name in (first, second):
+        if name not in FORMATS:
+            raise ValueError(f"moments is {found!r}, expected {', '.join(map(repr, FORMATS))} or a pair of these")
+    return first, second

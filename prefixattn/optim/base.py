@@ -1,0 +1,305 @@
+"""`Factored`: what FactoredAdamW and FactoredSGD share, a torch optimizer around sweeps over factored gradients."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prefixattn.optim.average import Average, local
+from prefixattn.optim.deliver import deliver
+from prefixattn.optim.gradient import FactoredGradient, LazyGradient
+from prefixattn.optim.source import B1, W1, W2, X, stacked
+from prefixattn.optim.sweeps import check_name
+from prefixattn.reparam.reference import rows_of
+
+Hyper = dict[str, Any]  # a parameter group
+
+
+class Factored(torch.optim.Optimizer):
+    """A step sweeps the large matrix of each network taken over; all other parameters take torch's ordinary step."""
+
+    kept: ClassVar[set[str]] = set()  # keys of a parameter's state
+    refused: ClassVar[dict[str, str]] = {}  # option of torch's optimizer -> why not
+
+    def __init__(self, params: Any, defaults: Hyper, max_norm: float | None, process_group: Any, backend: str) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm!r}, expected a positive number or None")
+        check_name(backend)
+        self.max_norm, self.backend = max_norm, backend
+        self.grad_norm: Tensor | None = None  # before clipping, of the last step with max_norm
+        self.average = Average(process_group)
+        if isinstance(params, Tensor):
+            raise TypeError("params is a tensor, expected a module, or an iterable of modules, parameters or groups")
+        params = [params] if isinstance(params, nn.Module) else list(params)
+        if not params:
+            raise ValueError("params is empty, expected modules, parameters or groups of them")
+        self.given = 0  # modules
+        super().__init__(params if isinstance(params[0], dict) else [{"params": params}], defaults)
+        if not self.given:
+            warnings.warn(
+                f"{type(self).__name__} got parameters and no module: it knows no network, makes every gradient and "
+                "averages none; give the prefix itself, not prefix.parameters()",
+                stacklevel=3,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, whose "params" may hold modules too, and takes over the networks in those."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group is {param_group!r:.80}, expected a dict with 'params'")
+        group = {**self.defaults, "skipped_steps": 0, **param_group}
+        self._check(group)
+        modules, group["params"] = _expand(param_group["params"], f"group {len(self.param_groups)}")
+        super().add_param_group(group)
+        if not any(p.requires_grad for p in group["params"]):
+            raise ValueError("params holds no parameter that requires a gradient (a folded prefix has none)")
+        self.given += len(modules)
+        for module in modules:
+            self.take_over(module)
+
+    def take_over(self, module: nn.Module) -> None:
+        """Takes over the deep-share networks in `module`, of which this optimizer has the large matrix.
+
+        The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
+        optimizer owns no network, and one whose network another optimizer has taken since.
+        """
+        from prefixattn.prefix import DeepShare, FreePrefix, SimpleShare
+
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        for part in module.modules():
+            if isinstance(part, (DeepShare, FreePrefix, SimpleShare)):
+                self.average.add([p for p in part.parameters() if id(p) in own])
+            if isinstance(part, DeepShare) and id(part.up.weight) in own:
+                if part.up.weight.dtype in (torch.float32, torch.float64):
+                    part.take_over(self._receive)
+
+    def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
+        """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
+        dy = rows_of(dbank, network.form, z.shape[0], z.dtype)
+        up, down = network.up, network.down
+        parameters = network.embedding.weight, down.weight, down.bias, up.weight, up.bias
+        me = weakref.ref(self)
+
+        def before_reading() -> None:
+            optimizer = me()
+            if optimizer is not None:
+                optimizer.reduce_gradients()
+
+        deliver(parameters, z, dy, network.form, before_reading)
+
+    def reduce_gradients(self) -> None:
+        """Averages over processes what no wrapper averages: the gradients of prefixes. All processes must call it.
+
+        `step` does it, and so does whatever reads the numbers of a network's gradient before: a norm, GradScaler's
+        unscale_. Call it yourself before you read ordinary gradients of a prefix with share="none" or "simple".
+        """
+        self.average()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because a gradient was not finite; saved with the state."""
+        return max(group["skipped_steps"] for group in self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; with a gradient that is not finite it changes no parameter and no moment, and warns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
+            self.reduce_gradients()
+            if self._finite():
+                if self.max_norm is not None:
+                    self.grad_norm = self.clip_grad_norm_(self.max_norm)
+                self._update()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """torch.nn.utils.clip_grad_norm_ over all parameters of this optimizer, sharded ones among them."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [local(torch.linalg.vector_norm(g)) for g in grads]
+        if not norms:
+            return torch.tensor(0.0)
+        total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(factor.to(g.device))
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave. Values keep their own types: moments of 8 bits stay so.
+
+        Raises ValueError, before anything changes, where a shape, a group or an option does not fit.
+        """
+        groups = state_dict["param_groups"]
+        sizes, here = ([len(g["params"]) for g in found] for found in (groups, self.param_groups))
+        if sizes != here:
+            raise ValueError(f"state_dict has groups of {sizes} parameters, expected {here}")
+        for group in groups:
+            self._check({**self.defaults, **group})
+        pairs = [
+            (name, p, state_dict["state"].get(key, {}))
+            for saved, group in zip(groups, self.param_groups, strict=True)
+            for key, p, name in zip(saved["params"], group["params"], group["param_names"], strict=True)
+        ]
+        for name, p, state in pairs:
+            if foreign := set(state) - self.kept:
+                expected = ", ".join(sorted(self.kept))
+                raise ValueError(f"the state of {name} has {', '.join(sorted(foreign))}, expected only {expected}")
+            self._check_state(name, p, state)
+        # torch would give every value the type of its parameter
+        super().load_state_dict({**state_dict, "state": {}})
+        for _, p, state in pairs:
+            if state:
+                self.state[p] = {key: _moved(key, value, p) for key, value in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (
+            ("max_norm", None),
+            ("backend", "auto"),
+            ("grad_norm", None),
+            ("average", None),
+            ("given", 0),
+        ):
+            self.__dict__.setdefault(name, value)
+        self.average = self.average or Average(None)
+        for group in self.param_groups:
+            group.setdefault("skipped_steps", 0)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy belongs to no process group, as a copy of a network belongs to no optimizer
+        return {**super().__getstate__(), "max_norm": self.max_norm, "backend": self.backend}
+
+    # what a subclass says
+
+    def _check(self, group: Hyper) -> None:
+        for name, why in self.refused.items():
+            if group.get(name):
+                raise NotImplementedError(f"{name}={group[name]!r}: {why}")
+
+    def _check_state(self, name: str, p: Tensor, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _sweep(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, scale: float, want_dh: bool) -> Tensor | None:
+        raise NotImplementedError
+
+    def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    # the step
+
+    def _update(self) -> None:
+        held = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        swept = [(group, p) for group, p in held if _factored(p.grad)]
+        for group, p in swept:
+            self._sweep_one(group, p, p.grad)
+        taken = {id(p) for _, p in swept}
+        # all small gradients before the first change of a small parameter, of which they are made
+        made = {id(p): _numbers(p.grad) for _, p in held if id(p) not in taken}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if id(p) in made]
+            if params:
+                self._ordinary(group, params, [made[id(p)] for p in params])
+
+    def _sweep_one(self, group: Hyper, p: Tensor, grad: Any) -> None:
+        sources = [source for source, _ in grad.value.parts]
+        scale: Any = 1.0
+        if len(sources) == 1:
+            scale = float(grad.value.parts[0][1])
+            h, dy = sources[0].h, sources[0].dy
+        elif sources:
+            h, dy = grad.factors()
+        else:  # after zero_grad(set_to_none=False) moments decay
+            w = stacked(p, W2)
+            h, dy = w.new_zeros(w.shape[0], 1, w.shape[2]), w.new_zeros(w.shape[0], 1, w.shape[1])
+        wanting = [source for source in sources if not source.knows_dh and _awaited(source)]
+        if len(sources) > 1 or scale == 0:  # the sweep would add their dh up, or lose it
+            for source in wanting:
+                source.make_dh()
+            wanting = []
+        dh = self._sweep(p, group, h, dy, scale, want_dh=bool(wanting))
+        torch.autograd.graph.increment_version(p)  # a kernel writes where torch does not see it
+        if dh is not None and wanting:
+            wanting[0].dh = dh if scale == 1 else dh / scale
+
+    def _finite(self) -> bool:
+        """False, and said in words, if a gradient is not finite. One wait for a GPU."""
+        flags: dict[Any, tuple[str, Tensor]] = {}
+        for group in self.param_groups:
+            named = list(zip(group["param_names"], group["params"], strict=True))
+            for name, p in sorted(named, key=lambda pair: not isinstance(pair[1].grad, FactoredGradient)):
+                grad = p.grad
+                if grad is not None and grad.layout != torch.strided:
+                    raise NotImplementedError(f"{name} has a sparse gradient; sweeps and moments are dense")
+                if isinstance(grad, LazyGradient):
+                    for source, _ in grad.value.parts:
+                        flags.setdefault(id(source), (name, source.finite()))
+                    grad = grad.value.dense
+                if grad is not None and grad.numel():
+                    largest = local(torch.linalg.vector_norm(grad, float("inf")))
+                    flags[id(p)] = name, largest.isfinite()
+        if (
+            not flags
+            or torch.stack([flag.to(next(iter(flags.values()))[1].device) for _, flag in flags.values()]).all()
+        ):
+            return True
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        bad = [name for name, flag in flags.values() if not flag]
+        warnings.warn(
+            f"the gradient of {', '.join(bad)} is not finite: this step changes no parameter and no moment "
+            f"({self.skipped_steps} skipped so far)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
+
+
+def _factored(grad: Tensor | None) -> bool:
+    return isinstance(grad, FactoredGradient) and grad.value.dense is None
+
+
+def _numbers(grad: Tensor) -> Tensor:
+    return grad.to_dense() if isinstance(grad, LazyGradient) else grad
+
+
+def _awaited(source: Any) -> bool:
+    """Somebody's gradient will be made of this source's dh."""
+    refs = [source.parameters[i] for i in (X, W1, B1)]
+    grads = [p.grad for p in (ref() for ref in refs if ref is not None) if p is not None]
+    return any(isinstance(g, LazyGradient) and any(s is source for s, _ in g.value.parts) for g in grads)
+
+
+def _moved(key: str, value: Any, p: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if key == "step" else value.to(p.device, copy=True)
+
+
+def _expand(params: Any, where: str) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]:
+    """The modules among `params`, and all parameters with names, each once."""
+    if isinstance(params, set):
+        raise TypeError("params is a set, whose order changes between runs; expected a list")
+    items: Iterable[Any] = [params] if isinstance(params, (nn.Module, Tensor)) else params
+    modules: list[nn.Module] = []
+    named: list[tuple[str, Tensor]] = []
+    for i, item in enumerate(items):
+        if isinstance(item, nn.Module):
+            modules.append(item)
+            named += item.named_parameters()
+        elif isinstance(item, tuple) and len(item) == 2:
+            named.append(item)
+        elif isinstance(item, Tensor):
+            named.append((f"parameter {i} of {where}", item))
+        else:
+            raise TypeError(f"params holds a {type(item).__name__}, expected modules and parameters")
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, p in named:
+        unique.setdefault(id(p), (name, p))
+    return modules, list(unique.values())

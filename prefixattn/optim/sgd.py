@@ -1,0 +1,101 @@
+"""`FactoredSGD`."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from prefixattn.optim.base import Factored, Hyper
+from prefixattn.optim.source import W2, stacked
+from prefixattn.optim.sweeps import choose
+
+
+class FactoredSGD(Factored):
+    """torch.optim.SGD that never makes the gradient of a prefix network's large matrix.
+
+    What is said of `FactoredAdamW` holds here: give it the prefix itself, and its networks are taken over.
+
+    Args:
+        params, max_norm, process_group, backend: As of `FactoredAdamW`.
+        lr, momentum, dampening, weight_decay, nesterov: As of torch.optim.SGD, with its defaults; may differ by group.
+    """
+
+    kept: ClassVar = {"momentum_buffer"}
+    refused: ClassVar = {
+        "maximize": "negate the loss instead",
+        "differentiable": "the sweep has no gradient; use torch.optim.SGD",
+        "foreach": "parameters that are not swept take torch's default; leave it out",
+        "fused": "the sweep is fused, and other parameters take torch's default; leave it out",
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        max_norm: float | None = None,
+        process_group: Any = None,
+        backend: str = "auto",
+        maximize: bool = False,
+        differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            **{"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay},
+            **{"nesterov": nesterov, "maximize": maximize, "differentiable": differentiable},
+            **{"foreach": foreach, "fused": fused},
+        }
+        super().__init__(params, defaults, max_norm, process_group, backend)
+
+    def _check(self, group: Hyper) -> None:
+        super()._check(group)
+        for name in ("lr", "momentum", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name} is {group[name]!r}, expected 0 or more")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"nesterov needs a momentum above 0 and no dampening; momentum is {group['momentum']!r}, dampening "
+                f"{group['dampening']!r}"
+            )
+
+    def _check_state(self, name: str, p: Tensor, state: dict[str, Any]) -> None:
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            return
+        if not isinstance(buffer, Tensor) or buffer.shape != p.shape:
+            found = list(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+            raise ValueError(f"momentum_buffer of {name} has shape {found}, expected {list(p.shape)}")
+
+    def _sweep(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, scale: float, want_dh: bool) -> Tensor | None:
+        numbers = _numbers(group)
+        buffer, first = None, False
+        if numbers["momentum"] != 0:
+            state = self.state[p]
+            first = state.get("momentum_buffer") is None
+            if first:
+                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            buffer = stacked(state["momentum_buffer"], W2)
+        w = stacked(p.detach(), W2)
+        module = choose(self.backend, w, buffer, None, h, dy)
+        dh: Tensor | None = module.sgd_sweep(
+            *(w, buffer, h, dy), **numbers, first=first, grad_scale=scale, want_dh=want_dh
+        )
+        return dh
+
+    def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        sgd(params, grads, buffers, maximize=False, **_numbers(group))
+        if group["momentum"] != 0:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+
+def _numbers(group: Hyper) -> dict[str, Any]:
+    options: dict[str, Any] = {n: float(group[n]) for n in ("lr", "momentum", "dampening", "weight_decay")}
+    return {**options, "nesterov": bool(group["nesterov"])}

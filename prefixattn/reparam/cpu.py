@@ -1,0 +1,222 @@
+"""The CPU kernels of csrc/cpu/reparam_*.h as a backend: the large matrix there, the small half by torch."""
+
+import torch
+from torch import Tensor
+
+import prefixattn._C as _C
+from prefixattn.cpu import DTYPES
+from prefixattn.reparam import reference
+from prefixattn.reparam.reference import Form, Needs, hidden_bwd
+
+__all__ = [
+    "adamw_sweep",
+    "bwd",
+    "dh_only",
+    "fwd",
+    "hidden_bwd",
+    "sgd_sweep",
+    "sweep_unsupported",
+    "unsupported",
+]
+
+MOMENT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def unsupported(
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    b1: Tensor | None,  # [G, M]
+    w2: Tensor,  # [G, O, M]
+    b2: Tensor | None,  # [G, O]
+    form: Form,
+    dtype: torch.dtype,
+) -> list[str]:
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"x is on {x.device.type}; needs cpu")
+    if x.dtype != torch.float32:
+        reasons.append(f"the parameters are {x.dtype}; needs float32")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype={dtype}; needs float32, bfloat16 or float16")
+    return reasons
+
+
+def fwd(
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    b1: Tensor | None,  # [G, M]
+    w2: Tensor,  # [G, O, M]
+    b2: Tensor | None,  # [G, O]
+    form: Form,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _require(unsupported(x, w1, b1, w2, b2, form, dtype))
+    with torch.autocast("cpu", enabled=False):
+        z = x @ w1.mT
+        if b1 is not None:
+            z += b1[:, None]
+        h = reference.hidden(z, form).contiguous()
+    w2, b2 = w2.contiguous(), None if b2 is None else b2.contiguous()
+    n, Hkv, D = form[:3]
+    bank = x.new_empty((x.shape[0] * n, 2, Hkv, x.shape[1], D), dtype=dtype)
+    sizes = _sizes(w2, h)
+    workspace = x.new_empty(_C.reparam_fwd_workspace(sizes))
+    tensors = (h.data_ptr(), w2.data_ptr(), _address(b2), workspace.data_ptr(), bank.data_ptr())
+    _C.reparam_fwd(sizes, form[:4], DTYPES[dtype], tensors)
+    return bank, z
+
+
+def bwd(
+    dbank: Tensor,  # [N, 2, Hkv, P, D]
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    w2: Tensor,  # [G, O, M]
+    z: Tensor,  # [G, P, M]
+    form: Form,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One read of w2 gives dh; its own gradient is made from the same block of dbank."""
+    _require(unsupported(x, w1, None, w2, None, form, torch.float32))
+    if dbank.dtype not in DTYPES:
+        dbank = dbank.float()
+    dbank, w2 = dbank.contiguous(), w2.contiguous()
+    empty = x.new_empty(0)
+    dw2 = torch.empty_like(w2) if needs[3] else empty
+    db2 = w2.new_empty(w2.shape[:2]) if needs[4] else empty
+    small = needs[:3]
+    dh = torch.empty_like(z) if any(small) else None
+    if any(needs):
+        with torch.autocast("cpu", enabled=False):
+            h = reference.hidden(z, form).contiguous() if needs[3] else None
+        sizes = _sizes(w2, z)
+        workspace = z.new_empty(_C.reparam_sweep_workspace(sizes))
+        tensors = (_address(h), dbank.data_ptr(), w2.data_ptr(), _address(dh), workspace.data_ptr())
+        dw_db = (t.data_ptr() if need else 0 for t, need in zip((dw2, db2), needs[3:], strict=True))
+        _C.reparam_bwd(sizes, tensors, form[:4], DTYPES[dbank.dtype], *dw_db)
+    dx, dw1, db1 = (empty, empty, empty) if dh is None else hidden_bwd(dh, x, w1, z, form, small)
+    return dx, dw1, db1, dw2, db2
+
+
+def sweep_unsupported(
+    w: Tensor,  # [G, O, M]
+    exp_avg: Tensor | None,  # [G, O, M]; for SGD the momentum buffer
+    exp_avg_sq: Tensor | None,  # [G, O, M]; for SGD None
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+) -> list[str]:
+    reasons = []
+    for name, t, dtypes in (
+        ("w", w, MOMENT_DTYPES[:1]),
+        ("exp_avg", exp_avg, MOMENT_DTYPES),
+        ("exp_avg_sq", exp_avg_sq, MOMENT_DTYPES if exp_avg is None else (exp_avg.dtype,)),
+        ("h", h, MOMENT_DTYPES[:1]),
+        ("dy", dy, MOMENT_DTYPES[:1]),
+    ):
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            reasons.append(f"{name} is on {t.device.type}; needs cpu")
+        if t.dtype not in dtypes:
+            reasons.append(f"{name} is {t.dtype}; needs {' or '.join(map(str, dtypes))}")
+        if not t.is_contiguous() and name != "h":
+            reasons.append(f"{name} is not contiguous: strides {t.stride()}")
+    return reasons
+
+
+def adamw_sweep(
+    w: Tensor,  # [G, O, M], updated in place
+    exp_avg: Tensor,  # [G, O, M]
+    exp_avg_sq: Tensor,  # [G, O, M]
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+    want_dh: bool,
+) -> Tensor | None:
+    _require(_sweep_objections(w, exp_avg, exp_avg_sq, h, dy))
+    moments = (exp_avg.data_ptr(), exp_avg_sq.data_ptr(), DTYPES[exp_avg.dtype])
+    step_size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    numbers = (1 - beta1, beta2, 1 - beta2, eps, step_size, correction, 1 - lr * weight_decay)
+    sizes, tensors, dh, _keep = _sweep(w, h, dy, want_dh)
+    _C.reparam_adamw(sizes, tensors, grad_scale, moments, numbers)
+    return dh
+
+
+def sgd_sweep(
+    w: Tensor,  # [G, O, M], updated in place
+    momentum_buffer: Tensor | None,  # [G, O, M]
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    first: bool,
+    grad_scale: float,
+    want_dh: bool,
+) -> Tensor | None:
+    _require(_sweep_objections(w, momentum_buffer, None, h, dy))
+    kept = torch.float32 if momentum_buffer is None else momentum_buffer.dtype
+    numbers = (lr, momentum, 1 - dampening, weight_decay, nesterov, first)
+    sizes, tensors, dh, _keep = _sweep(w, h, dy, want_dh)
+    _C.reparam_sgd(sizes, tensors, grad_scale, (_address(momentum_buffer), DTYPES[kept]), numbers)
+    return dh
+
+
+def dh_only(w: Tensor, dy: Tensor) -> Tensor:  # w [G, O, M], dy [G, P, O]
+    dh = w.new_empty((w.shape[0], dy.shape[1], w.shape[2]))
+    _require(_sweep_objections(w, None, None, dh, dy))
+    sizes, tensors, dh_made, _keep = _sweep(w, dh, dy, True)
+    assert dh_made is not None
+    _C.reparam_dh(sizes, tensors)
+    return dh_made
+
+
+def _sweep(
+    w: Tensor, h: Tensor, dy: Tensor, want_dh: bool
+) -> tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int], Tensor | None, tuple[Tensor, Tensor]]:
+    """Sizes and addresses of a sweep, its dh, and what has to live until it is done."""
+    h = h.contiguous()
+    sizes = _sizes(w, h)
+    dh = torch.empty_like(h) if want_dh else None
+    workspace = w.new_empty(_C.reparam_sweep_workspace(sizes))
+    tensors = (h.data_ptr(), dy.data_ptr(), w.data_ptr(), _address(dh), workspace.data_ptr())
+    return sizes, tensors, dh, (h, workspace)
+
+
+def _sweep_objections(w: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, h: Tensor, dy: Tensor) -> list[str]:
+    """What would make the kernels read or write elsewhere than in the tensors."""
+    reasons = sweep_unsupported(w, exp_avg, exp_avg_sq, h, dy)
+    G, O, M = w.shape
+    P = dy.shape[1]
+    for name, t, shape in (
+        ("exp_avg", exp_avg, (G, O, M)),
+        ("exp_avg_sq", exp_avg_sq, (G, O, M)),
+        ("h", h, (G, P, M)),
+        ("dy", dy, (G, P, O)),
+    ):
+        if t is not None and t.shape != shape:
+            reasons.append(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+    return reasons
+
+
+def _sizes(w: Tensor, h: Tensor) -> tuple[int, int, int, int, int]:
+    G, O, M = w.shape
+    return G, h.shape[1], O, M, torch.get_num_threads()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _require(reasons: list[str]) -> None:
+    if reasons:
+        raise NotImplementedError("the cpu kernels were called although " + "; ".join(reasons))

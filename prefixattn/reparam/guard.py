@@ -1,0 +1,124 @@
+"""What "auto" takes on a GPU for the reparameterization and its optimizers' sweeps: the Triton kernels, once tried.
+
+As prefixattn/guard.py does for attention: each kind of kernel is compared with the reference at its first use on a
+device and for a type. Where it disagrees the reference takes over for the rest of the process, with a warning.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixattn.guard import close, name
+from prefixattn.reparam import reference, sweep, triton
+from prefixattn.reparam.reference import Form
+
+Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of the bank, or of the moments
+KINDS = "fwd", "bwd", "adamw", "sgd", "dh"
+verdicts: dict[Case, str] = {}  # what was wrong, or ""
+_LENGTHS = 5, 40  # P: less than a tile of rows, and more
+_FORM = Form(2, 2, 16, False, "tanh")
+
+
+def unsupported(x: Tensor, *args: Any) -> list[str]:
+    return _on_a_gpu(x, triton.unsupported(x, *args))
+
+
+def sweep_unsupported(w: Tensor, *args: Any) -> list[str]:
+    return _on_a_gpu(w, triton.sweep_unsupported(w, *args))
+
+
+def _on_a_gpu(t: Tensor, reasons: list[str]) -> list[str]:
+    return reasons if reasons or t.device.type == "cuda" else ["Triton's interpreter is for tests"]
+
+
+def fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    x, dtype = args[0], args[-1]
+    return (triton if _trusted(("fwd", x.device, dtype)) else reference).fwd(*args)
+
+
+def bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dbank = args[0]
+    return (triton if _trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(*args)
+
+
+def adamw_sweep(w: Tensor, exp_avg: Tensor, *args: Any, **numbers: Any) -> Tensor | None:
+    module = triton if _trusted(("adamw", w.device, exp_avg.dtype)) else sweep
+    return module.adamw_sweep(w, exp_avg, *args, **numbers)
+
+
+def sgd_sweep(w: Tensor, momentum_buffer: Tensor | None, *args: Any, **numbers: Any) -> Tensor | None:
+    dtype = torch.float32 if momentum_buffer is None else momentum_buffer.dtype
+    module = triton if _trusted(("sgd", w.device, dtype)) else sweep
+    return module.sgd_sweep(w, momentum_buffer, *args, **numbers)
+
+
+def dh_only(w: Tensor, dy: Tensor) -> Tensor:
+    return (triton if _trusted(("dh", w.device, w.dtype)) else sweep).dh_only(w, dy)
+
+
+def verdict(case: Case) -> str:
+    """What is wrong with the kernels in this case, found out at the first question; "" if nothing is."""
+    if case not in verdicts:
+        kind, device, dtype = case
+        verdicts[case] = words = _try(*case)
+        if words:
+            warnings.warn(
+                f"prefixattn: the triton kernels of the reparameterization fail ({kind}) for {dtype} on "
+                f"{name(device)}: {words}. This process uses the slower reference for them instead; please report it. "
+                'backend="triton" runs them all the same.',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return verdicts[case]
+
+
+def _trusted(case: Case) -> bool:
+    if case not in verdicts and case[1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True  # nothing can be compared while a graph is recorded; the question stays open
+    return not verdict(case)
+
+
+def _try(kind: str, device: torch.device, dtype: torch.dtype) -> str:
+    try:
+        with torch.no_grad():
+            for P in _LENGTHS:
+                found, expected = (_run(module, kind, P, device, dtype) for module in (triton, None))
+                pairs = zip(found.items(), expected.values(), strict=True)
+                if wrong := [label for (label, a), b in pairs if not close(a, b, dtype)]:
+                    return f"{', '.join(wrong)} differ from the reference"
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Named results of a tiny case, by the kernels or, for None, by the reference."""
+    G, E, M, O = 2, 40, 48, _FORM.layers * 2 * _FORM.kv_heads * _FORM.head_dim
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu").to(device)
+
+    x, w1, w2, b1, b2 = normal(G, P, E), normal(G, M, E) / 6, normal(G, O, M) / 7, normal(G, M), normal(G, O)
+    dbank = normal(G * _FORM.layers, 2, _FORM.kv_heads, P, _FORM.head_dim).to(dtype)
+    h, dy = normal(G, P, M), normal(G, P, O)
+    first, second = normal(G, O, M).to(dtype), normal(G, O, M).square().to(dtype)
+    network, optimizer = module or reference, module or sweep
+    if kind == "fwd":
+        bank, z = network.fwd(x, w1, b1, w2, b2, _FORM, dtype)
+        return {"bank": bank, "z": z}
+    if kind == "bwd":
+        names = ("dx", "dw1", "db1", "dw2", "db2")
+        return dict(zip(names, network.bwd(dbank, x, w1, w2, b1[:, None] + h, _FORM, (True,) * 5), strict=True))
+    if kind == "dh":
+        return {"dh": optimizer.dh_only(w2, dy)}
+    numbers = {"lr": 1e-2, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}
+    if kind == "adamw":
+        more: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 3}
+        dh = optimizer.adamw_sweep(w2, first, second, h, dy, **numbers, **more)
+        return {"w": w2, "exp_avg": first, "exp_avg_sq": second, "dh": dh}
+    more = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first": False}
+    dh = optimizer.sgd_sweep(w2, first, h, dy, **numbers, **more)
+    return {"w": w2, "momentum_buffer": first, "dh": dh}

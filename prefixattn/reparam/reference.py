@@ -1,0 +1,160 @@
+"""The definition of the reparameterization in plain PyTorch, forward and backward; a backend for every type and shape.
+
+G networks, each of n layers; together they make a bank of N = G * n layers:
+
+    z = x @ w1.mT + b1        # [G, P, M]
+    y = act(z) @ w2.mT + b2   # [G, P, O], O = n * 2 * Hkv * D
+    bank[g * n + i, kv, head, p, d] = y.view(G, P, n, 2, Hkv, D)[g, p, i, kv, head, d]        # blocked
+    bank[g * n + i, kv, head, p, d] = y.view(G, P, n, Hkv, D, 2)[g, p, i, head, d, kv]        # interleaved
+
+All tensors are contiguous, the parameters of one type.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Form(NamedTuple):
+    """What the tensors' shapes do not say."""
+
+    layers: int  # n, of each network
+    kv_heads: int  # Hkv
+    head_dim: int  # D
+    interleaved: bool
+    activation: str  # a key of ACTIVATIONS
+
+
+Needs = tuple[bool, bool, bool, bool, bool]  # gradients wanted: x, w1, b1, w2, b2
+
+
+def _one(z: Tensor) -> Tensor:
+    return torch.ones_like(z)
+
+
+def _tanh_slope(z: Tensor) -> Tensor:
+    return 1 - z.tanh().square()
+
+
+def _relu_slope(z: Tensor) -> Tensor:
+    return (z > 0).to(z.dtype)
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+# the function and its derivative, both of z
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tanh": (torch.tanh, _tanh_slope),
+    "relu": (torch.relu, _relu_slope),
+    "gelu": (F.gelu, _gelu_slope),  # the erf form
+    "none": (lambda z: z, _one),
+}
+
+
+def unsupported(*_: object) -> list[str]:
+    return []
+
+
+def fwd(
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    b1: Tensor | None,  # [G, M]
+    w2: Tensor,  # [G, O, M]
+    b2: Tensor | None,  # [G, O]
+    form: Form,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Returns the bank [N, 2, Hkv, P, D] in `dtype`, contiguous, and z [G, P, M] in float32 (float64 of float64)."""
+    with torch.autocast(x.device.type, enabled=False):
+        z = _linear(x, w1, b1)
+        y = _linear(hidden(z, form), w2, b2)
+        return bank_of(y, form, dtype), z
+
+
+def bwd(
+    dbank: Tensor,  # [N, 2, Hkv, P, D], any float type, contiguous
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    w2: Tensor,  # [G, O, M]
+    z: Tensor,  # [G, P, M]
+    form: Form,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, w1, b1, w2 and b2, each contiguous in the type of x, or empty [0]."""
+    need_x, need_w1, need_b1, need_w2, need_b2 = needs
+    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
+    with torch.autocast(x.device.type, enabled=False):
+        dy = rows_of(dbank, form, x.shape[0], z.dtype)
+        if need_w2:
+            dw2 = (dy.mT @ hidden(z, form)).to(x.dtype)
+        if need_b2:
+            db2 = dy.sum(1).to(x.dtype)
+        if need_x or need_w1 or need_b1:
+            dx, dw1, db1 = hidden_bwd(dy @ w2.to(z.dtype), x, w1, z, form, (need_x, need_w1, need_b1))
+    return dx, dw1, db1, dw2, db2
+
+
+def hidden_bwd(
+    dh: Tensor,  # [G, P, M], the type of z
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    z: Tensor,  # [G, P, M]
+    form: Form,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The small half of bwd: the gradients of x, w1 and b1 from that of the hidden rows."""
+    dx, dw1, db1 = (x.new_empty(0) for _ in needs)
+    with torch.autocast(x.device.type, enabled=False):
+        dz = dh * ACTIVATIONS[form.activation][1](z)  # [G, P, M]
+        if needs[0]:
+            dx = (dz @ w1.to(z.dtype)).to(x.dtype)
+        if needs[1]:
+            dw1 = (dz.mT @ x.to(z.dtype)).to(x.dtype)
+        if needs[2]:
+            db1 = dz.sum(1).to(x.dtype)
+    return dx, dw1, db1
+
+
+def hidden(z: Tensor, form: Form) -> Tensor:
+    """h [G, P, M], of which w2 makes y."""
+    return ACTIVATIONS[form.activation][0](z)
+
+
+def bank_of(y: Tensor, form: Form, dtype: torch.dtype) -> Tensor:  # y [G, P, O]
+    """The bank [N, 2, Hkv, P, D] that the rows y are, contiguous."""
+    bank = bank_view(y, form)
+    out = torch.empty(bank.shape, dtype=dtype, device=y.device)
+    return out.copy_(bank).flatten(0, 1)
+
+
+def bank_view(y: Tensor, form: Form) -> Tensor:  # y [G, P, O]
+    """y seen as [G, n, 2, Hkv, P, D]."""
+    G, P, _ = y.shape
+    n, Hkv, D = form[:3]
+    if form.interleaved:
+        return y.view(G, P, n, Hkv, D, 2).permute(0, 2, 5, 3, 1, 4)
+    return y.view(G, P, n, 2, Hkv, D).permute(0, 2, 3, 4, 1, 5)
+
+
+def rows_of(bank: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tensor:  # bank [N, 2, Hkv, P, D]
+    """The rows [G, P, O] that the bank is, or their gradient, contiguous: bank_of undone."""
+    G, P = networks, bank.shape[3]
+    n, Hkv, D = form[:3]
+    grouped = bank.unflatten(0, (G, n))  # [G, n, 2, Hkv, P, D]
+    order = (0, 4, 1, 3, 5, 2) if form.interleaved else (0, 4, 1, 2, 3, 5)
+    rows = grouped.permute(order)
+    out = torch.empty(rows.shape, dtype=dtype, device=bank.device)
+    return out.copy_(rows).view(G, P, n * 2 * Hkv * D)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[G, P, I] and [G, J, I] to [G, P, J], in float32 at least."""
+    precision = torch.promote_types(rows.dtype, torch.float32)
+    out = rows.to(precision) @ weight.to(precision).mT
+    return out if bias is None else out + bias.to(precision)[:, None]

@@ -1,0 +1,196 @@
+"""What tests and benchmarks of the reparameterization share: named inputs, the exact answer, plain PyTorch's answer."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefixattn import backends
+from prefixattn.reparam.reference import Form
+
+
+class Shape(NamedTuple):
+    G: int  # networks
+    P: int
+    E: int
+    M: int
+    n: int  # layers of a network
+    Hkv: int
+    D: int
+
+    @property
+    def O(self) -> int:  # noqa: E743
+        return self.n * 2 * self.Hkv * self.D
+
+
+SHAPES = {
+    "tiny": Shape(1, 1, 8, 8, 1, 1, 8),
+    "one_row": Shape(1, 1, 32, 48, 3, 2, 16),
+    "five_rows": Shape(1, 5, 24, 40, 2, 3, 16),
+    "ten_rows": Shape(1, 10, 64, 96, 3, 2, 32),  # the usual language prefix
+    "tile_past": Shape(1, 17, 33, 65, 2, 3, 20),  # one past a tile, nothing divides anything
+    "long": Shape(1, 200, 48, 32, 2, 2, 16),
+    "long_odd": Shape(1, 131, 40, 72, 1, 5, 8),
+    "three_networks": Shape(3, 10, 64, 80, 4, 2, 16),  # an encoder-decoder: self, cross, encoder
+    "per_layer": Shape(4, 5, 72, 48, 1, 3, 32),  # vision: a small network for each layer
+    "per_layer_one_row": Shape(4, 1, 40, 24, 1, 2, 12),
+    "narrow": Shape(2, 3, 5, 3, 1, 1, 7),  # smaller than a vector
+    "wide_hidden": Shape(1, 10, 16, 520, 1, 2, 16),
+}
+
+# how a call departs from the plain one; the words make_inputs understands
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "interleaved": {"interleaved": True},
+    "relu": {"activation": "relu"},
+    "gelu": {"activation": "gelu", "interleaved": True},
+    "none": {"activation": "none"},
+    "no_b1": {"biases": (False, True)},
+    "no_b2": {"biases": (True, False), "interleaved": True},
+    "no_biases": {"biases": (False, False)},
+    "saturated": {"gain": 6.0},  # tanh close to one, where its slope is close to nothing
+    "strided": {"strided": True},  # parameters that are views: a last axis with a stride, a transposed matrix
+}
+
+PARAMETERS = ("x", "w1", "b1", "w2", "b2")
+
+
+@dataclass
+class Inputs:
+    """A call of reparameterize: `tensors` are leaves that want gradients, an absent bias is not among them."""
+
+    tensors: dict[str, Tensor]  # x [G, P, E], w1 [G, M, E], b1 [G, M], w2 [G, O, M], b2 [G, O]
+    form: Form
+    dtype: torch.dtype  # of the bank
+    dbank: Tensor  # [N, 2, Hkv, P, D], in the type of the bank
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """x, w1, b1, w2, b2 as the backends take them."""
+        return tuple(self.tensors.get(name) for name in PARAMETERS)
+
+    def call(self, backend: str = "auto", **options: Any) -> Tensor:
+        from prefixattn.reparam.functional import reparameterize  # here: a backend's own tests need only the inputs
+
+        form = {**self.form._asdict(), "dtype": self.dtype, "backend": backend}
+        return reparameterize(*self.parameters, **{**form, **options})  # type: ignore[arg-type]
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same values with parameters, bank and its gradient in another type, as fresh leaves."""
+        tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors, dtype=dtype, dbank=self.dbank.to(dtype))
+
+
+def make_inputs(
+    shape: Shape | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    parameters: torch.dtype | None = None,  # float32, or float64 where the bank is
+    seed: int = 0,
+    grad: bool = True,
+    device: str = "cpu",
+    interleaved: bool = False,
+    activation: str = "tanh",
+    biases: tuple[bool, bool] = (True, True),
+    gain: float = 1.0,
+    strided: bool = False,
+) -> Inputs:
+    """Random parameters of the sizes that PyTorch draws: z, h and y are of the order of one."""
+    shape = SHAPES[shape] if isinstance(shape, str) else shape
+    G, P, E, M, n, Hkv, D = shape
+    if parameters is None:
+        parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        made = torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+        return made.to(parameters)
+
+    tensors = {
+        "x": normal(G, P, E),
+        "w1": normal(G, M, E, scale=gain * E**-0.5),
+        "b1": normal(G, M, scale=0.5),
+        "w2": normal(G, shape.O, M, scale=M**-0.5),
+        "b2": normal(G, shape.O, scale=0.5),
+    }
+    for name, there in zip(("b1", "b2"), biases, strict=True):
+        if not there:
+            del tensors[name]
+    if strided:
+        tensors = {name: _strided(t, transposed=name == "w2") for name, t in tensors.items()}
+    tensors = {name: t.detach().to(device).requires_grad_(grad) for name, t in tensors.items()}
+    dbank = normal(G * n, 2, Hkv, P, D).to(dtype).to(device)
+    return Inputs(tensors, Form(n, Hkv, D, interleaved, activation), dtype, dbank)
+
+
+def _strided(t: Tensor, transposed: bool) -> Tensor:
+    """The same values with another stride than one in the last axis, beside numbers that must not be read."""
+    if transposed:
+        return t.mT.contiguous().mT
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+def objections(backend: str, inputs: Inputs) -> str:
+    """Why a backend refuses these inputs, in its own words; empty if it does not."""
+    [row] = [row for row in backends.REPARAM if row.name == backend]
+    x, *others = (None if t is None else t.detach() for t in inputs.parameters)
+    assert x is not None
+    return "; ".join(backends.objections(row, x, *others, inputs.form, inputs.dtype))
+
+
+def results(inputs: Inputs, bank: Tensor) -> dict[str, Tensor]:
+    """The bank and every gradient, by name."""
+    found = {"bank": bank.detach()}
+    wanted = {name: t for name, t in inputs.tensors.items() if t.requires_grad}
+    if wanted:
+        grads = torch.autograd.grad(bank, list(wanted.values()), inputs.dbank.to(bank.dtype), materialize_grads=True)
+        found |= {"d" + name: grad for name, grad in zip(wanted, grads, strict=True)}
+    return found
+
+
+def ours(inputs: Inputs, backend: str = "auto", **options: Any) -> dict[str, Tensor]:
+    return results(inputs, inputs.call(backend, **options))
+
+
+def from_module(inputs: Inputs, module: Any) -> dict[str, Tensor]:
+    """The bank and every gradient from `fwd` and `bwd` of a backend's module, called without the op around them."""
+    parameters = [None if t is None else t.detach() for t in inputs.parameters]
+    x, w1, b1, w2, b2 = parameters
+    bank, z = module.fwd(x, w1, b1, w2, b2, inputs.form, inputs.dtype)
+    needs = tuple(t is not None for t in parameters)
+    grads = module.bwd(inputs.dbank, x, w1, w2, z, inputs.form, needs)
+    named = zip(PARAMETERS, grads, strict=True)
+    return {"bank": bank} | {"d" + name: grad for name, grad in named if name in inputs.tensors}
+
+
+def exact(inputs: Inputs) -> dict[str, Tensor]:
+    """The answer in float64, by plain layers and autograd."""
+    doubled = inputs.to(torch.float64)
+    return results(doubled, plain_network(doubled))
+
+
+def same_dtype(inputs: Inputs) -> dict[str, Tensor]:
+    """Plain PyTorch's answer in the inputs' types: the layers in the parameters' type, their output cast."""
+    return results(inputs, plain_network(inputs))
+
+
+def plain_network(inputs: Inputs) -> Tensor:
+    """The bank by a Linear, an activation and a Linear for each network, taken apart as the published codes do it."""
+    tensors, form = inputs.tensors, inputs.form
+    act: Any = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "none": torch.nn.Identity()}[form.activation]
+    n, Hkv, D = form.layers, form.kv_heads, form.head_dim
+    layers = []
+    for g, x in enumerate(tensors["x"]):
+        b1, b2 = (tensors[name][g] if name in tensors else None for name in ("b1", "b2"))
+        y = F.linear(act(F.linear(x, tensors["w1"][g], b1)), tensors["w2"][g], b2)  # [P, O]
+        for part in y.split(2 * Hkv * D, 1):  # a layer each
+            if form.interleaved:
+                key, value = part[:, 0::2], part[:, 1::2]  # [P, Hkv * D]
+            else:
+                key, value = part.split(Hkv * D, 1)
+            pair = [torch.stack(t.split(D, 1)) for t in (key, value)]  # [Hkv, P, D]
+            layers.append(torch.stack(pair))
+    assert len(layers) == n * len(tensors["x"])
+    return torch.stack(layers).to(inputs.dtype)

@@ -1,0 +1,195 @@
+"""The Triton kernels of the reparameterization and of its optimizers' sweeps.
+
+Triton itself is imported by the first call that runs.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from prefixattn.kernels.table import INTERPRETED
+from prefixattn.reparam import reference
+from prefixattn.reparam.reference import Form, Needs, hidden_bwd
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+LAST = 2**31 - 1
+INSTALLED = find_spec("triton") is not None
+
+
+def unsupported(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    form: Form,
+    dtype: torch.dtype,
+) -> list[str]:
+    reasons = _not_here("x", x)
+    for name, t in {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
+        if t is not None and t.dtype != torch.float32:
+            reasons.append(f"{name} is {t.dtype}; needs float32")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype={dtype}; needs float32, bfloat16 or float16")
+    if form.activation not in reference.ACTIVATIONS:
+        reasons.append(f'activation="{form.activation}"; needs {", ".join(reference.ACTIVATIONS)}')
+    return reasons + _too_large(w2, x.shape[1], w1.shape[1:])
+
+
+def fwd(
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    b1: Tensor | None,  # [G, M]
+    w2: Tensor,  # [G, O, M]
+    b2: Tensor | None,  # [G, O]
+    form: Form,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The bank [N, 2, Hkv, P, D] in `dtype`, and z [G, P, M]."""
+    from prefixattn.kernels.launch_reparam import forward
+
+    x, w1, w2 = (t.contiguous() for t in (x, w1, w2))
+    b1, b2 = (None if t is None else t.contiguous() for t in (b1, b2))
+    with _on(x):
+        bank, z = forward(x, w1, b1, w2, b2, form, torch.float32 if _is_emulated(dtype) else dtype)
+    return bank.to(dtype), z
+
+
+def bwd(
+    dbank: Tensor,  # [N, 2, Hkv, P, D]
+    x: Tensor,  # [G, P, E]
+    w1: Tensor,  # [G, M, E]
+    w2: Tensor,  # [G, O, M]
+    z: Tensor,  # [G, P, M]
+    form: Form,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from prefixattn.kernels.launch_reparam import hidden_gradient, matrix_gradient
+
+    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
+    dbank = _emulated(dbank).contiguous()
+    w2 = w2.contiguous()
+    with _on(x):
+        if needs[3]:
+            dw2 = matrix_gradient(dbank, reference.hidden(z, form).contiguous(), w2, form)
+        if any(needs[:3]):
+            dh = hidden_gradient(dbank, w2, x.shape[1], form)
+            dx, dw1, db1 = hidden_bwd(dh, x, w1, z, form, needs[:3])
+    if needs[4]:
+        db2 = reference.rows_of(dbank.sum(3, keepdim=True, dtype=torch.float32), form, len(x), torch.float32)[:, 0]
+    return dx, dw1, db1, dw2, db2
+
+
+def sweep_unsupported(w: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, h: Tensor, dy: Tensor) -> list[str]:
+    reasons = _not_here("w", w)
+    for name, t, dtypes in (
+        ("w", w, (torch.float32,)),
+        ("exp_avg", exp_avg, (torch.float32, torch.bfloat16)),
+        ("exp_avg_sq", exp_avg_sq, (torch.float32, torch.bfloat16)),
+        ("h", h, (torch.float32,)),
+        ("dy", dy, (torch.float32,)),
+    ):
+        if t is None:
+            continue
+        if t.dtype not in dtypes:
+            reasons.append(f"{name} is {t.dtype}; needs {' or '.join(map(str, dtypes))}")
+        if not t.is_contiguous():
+            reasons.append(f"{name} has strides {t.stride()}; needs to be contiguous")
+    return reasons + _too_large(w, h.shape[1], h.shape[2:])
+
+
+def adamw_sweep(
+    w: Tensor,  # [G, O, M], in place
+    exp_avg: Tensor,  # [G, O, M], in place
+    exp_avg_sq: Tensor,  # [G, O, M], in place
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    want_dh: bool = True,
+    found_inf: Tensor | None = None,  # [1], float32: where it is not 0, w and its moments stay
+) -> Tensor | None:
+    """AdamW with the gradient grad_scale dy^T h; returns grad_scale dy w, of w as it was, if wanted."""
+    from prefixattn.kernels.launch_reparam import adamw
+
+    corrections = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    numbers = (grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, *corrections)
+    first, second = _emulated(exp_avg), _emulated(exp_avg_sq)
+    with _on(w):
+        dh = adamw(w, first, second, h, dy, numbers, want_dh, found_inf)
+    for t, emulated in ((exp_avg, first), (exp_avg_sq, second)):
+        if emulated is not t:
+            t.copy_(emulated)
+    return dh
+
+
+def sgd_sweep(
+    w: Tensor,  # [G, O, M], in place
+    momentum_buffer: Tensor | None,  # [G, O, M], in place
+    h: Tensor,  # [G, P, M]
+    dy: Tensor,  # [G, P, O]
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    first: bool,
+    grad_scale: float = 1.0,
+    want_dh: bool = True,
+    found_inf: Tensor | None = None,  # [1], float32: where it is not 0, w and its buffer stay
+) -> Tensor | None:
+    """SGD with the gradient grad_scale dy^T h; `first`: the buffer holds nothing yet. Returns as adamw_sweep."""
+    from prefixattn.kernels.launch_reparam import sgd
+
+    numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)
+    buffer = None if momentum_buffer is None else _emulated(momentum_buffer)
+    with _on(w):
+        dh = sgd(w, buffer, h, dy, numbers, nesterov, first, want_dh, found_inf)
+    if momentum_buffer is not None and buffer is not None and buffer is not momentum_buffer:
+        momentum_buffer.copy_(buffer)
+    return dh
+
+
+def dh_only(w: Tensor, dy: Tensor) -> Tensor:  # [G, O, M], [G, P, O]
+    """dy w [G, P, M], by one read of w."""
+    from prefixattn.kernels.launch_reparam import hidden_gradient
+
+    with _on(w):
+        return hidden_gradient(dy, w, dy.shape[1])
+
+
+def _not_here(name: str, t: Tensor) -> list[str]:
+    reasons = [] if INSTALLED else ["triton is not installed"]
+    if t.device.type != "cuda" and not (INTERPRETED and t.device.type == "cpu"):
+        reasons.append(f"{name} is on {t.device.type}; needs cuda (or cpu with TRITON_INTERPRET=1)")
+    return reasons
+
+
+def _too_large(w2: Tensor, P: int, inputs: torch.Size) -> list[str]:
+    """Within a network the kernels count in 32 bits."""
+    O, M = w2.shape[1:]
+    most = max(O * M, P * O, P * M, inputs.numel(), P * inputs[-1])
+    return [f"a network has a matrix of {most} numbers; needs fewer than 2**31"] if most > LAST else []
+
+
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Triton's interpreter gets bfloat16 wrong: there it becomes float32."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def _emulated(t: Tensor) -> Tensor:
+    return t.float() if _is_emulated(t.dtype) else t
+
+
+def _on(t: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()

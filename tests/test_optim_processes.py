@@ -1,0 +1,208 @@
+"""Two processes on gloo: results equal to one process with the whole batch, and little on the wire."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prefixattn.attach import attach
+from prefixattn.attach.testing import tiny_gpt2, token_ids
+from prefixattn.config import PrefixConfig
+from prefixattn.optim import FactoredAdamW, FactoredSGD
+from prefixattn.optim.testing import loss, network, targets
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 4
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {tests!r})
+import test_optim_processes as scenarios
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=2)
+sent, found = [], {{}}
+def counted(name):
+    plain = getattr(dist, name)
+    def call(t, *args, **kwargs):
+        sent.append(t.numel() * t.element_size())
+        return plain(t, *args, **kwargs)
+    setattr(dist, name, call)
+counted("all_reduce")
+for name, (run, options) in scenarios.SCENARIOS.items():
+    sent.clear()
+    result = run(rank, **options)
+    found[name] = result, list(sent)
+torch.save(found, f"{{folder}}/{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found: by scenario the result and the bytes of each collective call."""
+    folder = tmp_path_factory.mktemp("processes")
+    program = WORKER.format(tests=str(ROOT / "tests"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(folder)],
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def train_network(rank: int | None, kind: str = "adamw", clip: str = "", micro: int = 1) -> list[Tensor]:
+    """Trains on the whole batch, or a process on its half."""
+    net, wanted = network("three"), targets(network("three"), 8)
+    max_norm = 3.0 if clip == "max_norm" else None
+    optimizer: Any
+    if kind == "sgd":
+        optimizer = FactoredSGD(net, lr=1e-2, momentum=0.9, max_norm=max_norm)
+    else:
+        optimizer = FactoredAdamW(net, lr=1e-2, max_norm=max_norm)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=clip == "scaler")
+    mine = wanted if rank is None else wanted[rank::2]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in mine.chunk(micro):
+            factor = float("inf") if clip == "scaler" and step == 1 and rank in (None, 1) else 1.0
+            scaler.scale(loss(net, part) / micro * factor).backward()
+        if clip in ("torch", "scaler"):
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 3.0)
+        scaler.step(optimizer)
+        scaler.update()
+    return [p.detach() for p in net.parameters()]
+
+
+def train_model(rank: int | None, wrapper: str, share: str = "deep") -> tuple[list[Tensor], list[int]]:
+    """A frozen GPT-2 with a prefix, and a head that a wrapper around the model reduces."""
+    model = tiny_gpt2()
+    prefix = attach(model, PrefixConfig(length=4, share=share, hidden=8))
+    torch.manual_seed(1)
+    whole: Any = Headed(model)
+    accelerator: Any = None
+    if rank is not None and wrapper == "ddp":
+        whole = nn.parallel.DistributedDataParallel(whole)
+    elif rank is not None and wrapper == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        whole = fully_shard(whole, mesh=init_device_mesh("cpu", (2,)))
+    elif rank is not None and wrapper == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        whole = accelerator.prepare(whole)
+    head = [p for p in whole.parameters() if p.requires_grad]
+    groups = [{"params": prefix}, {"params": head, "lr": 1e-2}]
+    # eps as large as a gradient that is nothing but rounding, which Adam would magnify
+    optimizer: Any = FactoredAdamW(groups, lr=2e-2, eps=1e-4, max_norm=2.0)
+    if accelerator is not None:
+        assert accelerator.num_processes == 2
+        optimizer = accelerator.prepare(optimizer)
+    ids = token_ids(batch=4)
+    mine = ids if rank is None else ids[rank * 2 : rank * 2 + 2]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (torch.Tensor.backward if accelerator is None else accelerator.backward)(whole(mine))
+        optimizer.step()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in [*prefix.parameters(), *head]]
+
+
+class Headed(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.head = model, nn.Linear(50, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.head(self.model(input_ids=ids).logits[:, -1])
+        return nn.functional.cross_entropy(logits, ids[:, 0] % 3)
+
+
+def one_lacks(rank: int) -> str:
+    net = network()
+    optimizer = FactoredAdamW(net)
+    if rank == 0:
+        loss(net, targets(net)).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "stepped"
+
+
+def one_alone(rank: int) -> Tensor:
+    net = network()
+    optimizer = FactoredAdamW(net, process_group=False)
+    if rank == 0:
+        loss(net, targets(net)).backward()
+        optimizer.step()
+    return net.up.weight.detach()
+
+
+SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (train_network, {}),
+    "sgd": (train_network, {"kind": "sgd"}),
+    "max_norm": (train_network, {"clip": "max_norm"}),
+    "clip_grad_norm_": (train_network, {"clip": "torch"}),
+    "scaler": (train_network, {"clip": "scaler"}),  # infinite in one process: both skip
+    "micro-batches": (train_network, {"micro": 2}),
+    "ddp": (train_model, {"wrapper": "ddp"}),
+    "fsdp2": (train_model, {"wrapper": "fsdp2"}),
+    "accelerate": (train_model, {"wrapper": "accelerate"}),
+    "none": (train_model, {"wrapper": "ddp", "share": "none"}),
+    "simple": (train_model, {"wrapper": "ddp", "share": "simple"}),
+    "lacks": (one_lacks, {}),
+    "alone": (one_alone, {}),
+}
+EQUAL = [name for name, (run, _) in SCENARIOS.items() if run in (train_network, train_model)]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_to_one_process(results: list[dict[str, Any]], name: str) -> None:
+    run, options = SCENARIOS[name]
+    first, second = (result[name][0] for result in results)
+    for a, b, c in zip(first, second, run(None, **options), strict=True):
+        assert torch.equal(a, b), "the processes drifted apart"
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in EQUAL if SCENARIOS[name][0] is train_network])
+def test_bytes_on_the_wire(results: list[dict[str, Any]], name: str) -> None:
+    net = network("three")
+    rows = 3 * 4 * net.up.weight.shape[1] * 4  # G * P * O numbers of float32
+    counts = 2 * 5 * 8
+    for result in results:
+        assert result[name][1] == [counts, rows] * STEPS
+    assert rows < 0.5 * sum(p.numel() * 4 for p in net.parameters())
+
+
+def test_gradients_that_one_process_lacks(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert "the processes have gradients of different prefix parameters" in result["lacks"][0]
+
+
+def test_one_of_several_processes_alone(results: list[dict[str, Any]]) -> None:
+    (first, sent), (second, _) = (result["alone"] for result in results)
+    assert not sent
+    assert not torch.equal(first, second)

@@ -1,0 +1,189 @@
+"""What is particular to the reparameterization's CPU kernels: every instruction set, threads, sizes off the tiles."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixattn.reparam import functional, sweep
+from prefixattn.reparam.testing import FEATURES, SHAPES, Shape, exact, from_module, make_inputs, ours, same_dtype
+from prefixattn.testing import assert_all_as_accurate
+
+if reasons := functional.here()["cpu"]:
+    pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)
+
+from prefixattn import _C
+from prefixattn.reparam import cpu
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOAT32_ISAS = [name for name in _C.isas() if name != "avx512_bf16"]  # which runs the kernels of avx512
+
+# each for a path of its own: more than one panel of lanes or rows, tails of both, heads that straddle blocks
+CASES = {
+    "tails": (Shape(1, 17, 33, 65, 2, 3, 20), "plain"),
+    "pairs": (Shape(2, 5, 16, 48, 3, 2, 20), "gelu"),
+    "blocks": (Shape(1, 131, 8, 200, 2, 2, 72), "no_b2"),
+    "few": (Shape(1, 16, 8, 300, 1, 3, 50), "interleaved"),
+    "narrow": (Shape(2, 3, 5, 3, 1, 1, 7), "interleaved"),
+    "one": (Shape(1, 1, 1, 1, 1, 1, 1), "plain"),
+}
+# (G, P, O, M)
+SWEEPS = [
+    (1, 1, 1, 1),
+    (1, 10, 130, 512),
+    (2, 5, 77, 48),
+    (1, 17, 129, 3),
+    (3, 1, 64, 80),
+    (1, 200, 300, 70),
+    (1, 16, 140, 331),
+]
+ADAMW: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+SGD = {
+    "plain": {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+    "momentum": {"momentum": 0.9, "dampening": 0.2, "nesterov": False},
+    "nesterov": {"momentum": 0.9, "dampening": 0.0, "nesterov": True},
+}
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def sweep_inputs(size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    G, P, O, M = size
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=generator) for shape in ((G, O, M), (G, P, M), (G, P, O)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FLOAT32_ISAS)
+def test_every_instruction_set(name: str, case: str, dtype: str) -> None:
+    shape, feature = CASES[case]
+    inputs = make_inputs(shape, DTYPES[dtype], **FEATURES[feature])
+    with isa(name):
+        assert_all_as_accurate(from_module(inputs, cpu), same_dtype(inputs), exact(inputs))
+
+
+def adamw_steps(
+    module: Any, size: tuple[int, int, int, int], dtype: torch.dtype, moments: torch.dtype
+) -> dict[str, Tensor]:
+    """What three steps leave behind."""
+    w, h, dy = (t.to(dtype) for t in sweep_inputs(size))
+    found = {"w": w, "exp_avg": torch.zeros_like(w, dtype=moments), "exp_avg_sq": torch.zeros_like(w, dtype=moments)}
+    for step in (1, 2, 3):
+        options = {**ADAMW, "step": step, "grad_scale": 0.5, "want_dh": step != 2}
+        dh = module.adamw_sweep(w, found["exp_avg"], found["exp_avg_sq"], h, dy, **options)
+        assert (dh is not None) == (step != 2)
+        if dh is not None:
+            found[f"dh{step}"] = dh
+    return found
+
+
+@pytest.mark.parametrize("size", SWEEPS, ids=str)
+@pytest.mark.parametrize("name", FLOAT32_ISAS)
+def test_adamw_equals_the_definition(name: str, size: tuple[int, int, int, int]) -> None:
+    right = adamw_steps(sweep, size, torch.float64, torch.float64)
+    plain = adamw_steps(sweep, size, torch.float32, torch.float32)
+    with isa(name):
+        assert_all_as_accurate(adamw_steps(cpu, size, torch.float32, torch.float32), plain, right)
+
+
+@pytest.mark.parametrize("size", SWEEPS, ids=str)
+@pytest.mark.parametrize("name", FLOAT32_ISAS)
+def test_moments_in_bfloat16(name: str, size: tuple[int, int, int, int]) -> None:
+    """As the definition keeps them: rounded to nearest once a step, so at most a neighbour apart."""
+    plain = adamw_steps(sweep, size, torch.float32, torch.bfloat16)
+    with isa(name):
+        found = adamw_steps(cpu, size, torch.float32, torch.bfloat16)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert found[moment].dtype == torch.bfloat16
+        scale = plain[moment].abs().max().item()
+        torch.testing.assert_close(found[moment], plain[moment], rtol=2**-6, atol=1e-4 * scale)
+        assert (found[moment] == plain[moment]).float().mean() > 0.98
+    assert (found["w"] - plain["w"]).abs().max() < ADAMW["lr"] / 4
+
+
+@pytest.mark.parametrize("form", SGD)
+@pytest.mark.parametrize("name", FLOAT32_ISAS)
+def test_sgd_equals_the_definition(name: str, form: str) -> None:
+    for size in SWEEPS:
+        w, h, dy = sweep_inputs(size)
+        buffer = torch.full_like(w, torch.nan) if SGD[form]["momentum"] else None
+        right_w, right_buffer = w.double(), None if buffer is None else buffer.double()
+        with isa(name):
+            for first in (True, False):
+                options: dict[str, Any] = {**SGD[form], "lr": 0.1, "weight_decay": 0.01, "first": first}
+                options |= {"grad_scale": 2.0, "want_dh": True}
+                dh = cpu.sgd_sweep(w, buffer, h, dy, **options)
+                right_dh = sweep.sgd_sweep(right_w, right_buffer, h.double(), dy.double(), **options)
+                scale = right_dh.abs().max().item()  # type: ignore[union-attr]
+                torch.testing.assert_close(dh.double(), right_dh, rtol=1e-5, atol=1e-5 * scale)  # type: ignore[union-attr]
+        scale = right_w.abs().max().item()
+        torch.testing.assert_close(w.double(), right_w, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("size", [(1, 10, 5000, 48), (2, 130, 300, 200)], ids=str)
+def test_bits_do_not_depend_on_threads(size: tuple[int, int, int, int]) -> None:
+    found = []
+    for n in (1, 2, 5):
+        w, h, dy = sweep_inputs(size)
+        state = [torch.zeros_like(w), torch.zeros_like(w)]
+        with threads(n):
+            dh = cpu.adamw_sweep(w, *state, h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
+            assert torch.equal(cpu.dh_only(sweep_inputs(size)[0], dy), dh)  # type: ignore[arg-type]
+        found.append((w, *state, dh))
+    for other in found[1:]:
+        for t, first in zip(other, found[0], strict=True):
+            assert torch.equal(t, first)  # type: ignore[arg-type]
+
+
+def test_each_gradient_alone_is_the_same() -> None:
+    inputs = make_inputs("three_networks")
+    x, w1, b1, w2, b2 = (None if t is None else t.detach() for t in inputs.parameters)
+    _, z = cpu.fwd(x, w1, b1, w2, b2, inputs.form, inputs.dtype)  # type: ignore[arg-type]
+    every = cpu.bwd(inputs.dbank, x, w1, w2, z, inputs.form, (True,) * 5)  # type: ignore[arg-type]
+    for i in range(5):
+        needs = tuple(k == i for k in range(5))
+        for k, grad in enumerate(cpu.bwd(inputs.dbank, x, w1, w2, z, inputs.form, needs)):  # type: ignore[arg-type]
+            assert torch.equal(grad, every[k]) if k == i else grad.numel() == 0
+
+
+def test_refusals_are_in_words() -> None:
+    w, h, dy = sweep_inputs((1, 2, 8, 16))
+    assert cpu.sweep_unsupported(w, w, w, h, dy) == []
+    assert cpu.sweep_unsupported(w.double(), None, None, h, dy) == ["w is torch.float64; needs torch.float32"]
+    [reason] = cpu.sweep_unsupported(w, w.bfloat16(), w, h, dy)
+    assert reason == "exp_avg_sq is torch.float32; needs torch.bfloat16"
+    [reason] = cpu.sweep_unsupported(w.mT.contiguous().mT, None, None, h, dy)
+    assert reason.startswith("w is not contiguous")
+    with pytest.raises(NotImplementedError, match=r"dy has shape \[1, 2, 7\], expected \[1, 2, 8\]"):
+        cpu.dh_only(w, dy[:, :, :7].contiguous())
+    inputs = make_inputs("tiny", torch.float64)
+    with pytest.raises(NotImplementedError, match=r"the parameters are torch.float64; needs float32"):
+        inputs.call("cpu")
+
+
+def test_every_named_shape_by_the_op() -> None:
+    for name in SHAPES:
+        inputs = make_inputs(name)
+        assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))

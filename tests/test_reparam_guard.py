@@ -1,0 +1,99 @@
+"""The guard before the Triton kernels of the reparameterization, with its device played by the interpreter."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from prefixattn import backends
+from prefixattn.reparam import functional, guard, reference, sweep, triton
+
+CPU = torch.device("cpu")
+
+if reasons := functional.here()["triton"]:
+    pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(guard, "verdicts", {})
+    yield
+
+
+@pytest.mark.parametrize("kind", guard.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_the_kernels_agree(kind: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and kind in ("adamw", "sgd"):
+        dtype = torch.bfloat16  # what moments may be
+    if kind == "dh":
+        dtype = torch.float32
+    assert guard.verdict((kind, CPU, dtype)) == ""
+
+
+def shifted(function: Any) -> Any:
+    """A function that is wrong in a way that no check of shapes sees."""
+
+    def wrong(operand: Any, /, *args: Any, **kwargs: Any) -> Any:
+        result = function(operand, *args, **kwargs)
+        if isinstance(result, tuple):
+            return tuple(t.roll(1, -1) for t in result)
+        operand.add_(0.1)  # a sweep's matrix
+        return result
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"), [("fwd", "fwd"), ("bwd", "bwd"), ("adamw", "adamw_sweep"), ("sgd", "sgd_sweep")]
+)
+def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, function, shifted(getattr(triton, function)))
+    with pytest.warns(RuntimeWarning, match=rf"reparameterization fail \({kind}\) for torch.float32 on cpu: .*differ"):
+        assert guard.verdict((kind, CPU, torch.float32))
+    w, first, second = torch.randn(1, 8, 4), torch.zeros(1, 8, 4), torch.zeros(1, 8, 4)
+    h, dy = torch.randn(1, 3, 4), torch.randn(1, 3, 8)
+    numbers = {"lr": 0.1, "weight_decay": 0.0, "grad_scale": 1.0, "want_dh": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        if kind == "adamw":
+            numbers |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 1}
+            expected = w.clone()
+            sweep.adamw_sweep(expected, first.clone(), second.clone(), h, dy, **numbers)
+            guard.adamw_sweep(w, first, second, h, dy, **numbers)
+            assert torch.equal(w, expected)
+        if kind == "sgd":
+            numbers |= {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "first": True}
+            expected = w.clone()
+            sweep.sgd_sweep(expected, None, h, dy, **numbers)
+            guard.sgd_sweep(w, None, h, dy, **numbers)
+            assert torch.equal(w, expected)
+        if kind == "fwd":
+            x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
+            call = (x, w1, None, w2, None, reference.Form(1, 2, 4, False, "tanh"), torch.float32)
+            assert torch.equal(guard.fwd(*call)[0], reference.fwd(*call)[0])
+
+
+def test_each_case_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(guard, "_try", lambda *case: calls.append(case) or "")
+    w, dy = torch.randn(1, 8, 4), torch.randn(1, 3, 8)
+    for _ in range(2):
+        guard.dh_only(w, dy)
+    assert calls == [("dh", CPU, torch.float32)]
+
+
+def test_on_a_cpu_auto_does_not_interpret() -> None:
+    x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
+    call = (x, w1, None, w2, None, reference.Form(1, 2, 4, False, "tanh"), torch.float32)
+    assert guard.unsupported(*call) == ["Triton's interpreter is for tests"]
+    assert backends.choose_reparam("auto", *call) in ("cpu", "reference")
+
+
+def test_trying_draws_no_random_numbers() -> None:
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    guard.verdict(("fwd", CPU, torch.float32))
+    assert torch.equal(torch.randn(4), expected)
