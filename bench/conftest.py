@@ -5,28 +5,31 @@ from pathlib import Path
 
 import pytest
 
+from platforms import Platform
 from record import RESULTS, Record, device_slug
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("prefixattn benchmarks")
+    group.addoption("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: where there is none, on the CPU")
     group.addoption("--quick", action="store_true", help="two small shapes, a few rounds; for trying the benchmark")
     group.addoption("--out", type=Path, help="JSON to write; default bench/results/<device>.json, nothing with --quick")
     group.addoption("--minutes", type=float, default=7.0, help="time to spread over the cases, about")
-    group.addoption("--ours", default="cpu", help='backend to measure: "cpu" or "reference"')
+    group.addoption("--ours", help='backend to measure: "cpu" or "reference"; on a GPU "triton" or "reference"')
 
 
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest) -> Iterator[Record]:
     quick, out = request.config.getoption("--quick"), request.config.getoption("--out")
     cases = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)]
-    record = Record(cases, quick, 0.05 if quick else request.config.getoption("--minutes"))
+    side = Platform.chosen(request.config)
+    record = Record(side, cases, quick, 0.05 if quick else request.config.getoption("--minutes"))
     yield record
     if out is None and not quick:
         if request.config.getoption("keyword") or any("::" in argument for argument in request.config.args):
             print("\nonly some of the cases were asked for: nothing is written without --out")
             return
-        out = RESULTS / f"{device_slug()}.json"
+        out = RESULTS / f"{device_slug(side.device)}.json"
     if out is None:
         return
     if request.session.testsfailed:

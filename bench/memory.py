@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from peers import OURS, PEERS, Shape, forward_backward, make_inputs
+from peers import BANK_ROWS, OURS, PEERS, Shape, forward_backward, make_inputs
 
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
 _PR_SET_THP_DISABLE = 41
@@ -43,9 +43,9 @@ def peak_mib(impl: str, cases: list[tuple[Shape, torch.dtype]], threads: int) ->
 
 def necessary_mib(shape: Shape, dtype: torch.dtype) -> float:
     """out, its logsumexp and the five gradients: what no implementation can do without."""
-    own = shape.B * shape.H * shape.L * shape.D
-    prefix = shape.H * shape.P * shape.D
-    return ((4 * own + 2 * prefix) * dtype.itemsize + 4 * shape.B * shape.H * shape.L) / 2**20
+    own = shape.B * shape.D * (2 * shape.H * shape.L + 2 * shape.kv_heads * shape.keys)
+    prefix = 2 * shape.kv_heads * shape.P * shape.D * (BANK_ROWS if shape.form == "bank" else 1)
+    return ((own + prefix) * dtype.itemsize + 4 * shape.B * shape.H * shape.L) / 2**20
 
 
 def _status_kib(field: str) -> int:

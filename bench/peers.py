@@ -7,14 +7,15 @@ depend on the data, are inside.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixattn import prefix_attention
+from prefixattn import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.layout import unpacked
 
 
 @dataclass(frozen=True)
@@ -22,57 +23,114 @@ class Shape:
     model: str  # "vit": bidirectional; "gpt": causal
     B: int
     H: int
-    L: int  # = S: training, not decoding
+    L: int
     P: int
     D: int
+    Hkv: int = 0  # key heads; 0: H
+    S: int = 0  # own keys; 0: L (training, not decoding)
+    form: str = ""  # "bank": a row of a bank for each sample; "packed": q, k and v are one projection
 
     @property
     def causal(self) -> bool:
         return self.model == "gpt"
 
+    @property
+    def kv_heads(self) -> int:
+        return self.Hkv or self.H
+
+    @property
+    def keys(self) -> int:
+        return self.S or self.L
+
     def __str__(self) -> str:
-        return f"{self.model}-B{self.B}-N{self.L}-P{self.P}-D{self.D}"
+        more = (f"-Hkv{self.Hkv}" if self.Hkv else "") + (f"-S{self.S}" if self.S else "")
+        more += f"-{self.form}" if self.form else ""
+        return f"{self.model}-B{self.B}-N{self.L}-P{self.P}-D{self.D}{more}"
 
     def gflop(self, backward: bool) -> float:
         """Useful arithmetic: pairs of a query and a key that it sees; a backward counts 2.5 forwards."""
-        own = self.L * (self.L + 1) // 2 if self.causal else self.L * self.L
+        own = self.L * self.keys - (self.L * (self.L - 1) // 2 if self.causal else 0)
         return 4e-9 * self.B * self.H * self.D * (own + self.L * self.P) * (3.5 if backward else 1.0)
+
+    def mbytes(self, passes: str, itemsize: int) -> float:
+        """What must cross device memory at least: each input read once in a pass, each output written once."""
+        query, key = self.B * self.H * self.L * self.D, self.B * self.kv_heads * self.keys * self.D
+        rows = BANK_ROWS if self.form == "bank" else 1
+        prefix = rows * self.kv_heads * self.P * self.D
+        lse = 4 * self.B * self.H * self.L
+        fwd = (2 * query + 2 * key + 2 * prefix) * itemsize + lse
+        bwd = {
+            "fwd": 0,
+            "fwd+bwd": (4 * query + 4 * key + 4 * prefix) * itemsize + lse,  # q out dout dq, k v dk dv
+            # own keys and values are not read: softmax's share of the prefix needs lse alone
+            "prefix grads": (3 * query + 4 * prefix) * itemsize + lse,
+        }
+        return (fwd + bwd[passes]) / 1e6
+
+
+BANK_ROWS = 32
 
 
 class Inputs(NamedTuple):
-    q: Tensor  # [B, H, L, D], as models make it: [B, L, H, D] in memory
-    k: Tensor  # [B, H, L, D]
-    v: Tensor  # [B, H, L, D]
-    prefix_k: Tensor  # [H, P, D]
-    prefix_v: Tensor  # [H, P, D]
+    """q, k and v as models make them: [B, L, H, D] in memory."""
+
+    q: Tensor  # [B, H, L, D]
+    k: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, D]
+    prefix_k: Tensor  # [Hkv, P, D] or, of a bank, [T, Hkv, P, D]
+    prefix_v: Tensor
+    ids: Tensor | None = None  # [B]
+    qkv: Tensor | None = None  # [B, N, 3, H, D]: then q, k and v are its parts
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        own = (self.q, self.k, self.v) if self.qkv is None else (self.qkv,)
+        return *own, self.prefix_k, self.prefix_v
+
+    def with_leaves(self, *leaves: Tensor) -> "Inputs":
+        """The same call on other tensors; the parts of a packed projection are made anew, as a model does each time."""
+        *own, prefix_k, prefix_v = leaves
+        parts = own if self.qkv is None else unpacked(own[0])
+        return Inputs(*parts, prefix_k, prefix_v, self.ids, None if self.qkv is None else own[0])
 
 
 Attention = Callable[[Inputs, Shape], Tensor]
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Inputs, Tensor]:
-    """The five inputs, which want gradients, and the gradient of the output."""
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Inputs, Tensor]:
+    """The inputs, whose leaves want gradients, and the gradient of the output."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
 
-    B, H, L, P, D = shape.B, shape.H, shape.L, shape.P, shape.D
-    own = [normal(B, L, H, D).transpose(1, 2).requires_grad_() for _ in range(3)]
-    prefix = [normal(H, P, D).requires_grad_() for _ in range(2)]
-    return Inputs(*own, *prefix), normal(B, L, H, D).transpose(1, 2)
+    B, H, Hkv, L, S, P, D = shape.B, shape.H, shape.kv_heads, shape.L, shape.keys, shape.P, shape.D
+    rows = (BANK_ROWS,) if shape.form == "bank" else ()
+    ids = torch.arange(B, device=device) * 7 % BANK_ROWS if rows else None
+    if shape.form == "packed":
+        own = [normal(B, L, 3, H, D).requires_grad_()]
+        parts, qkv = unpacked(own[0]), own[0]
+    else:
+        own = [normal(B, n, h, D).transpose(1, 2).requires_grad_() for n, h in ((L, H), (S, Hkv), (S, Hkv))]
+        parts, qkv = (own[0], own[1], own[2]), None
+    prefix = [normal(*rows, Hkv, P, D).requires_grad_() for _ in range(2)]
+    return Inputs(*parts, *prefix, ids, qkv), normal(B, L, H, D).transpose(1, 2)
 
 
 def concatenated(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, P+L, D]."""
+    """Keys and values [B, Hkv, P+S, D]."""
     B = x.q.shape[0]
-    k = torch.cat([x.prefix_k.expand(B, -1, -1, -1), x.k], 2)
-    return k, torch.cat([x.prefix_v.expand(B, -1, -1, -1), x.v], 2)
+    prefixes = (x.prefix_k, x.prefix_v) if x.ids is None else (x.prefix_k[x.ids], x.prefix_v[x.ids])
+    k, v = (torch.cat([p.expand(B, -1, -1, -1), own], 2) for p, own in zip(prefixes, (x.k, x.v), strict=True))
+    return k, v
 
 
 @cache
-def visible(L: int, P: int) -> Tensor:  # [L, P+L]; True attends
-    return torch.cat([torch.ones(L, P, dtype=torch.bool), torch.ones(L, L, dtype=torch.bool).tril()], 1)
+def visible(L: int, P: int, S: int = 0, device: torch.device | str = "cpu") -> Tensor:  # [L, P+S]; True attends
+    S = S or L
+    own = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L)
+    return torch.cat([torch.ones(L, P, dtype=torch.bool, device=device), own], 1)
 
 
 @cache
@@ -80,20 +138,21 @@ def visible_float(L: int, P: int, dtype: torch.dtype) -> Tensor:  # [L, P+L]; ad
     return torch.zeros(L, P + L, dtype=dtype).masked_fill(~visible(L, P), float("-inf"))
 
 
-def cpu(x: Inputs, shape: Shape) -> Tensor:
-    return prefix_attention(*x, is_causal=shape.causal, backend="cpu")
-
-
-def reference(x: Inputs, shape: Shape) -> Tensor:
-    return prefix_attention(*x, is_causal=shape.causal, backend="reference")
+def ours(x: Inputs, shape: Shape, backend: str) -> Tensor:
+    options = {"is_causal": shape.causal, "prefix_ids": x.ids, "backend": backend}
+    if x.qkv is not None:
+        return prefix_attention_qkvpacked(x.qkv, x.prefix_k, x.prefix_v, **options).transpose(1, 2)  # type: ignore
+    return prefix_attention(  # type: ignore[return-value]
+        x.q, x.k, x.v, x.prefix_k, x.prefix_v, enable_gqa=shape.Hkv > 0, **options
+    )
 
 
 def eager_concat(x: Inputs, shape: Shape) -> Tensor:
     """Plain PyTorch: the measure of exactness, and what the papers' code does."""
-    k, v = concatenated(x)
-    scores = x.q @ k.mT * shape.D**-0.5  # [B, H, L, P+L]
+    k, v = (t.repeat_interleave(shape.H // shape.kv_heads, 1) for t in concatenated(x))
+    scores = x.q @ k.mT * shape.D**-0.5  # [B, H, L, P+S]
     if shape.causal:
-        scores = scores.masked_fill(~visible(shape.L, shape.P), float("-inf"))
+        scores = scores.masked_fill(~visible(shape.L, shape.P, shape.keys, x.q.device), float("-inf"))
     return scores.softmax(-1) @ v
 
 
@@ -157,7 +216,7 @@ PEERS = {
     "sdpa_padded_q": Peer(sdpa_padded_q, CAUSAL, "trick"),
     "sdpa_no_prefix": Peer(sdpa_no_prefix, BOTH, "floor"),
 }
-OURS: dict[str, Attention] = {"cpu": cpu, "reference": reference}
+OURS: dict[str, Attention] = {name: partial(ours, backend=name) for name in ("cpu", "triton", "reference")}
 
 
 def forward(attention: Attention, x: Inputs, shape: Shape) -> Tensor:
@@ -166,9 +225,13 @@ def forward(attention: Attention, x: Inputs, shape: Shape) -> Tensor:
 
 
 def forward_backward(attention: Attention, x: Inputs, dout: Tensor, shape: Shape) -> tuple[Tensor, ...]:
-    """The output and the gradients of all five inputs."""
+    """The output and the gradients of all leaves that want one."""
+    leaves = x.leaves()
+    if x.qkv is not None:  # the views belong to the step that is timed
+        x = x.with_leaves(*leaves)
     out = attention(x, shape)
-    grads = torch.autograd.grad(out, x, dout, allow_unused=True)  # unused: a floor has no prefix
+    wanted = [t for t in leaves if t.requires_grad]
+    grads = torch.autograd.grad(out, wanted, dout, allow_unused=True)  # unused: a floor has no prefix
     return out.detach(), *(g for g in grads if g is not None)
 
 

@@ -111,7 +111,7 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
     return Call(q[:, :, : case.L], k, v, prefix, prefix, *extra, *drops, case.is_causal, D**-0.5)
 
 
-def launched(case: Case, D: int, dtype: torch.dtype, only: str = "") -> Iterator[Compiled]:
+def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str = "cpu") -> Iterator[Compiled]:
     """The kernels of one call, or the one named, compiled for the active target in the order of their launches."""
     found: list[Compiled] = []
 
@@ -122,7 +122,7 @@ def launched(case: Case, D: int, dtype: torch.dtype, only: str = "") -> Iterator
         found.append(Compiled(self.__name__, 0.0, run(self, *args, grid=grid, warmup=True, **kwargs)))
         found[-1] = found[-1]._replace(seconds=time.perf_counter() - start)
 
-    call = operands(case, D, dtype)
+    call = operands(case, D, dtype, device=device)
     run, JITFunction.run = JITFunction.run, compile_only
     try:
         out, lse, _ = forward(call, False)

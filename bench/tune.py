@@ -3,6 +3,7 @@
     python bench/tune.py                       # on a GPU: the fastest candidate that fits, timed, for this GPU
     python bench/tune.py --arch sm_80          # without one: the first candidate that fits, compiled, not run
     python bench/tune.py --kernel fwd --type bf16 --head-dim 64
+    python bench/tune.py --arch sm_90 --every  # compiles every candidate into Triton's cache, ahead of a timed run
 
 Candidates stand in the order in which they are preferred unmeasured: large tiles first. One fits if no register spills
 and its shared memory suffices in every case of triton_resources.py. Each verdict is printed at once; an interrupted run
@@ -65,12 +66,12 @@ def cases(kernel: str) -> dict[str, Case]:
     return plain
 
 
-def objection(kernel: str, arch: str, dtype: str, D: int) -> str:
+def objection(kernel: str, arch: str, dtype: str, D: int, device: str) -> str:
     """Why the parameters on trial do not fit, in words; "" if they do."""
-    compiles = 0
+    compiles, launch = 0, f"prefix_attn_{kernel.removesuffix('_medium')}"
     for name, case in cases(kernel).items():
         try:
-            for compiled in launched(case, D, TYPES[dtype], only=f"prefix_attn_{kernel.removesuffix('_medium')}"):
+            for compiled in launched(case, D, TYPES[dtype], launch, device):
                 compiles += 1
                 use = resources(compiled.result)
                 if use["stack"]:
@@ -99,20 +100,24 @@ def milliseconds(kernel: str, dtype: str, D: int) -> float:
     return total
 
 
-def best(kernel: str, arch: str, dtype: str, width: int, timed: bool) -> Launch | None:
+def best(kernel: str, arch: str, dtype: str, width: int, timed: bool, every: bool, end: float) -> Launch | None:
     found: dict[Launch, float] = {}
     for plan in candidates(kernel, dtype, width):
         start = time.perf_counter()
+        if start > end:
+            print(f"{arch} {kernel} {dtype} {width}: the time is up before {tuple(plan)}", file=sys.stderr, flush=True)
+            break
         table.trial = {kernel: plan}
-        words = objection(kernel, arch, dtype, width)
+        words = objection(kernel, arch, dtype, width, "cuda" if timed else "cpu")
         if not words:
             found[plan] = milliseconds(kernel, dtype, width) if timed else 0.0
         words = words or (f"{found[plan]:.3f} ms" if timed else "fits")
         took = f"{time.perf_counter() - start:.0f}s"
         print(f"{arch} {kernel} {dtype} {width} {tuple(plan)}: {words} ({took})", file=sys.stderr, flush=True)
-        if found and not timed:
+        if found and not timed and not every:
             break
     table.trial = {}
+    # the first of equals: unmeasured all are equal, and preferred in this order
     return min(found, key=lambda plan: found[plan]) if found else None
 
 
@@ -122,6 +127,8 @@ def main() -> None:
     parser.add_argument("--kernel", choices=KERNELS, action="append")
     parser.add_argument("--type", choices=TYPES, action="append")
     parser.add_argument("--head-dim", type=int, choices=WIDTHS, action="append")
+    parser.add_argument("--every", action="store_true", help="without a GPU: go on after the first that fits")
+    parser.add_argument("--minutes", type=float, default=60.0, help="candidates that are not reached are named")
     parser.add_argument("--out", type=Path, help="also write the choices as JSON")
     options = parser.parse_args()
     timed = torch.cuda.is_available() and options.arch is None
@@ -130,13 +137,13 @@ def main() -> None:
     arch = options.arch or table.architecture(torch.device("cuda"))
     if not timed:
         Target(TARGETS[arch]).activate(arch)
-    rows = {}
+    rows, end = {}, time.perf_counter() + 60 * options.minutes
     for dtype in options.type or TYPES:
         for kernel in options.kernel or KERNELS:
             for width in options.head_dim or WIDTHS:
                 if dtype == "fp32" and kernel in ("fwd_short", "bwd_short"):
                     continue
-                if plan := best(kernel, arch, dtype, width, timed):
+                if plan := best(kernel, arch, dtype, width, timed, options.every, end):
                     rows[f"{arch} {dtype} {kernel} {width}"] = plan
     print(f"# {arch}, {'measured' if timed else 'not measured'}")
     for name, plan in rows.items():

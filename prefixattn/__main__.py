@@ -1,18 +1,23 @@
 """Prints which backends work on this machine and, for the others, why not."""
 
+import argparse
 import platform
+from collections.abc import Sequence
 
 import torch
 
 from prefixattn import __version__, backends, guard
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m prefixattn", description=__doc__)
+    parser.add_argument("--no-verdicts", action="store_true", help="on a GPU: do not compile and try its kernels")
+    options = parser.parse_args(arguments)
     print(f"prefixattn {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     width = max(map(len, backends.NAMES))
     for name, reasons in backends.here().items():
         print(f"  {name:{width}}  " + ("no: " + "; ".join(reasons) if reasons else "works"))
-    if torch.cuda.is_available() and not backends.here()["triton"]:
+    if not options.no_verdicts and torch.cuda.is_available() and not backends.here()["triton"]:
         print_verdicts(torch.device("cuda", torch.cuda.current_device()))
 
 

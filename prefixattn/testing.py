@@ -106,7 +106,7 @@ def make_inputs(
     *,
     seed: int = 0,
     grad: bool = True,
-    device: str = "cpu",
+    device: str | None = None,  # torch's default
     causal: bool = False,
     mask: str = "",  # an axis per letter: B, H, L, S, or 1
     mask_dtype: str = "bool",  # "bool", "float" (that of q) or "float32"
@@ -120,10 +120,12 @@ def make_inputs(
     """Random inputs; scores and lse of a size where every key counts."""
     shape = SHAPES[shape] if isinstance(shape, str) else shape
     B, H, Hkv, L, S, P, D = shape
-    generator = torch.Generator().manual_seed(seed)
+    device = device or torch.get_default_device().type
+    # the same numbers on every device
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
     q, k, v = normal(B, H, L, D), normal(B, Hkv, S, D), normal(B, Hkv, S, D)
     if layout == "packed":
@@ -145,7 +147,7 @@ def make_inputs(
     if mask:
         size = [1 if axis == "1" else dict(B=B, H=H, L=L, S=S)[axis] for axis in mask]
         if mask_dtype == "bool":
-            made = torch.rand(size, generator=generator) < 0.7
+            made = torch.rand(size, generator=generator, device="cpu") < 0.7
             if blind and L:
                 made[..., ::3, :] = False
             options["attn_mask"] = made
@@ -154,7 +156,8 @@ def make_inputs(
             tensors["attn_mask"] = made[..., :1].expand(size) if expand_mask else made
     tensors = {n: t.detach().to(device).requires_grad_(grad) for n, t in tensors.items()}
     options = {n: o.to(device) if isinstance(o, Tensor) else o for n, o in options.items()}
-    dlse = torch.randn(B, H, L, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dlse = torch.randn(B, H, L, generator=generator, dtype=wide, device="cpu")
     return Inputs(tensors, options, normal(B, H, L, D).to(device), dlse.to(device))
 
 

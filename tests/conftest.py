@@ -4,14 +4,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+# PREFIXATTN_TEST_DEVICE=cuda runs the op's tests on a GPU with compiled kernels; else they are interpreted
+if os.environ.get("PREFIXATTN_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything of ours is imported
+else:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS warns that it may not repeat to the bit
 
 from prefixattn import backends
 from prefixattn.reparam import functional as reparam
 from prefixattn.testing import round_products_once
 
+DEVICE = os.environ.get("PREFIXATTN_TEST_DEVICE", "cpu")
 round_products_once()
+torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +32,8 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend; skips in the words of the one that does not work here."""
     name: str = request.param
+    if name == "cpu" and DEVICE != "cpu":
+        pytest.skip(f"cpu: the tests run on {DEVICE}")
     if reasons := backends.here()[name]:
         pytest.skip(f"{name}: " + "; ".join(reasons))
     return name

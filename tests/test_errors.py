@@ -164,7 +164,7 @@ def test_a_backend_that_is_not_built_says_so(
     words = "no backend for q [2, 4, 3, 8] torch.float32 on cpu:\n  cpu: prefixattn._C is not built"
     with pytest.raises(NotImplementedError, match=f"^{re.escape(words)}$"):
         call(backend="cpu")
-    main()
+    main([])
     printed = capsys.readouterr().out
     assert "cpu        no: prefixattn._C is not built" in printed
     assert "reference  works" in printed

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import plot
+import plot_gpu
 import plot_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,3 +46,14 @@ def test_table_to_text_is_the_records() -> None:
     assert [row[0] for row in rows] == ["frozen", "deep", "simple", "none", "deep-all", "original"]
     for name, *cells in rows:
         assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in README
+
+
+def test_gpu_tables_are_the_records() -> None:
+    """`python bench/plot_gpu.py RECORD` prints the table."""
+    results = ROOT / "bench" / "results"
+    found = [p for p in results.glob("*.json") if "copy_gbytes" in json.loads(p.read_text(encoding="utf-8"))]
+    if not found:
+        pytest.skip("no GPU was measured yet: there is no record")
+    for path in found:
+        for line in plot_gpu.targets(record(f"bench/results/{path.name}")):
+            assert line in README

@@ -24,7 +24,8 @@ def tiny_gpt2(seed: int = 0, cls: Any = GPT2LMHeadModel, **choices: Any) -> Any:
 
 
 def token_ids(batch: int = 3, length: int = 9, seed: int = 1) -> Tensor:
-    return torch.randint(1, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(1, 50, (batch, length), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def concat_attention(

@@ -1,0 +1,232 @@
+"""The benchmark of whole steps: a dry run leaves every row, nothing is timed that disagrees, failures are rows."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask
+
+import original
+import prefixattn
+import whole_arms
+import whole_step
+from prefixattn.attach import interface
+from whole_models import GPT2, Bart, Family, ViT
+from whole_step import COMPILED, EAGER, LABELLED, Budget, Case, Row
+
+PEFT = {"peft"} if find_spec("peft") else set()
+ROOT = Path(__file__).resolve().parents[1]
+# what transformers, PEFT and Dynamo warn of while models are made; the command itself does not show it
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("dry") / "steps.json"
+    # a worker of the suite would pass on that it is one
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        [sys.executable, "bench/whole_step.py", "--device", "cpu", "--dry-run", "--out", str(out)],
+        cwd=ROOT,
+        env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "| gpt2-medium | 5 | fp32 eager | ours |" in done.stdout
+    assert [path.name for path in out.parent.iterdir()] == [out.name], "a temporary file was left behind"
+    return json.loads(out.read_text())
+
+
+def test_a_dry_run_leaves_every_row(dry: dict[str, Any]) -> None:
+    found = {(r["model"], r.get("source"), r["P"], r["who"], r["how"]) for r in dry["rows"]}
+    cases = [("gpt2-medium", None, 5), *(("vit-b16", None, P) for P in (10, 50, 200))]
+    cases += [("bart-large", source, 200) for source in (16, 32)]
+    wanted = {(*case, who, f"{t} {how}") for case in cases for t in ("fp32", "bf16") for who, how in EAGER}
+    wanted |= {(*cases[0], who, f"{t} {how}") for t in ("fp32", "bf16") for who, how in LABELLED}
+    compiled = [case for case in cases if case[1:] in ((None, 5), (None, 10))]
+    wanted |= {(*case, who, f"bf16 {how}") for case in compiled for who in ("frozen", "ours") for how in COMPILED}
+    assert found == wanted
+    assert {r["library"] for r in dry["rows"] if r["model"] == "vit-b16"} == {"timm", "transformers"}
+
+
+def test_what_ran_has_times_and_what_did_not_has_a_reason(dry: dict[str, Any]) -> None:
+    for r in dry["rows"]:
+        if "absent" in r:
+            assert len(r["absent"].split()) > 2, r
+            continue
+        assert 0 < r["min_ms"] <= r["ms"][0] <= r["ms"][1] <= r["ms"][2]
+        assert r["trained"] > 0 and r["first_gradient"] > 0
+        assert r["extra_ms"] == 0 if r["who"] == "frozen" else "extra_ms" in r
+    there = [r for r in dry["rows"] if "absent" not in r]
+    for model in whole_step.MODELS:
+        assert {r["who"] for r in there if r["model"] == model} >= {"frozen", "original"}
+    assert {r["who"] for r in there if r["model"] == "gpt2-medium"} == {"frozen", "ours", "original"} | PEFT
+    [words] = {
+        r["absent"] for r in dry["rows"] if (r["model"], r["who"], r["library"]) == ("vit-b16", "peft", "transformers")
+    }
+    assert words == "NotImplementedError: PEFT has no prefix-tuning for image models"
+    assert dry["memory"] == "not measured on a CPU" and "commit" in dry and dry["dry"] is True
+
+
+def test_ways_that_train_the_same_network_start_alike(dry: dict[str, Any]) -> None:
+    rows = [r for r in dry["rows"] if r["model"] == "gpt2-medium" and r["who"] != "frozen"]
+    assert len({r["trained"] for r in rows}) == 1
+    assert max(r["first_loss"] for r in rows) == pytest.approx(min(r["first_loss"] for r in rows), rel=1e-3)
+    apart = {r["how"]: r["apart"] for r in rows if "apart" in r}
+    assert apart.keys() == {"fp32 eager", "bf16 eager"} and apart["fp32 eager"].keys() == {"original"} | PEFT
+    assert max(apart["fp32 eager"].values()) < 1e-4
+
+
+def measured(family: Family, P: int, *ways: tuple[str, str], dtype: torch.dtype = torch.float32) -> dict[str, Row]:
+    rows = whole_step.measure(Case(family, P, dtype, ways), "cpu", Budget(1.0, dry=True), 0.0, {})
+    return {r["who"]: r for r in rows}
+
+
+def test_a_prefix_that_ours_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = interface.prefix_attention
+
+    def forgetful(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> Tensor:
+        return whole(q, k, v, prefix_k[:, :0], prefix_v[:, :0], **options)
+
+    monkeypatch.setattr(interface, "prefix_attention", forgetful)
+    monkeypatch.setattr(whole_step.Step, "warm_up", lambda self, steps: {"first_loss": 1.0, "first_gradient": 1.0})
+    rows = measured(GPT2(tiny=True), 5, *EAGER)
+    assert rows["ours"]["failed"] and "prefixes of [0, 0] rows were attended to" in rows["ours"]["absent"]
+    assert "ms" not in rows["ours"] and "ms" in rows["original"]
+
+
+def test_a_parameter_without_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prefixattn.attach
+
+    def idle(model: Any, config: Any) -> nn.Module:
+        prefix = whole(model, config)
+        prefix.encoder.idle = nn.Parameter(torch.ones(2))
+        return prefix
+
+    monkeypatch.setattr(prefixattn, "attach", idle)
+    ours = measured(GPT2(tiny=True), 5, *EAGER)["ours"]
+    assert ours["absent"] == "AssertionError: no gradient reached encoder.idle" and "ms" not in ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prefix_that_the_original_forgets_is_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(original.OriginalPrefix, "cache", lambda self, rows, config: DynamicCache(config=config))
+    family = GPT2(tiny=True)
+    arms = {who: whole_arms.ARMS[who](family, "cpu", dtype, 5) for who in ("frozen", "ours", "original", *PEFT)}
+    before = [p.clone() for p in arms["ours"].trained.parameters()]
+    with pytest.raises(AssertionError, match=r"ours and original disagree: loss .* gradients apart by"):
+        whole_arms.assert_agree(arms["ours"], {"original": arms["original"]}, arms["frozen"])
+    others = {who: arms[who] for who in PEFT}
+    assert all(e < 0.1 for e in whole_arms.assert_agree(arms["ours"], others, arms["frozen"]).values())
+    for p, value in zip(arms["ours"].trained.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+
+
+def test_disagreement_ends_in_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    case = Case(GPT2(tiny=True), 5, torch.float32, EAGER)
+    monkeypatch.setattr(whole_step, "cases", lambda tiny, models: [case])
+    monkeypatch.setattr(whole_arms, "_columns", lambda prefixes, rows: whole_columns(prefixes, rows).flip(-1))
+    assert whole_step.main(["--device", "cpu", "--dry-run", "--out", str(tmp_path / "a.json")]) == 1
+    assert "ours and original disagree" in capsys.readouterr().out
+    assert {r["who"]: r.get("failed") for r in json.loads((tmp_path / "a.json").read_text())["rows"]}["ours"]
+
+
+whole_columns = whole_arms._columns
+
+
+def test_a_way_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> whole_arms.Arm:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nand more lines")
+
+    monkeypatch.setitem(whole_step.whole_arms.ARMS, "original", full)
+    rows = measured(GPT2(tiny=True), 5, ("frozen", "eager"), ("ours", "eager"), ("original", "eager"))
+    assert rows["original"]["absent"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB"
+    assert rows["ours"]["ms"] and rows["ours"]["note"] == "not compared: no other way is there"
+
+
+def test_the_time_limit_ends_a_run_with_reasons(tmp_path: Path) -> None:
+    out = tmp_path / "none.json"
+    arguments = ["--device", "cpu", "--dry-run", "--minutes", "0", "--model", "vit-b16", "--out", str(out)]
+    assert whole_step.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {r["absent"] for r in rows} == {"not run: the 0 minutes were over"} and {r["model"] for r in rows} == {
+        "vit-b16"
+    }
+
+
+def test_gpt2_and_vit_come_first_and_compiled_steps_after_all_eager_ones() -> None:
+    cases = whole_step.cases(tiny=True, models=whole_step.MODELS)
+    assert [case.family.name for case in cases[:4]] == ["gpt2-medium", "gpt2-medium", "vit-b16", "vit-b16"]
+    hows = [case.ways[0][1] for case in cases if case.family.library == "transformers"]
+    assert "eager" not in hows[hows.index(COMPILED[0]) : hows.index(COMPILED[0]) + hows.count(COMPILED[0])]
+
+
+class Toy(nn.Module):
+    """What attach may give for a model that it does not know yet: free keys and values for each attention call."""
+
+    def __init__(self, family: Family, model: Any, P: int) -> None:
+        super().__init__()
+        _, heads, width = family.sizes.values()
+        calls = family.attentions(model)
+        self.bank = nn.Parameter(torch.randn(len(calls), 2, heads, P, width // heads))
+        for at, module in enumerate(calls):
+            module.toy = lambda at=at: self.bank[at].to(model.dtype)
+        AttentionInterface.register("toy", toy_attention)
+        AttentionMaskInterface.register("toy", eager_mask)
+        model.set_attn_implementation("toy")
+
+
+def toy_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **options: Any
+) -> tuple[Tensor, None]:
+    out = prefixattn.prefix_attention(q, k, v, *module.toy(), attn_mask=mask, scale=scaling)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def forgetful_attention(module: Any, query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    k, v, held = module.published
+    module.published = k[:, :, 1:], v[:, :, 1:], held
+    return whole_attention(module, query, *args, **options)
+
+
+whole_attention = whole_arms.concatenating_attention
+FAMILIES: dict[str, Callable[[], Family]] = {"bart": lambda: Bart(True, 512), "vit": lambda: ViT(True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_comes_alive_when_attach_knows_the_model(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    family = FAMILIES[name]()
+    monkeypatch.setattr(prefixattn, "attach", lambda model, config: Toy(family, model, config.length))
+    rows = measured(family, 10, ("frozen", "eager"), ("ours", "eager"), ("original", "eager"), dtype=dtype)
+    assert "ms" in rows["ours"] and "ms" in rows["original"], rows
+    assert rows["ours"]["apart"]["original"] < whole_arms.TOLERANCES[dtype][1]
+    monkeypatch.setattr(whole_arms, "concatenating_attention", forgetful_attention)
+    if dtype == torch.float32:  # the first row alone is forgotten
+        rows = measured(family, 10, ("frozen", "eager"), ("ours", "eager"), ("original", "eager"), dtype=dtype)
+        assert "ours and original disagree" in rows["ours"]["absent"]
+
+
+def test_networks_of_vit_interleave_keys_and_values() -> None:
+    networks = whole_arms.ViTNetworks(ViT(True), P=3).eval()
+    k, v = networks(rows=2, dtype=torch.float32)[1]
+    out = networks.networks[1](networks.embeddings[1])  # [P, 2 * width]
+    assert k.shape == v.shape == (2, 2, 3, 16)
+    torch.testing.assert_close(k[1].transpose(0, 1).flatten(1), out[:, 0::2])
+    torch.testing.assert_close(v[0].transpose(0, 1).flatten(1), out[:, 1::2])
+    networks.train()
+    k, _ = networks(rows=2, dtype=torch.float32)[1]
+    assert not torch.equal(k[0], k[1]), "dropout draws a mask for each sample"
