@@ -20,6 +20,8 @@ import torch
 
 import reparam_memory
 import timing
+import timing_gpu
+from platforms import Platform
 from record import RESULTS, device_slug, header
 from reparam_cases import CASES, TINY, WAYS, Network, Step
 
@@ -32,7 +34,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def copy_gbytes(device: str, seconds: float) -> float:
     """Bytes read and written a second, in 1e9: the rate that the floor is computed with."""
-    source = torch.randn(2**26 if seconds > 0.1 else 2**20, device=device)
+    if device == "cuda":
+        return timing_gpu.copy_gbytes(seconds)
+    source = torch.randn(2**26 if seconds > 0.1 else 2**20)
     target = torch.empty_like(source)
     samples = timing.interleave({"copy": lambda: target.copy_(source)}, seconds, rounds=(3, 100))["copy"]
     return 2 * 4 * source.numel() / min(samples) * 1e-6
@@ -51,11 +55,11 @@ def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
     if request.session.testsfailed:
         print("\nsome cases failed: nothing is written")
         return
-    path: Path = out or RESULTS / f"reparam-{device_slug()}.json"
+    path: Path = out or RESULTS / f"reparam-{device_slug(device)}.json"
     for row in found:
         if "ms" in row:
             row["floor_ms"] = round(Network(**row["network"]).floor_bytes / max(rates) * 1e-6, 4)
-    result = header() | {"op": "reparam", "copy_gbytes_per_s": round(max(rates), 1), "rows": found}
+    result = header(device) | {"op": "reparam", "copy_gbytes_per_s": round(max(rates), 1), "rows": found}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     fresh.write_text(re.sub(r"\n {3,}", " ", json.dumps(result, indent=1)) + "\n")
@@ -64,7 +68,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
 
 
 def _device(config: pytest.Config) -> str:
-    return "cuda" if config.getoption("--device", "cpu") == "gpu" and torch.cuda.is_available() else "cpu"
+    return Platform.chosen(config).device
 
 
 def check(size: Network, device: str) -> None:
@@ -98,10 +102,10 @@ def test_reparam(name: str, rows: Rows, benchmark: Any, request: pytest.FixtureR
             rows.append(case | {"way": way} | case_memory)
             print(f"{name}, {way}: {case_memory} ({time.perf_counter() - began:.0f} s)", flush=True)
         steps[way] = start(size, device)
+        if device == "cuda":
+            rows.append(case | {"way": way} | reparam_memory.on_gpu(steps[way]))
     seconds = 0.1 if quick else 45.0
     if device == "cuda":
-        import timing_gpu
-
         samples, _ = timing_gpu.interleave(dict(steps), seconds / 10, rounds=(5, 60))
     else:
         samples = timing.interleave(dict(steps), seconds, rounds=(2, 2) if quick else (5, 60))

@@ -12,7 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-ALL=(build verdicts tests gate micro whole sanitize tune)
+ALL=(build verdicts tests gate micro whole reparam sanitize tune)
 dry=0 minutes=9 sections=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -43,7 +43,7 @@ elif ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # Seconds that a section may take when all run; the rest goes to the last ones.
-declare -A share=([build]=30 [verdicts]=60 [tests]=150 [gate]=60 [micro]=120 [whole]=50 [sanitize]=40 [tune]=60)
+declare -A share=([build]=30 [verdicts]=60 [tests]=140 [gate]=60 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
 total=0
 for s in "${sections[@]}"; do total=$((total + share[$s])); done
 end=$((SECONDS + 60 * minutes))
@@ -64,7 +64,8 @@ tests() {
     # a first failure tells more than the last of many alike; interrupted, pytest still reports what it has
     PREFIXATTN_TEST_DEVICE=cuda timeout -s INT "$1" $PYTHON -m pytest -q -p no:cacheprovider -n 16 --dist worksteal --maxfail 60 \
         -o filterwarnings=default --tb=short -rf --junitxml "$OUT/tests.xml" tests/test_prefix_attn.py \
-        tests/test_dropout.py tests/test_triton.py tests/test_qkvpacked.py tests/test_gpt2.py tests/test_gpt2_train.py
+        tests/test_dropout.py tests/test_triton.py tests/test_qkvpacked.py \
+        tests/test_reparam.py tests/test_optim.py tests/test_gpt2.py tests/test_gpt2_train.py
 }
 
 gate() {
@@ -84,6 +85,13 @@ whole() {
     local options=(--minutes "$(minutes_of "$1")" --out "$OUT/whole_step.json")
     [ $dry = 0 ] || options+=(--dry-run)
     $PYTHON bench/whole_step.py "${options[@]}"
+}
+
+reparam() {
+    local options=(--device gpu --out "$OUT/reparam.json")
+    [ $dry = 0 ] || options+=(--quick)
+    $PYTHON -m pytest -q -p no:cacheprovider bench/bench_reparam.py "${options[@]}" &&
+        $PYTHON bench/plot_reparam.py "$OUT/reparam.json"
 }
 
 sanitize() {
@@ -131,7 +139,7 @@ for section in "${sections[@]}"; do
     echo "== $section (at most ${seconds} s of $((end - SECONDS)))"
     began=$SECONDS
     # a shell of its own, so that a limit can end it whole
-    export -f build verdicts tests gate micro whole sanitize tune minutes_of
+    export -f build verdicts tests gate micro whole reparam sanitize tune minutes_of
     export dry PYTHON
     timeout -k 10 $((seconds + 15)) bash -uo pipefail -c "$section $seconds"
     status=$?

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, _status_kib
-from reparam_cases import CASES, WAYS
+from reparam_cases import CASES, WAYS, Step
 
 
 def of(way: str, case: str) -> dict[str, float]:
@@ -31,6 +31,25 @@ def of(way: str, case: str) -> dict[str, float]:
     return found
 
 
+def on_gpu(step: Step) -> dict[str, float]:
+    """The same by the allocator's own count, in this process."""
+    for _ in range(2):
+        step()
+    step.optimizer.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return {"step_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1), "moments_mib": moments(step)}
+
+
+def moments(step: Step) -> float:
+    state = step.optimizer.state.values()
+    tensors = [t for entry in state for t in entry.values() if isinstance(t, torch.Tensor)]
+    return round(sum(t.nbytes for t in tensors) / 2**20, 1)
+
+
 def measure(way: str, case: str) -> dict[str, float]:
     step = WAYS[way](CASES[case], "cpu")
     for _ in range(2):
@@ -42,12 +61,7 @@ def measure(way: str, case: str) -> dict[str, float]:
     before = _status_kib("VmRSS")
     step()
     peak = _status_kib("VmHWM")
-    state = step.optimizer.state.values()
-    tensors = [t for entry in state for t in entry.values() if isinstance(t, torch.Tensor)]
-    return {
-        "step_mib": round((peak - before) / 1024, 1),
-        "moments_mib": round(sum(t.nbytes for t in tensors) / 2**20, 1),
-    }
+    return {"step_mib": round((peak - before) / 1024, 1), "moments_mib": moments(step)}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import prefixattn
+
 IGNORED = -100  # label of a position without loss
 SEED = 101
 
@@ -64,8 +66,11 @@ class Family(ABC):
     def sizes(self) -> dict[str, int]:
         """layers, heads, width."""
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0)
+    def optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
+        """AdamW; for a prefix of ours the one that does without the network's large gradient."""
+        ours = isinstance(trained, prefixattn.Prefix)
+        optimizer: Any = prefixattn.FactoredAdamW if ours else torch.optim.AdamW
+        return optimizer(trained if ours else trained.parameters(), lr=5e-5, weight_decay=0.0)  # type: ignore[no-any-return]
 
     def frozen(self, device: str, dtype: torch.dtype) -> nn.Module:
         """A model of the same weights each time."""
@@ -230,8 +235,10 @@ class ViT(Family):
     def attentions(self, model: Any) -> list[nn.Module]:
         return [layer.attention for layer in model.vit.layers]
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+    def optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
+        ours = isinstance(trained, prefixattn.Prefix)
+        optimizer: Any = prefixattn.FactoredSGD if ours else torch.optim.SGD
+        return optimizer(trained if ours else trained.parameters(), lr=0.01, momentum=0.9)  # type: ignore[no-any-return]
 
 
 class TimmViT(ViT):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from prefixattn import __version__, backends, guard
+from prefixattn.reparam import functional as reparam
+from prefixattn.reparam import guard as reparam_guard
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -17,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     width = max(map(len, backends.NAMES))
     for name, reasons in backends.here().items():
         print(f"  {name:{width}}  " + ("no: " + "; ".join(reasons) if reasons else "works"))
+    for name, reasons in reparam.here().items():
+        print(f"  reparameterize, {name:{width}}  " + ("no: " + "; ".join(reasons) if reasons else "works"))
     if not options.no_verdicts and torch.cuda.is_available() and not backends.here()["triton"]:
         print_verdicts(torch.device("cuda", torch.cuda.current_device()))
 
@@ -34,7 +38,11 @@ def print_verdicts(device: torch.device) -> None:
                 if words := guard.verdict((kind, device, dtype, D)):
                     wrong[kind] = words
             said = "; ".join(f"{name}: {words}" for name, words in wrong.items()) or "agrees"
-            print(f"    {str(dtype).removeprefix('torch.'):8}  head size {D:3}  {said}")
+            print(f"    {str(dtype).removeprefix('torch.'):8}  head size {D:3}  {said}", flush=True)
+        kinds = [kind for kind, dtypes in reparam_guard.KINDS.items() if dtype in dtypes]
+        wrong = {kind: words for kind in kinds if (words := reparam_guard.verdict((kind, device, dtype)))}
+        said = "; ".join(f"{name}: {words}" for name, words in wrong.items()) or "agrees"
+        print(f"    {str(dtype).removeprefix('torch.'):8}  reparameterization  {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 def reparam_backend(request: pytest.FixtureRequest) -> str:
     """The same for the reparameterization."""
     name: str = request.param
+    if name == "cpu" and DEVICE != "cpu":
+        pytest.skip(f"cpu: the tests run on {DEVICE}")
     if reasons := reparam.here()[name]:
         pytest.skip(f"{name}: " + "; ".join(reasons))
     return name

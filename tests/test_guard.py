@@ -9,6 +9,7 @@ import torch
 
 from prefixattn import __main__, backends, guard, prefix_attention, reference, triton
 from prefixattn.kernels import table
+from prefixattn.reparam import guard as reparam_guard
 from prefixattn.testing import make_inputs, ours
 
 if reasons := backends.here()["triton"]:
@@ -228,8 +229,12 @@ def test_the_command_prints_verdicts(capsys: pytest.CaptureFixture[str], monkeyp
         "_try",
         lambda case: "out differ from the reference" if case[0].startswith("bwd") and case[3] == 128 else "",
     )
+    monkeypatch.setattr(reparam_guard, "_try", lambda kind, *case: "w differs" if kind == "sgd" else "")
+    monkeypatch.setattr(reparam_guard, "verdicts", {})
     with pytest.warns(RuntimeWarning):
         __main__.print_verdicts(CPU)
     said = capsys.readouterr().out
     assert "bfloat16  head size  64  agrees" in said
+    assert "float16   reparameterization  agrees" in said
+    assert "float32   reparameterization  sgd: w differs" in said
     assert "float32   head size 128  bwd_short: out differ from the reference; bwd: out differ" in said

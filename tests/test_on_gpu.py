@@ -18,7 +18,7 @@ import timing_gpu
 from peers import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ["build", "verdicts", "tests", "gate", "micro", "whole", "sanitize", "tune"]
+SECTIONS = ["build", "verdicts", "tests", "gate", "micro", "whole", "reparam", "sanitize", "tune"]
 
 if shutil.which("bash") is None:
     pytest.skip("bash is not installed", allow_module_level=True)
@@ -45,6 +45,7 @@ def test_every_section_can_be_tried_without_a_gpu(tmp_path: Path) -> None:
     assert {r["pass"] for r in rows if r["role"] == "ours"} == {"fwd", "fwd+bwd", "prefix grads"}
     assert "packed" in (tmp_path / "micro.md").read_text()
     assert json.loads((tmp_path / "whole_step.json").read_text())["rows"]
+    assert "tiny interleaved" in (tmp_path / "reparam.md").read_text()
 
 
 def test_a_section_that_fails_stops_no_other_and_shows_in_the_status(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import plot
 import plot_gpu
+import plot_reparam
 import plot_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,12 @@ def test_table_to_text_is_the_records() -> None:
     assert [row[0] for row in rows] == ["frozen", "deep", "simple", "none", "deep-all", "original"]
     for name, *cells in rows:
         assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in README
+
+
+def test_the_networks_tables_are_the_records() -> None:
+    result = record("bench/results/reparam-cpu-amd-epyc-2-threads.json")
+    for line in plot_reparam.times(result) + plot_reparam.memory(result):
+        assert line in README
 
 
 def test_gpu_tables_are_the_records() -> None:

@@ -15,7 +15,9 @@ from prefixattn.reparam import reference, sweep, triton
 from prefixattn.reparam.reference import Form
 
 Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of the bank, or of the moments
-KINDS = "fwd", "bwd", "adamw", "sgd", "dh"
+_BANKS = torch.bfloat16, torch.float16, torch.float32
+_MOMENTS = torch.bfloat16, torch.float32
+KINDS = {"fwd": _BANKS, "bwd": _BANKS, "adamw": _MOMENTS, "sgd": _MOMENTS, "dh": (torch.float32,)}
 verdicts: dict[Case, str] = {}  # what was wrong, or ""
 _LENGTHS = 5, 40  # P: less than a tile of rows, and more
 _FORM = Form(2, 2, 16, False, "tanh")
