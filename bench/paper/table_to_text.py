@@ -43,6 +43,7 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     checkpoint_every: int = 200
+    moments: str | tuple[str, str] = "float32"  # of FactoredAdamW; "torch": torch.optim.AdamW instead
 
 
 @dataclass
@@ -107,8 +108,8 @@ def steps_of(n: int, schedule: Schedule) -> int:
 def build_optimizer(method: Method, schedule: Schedule) -> torch.optim.Optimizer:
     """AdamW on what is trained; for a prefix of this library without the gradient of the network's large matrix."""
     options = {"lr": schedule.lr, "betas": schedule.betas, "eps": schedule.eps, "weight_decay": 0.0}
-    if isinstance(method.prefix, prefixattn.Prefix):
-        return prefixattn.FactoredAdamW(method.prefix, **options)
+    if isinstance(method.prefix, prefixattn.Prefix) and schedule.moments != "torch":
+        return prefixattn.FactoredAdamW(method.prefix, moments=schedule.moments, **options)
     return torch.optim.AdamW([p for p in method.prefix.parameters() if p.requires_grad], **options)
 
 
