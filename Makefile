@@ -19,7 +19,7 @@ demo: build
 	$(PY) bench/paper/e2e.py --preset demo
 
 test: build
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist worksteal
 
 bench: build
 	$(PY) -m pytest bench/bench_prefix_attn.py

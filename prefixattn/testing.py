@@ -298,6 +298,13 @@ def suited(backend: str, inputs: Inputs) -> tuple[Inputs, str]:
     return inputs, words
 
 
+def known_from_float32(backend: str, dtype: torch.dtype) -> str:
+    """Why a test of this type says nothing new, or "": Triton's interpreter has no bfloat16 of its own."""
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        return "triton: interpreted, bfloat16 is float32 inside; test_shapes has both"
+    return ""
+
+
 def round_products_once() -> None:
     """Triton's interpreter multiplies tiles in float64 from here on.
 

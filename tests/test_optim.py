@@ -101,7 +101,8 @@ def test_groups_and_a_schedule() -> None:
     ours = FactoredAdamW(groups(net, [net, head]), **ADAMW)
     made = [ours]
     for other, beside in zip((theirs, exact), heads, strict=True):
-        made.append(torch.optim.AdamW(groups(other, [other.parameters(), beside.parameters()]), **ADAMW))
+        pair = groups(other, [other.parameters(), beside.parameters()])
+        made.append(torch.optim.AdamW(pair, **ADAMW, fused=True))
     for one, optimizer, beside in zip((net, theirs, exact), made, (head, *heads), strict=True):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (i % 7 + 1) / 5)
         for _ in range(60):

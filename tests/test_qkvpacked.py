@@ -18,6 +18,7 @@ from prefixattn.testing import (
     Shape,
     assert_all_as_accurate,
     exact,
+    known_from_float32,
     make_inputs,
     ours_packed,
     packed,
@@ -58,6 +59,8 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, feature", [(s, "causal") for s in PACKABLE] + [("ragged", f) for f in APPLICABLE])
 def test_equals_prefix_attention_on_the_views(backend: str, shape: str, feature: str, dtype: str) -> None:
+    if words := known_from_float32(backend, DTYPES[dtype]):
+        pytest.skip(words)
     inputs = packed(taken(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature])))
     assert_equal(ours_packed(inputs, backend), ours_by_views(inputs, backend))
 
@@ -65,6 +68,8 @@ def test_equals_prefix_attention_on_the_views(backend: str, shape: str, feature:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, feature", [(s, "plain") for s in PACKABLE] + [("ragged", f) for f in APPLICABLE])
 def test_against_float64(backend: str, shape: str, feature: str, dtype: str) -> None:
+    if words := known_from_float32(backend, DTYPES[dtype]):
+        pytest.skip(words)
     inputs = taken(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature]))
     found = ours_packed(packed(inputs), backend)
     found |= {"d" + name: grad for name, grad in parts(found.pop("dqkv")).items()}

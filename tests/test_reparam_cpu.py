@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixattn.reparam import functional, sweep
+from prefixattn.reparam import functional, moments8, sweep
+from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.reparam.testing import FEATURES, SHAPES, Shape, exact, from_module, make_inputs, ours, same_dtype
 from prefixattn.testing import assert_all_as_accurate
 
@@ -123,6 +124,120 @@ def test_moments_in_bfloat16(name: str, size: tuple[int, int, int, int]) -> None
     assert (found["w"] - plain["w"]).abs().max() < ADAMW["lr"] / 4
 
 
+def kept(values: Tensor, form: str, signed: bool, step: int = 0) -> Any:
+    """A moment [G, O, M] as the optimizer keeps it."""
+    if form != "8bit":
+        return values.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[form])
+    G, O, M = values.shape
+    made = Moment8(values.new_empty(G, O, M, dtype=torch.uint8), values.new_empty(G, O, -(-M // BLOCK)), signed)
+    for g in range(G):
+        made.encode(g, slice(0, O), values[g], step)
+    return made
+
+
+def numbers(moment: Any) -> Tensor:
+    if not isinstance(moment, Moment8):
+        return moment.float()  # type: ignore[no-any-return]
+    return torch.stack([moment.decode(g, slice(0, moment.code.shape[1])) for g in range(len(moment.code))])
+
+
+def moments_before(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a run, of very different sizes in a row and between rows; some are zero."""
+    generator = torch.Generator().manual_seed(1)
+    m, v, size, row = (torch.randn(w.shape, generator=generator) for _ in range(4))
+    m = m * torch.exp(2 * size) * torch.exp(3 * row[:, :, :1])
+    v = v.square() * torch.exp(4 * size) * torch.exp(6 * row[:, :, :1])
+    m[:, ::5], v[:, ::7] = 0, 0
+    return m, v
+
+
+def one_step(
+    module: Any, size: tuple[int, int, int, int], forms: tuple[str, str], step: int = 7
+) -> tuple[Tensor, Any, Any, Tensor]:
+    w, h, dy = sweep_inputs(size)
+    h[:, :, 2 * size[3] // 3 :] = 0  # a part of the gradient that is zero
+    first, second = (kept(t, form, i == 0) for i, (t, form) in enumerate(zip(moments_before(w), forms, strict=True)))
+    options = {**ADAMW, "step": step, "grad_scale": 0.5, "want_dh": True}
+    return w, first, second, module.adamw_sweep(w, first, second, h, dy, **options)
+
+
+def code_of(moment: Moment8) -> Tensor:
+    return moment.code.to(torch.int16)
+
+
+def assert_codes_are_right(found: Moment8, plain: Moment8, exact: Tensor, step: int) -> None:
+    """Equal; or a step apart, where `exact`, the moment before it is rounded, lies at the edge that the coin drew."""
+    torch.testing.assert_close(found.scale, plain.scale, rtol=1e-5, atol=0)
+    apart = code_of(found) - code_of(plain)
+    assert apart.abs().max() <= 1
+    G, O, M = exact.shape
+    most = 127 if found.signed else 255
+    share = (exact.abs() if found.signed else exact.sqrt()) / plain.scale.repeat_interleave(BLOCK, -1)[..., :M]
+    square = torch.where(exact == 0, 0, share) * most**2
+    power = 1 if found.signed else 2
+    low = square.sqrt().floor()
+    drawn = (square**power - low ** (2 * power)) / ((low + 1) ** (2 * power) - low ** (2 * power))
+    start = torch.arange(G * O)[:, None] * M
+    off = (drawn - moments8._coin(start, M, step, found.signed).view(G, O, M)).abs()
+    off = torch.minimum(off, 1 - off)  # a number just below a code and just above it
+    assert (off[apart != 0] < 1e-3).all()
+    assert (apart != 0).float().mean() < 1e-3
+
+
+EDGES = {("8bit", "8bit"), ("8bit", "float32"), ("bfloat16", "8bit"), ("float32", "bfloat16"), ("8bit", "bfloat16")}
+BLOCKS = [*SWEEPS, (1, 10, 130, 513), (2, 3, 9, 255), (1, 21, 150, 777), (1, 16, 70, 600), (1, 40, 30, 256)]
+
+
+@pytest.mark.parametrize("size", BLOCKS, ids=str)
+@pytest.mark.parametrize("forms", [*sorted(EDGES), ("bfloat16", "float32")], ids=str)
+@pytest.mark.parametrize("name", FLOAT32_ISAS)
+def test_moments_of_two_kinds(name: str, forms: tuple[str, str], size: tuple[int, int, int, int]) -> None:
+    plain = one_step(sweep, size, forms)
+    with isa(name):
+        found = one_step(cpu, size, forms)
+    w, h, dy = (t.double() for t in sweep_inputs(size))
+    h[:, :, 2 * size[3] // 3 :] = 0
+    before = [numbers(kept(t, form, i == 0)).double() for i, (t, form) in enumerate(zip(moments_before(w), forms))]  # noqa: B905
+    sweep.adamw_sweep(w, *before, h, dy, **ADAMW, step=7, grad_scale=0.5, want_dh=False)
+    for i, form in enumerate(forms, 1):
+        if form == "8bit":
+            assert_codes_are_right(found[i], plain[i], before[i - 1], 7)
+        else:
+            rtol, scale = {"float32": 1e-5, "bfloat16": 2**-6}[form], before[i - 1].abs().amax(-1, keepdim=True)
+            assert ((found[i] - before[i - 1]).abs() <= rtol * before[i - 1].abs() + 1e-6 * scale).all()
+    torch.testing.assert_close(found[0].double(), w, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[3], plain[3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FLOAT32_ISAS)
+def test_codes_of_any_values(name: str) -> None:
+    """With betas of one and no gradient a step reads codes and writes the same: their values lie on codes."""
+    generator = torch.Generator().manual_seed(0)
+    for M in (1, 100, 256, 300):
+        w, h, dy = torch.randn(1, 9, M, generator=generator), torch.zeros(1, 2, M), torch.zeros(1, 2, 9)
+        size = torch.logspace(-33, 20, 9)[None, :, None]
+        first, second = (kept(t, "8bit", i == 0) for i, t in enumerate((w * size, (w * size.clamp(min=1e-12)).square())))
+        before = numbers(first), numbers(second)
+        options: dict[str, Any] = {**ADAMW, "beta1": 1 - 1e-12, "beta2": 1 - 1e-12, "step": 3}
+        with isa(name):
+            cpu.adamw_sweep(w, first, second, h, dy, **options, grad_scale=1.0, want_dh=False)
+        for moment, old in zip((first, second), before, strict=True):
+            new = numbers(moment)
+            assert torch.equal(new == 0, old == 0)
+            assert (new - old).abs().le(0.04 * old.abs() + 1e-30).float().mean() > 0.99
+
+
+def test_a_small_value_keeps_a_code() -> None:
+    w, h, dy = torch.zeros(1, 2, 300), torch.zeros(1, 1, 300), torch.ones(1, 1, 2)
+    h[..., 0], h[..., 1] = 1.0, 1e-18
+    for name in FLOAT32_ISAS:
+        moments = kept(w, "8bit", True), kept(w, "8bit", False)
+        with isa(name):
+            cpu.adamw_sweep(w.clone(), *moments, h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=False)
+        assert moments[1].code[0, 0].tolist() == [255, 1, *[0] * 298]
+        assert moments[0].code[0, 0, 0] == 254 and moments[0].code[0, 0, 2:].eq(127).all()
+
+
 @pytest.mark.parametrize("form", SGD)
 @pytest.mark.parametrize("name", FLOAT32_ISAS)
 def test_sgd_equals_the_definition(name: str, form: str) -> None:
@@ -151,7 +266,12 @@ def test_bits_do_not_depend_on_threads(size: tuple[int, int, int, int]) -> None:
         with threads(n):
             dh = cpu.adamw_sweep(w, *state, h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
             assert torch.equal(cpu.dh_only(sweep_inputs(size)[0], dy), dh)  # type: ignore[arg-type]
-        found.append((w, *state, dh))
+        state += [t for k in (True, False) for t in kept(torch.zeros_like(w), "8bit", k)[:2]]
+        w8 = sweep_inputs(size)[0]
+        with threads(n):
+            eight = Moment8(*state[2:4], True), Moment8(*state[4:6], False)
+            cpu.adamw_sweep(w8, *eight, h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
+        found.append((w, w8, *state, dh))
     for other in found[1:]:
         for t, first in zip(other, found[0], strict=True):
             assert torch.equal(t, first)  # type: ignore[arg-type]
@@ -172,10 +292,30 @@ def test_refusals_are_in_words() -> None:
     w, h, dy = sweep_inputs((1, 2, 8, 16))
     assert cpu.sweep_unsupported(w, w, w, h, dy) == []
     assert cpu.sweep_unsupported(w.double(), None, None, h, dy) == ["w is torch.float64; needs torch.float32"]
-    [reason] = cpu.sweep_unsupported(w, w.bfloat16(), w, h, dy)
-    assert reason == "exp_avg_sq is torch.float32; needs torch.bfloat16"
+    assert cpu.sweep_unsupported(w, w.bfloat16(), w.byte(), h, dy) == []
+    [reason] = cpu.sweep_unsupported(w, w, w.half(), h, dy)
+    assert reason == "exp_avg_sq is torch.float16; needs torch.float32 or torch.bfloat16 or torch.uint8"
+    [reason] = cpu.sweep_unsupported(w, w.byte(), None, h, dy)  # SGD's
+    assert reason == "exp_avg is torch.uint8; needs torch.float32 or torch.bfloat16"
     [reason] = cpu.sweep_unsupported(w.mT.contiguous().mT, None, None, h, dy)
     assert reason.startswith("w is not contiguous")
+    options: dict[str, Any] = {**ADAMW, "step": 1, "grad_scale": 1.0, "want_dh": False}
+    first, second = kept(torch.zeros_like(w), "8bit", True), kept(torch.zeros_like(w), "8bit", False)
+    wrong = {
+        r"exp_avg are codes without a scale": (first.code, second),
+        r"exp_avg_sq has signed=True": (first, first),
+        r"the scale of exp_avg is torch.float32 \[1, 8\], expected \[1, 8, 1\]": (
+            first._replace(scale=first.scale[..., 0]),
+            second,
+        ),
+        r"exp_avg_sq has shape \[1, 8, 8\], expected \[1, 8, 16\]": (
+            first,
+            second._replace(code=second.code[..., :8].contiguous()),
+        ),
+    }
+    for words, moments in wrong.items():
+        with pytest.raises(NotImplementedError, match=words):
+            cpu.adamw_sweep(w, *moments, h, dy, **options)
     with pytest.raises(NotImplementedError, match=r"dy has shape \[1, 2, 7\], expected \[1, 2, 8\]"):
         cpu.dh_only(w, dy[:, :, :7].contiguous())
     inputs = make_inputs("tiny", torch.float64)

@@ -45,7 +45,9 @@ def twin(net: DeepShare, dtype: torch.dtype = torch.float32) -> DeepShare:
 def targets(net: DeepShare, count: int = 7, seed: int = 5) -> Tensor:
     """A bank for each sample, [count, N, 2, Hkv, P, D]."""
     with torch.no_grad():
-        return torch.randn(count, *net().shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randn(count, *net().shape, generator=generator, device="cpu")
+        return drawn.to(torch.get_default_device())
 
 
 def loss(net: DeepShare, wanted: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def make_inputs(
     parameters: torch.dtype | None = None,  # float32, or float64 where the bank is
     seed: int = 0,
     grad: bool = True,
-    device: str = "cpu",
+    device: str | None = None,  # torch's default
     interleaved: bool = False,
     activation: str = "tanh",
     biases: tuple[bool, bool] = (True, True),
@@ -102,10 +102,11 @@ def make_inputs(
     G, P, E, M, n, Hkv, D = shape
     if parameters is None:
         parameters = torch.float64 if dtype == torch.float64 else torch.float32
-    generator = torch.Generator().manual_seed(seed)
+    device = device or torch.get_default_device().type
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        made = torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+        made = torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu") * scale
         return made.to(parameters)
 
     tensors = {

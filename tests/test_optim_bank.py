@@ -1,0 +1,195 @@
+"""The gradient of the bank on its way through a step: in place, in its own layout, and the bank itself gone."""
+
+import weakref
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reparam_memory
+from prefixattn import backends
+from prefixattn.optim import FactoredAdamW, FactoredSGD
+from prefixattn.optim.source import is_finite
+from prefixattn.optim.sweeps import choose
+from prefixattn.optim.testing import NETWORKS, loss, network, parameters, targets, train
+from prefixattn.reparam import reference, sweep
+from prefixattn.reparam.functional import here
+from prefixattn.reparam.reference import Form
+from reparam_cases import CASES
+
+NO_KERNELS = here()["cpu"]
+FORMS = {
+    "blocked": Form(3, 2, 20, False, "tanh"),
+    "interleaved": Form(2, 3, 24, True, "tanh"),
+    "one_head": Form(1, 1, 8, False, "tanh"),
+}
+
+
+@pytest.fixture(params=[row.name for row in backends.REPARAM if row.named])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """Each backend that can sweep here."""
+    w, h, dy = torch.zeros(1, 64, 8), torch.zeros(1, 2, 8), torch.zeros(1, 2, 64)
+    try:
+        return choose(request.param, w, w, w, h, dy)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("length", [3, 33])
+def test_sweeps_take_a_bank_or_its_rows(module: ModuleType, name: str, length: int) -> None:
+    form, G, M = FORMS[name], 2, 40
+    O = form.layers * 2 * form.kv_heads * form.head_dim
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    w, h = normal(G, O, M), normal(G, length, M)
+    dbank = normal(G * form.layers, 2, form.kv_heads, length, form.head_dim)
+    rows = reference.rows_of(dbank, form, G, torch.float32)
+    numbers: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}
+    adamw = {**numbers, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 1}
+    sgd = {**numbers, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "first": True}
+    found = []
+    for dy, its_form in ((dbank, form), (rows, None)):
+        made = [w.clone(), torch.zeros_like(w), torch.zeros_like(w), w.clone(), torch.zeros_like(w)]
+        made.append(module.adamw_sweep(*made[:3], h, dy, form=its_form, **adamw))
+        made.append(module.sgd_sweep(*made[3:5], h, dy, form=its_form, **sgd))
+        found.append(made)
+        assert module.sweep_unsupported(*made[:3], h, dy, its_form) == []
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    dh = [module.dh_only(w, dbank, form), module.dh_only(w, rows)]
+    torch.testing.assert_close(*dh, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(NO_KERNELS), reason="; ".join(NO_KERNELS))
+@pytest.mark.parametrize("kind", [FactoredAdamW, FactoredSGD])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_kernels_get_no_rows(name: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the step nor clipping turns the gradient round; b2's, which is one row, may be."""
+    turned: list[int] = []
+    rows_of = reference.rows_of
+    monkeypatch.setattr(
+        reference, "rows_of", lambda bank, *args: (turned.append(bank.shape[3]), rows_of(bank, *args))[1]
+    )
+    net = network(name, length=7)
+    optimizer = kind(net, max_norm=0.1, backend="cpu")
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(2):
+            loss(net, targets(net)).backward()
+        optimizer.step()
+    assert set(turned) <= {1}
+    net.up.weight.grad.to_dense()
+    assert 7 in turned, "nobody counted"
+
+
+def test_a_gradient_is_taken_and_not_copied() -> None:
+    net = network()
+    optimizer = FactoredAdamW(net)
+    left: list[int] = []
+    bank = net()
+    # before the optimizer's hook takes it away
+    bank.register_hook(lambda grad: left.append(grad.data_ptr()))
+    bank.square().sum().backward()
+    [(source, _)] = net.up.weight.grad.value.parts
+    assert left == [source.dbank.data_ptr()] and bank.grad is None
+    bank.square().sum().backward()
+    assert source.dbank.data_ptr() == left[0], "a micro-batch is added in place"
+    torch.testing.assert_close(source.dbank, 4 * bank.detach())
+    del optimizer
+
+
+@pytest.mark.parametrize("kind", [FactoredAdamW, FactoredSGD])
+def test_the_bank_is_gone_while_its_matrix_is_swept(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, wanted = network(), targets(network())
+    optimizer = kind(net, backend="reference")
+    alive: list[bool] = []
+    for name in ("adamw_sweep", "sgd_sweep"):
+        run = getattr(sweep, name)
+        monkeypatch.setattr(sweep, name, lambda *a, run=run, **k: (alive.append(bank() is not None), run(*a, **k))[1])
+    bank = weakref.ref(net())
+    train(net, optimizer, wanted, 1)
+    assert alive == [False]
+    stale = net()
+    train(net, optimizer, wanted, 1)
+    with pytest.raises(RuntimeError, match="changed between a forward pass and its backward pass"):
+        stale.sum().backward()
+
+
+def test_a_bank_stays_where_nothing_changes() -> None:
+    """Of a network without gradients, and in a step that is skipped."""
+    one, other = network(), network(seed=1)
+    optimizer = FactoredAdamW([one, other])
+    banks = one(), other()
+    banks[0].sum().backward()
+    optimizer.step()
+    assert other() is banks[1] and one() is not banks[0]
+    banks[1].sum().backward()
+    (one() * float("inf")).sum().backward()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    assert other() is banks[1]
+
+
+@pytest.mark.skipif(bool(NO_KERNELS), reason="; ".join(NO_KERNELS))
+@pytest.mark.parametrize("kind", [FactoredAdamW, FactoredSGD])
+def test_a_refused_network_stops_the_step_before_another_is_changed(kind: Any) -> None:
+    nets = [network(), network(seed=1, dtype=torch.float64)]  # which the kernels refuse
+    optimizer = kind(nets, lr=1e-2, backend="cpu")
+    before = [parameters(net) for net in nets]
+    for net in nets:
+        loss(net, targets(net)).backward()
+    with pytest.raises(NotImplementedError, match=r"no backend for w \[1, 96, 12\] torch.float64"):
+        optimizer.step()
+    for net, old in zip(nets, before, strict=True):
+        assert all(torch.equal(old[name], p) for name, p in net.named_parameters())
+    assert not any(t.any() for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    optimizer.backend = "auto"
+    optimizer.step()
+    alone = network()
+    fresh = kind(alone, lr=1e-2)
+    loss(alone, targets(alone)).backward()
+    fresh.step()
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), alone.parameters(), strict=True))
+
+
+FINITE = {
+    "ordinary": (torch.ones(7), True),
+    "empty": (torch.ones(0), True),
+    "its sum overflows": (torch.full((2, 8), 3e38), True),
+    "half": (torch.full((40, 40), 6e4, dtype=torch.float16), True),
+    "nan": (torch.tensor([1.0, float("nan")]), False),
+    "inf": (torch.tensor([float("inf"), 1.0]), False),
+    "both": (torch.tensor([float("inf"), -float("inf")]), False),
+}
+
+
+@pytest.mark.parametrize("what", FINITE)
+def test_finite(what: str) -> None:
+    t, expected = FINITE[what]
+    found = is_finite(t)
+    assert found.shape == () and bool(found) == expected
+
+
+def test_large_numbers_are_no_reason_to_skip() -> None:
+    net = network()
+    optimizer = FactoredSGD(net, lr=1e-38, backend="reference")
+    (net() * 1e37).sum().backward()
+    ((source, _),) = net.up.weight.grad.value.parts
+    assert source.dbank.sum().isinf()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.skipif(bool(NO_KERNELS), reason="; ".join(NO_KERNELS))
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's VmHWM")
+def test_a_step_needs_less_than_a_twentieth_of_the_matrix() -> None:
+    """GPT-2 medium with ten rows: 96 MiB, beside which the bank and its gradient have 2 MiB each, as has w1's."""
+    case = "gpt2-medium P10"
+    found = reparam_memory.of("ours", case)["step_mib"]
+    assert found < 0.05 * CASES[case].matrix_bytes / 2**20
