@@ -9,6 +9,7 @@ the first way that is not finished.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def run(way: str, data: e2e_data.Data, options: argparse.Namespace) -> tuple[dic
     row = {
         "way": way,
         "dev_loss": t2t.mean_token_loss(method, dev, BATCH, pad, device),
+        "steps": len(done.losses),
         "last_100_loss": sum(done.losses[-100:]) / len(done.losses[-100:]),
         "seconds_per_step": done.seconds_per_step,
         "losses": thinned(done.losses),
@@ -69,9 +71,9 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="at most: an epoch of the data may be shorter")
     parser.add_argument("--dev", type=int, default=500, help="dev rows for the dev loss")
-    parser.add_argument("--data", help="as of e2e.py")
+    parser.add_argument("--data", default=os.environ.get("PREFIXATTN_DATA"), help="or PREFIXATTN_DATA, as of e2e.py")
     parser.add_argument("--model", type=Path, default=HERE / "backbone")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "moments.json")
     options = parser.parse_args()
