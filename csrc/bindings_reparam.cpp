@@ -31,12 +31,14 @@ class Reader {  // of a tuple, in its order
     void all(T &...x) {
         (read(x), ...);
     }
+    bool more() const { return i_ < tuple_.size(); }
 
   private:
     const py::tuple &tuple_;
     size_t i_ = 0;
 };
 
+void read_moment(const py::tuple &t, KeptMoment &m) { Reader(t).all(m.data, m.scale, m.format); }
 void read_sizes(const py::tuple &t, ReparamSizes &s) { Reader(t).all(s.G, s.P, s.O, s.M, s.threads); }
 void read_form(const py::tuple &t, BankForm &f) { Reader(t).all(f.layers, f.kv_heads, f.head_dim, f.interleaved); }
 
@@ -65,7 +67,10 @@ void fwd(const py::tuple &sizes, const py::tuple &form, int dtype, const py::tup
 SweepParams sweep_params(const py::tuple &sizes, const py::tuple &tensors, float grad_scale) {
     SweepParams p{};
     read_sizes(sizes, p);
-    Reader(tensors).all(p.h, p.dy, p.w, p.dh, p.workspace);
+    Reader reader(tensors);
+    reader.all(p.h, p.dy, p.w, p.dh, p.workspace);
+    p.dy_is_bank = reader.more();
+    if (p.dy_is_bank) reader.all(p.form.layers, p.form.kv_heads, p.form.head_dim, p.form.interleaved, p.dtype);
     p.grad_scale = grad_scale;
     return p;
 }
@@ -89,22 +94,24 @@ void dh(const py::tuple &sizes, const py::tuple &tensors) {
     kernels().sweep(p);
 }
 
-void adamw(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &moments,
-           const py::tuple &numbers) {
+void adamw(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &exp_avg,
+           const py::tuple &exp_avg_sq, const py::tuple &numbers, uint32_t salt) {
     SweepParams p = sweep_params(sizes, tensors, grad_scale);
     p.rule = SweepRule::kAdamW;
-    Reader(moments).all(p.moment1, p.moment2, p.moment_dtype);
+    read_moment(exp_avg, p.moment1);
+    read_moment(exp_avg_sq, p.moment2);
+    p.salt = salt;
     Reader(numbers).all(p.one_minus_beta1, p.beta2, p.one_minus_beta2, p.eps, p.step_size, p.inverse_sqrt_correction2,
                         p.decay);
     const py::gil_scoped_release nogil;
     kernels().sweep(p);
 }
 
-void sgd(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &moments,
+void sgd(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &buffer,
          const py::tuple &numbers) {
     SweepParams p = sweep_params(sizes, tensors, grad_scale);
     p.rule = SweepRule::kSgd;
-    Reader(moments).all(p.moment1, p.moment_dtype);
+    read_moment(buffer, p.moment1);
     Reader(numbers).all(p.lr, p.momentum, p.one_minus_dampening, p.weight_decay, p.nesterov, p.first);
     const py::gil_scoped_release nogil;
     kernels().sweep(p);

@@ -29,6 +29,14 @@ struct ReparamFwdParams : ReparamSizes {
     void *bank;  // [G * layers, 2, kv_heads, P, head_dim]
 };
 
+enum class MomentFormat : int { kFloat32 = 0, kBFloat16 = 1, kEightBit = 2 };
+
+struct KeptMoment {
+    void *data;           // [G, O, M]; null: not kept
+    float *scale;         // kEightBit: [G, O, ceil(M / 256)]
+    MomentFormat format;  // kEightBit: prefixattn/reparam/moments8.py
+};
+
 enum class SweepRule : int { kNone = 0, kDense = 1, kAdamW = 2, kSgd = 3 };
 
 // One read of the matrix: dh from the old values and, by the rule, what becomes of the gradient dy^T h.
@@ -46,11 +54,11 @@ struct SweepParams : ReparamSizes {
     // kDense, outputs
     float *dw;  // [G, O, M] or null
     float *db;  // [G, O] or null
-    // kAdamW: exp_avg and exp_avg_sq, kSgd: momentum_buffer or null, [G, O, M]
-    void *moment1, *moment2;
-    DType moment_dtype;  // kFloat32 or kBFloat16
+    // kAdamW: exp_avg and exp_avg_sq; kSgd: momentum_buffer or null, not of 8 bits
+    KeptMoment moment1, moment2;
     // kAdamW
     float one_minus_beta1, beta2, one_minus_beta2, eps, step_size, inverse_sqrt_correction2, decay;
+    uint32_t salt;  // of the coin by which 8 bits are rounded
     // kSgd
     float lr, momentum, one_minus_dampening, weight_decay;
     bool nesterov, first;

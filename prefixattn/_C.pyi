@@ -17,7 +17,9 @@ def set_isa(name: str) -> None: ...
 def openmp_runtime() -> str: ...
 
 _Sizes = tuple[int, int, int, int, int]  # G, P, O, M, threads
-_Sweep = tuple[int, int, int, int, int]  # addresses: h, dy, w, dh, workspace
+# addresses: h, dy, w, dh, workspace; where dy is the gradient of a bank, that bank's form and its type
+_Sweep = tuple[int, int, int, int, int] | tuple[int, int, int, int, int, int, int, int, bool, int]
+_Kept = tuple[int, int, int]  # struct KeptMoment: addresses of numbers and scale, format
 _BankForm = tuple[int, int, int, bool]  # layers, kv_heads, head_dim, interleaved
 
 def reparam_fwd_workspace(sizes: _Sizes) -> int: ...
@@ -29,13 +31,15 @@ def reparam_adamw(
     sizes: _Sizes,
     tensors: _Sweep,
     grad_scale: float,
-    moments: tuple[int, int, int],
+    exp_avg: _Kept,
+    exp_avg_sq: _Kept,
     numbers: tuple[float, float, float, float, float, float, float],
+    salt: int,
 ) -> None: ...
 def reparam_sgd(
     sizes: _Sizes,
     tensors: _Sweep,
     grad_scale: float,
-    moments: tuple[int, int],
+    momentum_buffer: _Kept,
     numbers: tuple[float, float, float, float, bool, bool],
 ) -> None: ...

@@ -211,6 +211,10 @@ class DeepShare(nn.Module):
             known.banks[dtype] = bank
         return known.banks[dtype]
 
+    def forget(self) -> None:
+        """Frees the leaf, for parameters are about to change; a backward pass through it raises from now on."""
+        self._last = None
+
     def _known(self) -> "_Known":
         parameters = self.parameters_in_order()
         if self._last is None or not self._last.holds(parameters):

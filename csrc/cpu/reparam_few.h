@@ -12,13 +12,13 @@ struct FewRows {
     float *dh;             // [P][ld]
     const float *dy;       // [P][kSweepBlock], from the first of R rows of the matrix on
     const float *w;        // the first row
-    int64_t at;            // where it lies in the matrix
+    int64_t row;           // which it is
     int64_t prefetch_end;  // of the matrix: nothing is asked for from here on
 };
 
 // One vector of R rows of the matrix; n < VL: the last, of n numbers.
 template <class Rule, int R, bool kDh>
-inline void few_rows_step(const FewRows &s, const Rule &rule, int64_t m, int n) {
+__attribute__((always_inline)) inline void few_rows_step(const FewRows &s, const Rule &rule, int64_t m, int n) {
     vf g[R], w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -42,25 +42,32 @@ inline void few_rows_step(const FewRows &s, const Rule &rule, int64_t m, int n) 
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) rule(g[r], w[r], s.at + r * s.M + m, n);
+    for (int r = 0; r < R; ++r)
+        rule(g[r], w[r], (s.row + r) * s.M + m, n, r * kMomentBlock + (int)(m % kMomentBlock));
 }
 
-// Lanes begin .. end of R rows; the R rows after them are asked for.
+// Lanes begin .. end of R rows, begin the start of a block; the R rows after them are asked for.
 template <class Rule, int R, bool kDh>
 void few_rows(const FewRows &s, const Rule &rule, int64_t begin, int64_t end) {
-    int64_t m = begin;
-    for (; m + VL <= end; m += VL) {
+    const int64_t at = s.row * s.M;
+    for (int64_t m = begin; m < end;) {
+        const int64_t first = m, stop = Rule::kBlocks && end - m > kMomentBlock ? m + kMomentBlock : end;
+        for (int r = 0; r < R; ++r) rule.open(r, s.row + r, first, (int)(stop - first));
+        for (; m + VL <= stop; m += VL) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const int64_t ahead = (R + r) * s.M + m;
-            if (s.at + ahead < s.prefetch_end) {
-                prefetch(s.w + ahead);
-                rule.prefetch_at(s.at + ahead);
+            for (int r = 0; r < R; ++r) {
+                const int64_t ahead = (R + r) * s.M + m;
+                if (at + ahead < s.prefetch_end) {
+                    prefetch(s.w + ahead);
+                    rule.prefetch_at(at + ahead);
+                }
             }
+            few_rows_step<Rule, R, kDh>(s, rule, m, VL);
         }
-        few_rows_step<Rule, R, kDh>(s, rule, m, VL);
+        if (m < stop) few_rows_step<Rule, R, kDh>(s, rule, m, (int)(stop - m));
+        m = stop;
+        for (int r = 0; r < R; ++r) rule.close(r, s.row + r, first, (int)(stop - first));
     }
-    if (m < end) few_rows_step<Rule, R, kDh>(s, rule, m, (int)(end - m));
 }
 
 }  // namespace PA_ISA

@@ -11,6 +11,7 @@ namespace PA_ISA {
 template <class Rule>
 class Sweep {
     static constexpr int kTileRows = 12;  // of a tile's gradient that are made and used together
+    static constexpr int kGroup = Rule::kBlocks ? kMomentBlock / kPanel : 1;  // panels of a tile
 
   public:
     static void run(const SweepParams &p) {
@@ -29,7 +30,7 @@ class Sweep {
     }
 
     static Panels panels_of(const SweepParams &p) { return {p.M, p.P}; }
-    static bool few(const SweepParams &p) { return p.P <= kFewRows; }
+    static bool few(const SweepParams &p) { return p.P <= kFewSweepRows; }
 
     static void pack_hidden(void *context, int64_t unit) {
         const auto &p = *(const SweepParams *)context;
@@ -46,11 +47,11 @@ class Sweep {
         const int64_t blocks = (p.O + kSweepBlock - 1) / kSweepBlock;
         const int64_t begin = blocks * c / chunks, end = blocks * (c + 1) / chunks;
         const int64_t padded = p.P * row_floats(p.M);
-        const int64_t tiled = (kSweepBlock + kTileRows) * kPanel;
-        Arena arena(thread_scratch(sizeof(float) * (kSweepBlock * p.P + (few(p) ? padded : tiled)) + 64));
+        const int64_t tiled = kGroup * (kSweepBlock + kTileRows) * kPanel, floats = few(p) ? padded : tiled;
+        Arena arena(thread_scratch(sizeof(float) * (kSweepBlock * p.P + floats + Rule::kBuffer) + 2 * 64));
         float *dy = arena.take<float>(kSweepBlock * p.P);  // [P][kSweepBlock]
-        float *scratch = arena.take<float>(few(p) ? padded : tiled);
-        const Rule rule(p);
+        float *scratch = arena.take<float>(floats);
+        const Rule rule(p, arena.take<float>(Rule::kBuffer));
         const int64_t last = (g * p.O + at_most(p.O, (int)(end * kSweepBlock))) * p.M;
         for (int64_t block = begin; block < end; ++block) {
             const int64_t o = block * kSweepBlock;
@@ -80,22 +81,24 @@ class Sweep {
                      int64_t last) {
         // so many lanes that h and dh stay in L1 while the block's rows go by
         constexpr int64_t kL1 = 24 << 10;
-        const int64_t fit = kL1 / 8 / p.P / kPanel * kPanel, lanes = fit < p.M ? fit : p.M;
+        constexpr int64_t kWhole = kGroup * kPanel;
+        const int64_t fit = kL1 / 8 / p.P < kWhole ? kWhole : kL1 / 8 / p.P / kWhole * kWhole;
+        const int64_t lanes = fit < p.M ? fit : p.M;
         for (int64_t m = 0; m < p.M; m += lanes) {
             const int64_t stop = p.M - m < lanes ? p.M : m + lanes;
-            FewRows s{p.P, p.M, row_floats(p.M), hidden(p, g), dh, dy, nullptr, (g * p.O + o) * p.M, last};
+            FewRows s{p.P, p.M, row_floats(p.M), hidden(p, g), dh, dy, nullptr, g * p.O + o, last};
             int r = 0;
             const auto step = [&](int rows) {
                 r += rows;
                 s.dy += rows;
-                s.at += rows * p.M;
+                s.row += rows;
             };
-            for (; r + 4 <= n; step(4)) {
-                s.w = p.w + s.at;
-                few_rows<Rule, 4, kDh>(s, rule, m, stop);
+            for (; r + kRowsAtOnce <= n; step(kRowsAtOnce)) {
+                s.w = p.w + s.row * p.M;
+                few_rows<Rule, kRowsAtOnce, kDh>(s, rule, m, stop);
             }
             for (; r < n; step(1)) {
-                s.w = p.w + s.at;
+                s.w = p.w + s.row * p.M;
                 few_rows<Rule, 1, kDh>(s, rule, m, stop);
             }
         }
@@ -109,30 +112,50 @@ class Sweep {
 
     static void tiles(const SweepParams &p, const Rule &rule, int64_t g, int64_t c, int64_t o, int n, const float *dy,
                       float *tile, bool accumulate, int64_t last) {
-        float *old = tile, *gradient = tile + kSweepBlock * kPanel;
+        float *old = tile, *gradient = tile + kGroup * kSweepBlock * kPanel;  // [panel of the group][row][lane]
         const Panels panels = panels_of(p);
-        for (int64_t i = 0; i < panels.count(); ++i) {
-            const int used = panels.used(i), width = panels.width(i);
-            const int64_t at = (g * p.O + o) * p.M + panels.first(i);
-            // the next panel, or the first one of the next block, is asked for while this one is worked on
-            const int64_t ahead = i + 1 < panels.count() ? kPanel : n * p.M - panels.first(i);
-            copy_rows(p.w + at, p.M, n, used, old, width, width);
-            ask(at + ahead, n, p.M, last, [&](int64_t x) { prefetch(p.w + x); });
-            ask(at, at_most(n, kTileRows), p.M, last, [&](int64_t x) { rule.prefetch_at(x); });
-            if (p.dh)
-                gemm<Fp32, true>((int)p.P, width, n, {(const char *)dy, kSweepBlock * 4, 4}, old, width,
-                                 share(p, g, c) + panels.offset(i), width, accumulate);
+        const int64_t row = g * p.O + o;
+        for (int64_t first = 0; first < panels.count(); first += kGroup) {
+            const int group = at_most(panels.count() - first, kGroup);
+            for (int k = 0; k < group; ++k) {
+                const int64_t i = first + k, at = row * p.M + panels.first(i);
+                const int width = panels.width(i);
+                float *copy = old + k * kSweepBlock * kPanel;
+                // the next panel, or the first one of the next block, is asked for while this one is worked on
+                const int64_t ahead = i + 1 < panels.count() ? kPanel : n * p.M - panels.first(i);
+                copy_rows(p.w + at, p.M, n, panels.used(i), copy, width, width);
+                ask(at + ahead, n, p.M, last, [&](int64_t x) { prefetch(p.w + x); });
+                ask(at, at_most(n, kTileRows), p.M, last, [&](int64_t x) { rule.prefetch_at(x); });
+                if (p.dh)
+                    gemm<Fp32, true>((int)p.P, width, n, {(const char *)dy, kSweepBlock * 4, 4}, copy, width,
+                                     share(p, g, c) + panels.offset(i), width, accumulate);
+            }
             if (!Rule::kGradient) continue;
+            const int64_t begin = panels.first(first);
+            const int lanes = (int)(panels.first(first + group - 1) + panels.used(first + group - 1) - begin);
             for (int r0 = 0; r0 < n; r0 += kTileRows) {
                 const int rows = at_most(n - r0, kTileRows);
-                ask(at + (r0 + kTileRows) * p.M, at_most(n - r0 - rows, kTileRows), p.M, last,
-                    [&](int64_t x) { rule.prefetch_at(x); });
-                gemm<Fp32, false>(rows, width, (int)p.P, {(const char *)(dy + r0), 4, kSweepBlock * 4},
-                                  hidden(p, g) + panels.offset(i), width, gradient, width, false);
-                for (int r = 0; r < rows; ++r)
-                    for (int k = 0; k < used; k += VL)
-                        rule(vload(gradient + r * width + k), vload(old + (r0 + r) * width + k),
-                             at + (r0 + r) * p.M + k, at_most(used - k, VL));
+                for (int k = 0; k < group; ++k) {
+                    const int64_t i = first + k;
+                    const int width = panels.width(i);
+                    ask((row + r0 + kTileRows) * p.M + panels.first(i), at_most(n - r0 - rows, kTileRows), p.M, last,
+                        [&](int64_t x) { rule.prefetch_at(x); });
+                    gemm<Fp32, false>(rows, width, (int)p.P, {(const char *)(dy + r0), 4, kSweepBlock * 4},
+                                      hidden(p, g) + panels.offset(i), width, gradient + k * kTileRows * kPanel, width,
+                                      false);
+                }
+                for (int r = 0; r < rows; ++r) {
+                    rule.open(0, row + r0 + r, begin, lanes);
+                    for (int k = 0; k < group; ++k) {
+                        const int used = panels.used(first + k), width = panels.width(first + k);
+                        const float *gs = gradient + (k * kTileRows * kPanel + r * width);
+                        const float *ws = old + (k * kSweepBlock * kPanel + (r0 + r) * width);
+                        const int64_t at = (row + r0 + r) * p.M + panels.first(first + k);
+                        for (int x = 0; x < used; x += VL)
+                            rule(vload(gs + x), vload(ws + x), at + x, at_most(used - x, VL), k * kPanel + x);
+                    }
+                    rule.close(0, row + r0 + r, begin, lanes);
+                }
             }
         }
     }
@@ -196,16 +219,20 @@ class Sweep {
 };
 
 inline void reparam_sweep(const SweepParams &p) {
-    const bool wide = p.moment_dtype == DType::kFloat32;
+    using F = MomentFormat;
+    const F first = p.moment1.format, second = p.moment2.format;
     switch (p.rule) {
         case SweepRule::kNone:
             return Sweep<NoRule>::run(p);
         case SweepRule::kDense:
             return Sweep<DenseRule>::run(p);
         case SweepRule::kAdamW:
-            return wide ? Sweep<AdamWRule<float>>::run(p) : Sweep<AdamWRule<bf16>>::run(p);
+            if (first == F::kFloat32 && second == F::kFloat32) return Sweep<AdamWRule<float, float>>::run(p);
+            if (first == F::kBFloat16 && second == F::kBFloat16) return Sweep<AdamWRule<bf16, bf16>>::run(p);
+            if (first == F::kBFloat16 && second == F::kFloat32) return Sweep<AdamWRule<bf16, float>>::run(p);
+            return Sweep<AdamWByBlock>::run(p);
         case SweepRule::kSgd:
-            return wide ? Sweep<SgdRule<float>>::run(p) : Sweep<SgdRule<bf16>>::run(p);
+            return first == F::kFloat32 ? Sweep<SgdRule<float>>::run(p) : Sweep<SgdRule<bf16>>::run(p);
     }
 }
 

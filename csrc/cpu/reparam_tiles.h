@@ -11,7 +11,8 @@ namespace PA_ISA {
 constexpr int kBlock = 64;        // rows of the matrix that the forward works on together
 constexpr int kSweepBlock = 128;  // and the sweep: dh comes and goes once for as many
 constexpr int kPanel = 64;        // lanes of a panel; the last one is narrower
-constexpr int kFewRows = 16;      // most rows of h for which the matrix is read along its rows, not in tiles
+// Most rows of h for which the matrix is read along its rows, not in tiles: by the forward, by the sweep.
+constexpr int kFewRows = 16, kFewSweepRows = VL == 16 ? 32 : VL == 8 ? 24 : 16;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
@@ -71,6 +72,14 @@ inline void store(bf16 *p, vf x) {
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i y = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), nan, high, _mm512_set1_epi32(0x40));
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(y));
+#elif defined(PA_AVX2)
+    const __m256i bits = (__m256i)x, high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = (__m256i)_mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i y = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, nan);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
 #else
     for (int i = 0; i < VL; ++i) from_float(x[i], p + i);
 #endif

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from prefixattn.optim.base import Factored, Hyper
+from prefixattn.optim.base import Factored, Hyper, Sweep
+from prefixattn.optim.fusing import fusible
 from prefixattn.optim.moments import FORMATS, as_format, check_moment, moment
 from prefixattn.optim.source import W2, stacked
 from prefixattn.optim.sweeps import choose
 from prefixattn.reparam.moments8 import Moment8
+from prefixattn.reparam.reference import Form
 from prefixattn.reparam.sweep import adamw_tile, tiles
 
 
@@ -29,8 +31,9 @@ class FactoredAdamW(Factored):
     they take others; torch.autograd.grad finds no way from a loss to them. Parameters given bare, those of other
     modules and of a prefix that is neither float32 nor float64 take torch's ordinary step.
 
-    Over several processes a step averages the gradients of prefixes, of networks as dy [G, P, O]; those of parameters
-    that a wrapper (DistributedDataParallel, fully_shard) reduces are left to it, and so are parameters given bare.
+    Over several processes a step averages the gradients of prefixes, of networks as those of their banks; those of
+    parameters that a wrapper (DistributedDataParallel, fully_shard) reduces are left to it, and so are parameters given
+    bare.
 
     Args:
         params: A `Prefix` or another module, an iterable of modules and parameters, or groups whose "params" is such.
@@ -53,7 +56,7 @@ class FactoredAdamW(Factored):
         "capturable": "the step reads its counter on the host; leave it out",
         "differentiable": "the sweep has no gradient; use torch.optim.AdamW",
         "foreach": "parameters that are not swept take torch's default; leave it out",
-        "fused": "the sweep is fused, and other parameters take torch's default; leave it out",
+        "fused": "the sweep is fused, and other parameters take torch's fused step where it has one; leave it out",
     }
 
     def __init__(
@@ -112,15 +115,18 @@ class FactoredAdamW(Factored):
             as_format(name, key, p, state)
         return state
 
-    def _sweep(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, scale: float, want_dh: bool) -> Tensor | None:
+    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> Sweep:
         state = self._start(p, _formats(group))
         w, m, v = stacked(p.detach(), W2), moment("exp_avg", state), moment("exp_avg_sq", state)
-        module = choose(self.backend, w, m, v, h, dy)
-        state["step"] += 1
-        dh: Tensor | None = module.adamw_sweep(
-            *(w, m, v, h, dy), **_numbers(group), step=int(state["step"]), grad_scale=scale, want_dh=want_dh
-        )
-        return dh
+        module = choose(self.backend, w, m, v, h, dy, form)
+
+        def sweep(h: Tensor, dy: Tensor, form: Form | None, scale: float, want_dh: bool) -> Tensor | None:
+            state["step"] += 1
+            numbers = {**_numbers(group), "step": int(state["step"]), "grad_scale": scale}
+            dh: Tensor | None = module.adamw_sweep(w, m, v, h, dy, form=form, **numbers, want_dh=want_dh)
+            return dh
+
+        return sweep
 
     def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
         rest = []
@@ -131,18 +137,29 @@ class FactoredAdamW(Factored):
             else:
                 self._start(p, _NATIVE)
                 rest.append((p, grad))
-        states = [self.state[p] for p, _ in rest]
-        adamw(
-            params=[p for p, _ in rest],
-            grads=[grad for _, grad in rest],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[],
-            state_steps=[state["step"] for state in states],
-            amsgrad=False,
-            maximize=False,
-            **_numbers(group),  # type: ignore[arg-type]
-        )
+        for fused in (True, False):
+            found = [(p, grad, self.state[p]) for p, grad in rest]
+            found = [(p, grad, s) for p, grad, s in found if fusible(p, grad, *(s[k] for k in _MOMENTS)) == fused]
+            if not found:
+                continue
+            steps = [state["step"] for _, _, state in found]
+            # a fused kernel counts where the parameter is
+            there = [p.device if fused else s.device for s, (p, _, _) in zip(steps, found, strict=True)]
+            adamw(
+                params=[p for p, _, _ in found],
+                grads=[grad for _, grad, _ in found],
+                exp_avgs=[state["exp_avg"] for _, _, state in found],
+                exp_avg_sqs=[state["exp_avg_sq"] for _, _, state in found],
+                max_exp_avg_sqs=[],
+                state_steps=[torch.full_like(s, float(s), device=d) for s, d in zip(steps, there, strict=True)],
+                fused=fused,
+                foreach=False if fused else None,
+                amsgrad=False,
+                maximize=False,
+                **_numbers(group),  # type: ignore[arg-type]
+            )
+            for step in steps:
+                step += 1
 
     def _by_tiles(self, group: Hyper, p: Tensor, grad: Tensor) -> None:
         state = self.state[p]

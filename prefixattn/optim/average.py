@@ -15,7 +15,7 @@ from prefixattn.optim.source import Source
 class Average:
     """Averages the gradients of the parameters given to `add`, in place, where that was not done yet.
 
-    A network's dy [G, P, O] is what crosses the wire; the gradients of its five parameters follow. A parameter with an
+    The gradient of a network's bank is what crosses the wire; those of its five parameters follow. A parameter with an
     ordinary gradient sends that.
     """
 
@@ -62,10 +62,10 @@ class Average:
                 "through the same prefixes before a step"
             )
         for source in sources:
-            # set first: reading dy must not come back here
+            # set first: reading it must not come back here
             source.changed()
             source.averaged = True
-            self._mean(source.dy, number)
+            self._mean(source.dbank, number)
         for d in dense:
             if d is not None:
                 self._mean(d, number)
@@ -107,10 +107,3 @@ class _Mark:
         average = self.average()
         if average is not None:
             average.dirty.add(self.index)
-
-
-def local(t: Tensor) -> Tensor:
-    """A sharded number, as an FSDP2 parameter's norm is, summed over its processes; any other as it is."""
-    whole = getattr(t, "full_tensor", None)
-    made: Tensor = t if whole is None else whole()
-    return made

@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from prefixattn.optim.average import Average, local
+from prefixattn.optim.average import Average
 from prefixattn.optim.deliver import deliver
 from prefixattn.optim.gradient import FactoredGradient, LazyGradient
-from prefixattn.optim.source import B1, W1, W2, X, stacked
+from prefixattn.optim.source import B1, W1, W2, X, is_finite, local, stacked
 from prefixattn.optim.sweeps import check_name
-from prefixattn.reparam.reference import rows_of
+from prefixattn.reparam.reference import Form
 
 Hyper = dict[str, Any]  # a parameter group
+# h, dy (rows, or with a form the gradient of a bank), the form, scale, dh wanted -> dh
+Sweep = Callable[[Tensor, Tensor, Form | None, float, bool], Tensor | None]
 
 
 class Factored(torch.optim.Optimizer):
@@ -37,6 +39,7 @@ class Factored(torch.optim.Optimizer):
         if not params:
             raise ValueError("params is empty, expected modules, parameters or groups of them")
         self.given = 0  # modules
+        self.networks: weakref.WeakSet[Any] = weakref.WeakSet()  # taken over
         super().__init__(params if isinstance(params[0], dict) else [{"params": params}], defaults)
         if not self.given:
             warnings.warn(
@@ -74,10 +77,10 @@ class Factored(torch.optim.Optimizer):
             if isinstance(part, DeepShare) and id(part.up.weight) in own:
                 if part.up.weight.dtype in (torch.float32, torch.float64):
                     part.take_over(self._receive)
+                    self.networks.add(part)
 
     def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
         """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
-        dy = rows_of(dbank, network.form, z.shape[0], z.dtype)
         up, down = network.up, network.down
         parameters = network.embedding.weight, down.weight, down.bias, up.weight, up.bias
         me = weakref.ref(self)
@@ -87,7 +90,7 @@ class Factored(torch.optim.Optimizer):
             if optimizer is not None:
                 optimizer.reduce_gradients()
 
-        deliver(parameters, z, dy, network.form, before_reading)
+        deliver(parameters, z, dbank, network.form, before_reading, self.backend)
 
     def reduce_gradients(self) -> None:
         """Averages over processes what no wrapper averages: the gradients of prefixes. All processes must call it.
@@ -164,6 +167,7 @@ class Factored(torch.optim.Optimizer):
             ("grad_norm", None),
             ("average", None),
             ("given", 0),
+            ("networks", weakref.WeakSet()),
         ):
             self.__dict__.setdefault(name, value)
         self.average = self.average or Average(None)
@@ -186,7 +190,8 @@ class Factored(torch.optim.Optimizer):
     def _check_state(self, name: str, p: Tensor, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _sweep(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, scale: float, want_dh: bool) -> Tensor | None:
+    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> Sweep:
+        """A sweep over p that takes factors as these; NotImplementedError if no backend has one."""
         raise NotImplementedError
 
     def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -197,8 +202,11 @@ class Factored(torch.optim.Optimizer):
     def _update(self) -> None:
         held = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         swept = [(group, p) for group, p in held if _factored(p.grad)]
-        for group, p in swept:
-            self._sweep_one(group, p, p.grad)
+        # whatever can be refused is, before the first change
+        sweeps = [self._prepared(p, group, *_sample(p)) for group, p in swept]
+        self._forget({id(p) for _, p in held})
+        for (_, p), sweep in zip(swept, sweeps, strict=True):
+            self._sweep_one(p, p.grad, sweep)
         taken = {id(p) for _, p in swept}
         # all small gradients before the first change of a small parameter, of which they are made
         made = {id(p): _numbers(p.grad) for _, p in held if id(p) not in taken}
@@ -207,23 +215,26 @@ class Factored(torch.optim.Optimizer):
             if params:
                 self._ordinary(group, params, [made[id(p)] for p in params])
 
-    def _sweep_one(self, group: Hyper, p: Tensor, grad: Any) -> None:
+    def _forget(self, changing: set[int]) -> None:
+        """Frees banks that a change of these parameters makes invalid."""
+        for network in self.networks:
+            if any(id(p) in changing for p in network.parameters_in_order()):
+                network.forget()
+
+    def _sweep_one(self, p: Tensor, grad: Any, sweep: Sweep) -> None:
         sources = [source for source, _ in grad.value.parts]
         scale: Any = 1.0
         if len(sources) == 1:
             scale = float(grad.value.parts[0][1])
-            h, dy = sources[0].h, sources[0].dy
-        elif sources:
-            h, dy = grad.factors()
-        else:  # after zero_grad(set_to_none=False) moments decay
-            w = stacked(p, W2)
-            h, dy = w.new_zeros(w.shape[0], 1, w.shape[2]), w.new_zeros(w.shape[0], 1, w.shape[1])
+            factors = _sample(p)
+        else:
+            factors = grad.factors() if sources else _sample(p)
         wanting = [source for source in sources if not source.knows_dh and _awaited(source)]
         if len(sources) > 1 or scale == 0:  # the sweep would add their dh up, or lose it
             for source in wanting:
                 source.make_dh()
             wanting = []
-        dh = self._sweep(p, group, h, dy, scale, want_dh=bool(wanting))
+        dh = sweep(*factors, scale, bool(wanting))
         torch.autograd.graph.increment_version(p)  # a kernel writes where torch does not see it
         if dh is not None and wanting:
             wanting[0].dh = dh if scale == 1 else dh / scale
@@ -242,8 +253,7 @@ class Factored(torch.optim.Optimizer):
                         flags.setdefault(id(source), (name, source.finite()))
                     grad = grad.value.dense
                 if grad is not None and grad.numel():
-                    largest = local(torch.linalg.vector_norm(grad, float("inf")))
-                    flags[id(p)] = name, largest.isfinite()
+                    flags[id(p)] = name, is_finite(grad)
         if (
             not flags
             or torch.stack([flag.to(next(iter(flags.values()))[1].device) for _, flag in flags.values()]).all()
@@ -265,8 +275,18 @@ def _factored(grad: Tensor | None) -> bool:
     return isinstance(grad, FactoredGradient) and grad.value.dense is None
 
 
+def _sample(p: Tensor) -> tuple[Tensor, Tensor, Form | None]:
+    """The first of the factors of p's gradient, without their scale."""
+    parts = p.grad.value.parts  # type: ignore[union-attr]
+    if parts:
+        source = parts[0][0]
+        return source.h, source.dbank, source.form
+    w = stacked(p, W2)  # after zero_grad(set_to_none=False) moments decay
+    return w.new_zeros(w.shape[0], 1, w.shape[2]), w.new_zeros(w.shape[0], 1, w.shape[1]), None
+
+
 def _numbers(grad: Tensor) -> Tensor:
-    return grad.to_dense() if isinstance(grad, LazyGradient) else grad
+    return grad.to_read() if isinstance(grad, LazyGradient) else grad
 
 
 def _awaited(source: Any) -> bool:

@@ -14,20 +14,21 @@ from prefixattn.reparam.reference import Form
 def deliver(
     parameters: Parameters,
     z: Tensor,  # [G, P, M], of the forward pass
-    dy: Tensor,  # [G, P, O], the gradient of the network's output; is kept and added to
+    dbank: Tensor,  # [N, 2, Hkv, P, D], any float type; is kept and added to
     form: Form,
     before_reading: Callable[[], None],
+    backend: str = "auto",
 ) -> None:
     """Adds the gradient of one backward pass to `.grad` of the parameters that want one.
 
-    Micro-batches of one forward pass, which have one z, are summed in one dy.
+    Micro-batches of one forward pass, which have one z, are summed in one.
     """
     wanting = [(index, p) for index, p in enumerate(parameters) if p is not None and p.requires_grad]
     source = _shared([p for _, p in wanting], z)
     if source is not None:
-        source.add(dy)
+        source.add(dbank)
         return
-    source = Source(parameters, z, dy, form, before_reading)
+    source = Source(parameters, z, dbank, form, before_reading, backend)
     for index, p in wanting:
         if isinstance(p.grad, LazyGradient):
             p.grad.value.parts.append((source, 1.0))

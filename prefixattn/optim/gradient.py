@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim.source import W2, Scale, Source, Value
+from prefixattn.reparam.reference import Form
 
 CHUNK = 4096  # outputs whose products are summed in float64 at a time
 _warned = False
@@ -42,6 +43,16 @@ class LazyGradient(Tensor):
                 dense = part if dense is None else dense.add_(part)
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device) if dense is None else dense
 
+    def to_read(self) -> Tensor:
+        """The numbers, not to be written to: no copy where they are there."""
+        parts, dense = self.value.parts, self.value.dense
+        if dense is not None and not parts:
+            return dense
+        if dense is None and len(parts) == 1 and _is_one(parts[0][1]):
+            with torch.autocast(self.device.type, enabled=False):
+                return self._of(parts[0][0]).to(self.dtype).reshape(self.shape)
+        return self.to_dense()
+
     def kept(self) -> Tensor:
         """The numbers, made once and for all: writing to them changes the gradient."""
         if self.value.dense is None or self.value.parts:
@@ -56,7 +67,7 @@ class LazyGradient(Tensor):
         raise NotImplementedError
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
-        ranks = [source.dy.shape[1] for source, _ in self.value.parts]
+        ranks = [source.z.shape[1] for source, _ in self.value.parts]
         return f"{type(self).__name__}(shape={list(self.shape)}, ranks={ranks}, dense={self.value.dense is not None})"
 
     def __deepcopy__(self, memo: Any) -> "LazyGradient":
@@ -79,18 +90,17 @@ class FactoredGradient(LazyGradient):
     """The gradient of w2: scale * dy.mT @ h, of rank P, as its factors."""
 
     def _of(self, source: Source) -> Tensor:
-        return source.ready().dy.mT @ source.h
+        return source.rows().mT @ source.h
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """h [G, P, M] and dy [G, P, O]: the rows of all sources behind one another, scales in dy."""
+    def factors(self) -> tuple[Tensor, Tensor, Form]:
+        """h [G, P, M] and the gradient of a bank of this form: rows of all sources behind one another, with scales."""
         parts = self.value.parts
-        if len(parts) == 1 and isinstance(parts[0][1], float) and parts[0][1] == 1:
+        form = parts[0][0].form
+        if len(parts) == 1 and _is_one(parts[0][1]):
             source = parts[0][0].ready()
-            return source.h, source.dy
-        return (
-            torch.cat([source.h for source, _ in parts], 1),
-            torch.cat([source.ready().dy * scale for source, scale in parts], 1),
-        )
+            return source.h, source.dbank, form
+        dbanks = [source.dbank_in(form) * scale for source, scale in parts]
+        return torch.cat([source.h for source, _ in parts], 1), torch.cat(dbanks, 3), form
 
     def norm_exact(self) -> Tensor:
         """The Euclidean norm from Gram matrices: |dy.mT @ h|^2 = <h @ h.mT, dy @ dy.mT>, in float64."""
@@ -100,14 +110,15 @@ class FactoredGradient(LazyGradient):
             scale: Scale
             if len(self.value.parts) == 1:
                 source, scale = self.value.parts[0]
-                h, dy = source.h, source.ready().dy
+                h, dbank = source.h, source.ready().dbank
             else:
-                scale, (h, dy) = 1.0, self.factors()
+                scale, (h, dbank, _) = 1.0, self.factors()
             square = torch.zeros((), dtype=torch.float64, device=h.device)
-            for rows, outputs in zip(h, dy, strict=True):  # a network each
-                products = square.new_zeros(len(rows), len(rows))  # dy @ dy.mT
-                for part in outputs.split(CHUNK, -1):
-                    wide = part.double()
+            P, D = dbank.shape[3:]
+            for rows, heads in zip(h, dbank.view(len(h), -1, P, D), strict=True):  # a network each
+                products = square.new_zeros(P, P)  # dy @ dy.mT
+                for part in heads.split(max(1, CHUNK // D)):
+                    wide = square.new_empty(P, len(part), D).copy_(part.transpose(0, 1)).flatten(1)
                     products.addmm_(wide, wide.mT)
                 wide = rows.double()
                 square += (products * (wide @ wide.mT)).sum()
@@ -119,6 +130,10 @@ class DeferredGradient(LazyGradient):
 
     def _of(self, source: Source) -> Tensor:
         return source.small(self.which)
+
+
+def _is_one(scale: Scale) -> bool:
+    return isinstance(scale, float) and scale == 1  # a tensor is not asked: that would stop a GPU
 
 
 def lazy(like: Tensor, value: Value, which: int) -> LazyGradient:

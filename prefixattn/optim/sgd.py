@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from prefixattn.optim.base import Factored, Hyper
+from prefixattn.optim.base import Factored, Hyper, Sweep
+from prefixattn.optim.fusing import fusible
 from prefixattn.optim.source import W2, stacked
 from prefixattn.optim.sweeps import choose
+from prefixattn.reparam.reference import Form
 
 
 class FactoredSGD(Factored):
@@ -26,7 +28,7 @@ class FactoredSGD(Factored):
         "maximize": "negate the loss instead",
         "differentiable": "the sweep has no gradient; use torch.optim.SGD",
         "foreach": "parameters that are not swept take torch's default; leave it out",
-        "fused": "the sweep is fused, and other parameters take torch's default; leave it out",
+        "fused": "the sweep is fused, and other parameters take torch's fused step where it has one; leave it out",
     }
 
     def __init__(
@@ -72,28 +74,39 @@ class FactoredSGD(Factored):
             found = list(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
             raise ValueError(f"momentum_buffer of {name} has shape {found}, expected {list(p.shape)}")
 
-    def _sweep(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, scale: float, want_dh: bool) -> Tensor | None:
+    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> Sweep:
         numbers = _numbers(group)
-        buffer, first = None, False
+        w, kept, first = stacked(p.detach(), W2), None, False
         if numbers["momentum"] != 0:
-            state = self.state[p]
-            first = state.get("momentum_buffer") is None
+            kept = self.state[p].get("momentum_buffer")
+            first = kept is None
+            if kept is None:
+                kept = torch.zeros_like(p, memory_format=torch.preserve_format)
+        buffer = None if kept is None else stacked(kept, W2)
+        module = choose(self.backend, w, buffer, None, h, dy, form)
+
+        def sweep(h: Tensor, dy: Tensor, form: Form | None, scale: float, want_dh: bool) -> Tensor | None:
             if first:
-                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffer = stacked(state["momentum_buffer"], W2)
-        w = stacked(p.detach(), W2)
-        module = choose(self.backend, w, buffer, None, h, dy)
-        dh: Tensor | None = module.sgd_sweep(
-            *(w, buffer, h, dy), **numbers, first=first, grad_scale=scale, want_dh=want_dh
-        )
-        return dh
+                self.state[p]["momentum_buffer"] = kept
+            options = {**numbers, "first": first, "grad_scale": scale, "want_dh": want_dh}
+            dh: Tensor | None = module.sgd_sweep(w, buffer, h, dy, form=form, **options)
+            return dh
+
+        return sweep
 
     def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
-        buffers = [self.state[p].get("momentum_buffer") for p in params]
-        sgd(params, grads, buffers, maximize=False, **_numbers(group))
-        if group["momentum"] != 0:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+        sets: dict[tuple[bool, bool], list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+        for p, grad in zip(params, grads, strict=True):
+            buffer = self.state[p].get("momentum_buffer")
+            fused = fusible(p, grad, *(() if buffer is None else (buffer,)))
+            sets.setdefault((fused, buffer is None), []).append((p, grad, buffer))
+        for (fused, _), found in sets.items():
+            some, their_grads, buffers = (list(column) for column in zip(*found, strict=True))
+            how: dict[str, Any] = {"fused": fused, "foreach": False if fused else None}
+            sgd(some, their_grads, buffers, maximize=False, **how, **_numbers(group))
+            if group["momentum"] != 0:
+                for p, buffer in zip(some, buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
 
 
 def _numbers(group: Hyper) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prefixattn.optim.sweeps import choose
+from prefixattn.reparam import reference
 from prefixattn.reparam.reference import Form, hidden, hidden_bwd
-from prefixattn.reparam.sweep import dh_only
 
 X, W1, B1, W2, B2 = range(5)
 NAMES = ("x", "w1", "b1", "w2", "b2")
@@ -16,8 +17,9 @@ Scale = float | Tensor  # a tensor of one element where reading it would stop a 
 
 
 class Source:
-    """dy [G, P, O], the gradient of a network's output summed over micro-batches, and what it was made with.
+    """The gradient of the bank that a network made, summed over micro-batches, and what it was made with.
 
+    It stays in the bank's layout: rows dy [G, P, O] are for those who cannot do without.
     Holds the parameters weakly: their `.grad` holds the source, a circle that Python's collector does not see.
     """
 
@@ -25,27 +27,30 @@ class Source:
         self,
         parameters: Parameters,
         z: Tensor,  # [G, P, M], of the forward pass
-        dy: Tensor,  # [G, P, O], owned
+        dbank: Tensor,  # [N, 2, Hkv, P, D], any float type, owned
         form: Form,
         before_reading: Callable[[], None],  # called as long as `averaged` is False
+        backend: str = "auto",  # of dh
     ) -> None:
         self.parameters = tuple(None if p is None else weakref.ref(p) for p in parameters)
         self.versions = tuple(None if p is None else p._version for p in parameters)
-        self.z, self.dy, self.form = z, dy, form
+        self.z, self.form, self.backend = z, form, backend
+        self.dbank = dbank.to(z.dtype).contiguous()
         self.h = hidden(z, form)  # [G, P, M]
         self.before_reading = before_reading
         self.averaged = False  # over processes
         self._dh: Tensor | None = None
         self._small: tuple[Tensor, Tensor, Tensor] | None = None
+        self._row: Tensor | None = None
 
-    def add(self, dy: Tensor) -> None:
-        """Another micro-batch's dy."""
-        self.dy += dy
+    def add(self, dbank: Tensor) -> None:
+        """Another micro-batch's gradient."""
+        self.dbank += dbank
         self.changed()
 
     def changed(self) -> None:
-        """dy is another: what was made of it is made again."""
-        self.averaged, self._dh, self._small = False, None, None
+        """dbank is another: what was made of it is made again."""
+        self.averaged, self._dh, self._small, self._row = False, None, None, None
 
     def ready(self) -> "Source":
         """Itself, averaged over processes if there are several."""
@@ -56,8 +61,18 @@ class Source:
     def copy(self) -> "Source":
         made = Source.__new__(Source)
         made.__dict__.update(self.__dict__)
-        made.dy = self.dy.clone()
+        made.dbank = self.dbank.clone()
         return made
+
+    def rows(self) -> Tensor:
+        """dy [G, P, O], a copy."""
+        return reference.rows_of(self.ready().dbank, self.form, len(self.z), self.z.dtype)
+
+    def dbank_in(self, form: Form) -> Tensor:
+        """The gradient as if the bank had another form."""
+        if self.form[:4] == form[:4]:
+            return self.ready().dbank
+        return reference.bank_of(self.rows(), form, self.dbank.dtype)
 
     def parameter(self, index: int) -> Tensor:
         """The parameter as it was in the forward pass, with the axis G; RuntimeError if it was changed since."""
@@ -73,6 +88,13 @@ class Source:
         return stacked(p.detach(), index)
 
     @property
+    def row(self) -> Tensor:
+        """The sum over P, [N, 2, Hkv, 1, D]: a bank of one row."""
+        if self._row is None:
+            self._row = self.ready().dbank.sum(3, keepdim=True)
+        return self._row
+
+    @property
     def dh(self) -> Tensor:
         """dy @ w2, [G, P, M]: one read of w2, unless a sweep took it along."""
         return self.make_dh() if self._dh is None else self._dh
@@ -82,8 +104,10 @@ class Source:
         self._dh = dh
 
     def make_dh(self) -> Tensor:
-        self._dh = dh_only(self.parameter(W2), self.ready().dy)
-        return self._dh
+        w, dbank = self.parameter(W2), self.ready().dbank
+        module = choose(self.backend, w, None, None, self.h, dbank, self.form)
+        self._dh = dh = module.dh_only(w, dbank, self.form)
+        return dh
 
     @property
     def knows_dh(self) -> bool:
@@ -92,7 +116,7 @@ class Source:
     def small(self, index: int) -> Tensor:
         """The gradient of x, w1, b1 or b2, with the axis G."""
         if index == B2:
-            return self.ready().dy.sum(1)
+            return reference.rows_of(self.row, self.form, len(self.z), self.z.dtype)[:, 0]
         if self._small is None:
             x, w1 = self.parameter(X), self.parameter(W1)
             self._small = hidden_bwd(self.dh, x, w1, self.z, self.form, (True, True, True))
@@ -100,8 +124,9 @@ class Source:
 
     def finite(self) -> Tensor:
         """A bool of no dimensions."""
-        largest = [torch.linalg.vector_norm(t, float("inf")) for t in (self.ready().dy, self.h)]
-        return torch.stack(largest).isfinite().all()
+        dbank, rest = self.ready().dbank, is_finite(self.h)
+        # what is wrong in the bank is also in the row, which b2 needs anyway
+        return rest if dbank.device.type == "cpu" and is_finite(self.row) else rest & is_finite(dbank)
 
 
 class Value:
@@ -120,6 +145,23 @@ class Value:
         self.parts = [(source, scale * factor) for source, scale in self.parts]
         if self.dense is not None:
             self.dense.mul_(factor)
+
+
+def is_finite(t: Tensor) -> Tensor:
+    """A bool of no dimensions; of a sharded tensor, of this process's part."""
+    if t.device.type == "cpu" and not hasattr(t, "full_tensor"):
+        # many times faster than a norm, and finite only if all of t is; finite numbers may overflow it
+        finite = t.sum().isfinite()
+        if finite:
+            return finite
+    return local(torch.linalg.vector_norm(t, float("inf"))).isfinite()
+
+
+def local(t: Tensor) -> Tensor:
+    """A sharded number, as an FSDP2 parameter's norm is, summed over its processes; any other as it is."""
+    whole = getattr(t, "full_tensor", None)
+    made: Tensor = t if whole is None else whole()
+    return made
 
 
 def stacked(p: Tensor, index: int) -> Tensor:

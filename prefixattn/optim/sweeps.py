@@ -7,6 +7,7 @@ from torch import Tensor
 from prefixattn import backends
 from prefixattn.reparam import sweep as reference
 from prefixattn.reparam.moments8 import Moment8
+from prefixattn.reparam.reference import Form
 
 
 def check_name(backend: str) -> None:
@@ -17,7 +18,9 @@ def check_name(backend: str) -> None:
         raise ValueError(f'backend is "{backend}"; expected {", ".join(most)} or {last}')
 
 
-def choose(backend: str, w: Tensor, first: object, second: object, h: Tensor, dy: Tensor) -> ModuleType:
+def choose(
+    backend: str, w: Tensor, first: object, second: object, h: Tensor, dy: Tensor, form: Form | None = None
+) -> ModuleType:
     """The module whose sweeps take these: the first of the table without an objection, or the one named.
 
     `first` and `second` are moments of AdamW; of SGD the buffer and None. NotImplementedError has every objection.
@@ -35,7 +38,7 @@ def choose(backend: str, w: Tensor, first: object, second: object, h: Tensor, dy
         if not hasattr(module, "sweep_unsupported"):
             rejected.append(f"\n  {row.name}: it has no sweep")
             continue
-        reasons = module.sweep_unsupported(w, *moments, h, dy)
+        reasons = module.sweep_unsupported(w, *moments, h, dy, form)
         if not reasons:
             return module
         rejected.append(f"\n  {row.name}: " + "; ".join(reasons))

@@ -1,12 +1,16 @@
 """The CPU kernels of csrc/cpu/reparam_*.h as a backend: the large matrix there, the small half by torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import prefixattn._C as _C
 from prefixattn.cpu import DTYPES
-from prefixattn.reparam import reference
+from prefixattn.reparam import moments8, reference
+from prefixattn.reparam.moments8 import Moment8
 from prefixattn.reparam.reference import Form, Needs, hidden_bwd
+from prefixattn.reparam.sweep import Moment
 
 __all__ = [
     "adamw_sweep",
@@ -19,7 +23,7 @@ __all__ = [
     "unsupported",
 ]
 
-MOMENT_DTYPES = (torch.float32, torch.bfloat16)
+MOMENT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # enum MomentFormat of csrc/reparam.h
 
 
 def unsupported(
@@ -102,15 +106,16 @@ def sweep_unsupported(
     exp_avg: Tensor | None,  # [G, O, M]; for SGD the momentum buffer
     exp_avg_sq: Tensor | None,  # [G, O, M]; for SGD None
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    form: Form | None = None,
 ) -> list[str]:
     reasons = []
     for name, t, dtypes in (
-        ("w", w, MOMENT_DTYPES[:1]),
-        ("exp_avg", exp_avg, MOMENT_DTYPES),
-        ("exp_avg_sq", exp_avg_sq, MOMENT_DTYPES if exp_avg is None else (exp_avg.dtype,)),
-        ("h", h, MOMENT_DTYPES[:1]),
-        ("dy", dy, MOMENT_DTYPES[:1]),
+        ("w", w, [torch.float32]),
+        ("exp_avg", exp_avg, list(MOMENT_FORMATS)[: 2 if exp_avg_sq is None else 3]),
+        ("exp_avg_sq", exp_avg_sq, list(MOMENT_FORMATS)),
+        ("h", h, [torch.float32]),
+        ("dy", dy, [torch.float32]),
     ):
         if t is None:
             continue
@@ -125,11 +130,12 @@ def sweep_unsupported(
 
 def adamw_sweep(
     w: Tensor,  # [G, O, M], updated in place
-    exp_avg: Tensor,  # [G, O, M]
-    exp_avg_sq: Tensor,  # [G, O, M]
+    exp_avg: Moment,  # [G, O, M]
+    exp_avg_sq: Moment,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank, [N, 2, Hkv, P, D]
     *,
+    form: Form | None = None,
     lr: float,
     beta1: float,
     beta2: float,
@@ -139,12 +145,11 @@ def adamw_sweep(
     grad_scale: float,
     want_dh: bool,
 ) -> Tensor | None:
-    _require(_sweep_objections(w, exp_avg, exp_avg_sq, h, dy))
-    moments = (exp_avg.data_ptr(), exp_avg_sq.data_ptr(), DTYPES[exp_avg.dtype])
+    _require(_sweep_objections(w, exp_avg, exp_avg_sq, h, dy, form))
     step_size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     numbers = (1 - beta1, beta2, 1 - beta2, eps, step_size, correction, 1 - lr * weight_decay)
-    sizes, tensors, dh, _keep = _sweep(w, h, dy, want_dh)
-    _C.reparam_adamw(sizes, tensors, grad_scale, moments, numbers)
+    sizes, tensors, dh, _keep = _sweep(w, h, dy, form, want_dh)
+    _C.reparam_adamw(sizes, tensors, grad_scale, _kept(exp_avg), _kept(exp_avg_sq), numbers, moments8.salt(step))
     return dh
 
 
@@ -152,8 +157,9 @@ def sgd_sweep(
     w: Tensor,  # [G, O, M], updated in place
     momentum_buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
     *,
+    form: Form | None = None,
     lr: float,
     momentum: float,
     dampening: float,
@@ -163,45 +169,62 @@ def sgd_sweep(
     grad_scale: float,
     want_dh: bool,
 ) -> Tensor | None:
-    _require(_sweep_objections(w, momentum_buffer, None, h, dy))
-    kept = torch.float32 if momentum_buffer is None else momentum_buffer.dtype
+    _require(_sweep_objections(w, momentum_buffer, None, h, dy, form))
     numbers = (lr, momentum, 1 - dampening, weight_decay, nesterov, first)
-    sizes, tensors, dh, _keep = _sweep(w, h, dy, want_dh)
-    _C.reparam_sgd(sizes, tensors, grad_scale, (_address(momentum_buffer), DTYPES[kept]), numbers)
+    sizes, tensors, dh, _keep = _sweep(w, h, dy, form, want_dh)
+    _C.reparam_sgd(sizes, tensors, grad_scale, _kept(momentum_buffer), numbers)
     return dh
 
 
-def dh_only(w: Tensor, dy: Tensor) -> Tensor:  # w [G, O, M], dy [G, P, O]
-    dh = w.new_empty((w.shape[0], dy.shape[1], w.shape[2]))
-    _require(_sweep_objections(w, None, None, dh, dy))
-    sizes, tensors, dh_made, _keep = _sweep(w, dh, dy, True)
+def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of a bank
+    dh = w.new_empty((w.shape[0], dy.shape[1 if form is None else 3], w.shape[2]))
+    _require(_sweep_objections(w, None, None, dh, dy, form))
+    sizes, tensors, dh_made, _keep = _sweep(w, dh, dy, form, True)
     assert dh_made is not None
     _C.reparam_dh(sizes, tensors)
     return dh_made
 
 
 def _sweep(
-    w: Tensor, h: Tensor, dy: Tensor, want_dh: bool
-) -> tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int], Tensor | None, tuple[Tensor, Tensor]]:
+    w: Tensor, h: Tensor, dy: Tensor, form: Form | None, want_dh: bool
+) -> tuple[tuple[int, int, int, int, int], Any, Tensor | None, tuple[Tensor, Tensor]]:
     """Sizes and addresses of a sweep, its dh, and what has to live until it is done."""
     h = h.contiguous()
     sizes = _sizes(w, h)
     dh = torch.empty_like(h) if want_dh else None
     workspace = w.new_empty(_C.reparam_sweep_workspace(sizes))
     tensors = (h.data_ptr(), dy.data_ptr(), w.data_ptr(), _address(dh), workspace.data_ptr())
-    return sizes, tensors, dh, (h, workspace)
+    bank = () if form is None else (*form[:4], DTYPES[dy.dtype])
+    return sizes, (*tensors, *bank), dh, (h, workspace)
 
 
-def _sweep_objections(w: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, h: Tensor, dy: Tensor) -> list[str]:
+def _sweep_objections(
+    w: Tensor, exp_avg: Moment | None, exp_avg_sq: Moment | None, h: Tensor, dy: Tensor, form: Form | None
+) -> list[str]:
     """What would make the kernels read or write elsewhere than in the tensors."""
-    reasons = sweep_unsupported(w, exp_avg, exp_avg_sq, h, dy)
     G, O, M = w.shape
-    P = dy.shape[1]
+    blocks = G, O, -(-M // moments8.BLOCK)
+    first, second = (m.code if isinstance(m, Moment8) else m for m in (exp_avg, exp_avg_sq))
+    reasons = sweep_unsupported(w, first, second, h, dy, form)
+    for name, m, signed in (("exp_avg", exp_avg, True), ("exp_avg_sq", exp_avg_sq, False)):
+        if not isinstance(m, Moment8):
+            if m is not None and m.dtype == torch.uint8:
+                reasons.append(f"{name} are codes without a scale")
+        elif m.signed != signed:
+            reasons.append(f"{name} has signed={m.signed}")
+        elif m.scale.shape != blocks or m.scale.dtype != torch.float32 or not m.scale.is_contiguous():
+            reasons.append(f"the scale of {name} is {m.scale.dtype} {list(m.scale.shape)}, expected {list(blocks)}")
+    P = dy.shape[1 if form is None else 3]
+    dy_shape: tuple[int, ...] = (G, P, O)
+    if form is not None:
+        if form.layers * 2 * form.kv_heads * form.head_dim != O:
+            reasons.append(f"{form} does not make O={O} numbers a row")
+        dy_shape = (G * form.layers, 2, form.kv_heads, P, form.head_dim)
     for name, t, shape in (
-        ("exp_avg", exp_avg, (G, O, M)),
-        ("exp_avg_sq", exp_avg_sq, (G, O, M)),
+        ("exp_avg", first, (G, O, M)),
+        ("exp_avg_sq", second, (G, O, M)),
         ("h", h, (G, P, M)),
-        ("dy", dy, (G, P, O)),
+        ("dy", dy, dy_shape),
     ):
         if t is not None and t.shape != shape:
             reasons.append(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
@@ -211,6 +234,15 @@ def _sweep_objections(w: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | No
 def _sizes(w: Tensor, h: Tensor) -> tuple[int, int, int, int, int]:
     G, O, M = w.shape
     return G, h.shape[1], O, M, torch.get_num_threads()
+
+
+def _kept(m: Moment | None) -> tuple[int, int, int]:
+    """A moment as struct KeptMoment of csrc/reparam.h."""
+    if m is None:
+        return 0, 0, 0
+    if isinstance(m, Moment8):
+        return m.code.data_ptr(), m.scale.data_ptr(), MOMENT_FORMATS[m.code.dtype]
+    return m.data_ptr(), 0, MOMENT_FORMATS[m.dtype]
 
 
 def _address(t: Tensor | None) -> int:

@@ -56,8 +56,8 @@ def sgd_sweep(w: Tensor, momentum_buffer: Tensor | None, *args: Any, **numbers: 
     return module.sgd_sweep(w, momentum_buffer, *args, **numbers)
 
 
-def dh_only(w: Tensor, dy: Tensor) -> Tensor:
-    return (triton if _trusted(("dh", w.device, w.dtype)) else sweep).dh_only(w, dy)
+def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:
+    return (triton if _trusted(("dh", w.device, w.dtype)) else sweep).dh_only(w, dy, form)
 
 
 def verdict(case: Case) -> str:
@@ -115,7 +115,7 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
         names = ("dx", "dw1", "db1", "dw2", "db2")
         return dict(zip(names, network.bwd(dbank, x, w1, w2, b1[:, None] + h, _FORM, (True,) * 5), strict=True))
     if kind == "dh":
-        return {"dh": optimizer.dh_only(w2, dy)}
+        return {"dh": optimizer.dh_only(w2, dy), "dh of a bank": optimizer.dh_only(w2, dbank, _FORM)}
     numbers = {"lr": 1e-2, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}
     if kind == "adamw":
         more: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 3}

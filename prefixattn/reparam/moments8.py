@@ -4,7 +4,7 @@
     exp_avg_sq:  code c in 0..255,               v = (scale * (c / 255)^2)^2,        scale = sqrt(max v) of the block
 
 Squares put the codes close where the numbers are small: m keeps 4 decades below its block's largest, v 9 of them. Zero
-is exact. A positive v never becomes zero, for that would let m / (sqrt(v) + eps) explode: it takes at least code 1.
+is exact. A positive v never gets code 0, for that would let m / (sqrt(v) + eps) explode: it takes at least code 1.
 
 Rounding is stochastic, unbiased in m and v themselves. To nearest would not do: v moves by 1 - beta2 of its distance a
 step, a thousandth, which is less than half the distance of two codes, so that it would never move. The coin is a hash
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+SMALLEST = 2.0**-112  # scales below are 0: their reciprocals would be infinite
 _MASK = 0xFFFFFFFF
 
 
@@ -30,8 +31,11 @@ class Moment8(NamedTuple):
     def decode(self, g: int, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of the moment, [rows, M], as new numbers."""
         code = self.code[g, rows]
-        scale = _along_row(self.scale[g, rows], code.shape[-1])
-        return _value(code.to(torch.int32), scale, self.signed).to(dtype)
+        unit = _along_row(self.scale[g, rows] / self._most**2, code.shape[-1])
+        if self.signed:
+            k = code.float() - 127
+            return (k * k.abs() * unit).to(dtype)
+        return (code.float().square() * unit).square().to(dtype)
 
     def encode(self, g: int, rows: slice, values: Tensor, step: int) -> None:
         """Writes rows [rows, M]; `step` is part of the coin."""
@@ -40,40 +44,47 @@ class Moment8(NamedTuple):
         magnitude = values.abs() if self.signed else values.sqrt()
         blocks = torch.nn.functional.pad(magnitude, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
         scale = blocks.amax(-1)  # [rows, ceil(M / BLOCK)]
+        scale = torch.where(scale < SMALLEST, 0, scale)
         self.scale[g, rows] = scale
-        scale = _along_row(scale, width)
-        most = 127 if self.signed else 255
-        share = torch.where(scale > 0, magnitude / scale, 0)
-        low = (share.sqrt() * most).floor().clamp(0, most - 1).to(torch.int32)  # the code below, by magnitude
-        below, above = (_value(c + 127 * self.signed, scale, self.signed) for c in (low, low + 1))
-        first = (g * outputs + rows.start) * width
-        place = torch.arange(first, first + values.numel(), device=values.device).view_as(values)
-        coin = _hash(place, 2 * step + self.signed)
-        up = values.abs() - below > coin * (above - below)
-        code = low + up.to(torch.int32)
-        code = torch.where(values == 0, 0, code)
+        # in units in which a code of magnitude k stands for k^2
+        square = magnitude * _along_row(torch.where(scale > 0, self._most**2 / scale, 0), width)
+        low = square.sqrt().floor().clamp(0, self._most - 1)  # the code below
+        below, gap = low * low, low + low + 1
+        start = torch.arange(g * outputs + rows.start, g * outputs + rows.start + len(values), device=values.device)
+        coin = _coin(start[:, None] * width, width, step, self.signed)
         if self.signed:
+            code = low + (square - below > coin * gap)
             code = 127 + torch.where(values < 0, -code, code)
-        else:
-            code = torch.where((values > 0) & (code == 0), 1, code)
+        else:  # v itself is a fourth power
+            code = low + ((square - below) * (square + below) > coin * (gap * (below + below + gap)))
+            code = torch.where((magnitude > 0) & (code == 0), 1, code)
         self.code[g, rows] = code.to(torch.uint8)
 
-
-def _value(code: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    if signed:
-        k = (code - 127).to(torch.float32) / 127
-        return k * k.abs() * scale
-    root = (code.to(torch.float32) / 255).square() * scale
-    return root.square()
+    @property
+    def _most(self) -> int:
+        return 127 if self.signed else 255
 
 
 def _along_row(scale: Tensor, width: int) -> Tensor:
     return scale.repeat_interleave(BLOCK, -1)[..., :width]
 
 
-def _hash(place: Tensor, salt: int) -> Tensor:
-    """A number in [0, 1) for each place: 32 bits of it and the salt, mixed as by a finalizer of shifts and products."""
-    x = (place ^ (place >> 32) ^ (salt * 0x9E3779B9 & _MASK)) & _MASK
+def salt(step: int) -> int:
+    """32 bits that the coins of a step share."""
+    return step * 0x9E3779B9 & _MASK
+
+
+def _coin(start: Tensor, width: int, step: int, signed: bool) -> Tensor:
+    """A number in [0, 1) for each place in rows that start at numbers `start`, [rows, 1], of the matrix.
+
+    32 bits of place and step, mixed as by a finalizer of shifts and products; exp_avg takes the first 24, exp_avg_sq
+    the last 16 and then the first 8.
+    """
+    x = (start + torch.arange(width, device=start.device)) & _MASK
+    x = x ^ (start >> 32) ^ salt(step)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # products wrap in int64; their low 32 bits are right
         x = ((x ^ (x >> shift)) * factor) & _MASK
-    return ((x ^ (x >> 16)) >> 8).to(torch.float32) * 2.0**-24
+    x = x ^ (x >> 16)
+    if not signed:
+        x = (x << 16 | x >> 16) & _MASK
+    return (x >> 8).to(torch.float32) * 2.0**-24

@@ -153,6 +153,11 @@ def rows_of(bank: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tens
     return out.copy_(rows).view(G, P, n * 2 * Hkv * D)
 
 
+def as_rows(dy: Tensor, form: Form | None, networks: int) -> Tensor:
+    """What the sweeps take for dy as rows [G, P, O]: without a form it is them, with one the gradient of a bank."""
+    return dy if form is None else rows_of(dy, form, networks, dy.dtype)
+
+
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[G, P, I] and [G, J, I] to [G, P, J], in float32 at least."""
     precision = torch.promote_types(rows.dtype, torch.float32)

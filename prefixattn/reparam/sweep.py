@@ -3,7 +3,8 @@
 The gradient of w [G, O, M] is `grad_scale * dy.mT @ h`, of rank P at most; a tile of it lives while its rows are
 updated and the whole never. `dh`, the gradient of h, is taken from the old rows in the same visit. The rules are those
 of torch.optim.AdamW and torch.optim.SGD, operation by operation. An element type other than w's (bfloat16, or the 8
-bits of moments8.py) is how a moment is kept, not how it is computed.
+bits of moments8.py) is how a moment is kept, not how it is computed. With a `form`, dy is the gradient of the bank
+[N, 2, Hkv, P, D] that the network made, contiguous in dy's type; without one it is rows [G, P, O].
 """
 
 from collections.abc import Callable, Iterator
@@ -12,12 +13,20 @@ import torch
 from torch import Tensor
 
 from prefixattn.reparam.moments8 import Moment8
+from prefixattn.reparam.reference import Form, as_rows
 
 Moment = Tensor | Moment8
 TILE = 1 << 16  # numbers in a tile, 256 kB of float32: with its moments it stays in a cache
 
 
-def sweep_unsupported(w: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, h: Tensor, dy: Tensor) -> list[str]:
+def sweep_unsupported(
+    w: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    h: Tensor,
+    dy: Tensor,
+    form: Form | None = None,
+) -> list[str]:
     """Objections in words. A moment of 8 bits comes as its codes, uint8."""
     if w.dtype not in (torch.float32, torch.float64):
         return [f"w is {w.dtype}; needs float32 or float64"]
@@ -29,8 +38,9 @@ def adamw_sweep(
     exp_avg: Moment,  # [G, O, M]
     exp_avg_sq: Moment,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or of a bank
     *,
+    form: Form | None = None,
     lr: float,
     beta1: float,
     beta2: float,
@@ -45,15 +55,16 @@ def adamw_sweep(
     def update(g: int, rows: slice, grad: Tensor) -> None:
         adamw_tile(w, exp_avg, exp_avg_sq, g, rows, grad, lr, beta1, beta2, eps, weight_decay, step)
 
-    return _sweep(w, h, dy, grad_scale, want_dh, update)
+    return _sweep(w, h, as_rows(dy, form, len(w)), grad_scale, want_dh, update)
 
 
 def sgd_sweep(
     w: Tensor,  # [G, O, M], updated in place
     momentum_buffer: Tensor | None,  # [G, O, M]; None without momentum
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or of a bank
     *,
+    form: Form | None = None,
     lr: float,
     momentum: float,
     dampening: float,
@@ -78,12 +89,12 @@ def sgd_sweep(
             grad = grad.add_(buffer, alpha=momentum) if nesterov else buffer
         row.add_(grad, alpha=-lr)
 
-    return _sweep(w, h, dy, grad_scale, want_dh, update)
+    return _sweep(w, h, as_rows(dy, form, len(w)), grad_scale, want_dh, update)
 
 
-def dh_only(w: Tensor, dy: Tensor) -> Tensor:
-    """dy @ w, [G, P, M], from w [G, O, M] and dy [G, P, O]: what clipping needs before the step."""
-    return dy @ w
+def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:
+    """dy @ w, [G, P, M], from w [G, O, M]: what clipping needs before the step."""
+    return as_rows(dy, form, len(w)) @ w
 
 
 def adamw_tile(

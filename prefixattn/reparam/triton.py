@@ -82,7 +82,14 @@ def bwd(
     return dx, dw1, db1, dw2, db2
 
 
-def sweep_unsupported(w: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, h: Tensor, dy: Tensor) -> list[str]:
+def sweep_unsupported(
+    w: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    h: Tensor,
+    dy: Tensor,
+    form: Form | None = None,
+) -> list[str]:
     reasons = _not_here("w", w)
     for name, t, dtypes in (
         ("w", w, (torch.float32,)),
@@ -105,8 +112,9 @@ def adamw_sweep(
     exp_avg: Tensor,  # [G, O, M], in place
     exp_avg_sq: Tensor,  # [G, O, M], in place
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
     *,
+    form: Form | None = None,
     lr: float,
     beta1: float,
     beta2: float,
@@ -124,7 +132,7 @@ def adamw_sweep(
     numbers = (grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, *corrections)
     first, second = _emulated(exp_avg), _emulated(exp_avg_sq)
     with _on(w):
-        dh = adamw(w, first, second, h, dy, numbers, want_dh, found_inf)
+        dh = adamw(w, first, second, h, reference.as_rows(dy, form, len(w)), numbers, want_dh, found_inf)
     for t, emulated in ((exp_avg, first), (exp_avg_sq, second)):
         if emulated is not t:
             t.copy_(emulated)
@@ -135,8 +143,9 @@ def sgd_sweep(
     w: Tensor,  # [G, O, M], in place
     momentum_buffer: Tensor | None,  # [G, O, M], in place
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
     *,
+    form: Form | None = None,
     lr: float,
     momentum: float,
     dampening: float,
@@ -153,18 +162,18 @@ def sgd_sweep(
     numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)
     buffer = None if momentum_buffer is None else _emulated(momentum_buffer)
     with _on(w):
-        dh = sgd(w, buffer, h, dy, numbers, nesterov, first, want_dh, found_inf)
+        dh = sgd(w, buffer, h, reference.as_rows(dy, form, len(w)), numbers, nesterov, first, want_dh, found_inf)
     if momentum_buffer is not None and buffer is not None and buffer is not momentum_buffer:
         momentum_buffer.copy_(buffer)
     return dh
 
 
-def dh_only(w: Tensor, dy: Tensor) -> Tensor:  # [G, O, M], [G, P, O]
+def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of a bank
     """dy w [G, P, M], by one read of w."""
     from prefixattn.kernels.launch_reparam import hidden_gradient
 
     with _on(w):
-        return hidden_gradient(dy, w, dy.shape[1])
+        return hidden_gradient(dy, w, dy.shape[1 if form is None else 3], form)
 
 
 def _not_here(name: str, t: Tensor) -> list[str]:
