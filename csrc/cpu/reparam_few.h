@@ -42,8 +42,7 @@ __attribute__((always_inline)) inline void few_rows_step(const FewRows &s, const
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-        rule(g[r], w[r], (s.row + r) * s.M + m, n, r * kMomentBlock + (int)(m % kMomentBlock));
+    for (int r = 0; r < R; ++r) rule(g[r], w[r], (s.row + r) * s.M + m, n, r * kMomentBlock + (int)(m % kMomentBlock));
 }
 
 // Lanes begin .. end of R rows, begin the start of a block; the R rows after them are asked for.

@@ -124,16 +124,17 @@ class Moment {
             const vf unit = vset(scale(row, m) / (Code::kMost * Code::kMost));
             const uint8_t *codes = (const uint8_t *)kept_.data + at;
             int i = 0;
-            for (; i + VL <= n; i += VL)
-                vstore(dst + i, Code::decode(load_codes(codes + i), unit));
+            for (; i + VL <= n; i += VL) vstore(dst + i, Code::decode(load_codes(codes + i), unit));
             if (i == n) return;
             alignas(64) float tail[VL];
             vstore(tail, Code::decode(load_codes(codes + i, n - i), unit));
             vstore(dst + i, load(tail, n - i));
         } else if (kept_.format == MomentFormat::kFloat32) {
-            for (int i = 0; i < n; i += VL) vstore(dst + i, load((const float *)kept_.data + at + i, at_most(n - i, VL)));
+            for (int i = 0; i < n; i += VL)
+                vstore(dst + i, load((const float *)kept_.data + at + i, at_most(n - i, VL)));
         } else {
-            for (int i = 0; i < n; i += VL) vstore(dst + i, load((const bf16 *)kept_.data + at + i, at_most(n - i, VL)));
+            for (int i = 0; i < n; i += VL)
+                vstore(dst + i, load((const bf16 *)kept_.data + at + i, at_most(n - i, VL)));
         }
     }
 

@@ -1,6 +1,6 @@
 // What becomes of a vector of the gradient: a rule is called with it, the matrix's old values, where they lie, and
-// `slot`, 256 r + m % 256 for number m of the r-th row in work. A rule with kBlocks is told of each block of 256 numbers
-// along a row before and after its vectors; it has kBuffer floats to keep until then.
+// `slot`, 256 r + m % 256 for number m of the r-th row in work. A rule with kBlocks is told of each block of 256
+// numbers along a row before and after its vectors; it has kBuffer floats to keep until then.
 #pragma once
 #include "reparam_moments.h"
 
