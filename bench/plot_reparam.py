@@ -111,7 +111,7 @@ def figure(result: Row, path: Path) -> None:
     axis.set_yticks(range(len(cases)), list(cases))
     axis.invert_yaxis()
     axis.set_xlabel("time of a step / ours")
-    axis.legend()
+    fig.legend(loc="outside lower center", ncols=len(ways))
     axis.set_title(f"reparameterization step, {result['device']}, {result['threads']} threads")
     fig.savefig(path, dpi=110)
     plt.close(fig)
