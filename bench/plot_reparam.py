@@ -11,7 +11,7 @@ from typing import Any
 from reparam_cases import CASES, ROWS, Network
 
 Row = dict[str, Any]
-# of the large matrix's bytes, what a step may need beyond parameters and moments; of eager's and the original's time
+# how many times as long as ours the others should take
 GOALS = {"gpt2-medium P10": {"eager": 3.0}, "gpt2-medium P200": {"eager": 1.3, "original": 9.0}}
 # too large for most machines: PEFT's default width of the bottleneck, the model's own
 COMPUTED = {"llama-7b P30, hidden 4096": Network(1, 32, 32, 128, 4096, 4096, 30)}

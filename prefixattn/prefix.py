@@ -165,7 +165,7 @@ class DeepShare(nn.Module):
         Who writes to a parameter where torch does not see it has to call torch.autograd.graph.increment_version.
 
         A compiled forward pass computes the bank in its graph, each time, and its gradient comes by way of a leaf
-        without memory that stands in for the parameters.
+        without memory that stands in for the parameters; it does not notice a parameter changed before its backward.
         """
         self.release()
         self._receive = weakref.WeakMethod(receive)
@@ -197,7 +197,7 @@ class DeepShare(nn.Module):
     def _trained(self) -> bool:
         # parametrizations and torch.func.functional_call put other tensors there
         ordinary = all([isinstance(t, nn.Parameter) for t in self.parameters_in_order()])
-        return ordinary and bool(self.up.weight.requires_grad)
+        return ordinary and self.up.weight.requires_grad and self.up.weight.dtype in (torch.float32, torch.float64)
 
     def leaf(self, dtype: torch.dtype) -> Tensor:
         """The bank in `dtype` as a leaf that wants a gradient, the same one until a parameter changes."""

@@ -7,11 +7,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import DeepShare, FreePrefix, Geometry, SimpleShare
 
 LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each
+
+_steps = 0  # of all optimizers of the process
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Adapter(Protocol):
@@ -81,7 +92,8 @@ class Prefix(nn.Module):
         sources = list(self._sources())
         if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
             return self._split(dtype, device)
-        key = (dtype, device, *((t.data_ptr(), t._version) for t in sources))
+        # the count, because torch's fused optimizers leave no trace in a version
+        key = (dtype, device, _steps, *((t.data_ptr(), t._version) for t in sources))
         if self._cache is None or self._cache[0] != key:
             # Not as inference tensors: a later pass may need to save them for a backward.
             with torch.inference_mode(False), torch.no_grad():

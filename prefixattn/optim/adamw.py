@@ -28,7 +28,9 @@ class FactoredAdamW(Factored):
     The networks in the modules given are *taken over*: as long as the optimizer lives, they run once for a state of
     their parameters, however many micro-batches there are, and `.grad` of their parameters are `FactoredGradient` and
     `DeferredGradient`, tensors that torch.nn.utils.clip_grad_norm_, torch.amp.GradScaler and zero_grad take as
-    they take others; torch.autograd.grad finds no way from a loss to them. Parameters given bare, those of other
+    they take others; torch.autograd.grad finds no way from a loss to them. A parameter of a network may not change
+    between a backward pass and the step, which raises; what is written through `.data` is not seen until the next
+    step. Another optimizer that steps them gets ordinary gradients. Parameters given bare, those of other
     modules and of a prefix that is neither float32 nor float64 take torch's ordinary step.
 
     Over several processes a step averages the gradients of prefixes, of networks as those of their banks; those of
@@ -132,7 +134,8 @@ class FactoredAdamW(Factored):
         rest = []
         for p, grad in zip(params, grads, strict=True):
             state = self.state[p]
-            if state and any(isinstance(moment(k, state), Moment8) or state[k].dtype != p.dtype for k in _MOMENTS):
+            other = [k for k in _MOMENTS if state and state[k].dtype != p.dtype]
+            if other and (p.dim() in (2, 3) or any(isinstance(moment(k, state), Moment8) for k in other)):
                 self._by_tiles(group, p, grad)  # a matrix that was swept before
             else:
                 self._start(p, _NATIVE)

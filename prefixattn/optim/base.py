@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from prefixattn.optim.average import Average
 from prefixattn.optim.deliver import deliver
@@ -55,9 +56,12 @@ class Factored(torch.optim.Optimizer):
         group = {**self.defaults, "skipped_steps": 0, **param_group}
         self._check(group)
         modules, group["params"] = _expand(param_group["params"], f"group {len(self.param_groups)}")
+        if not any(p.requires_grad for _, p in group["params"]):
+            raise ValueError(
+                "params holds no parameter that requires a gradient (a model with a prefix is frozen, and a folded "
+                "prefix has nothing to train); expected the prefix itself"
+            )
         super().add_param_group(group)
-        if not any(p.requires_grad for p in group["params"]):
-            raise ValueError("params holds no parameter that requires a gradient (a folded prefix has none)")
         self.given += len(modules)
         for module in modules:
             self.take_over(module)
@@ -78,6 +82,7 @@ class Factored(torch.optim.Optimizer):
                 if part.up.weight.dtype in (torch.float32, torch.float64):
                     part.take_over(self._receive)
                     self.networks.add(part)
+                    _taken.add(part)
 
     def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
         """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
@@ -137,7 +142,10 @@ class Factored(torch.optim.Optimizer):
 
         Raises ValueError, before anything changes, where a shape, a group or an option does not fit.
         """
-        groups = state_dict["param_groups"]
+        # torch.optim.AdamW's state fits, however its steps were computed
+        how = ("foreach", "fused")
+        found = state_dict["param_groups"]
+        groups: list[Hyper] = [{k: None if k in how else v for k, v in group.items()} for group in found]
         sizes, here = ([len(g["params"]) for g in found] for found in (groups, self.param_groups))
         if sizes != here:
             raise ValueError(f"state_dict has groups of {sizes} parameters, expected {here}")
@@ -154,7 +162,7 @@ class Factored(torch.optim.Optimizer):
                 raise ValueError(f"the state of {name} has {', '.join(sorted(foreign))}, expected only {expected}")
             self._check_state(name, p, state)
         # torch would give every value the type of its parameter
-        super().load_state_dict({**state_dict, "state": {}})
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": {}})
         for _, p, state in pairs:
             if state:
                 self.state[p] = {key: _moved(key, value, p) for key, value in state.items()}
@@ -204,6 +212,11 @@ class Factored(torch.optim.Optimizer):
         swept = [(group, p) for group, p in held if _factored(p.grad)]
         # whatever can be refused is, before the first change
         sweeps = [self._prepared(p, group, *_sample(p)) for group, p in swept]
+        coming = {id(source) for _, p in swept for source, _ in p.grad.value.parts}  # whose dh the sweep makes
+        for _, p in held:
+            if isinstance(p.grad, LazyGradient) and p.grad.which in (X, W1, B1):
+                for source, _ in p.grad.value.parts:
+                    source.check(id(source) in coming)
         self._forget({id(p) for _, p in held})
         for (_, p), sweep in zip(swept, sweeps, strict=True):
             self._sweep_one(p, p.grad, sweep)
@@ -214,6 +227,8 @@ class Factored(torch.optim.Optimizer):
             params = [p for p in group["params"] if id(p) in made]
             if params:
                 self._ordinary(group, params, [made[id(p)] for p in params])
+        for _, p in held:
+            torch.autograd.graph.increment_version(p)  # torch's fused kernels leave no trace of their own
 
     def _forget(self, changing: set[int]) -> None:
         """Frees banks that a change of these parameters makes invalid."""
@@ -269,6 +284,31 @@ class Factored(torch.optim.Optimizer):
             stacklevel=4,
         )
         return False
+
+
+_taken: weakref.WeakSet[Any] = weakref.WeakSet()  # networks, by any optimizer
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Another optimizer may write to a parameter before it reads the gradient, which is made of the old numbers."""
+    if not isinstance(optimizer, Factored):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if isinstance(p.grad, LazyGradient):
+                    p.grad = p.grad.to_dense()
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused optimizers change parameters without a trace in their versions."""
+    if not isinstance(optimizer, Factored) and len(_taken):
+        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for network in list(_taken):
+            if any(id(p) in changed for p in network.parameters_in_order()):
+                network.forget()
+
+
+register_optimizer_step_pre_hook(_before_any_step)
+register_optimizer_step_post_hook(_after_any_step)
 
 
 def _factored(grad: Tensor | None) -> bool:

@@ -58,5 +58,7 @@ def check_moment(name: str, key: str, p: Tensor, state: dict[str, Any]) -> None:
         if not isinstance(scale, Tensor) or list(scale.shape) != expected:
             found = list(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__
             raise ValueError(f"{key}_scale of {name} has shape {found}, expected {expected}")
+        if scale.dtype != torch.float32:
+            raise ValueError(f"{key}_scale of {name} is {scale.dtype}, expected torch.float32")
     elif not value.is_floating_point():
         raise ValueError(f"{key} of {name} is {value.dtype}, expected a floating-point type, or uint8 with a scale")

@@ -122,11 +122,23 @@ class Source:
             self._small = hidden_bwd(self.dh, x, w1, self.z, self.form, (True, True, True))
         return self._small[index]
 
+    def check(self, dh_comes: bool) -> None:
+        """RuntimeError if x, w1 or w2 is no longer what a small gradient is made of; makes dh if no sweep will."""
+        if self._small is not None:
+            return
+        self.parameter(X)
+        self.parameter(W1)
+        if self._dh is None:
+            if dh_comes:
+                self.parameter(W2)
+            else:
+                self.make_dh()
+
     def finite(self) -> Tensor:
         """A bool of no dimensions."""
-        dbank, rest = self.ready().dbank, is_finite(self.h)
-        # what is wrong in the bank is also in the row, which b2 needs anyway
-        return rest if dbank.device.type == "cpu" and is_finite(self.row) else rest & is_finite(dbank)
+        # what is wrong in the bank is also in the row, which is b2's gradient
+        self.ready()
+        return is_finite(self.h) & is_finite(self.row)
 
 
 class Value:
