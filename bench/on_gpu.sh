@@ -43,7 +43,7 @@ elif ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # Seconds that a section may take when all run; the rest goes to the last ones.
-declare -A share=([build]=30 [verdicts]=60 [tests]=140 [gate]=60 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
+declare -A share=([build]=60 [verdicts]=60 [tests]=125 [gate]=45 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
 total=0
 for s in "${sections[@]}"; do total=$((total + share[$s])); done
 end=$((SECONDS + 60 * minutes))
@@ -63,7 +63,7 @@ tests() {
     fi
     # a first failure tells more than the last of many alike; interrupted, pytest still reports what it has
     PREFIXATTN_TEST_DEVICE=cuda timeout -s INT "$1" $PYTHON -m pytest -q -p no:cacheprovider -n 16 --dist worksteal --maxfail 60 \
-        -o filterwarnings=default --tb=short -rf --junitxml "$OUT/tests.xml" tests/test_prefix_attn.py \
+        -o filterwarnings=default --tb=short -rf tests/test_prefix_attn.py \
         tests/test_dropout.py tests/test_triton.py tests/test_qkvpacked.py \
         tests/test_reparam.py tests/test_optim.py tests/test_gpt2.py tests/test_gpt2_train.py
 }
@@ -78,7 +78,7 @@ micro() {
     local options=(--device gpu --minutes "$(minutes_of "$1")" --out "$OUT/micro.json")
     [ $dry = 0 ] || options+=(--quick -k packed)
     $PYTHON -m pytest -q -p no:cacheprovider --benchmark-disable-gc bench/bench_prefix_attn.py "${options[@]}" &&
-        $PYTHON bench/plot_gpu.py "$OUT/micro.json"
+        $PYTHON bench/plot_gpu.py "$OUT/micro.json" && rm "$OUT/micro.md" # the log has it
 }
 
 whole() {
@@ -91,7 +91,7 @@ reparam() {
     local options=(--device gpu --out "$OUT/reparam.json")
     [ $dry = 0 ] || options+=(--quick)
     $PYTHON -m pytest -q -p no:cacheprovider bench/bench_reparam.py "${options[@]}" &&
-        $PYTHON bench/plot_reparam.py "$OUT/reparam.json"
+        $PYTHON bench/plot_reparam.py "$OUT/reparam.json" && rm "$OUT/reparam.md"
 }
 
 sanitize() {

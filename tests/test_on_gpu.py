@@ -43,9 +43,12 @@ def test_every_section_can_be_tried_without_a_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "on_gpu.log").read_text() in done.stdout
     rows = json.loads((tmp_path / "micro.json").read_text())["rows"]
     assert {r["pass"] for r in rows if r["role"] == "ours"} == {"fwd", "fwd+bwd", "prefix grads"}
-    assert "packed" in (tmp_path / "micro.md").read_text()
+    assert "| vit-B1-N20-P3-D16-packed | fp32 | forward |" in done.stdout
     assert json.loads((tmp_path / "whole_step.json").read_text())["rows"]
-    assert "tiny interleaved" in (tmp_path / "reparam.md").read_text()
+    assert "| tiny interleaved |" in done.stdout
+    # few enough for whoever brings them back from another machine
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"on_gpu.log", "micro.json", "micro.png", "whole_step.json", "reparam.json", "reparam.png"}
 
 
 def test_a_section_that_fails_stops_no_other_and_shows_in_the_status(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import moments
 import plot
 import plot_gpu
 import plot_reparam
@@ -52,6 +53,11 @@ def test_table_to_text_is_the_records() -> None:
 def test_the_networks_tables_are_the_records() -> None:
     result = record("bench/results/reparam-cpu-amd-epyc-2-threads.json")
     for line in plot_reparam.times(result) + plot_reparam.memory(result):
+        assert line in README
+
+
+def test_the_moments_table_is_the_records() -> None:
+    for line in moments.table(record("bench/paper/results/moments.json")).splitlines():
         assert line in README
 
 
