@@ -141,10 +141,8 @@ def visible_float(L: int, P: int, dtype: torch.dtype) -> Tensor:  # [L, P+L]; ad
 def ours(x: Inputs, shape: Shape, backend: str) -> Tensor:
     options = {"is_causal": shape.causal, "prefix_ids": x.ids, "backend": backend}
     if x.qkv is not None:
-        return prefix_attention_qkvpacked(x.qkv, x.prefix_k, x.prefix_v, **options).transpose(1, 2)  # type: ignore
-    return prefix_attention(  # type: ignore[return-value]
-        x.q, x.k, x.v, x.prefix_k, x.prefix_v, enable_gqa=shape.Hkv > 0, **options
-    )
+        return prefix_attention_qkvpacked(x.qkv, x.prefix_k, x.prefix_v, **options).transpose(1, 2)
+    return prefix_attention(x.q, x.k, x.v, x.prefix_k, x.prefix_v, enable_gqa=shape.Hkv > 0, **options)
 
 
 def eager_concat(x: Inputs, shape: Shape) -> Tensor:

@@ -87,7 +87,7 @@ def flash_attn_4(x: Inputs, shape: Shape) -> Tensor:
 def _rows_first(function: Callable[..., Any], x: Inputs, shape: Shape) -> Tensor:
     out = function(*(t.transpose(1, 2) for t in (x.q, *concatenated(x))), causal=shape.causal)
     out = out[0] if isinstance(out, tuple) else out
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+    return out.transpose(1, 2)
 
 
 def xformers(x: Inputs, shape: Shape) -> Tensor:
@@ -99,8 +99,8 @@ def xformers(x: Inputs, shape: Shape) -> Tensor:
     if group > 1:  # [B, n, Hkv, group, D]
         q = q.unflatten(2, (shape.kv_heads, group))
         k, v = (t[:, :, :, None].expand(-1, -1, -1, group, -1) for t in (k, v))
-        return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3).transpose(1, 2)  # type: ignore
-    return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)  # type: ignore[no-any-return]
+        return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3).transpose(1, 2)
+    return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
 
 
 @cache
@@ -134,7 +134,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, gqa: bool, lse: bool = Fal
 
 def flex_concat(x: Inputs, shape: Shape) -> Tensor:
     mask = _block_mask(shape.L, shape.P, shape.keys, True, x.q.device) if shape.causal else None
-    return _flex(x.q, *concatenated(x), mask, shape.Hkv > 0)  # type: ignore[no-any-return]
+    return _flex(x.q, *concatenated(x), mask, shape.Hkv > 0)
 
 
 def flex_merge(x: Inputs, shape: Shape) -> Tensor:
@@ -148,7 +148,7 @@ def flex_merge(x: Inputs, shape: Shape) -> Tensor:
     own = _block_mask(shape.L, 0, shape.keys, True, q.device) if shape.causal else None
     second, second_lse = _flex(q, x.k, x.v, own, gqa, lse=True)
     share = torch.sigmoid((first_lse - second_lse).float())[..., None]  # [B, H, L, 1]
-    return (first * share + second * (1 - share)).to(q.dtype)  # type: ignore[no-any-return]
+    return (first * share + second * (1 - share)).to(q.dtype)
 
 
 FLEX = ("flex_concat", "flex_merge")

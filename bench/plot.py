@@ -163,10 +163,9 @@ def figure(result: Row, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    # no name given: the run made last
-    path = (
-        Path(arguments[0]) if arguments else max(RESULTS.glob("*.json"), key=lambda p: p.stat().st_mtime, default=None)
-    )
+    # no name given: the run made last; other benchmarks' results lie there too
+    last = max(RESULTS.glob("cpu-*.json"), key=lambda p: p.stat().st_mtime, default=None)
+    path = Path(arguments[0]) if arguments else last
     if path is None or not path.is_file():
         sys.exit(f"no results: {path or RESULTS}; make bench writes them")
     result = json.loads(path.read_text())

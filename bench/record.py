@@ -104,7 +104,7 @@ class Record:
             )
         for row in self.rows:
             if "gflops" in row:
-                row["gemm_share"] = round(row["gflops"] / self.ceiling[row["dtype"]], 3)  # type: ignore[operator, index]
+                row["gemm_share"] = round(row["gflops"] / self.ceiling[row["dtype"]], 3)
         result = header(self.side.device) | {"gemm_gflops": self.ceiling}
         if self.side is not platforms.platform("cpu"):
             result["copy_gbytes"] = copy = timing_gpu.copy_gbytes(self._gemm_seconds)

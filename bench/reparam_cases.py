@@ -117,11 +117,11 @@ class OnRows(Step):
 
 
 def adamw(network: DeepShare, **how: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), **OPTIONS, **how)  # type: ignore[arg-type]
+    return torch.optim.AdamW(network.parameters(), **OPTIONS, **how)
 
 
 def factored(network: DeepShare) -> torch.optim.Optimizer:
-    return FactoredAdamW(network, **OPTIONS)  # type: ignore[arg-type]
+    return FactoredAdamW(network, **OPTIONS)
 
 
 WAYS: dict[str, Callable[[Network, str], Step]] = {

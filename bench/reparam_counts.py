@@ -123,7 +123,7 @@ def step(case: Case, device: str = "meta", dtype: torch.dtype = torch.bfloat16) 
     _, z = backend.fwd(x, w1, b1, w2, b2, Form(n, Hkv, D, interleaved, "tanh"), dtype)
     dy, moments = torch.zeros(G, P, case.outputs, device=device), [torch.zeros_like(w2) for _ in range(2)]
     numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    backend.adamw_sweep(w2, *moments, z, dy, step=1, **numbers)  # type: ignore[arg-type]
+    backend.adamw_sweep(w2, *moments, z, dy, step=1, **numbers)
 
 
 def row(name: str, case: Case) -> dict[str, Any]:

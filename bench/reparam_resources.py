@@ -47,7 +47,7 @@ def rest(case: Case) -> None:
     numbers = (1.0, 1.0, 0.1, 0.999, 0.001, 1e-8, 1e-3, 1.0)
     launch_reparam.adamw(w2, halves, halves, h, dy, numbers, want_dh=False, found_inf=found)
     flags = {"nesterov": True, "first": False, "want_dh": True, "found_inf": None}
-    launch_reparam.sgd(w2, w2, h, dy, (1.0, 1e-3, 0.9, 1.0, 0.1), **flags)  # type: ignore[arg-type]
+    launch_reparam.sgd(w2, w2, h, dy, (1.0, 1e-3, 0.9, 1.0, 0.1), **flags)
 
 
 def launched(case: Case) -> list[Compiled]:

@@ -87,7 +87,7 @@ class Target:
 
     def activate(self, arch: str) -> None:
         driver.set_active(self)
-        table.architecture = lambda device: arch  # type: ignore[assignment]
+        table.architecture = lambda device: arch
 
 
 class Compiled(NamedTuple):
@@ -106,7 +106,7 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
     if case.features:
         index = torch.zeros(batch, dtype=torch.int64, device=device)
         prefix = prefix.expand(3, -1, -1, -1).contiguous()
-        extra = (q.new_zeros(batch, H, case.L, case.S), index, index + case.P // 2, index[:1])  # type: ignore[assignment]
+        extra = (q.new_zeros(batch, H, case.L, case.S), index, index + case.P // 2, index[:1])
         drops = (0.1, 0.1)
     return Call(q[:, :, : case.L], k, v, prefix, prefix, *extra, *drops, case.is_causal, D**-0.5)
 

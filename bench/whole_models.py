@@ -70,7 +70,7 @@ class Family(ABC):
         """AdamW; for a prefix of ours the one that does without the network's large gradient."""
         ours = isinstance(trained, prefixattn.Prefix)
         optimizer: Any = prefixattn.FactoredAdamW if ours else torch.optim.AdamW
-        return optimizer(trained if ours else trained.parameters(), lr=5e-5, weight_decay=0.0)  # type: ignore[no-any-return]
+        return optimizer(trained if ours else trained.parameters(), lr=5e-5, weight_decay=0.0)
 
     def frozen(self, device: str, dtype: torch.dtype) -> nn.Module:
         """A model of the same weights each time."""
@@ -238,7 +238,7 @@ class ViT(Family):
     def optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
         ours = isinstance(trained, prefixattn.Prefix)
         optimizer: Any = prefixattn.FactoredSGD if ours else torch.optim.SGD
-        return optimizer(trained if ours else trained.parameters(), lr=0.01, momentum=0.9)  # type: ignore[no-any-return]
+        return optimizer(trained if ours else trained.parameters(), lr=0.01, momentum=0.9)
 
 
 class TimmViT(ViT):

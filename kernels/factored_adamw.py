@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """One sweep over a matrix whose gradient is known by its factors, dy^T h: AdamW, or SGD with momentum.
 
 A program has some columns of one network's matrix and some of its rows, goes down the rows a tile at a time, and reads

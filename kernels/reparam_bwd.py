@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The gradients of the second matrix of the network that makes a prefix, and of the hidden rows behind it.
 
 The rows' gradient is read where it lies: as rows [G, P, O] (PLAIN), or as the gradient of the bank.

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The network that makes a prefix, forward: its hidden rows, then every row of the bank, for all networks at once.
 
 Columns of the second product are counted in the order of the bank, (layer, key or value, head, d): a tile of them is
