@@ -18,7 +18,7 @@ from prefixattn.config import MOST, PrefixConfig
 from prefixattn.prefix import FreePrefix, Geometry, make_encoder
 
 FORMAT = "prefixattn"
-VERSION = 1
+VERSION = 2  # 1 was never released
 JSON = "prefix.json"
 WEIGHTS = re.compile(r"prefix-[0-9a-f]{12}\.safetensors")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +44,7 @@ def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(folder: Path, config: PrefixConfig, geometry: Geometry, tensors: dict[str, Tensor], folded: bool) -> None:
-    """Writes a prefix: with `folded`, `tensors` is its bank; otherwise what its encoder's `state_dict` holds."""
+    """Writes a prefix: with `folded`, `tensors` is its bank; otherwise its encoder's `state_dict`, and its gate."""
     folder.mkdir(parents=True, exist_ok=True)
     data = dump_tensors(_cpu(tensors))
     digest = hashlib.sha256(data).hexdigest()
@@ -67,8 +67,11 @@ def save(folder: Path, config: PrefixConfig, geometry: Geometry, tensors: dict[s
             stale.unlink()
 
 
-def read(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
-    """The config and the encoder of a saved prefix for a model of this geometry; ValueError if anything is wrong.
+Read = tuple[PrefixConfig, nn.Module, Tensor | None]
+
+
+def read(folder: Path, geometry: Geometry) -> Read:
+    """Config, encoder and gate of a saved prefix for a model of this geometry; ValueError if anything is wrong.
 
     The encoder is trainable if it was saved unfolded. So is that of a PEFT adapter, which holds keys and values only,
     PEFT having dropped the network: it is one of share="none".
@@ -114,7 +117,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, lis
         raise ValueError(f"{path} holds values that are infinite or not a number, in {', '.join(bad)}")
 
 
-def _read(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
+def _read(folder: Path, geometry: Geometry) -> Read:
     path = folder / JSON
     values = _read_json(path)
     if values.get("format") != FORMAT:
@@ -129,7 +132,7 @@ def _read(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
     _check_geometry(path, values["model"], geometry)
     try:
         config = PrefixConfig.from_dict(values["config"])
-        layers = config.layer_indices(geometry.layers)
+        slots = config.slots(geometry.kinds)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(values["weights"], str) or not WEIGHTS.fullmatch(values["weights"]):
@@ -142,11 +145,13 @@ def _read(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
     with torch.device("meta"):  # no memory, and no random numbers drawn
         encoder = make_encoder(config, geometry)
         if values["folded"]:
-            encoder = FreePrefix(torch.empty(len(layers), 2, geometry.kv_heads, config.length, geometry.head_dim))
-    _check_tensors(weights, tensors, {name: list(t.shape) for name, t in encoder.state_dict().items()})
+            encoder = FreePrefix(torch.empty(len(slots), 2, geometry.kv_heads, config.longest, geometry.head_dim))
+    gated = {"gate": [len(slots)]} if config.gate and not values["folded"] else {}
+    _check_tensors(weights, tensors, {name: list(t.shape) for name, t in encoder.state_dict().items()} | gated)
+    gate = tensors.pop("gate") if gated else None
     # Assigned, not copied: a float64 prefix does not come back rounded.
     encoder.load_state_dict(tensors, assign=True)
-    return config, encoder.requires_grad_(not values["folded"])
+    return config, encoder.requires_grad_(not values["folded"]), gate
 
 
 def _check_geometry(path: Path, saved: Any, geometry: Geometry) -> None:
@@ -158,7 +163,7 @@ def _check_geometry(path: Path, saved: Any, geometry: Geometry) -> None:
         raise ValueError(f"{path} is of a prefix for another model: {'; '.join(differing)}")
 
 
-def _read_peft(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Module]:
+def _read_peft(folder: Path, geometry: Geometry) -> Read:
     path, weights = folder / PEFT_JSON, folder / PEFT_TENSORS
     values = _read_json(path)
     if values.get("peft_type") != "PREFIX_TUNING":
@@ -176,19 +181,21 @@ def _read_peft(folder: Path, geometry: Geometry) -> tuple[PrefixConfig, nn.Modul
         config = PrefixConfig(length=length, share="none", positions="shifted")
     except ValueError:
         raise ValueError(f"{path} has num_virtual_tokens {length!r}, expected an integer from 1 to {MOST}") from None
-    _check_tensors(weights, tensors, {"prompt_embeddings": [config.length, row]})
-    rows = tensors["prompt_embeddings"].view(config.length, geometry.layers, 2, geometry.kv_heads, geometry.head_dim)
+    _check_tensors(weights, tensors, {"prompt_embeddings": [config.longest, row]})
+    rows = tensors["prompt_embeddings"].view(config.longest, geometry.layers, 2, geometry.kv_heads, geometry.head_dim)
     bank = rows.permute(1, 2, 3, 0, 4).contiguous()
-    return config, FreePrefix(bank)
+    return config, FreePrefix(bank), None
 
 
 def export_peft(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor) -> None:
     """Writes a PEFT prefix-tuning adapter with the keys and values of `bank`, [N, 2, Hkv, P, D]."""
     if len(bank) != geometry.layers:
         raise ValueError(f"layers is {config.layers!r}; a PEFT adapter has a prefix in every layer")
+    if not isinstance(config.length, int):
+        raise ValueError(f"length is {config.length!r}; a PEFT adapter has one length for all layers")
     if config.positions != "shifted":
         raise ValueError(f"positions is {config.positions!r}; PEFT always shifts positions by the prefix's length")
-    rows = bank.permute(3, 0, 1, 2, 4).reshape(config.length, -1)
+    rows = bank.permute(3, 0, 1, 2, 4).reshape(config.longest, -1)
     description = {
         "auto_mapping": None,
         "base_model_name_or_path": None,

@@ -5,7 +5,7 @@ A *bank* is all prefixes of a model: `[N, 2, Hkv, P, D]`, with N the layers that
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,15 @@ class Geometry:
     """The sizes of a model that a prefix must fit."""
 
     model_type: str
-    layers: int
+    layers: int  # with attention, of all kinds
     kv_heads: int  # Hkv
     head_dim: int  # D
     width: int  # E
+    kinds: dict[str, int] = field(default_factory=dict)  # kind of attention -> its layers; of one kind {"self": layers}
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            self.kinds["self"] = self.layers
 
 
 class _Rows(nn.Module):
@@ -284,10 +289,29 @@ class FreePrefix(nn.Module):
         return self.bank
 
 
+class DeepShares(nn.Module):
+    """A network for each kind of attention, where their stacks differ in depth."""
+
+    def __init__(self, networks: list[DeepShare]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.cat([network(dtype) for network in self.networks])
+
+
 def make_encoder(config: PrefixConfig, geometry: Geometry) -> nn.Module:
-    layers = config.layer_indices(geometry.layers)
-    if config.share == "deep":
-        return DeepShare(len(layers), config.length, config.hidden, geometry)
+    """The module that makes the bank of a resolved config."""
+    counts = list(config.counts(geometry.kinds).values())
+    slots, P = config.slots(geometry.kinds), config.longest
     if config.share == "simple":
-        return SimpleShare(layers, config.length, geometry)
-    return FreePrefix(torch.randn(len(layers), 2, geometry.kv_heads, config.length, geometry.head_dim))
+        return SimpleShare(slots, P, geometry)
+    if config.share == "none":
+        return FreePrefix(torch.randn(len(slots), 2, geometry.kv_heads, P, geometry.head_dim))
+    hidden, activation = config.hidden or 512, config.activation
+    if config.network == "per_layer":
+        networks = len(slots)
+        return DeepShare(1, P, hidden, geometry, networks=networks, interleaved=True, activation=activation)
+    if len(set(counts)) == 1:
+        return DeepShare(counts[0], P, hidden, geometry, networks=len(counts), activation=activation)
+    return DeepShares([DeepShare(count, P, hidden, geometry, activation=activation) for count in counts])

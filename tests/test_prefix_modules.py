@@ -246,10 +246,22 @@ REFUSED = {
     "layers_order": (dict(layers=[2, 1]), r"layers is \[2, 1\], expected increasing layer indices"),
     "layers_number": (dict(layers=3), "layers is 3, expected increasing layer indices"),
     "layers_negative": (dict(layers=[-1]), r"layers is \[-1\], expected increasing layer indices"),
-    "init_empty": (dict(share="none", init=" "), "init is ' ', expected 'random', a text, or token ids"),
-    "init_no_ids": (dict(share="none", init=[]), r"init is \[\], expected 'random', a text, or token ids"),
-    "init_number": (dict(share="none", init=7), "init is 7, expected 'random', a text, or token ids"),
-    "init_share": (dict(init="summarize"), "init is 'summarize' with share='deep'; only share='none'"),
+    "init_empty": (
+        dict(share="none", init=" "),
+        "init is ' ', expected 'random', 'normal', 'uniform', 'zero', a text, or token ids",
+    ),
+    "init_no_ids": (
+        dict(share="none", init=[]),
+        r"init is \[\], expected 'random', 'normal', 'uniform', 'zero', a text, or token ids",
+    ),
+    "init_number": (
+        dict(share="none", init=7),
+        "init is 7, expected 'random', 'normal', 'uniform', 'zero', a text, or token ids",
+    ),
+    "init_share": (
+        dict(init="summarize", share="simple"),
+        "init is 'summarize' with share='simple'; keys and values of a text",
+    ),
 }
 
 

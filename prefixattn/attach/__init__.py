@@ -1,5 +1,6 @@
 """`attach` and `load`: a prefix into a model. What is particular to a model class is in the modules beside this one."""
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -7,67 +8,85 @@ from typing import Any
 import torch
 from torch import nn
 
+from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.init import initialise
 from prefixattn.attach.prefix import Prefix
-from prefixattn.config import PrefixConfig
-from prefixattn.prefix import FreePrefix, make_encoder
+from prefixattn.config import INITS, PrefixConfig
+from prefixattn.prefix import make_encoder
 
-# Class of the part that runs the layers -> module and class that know it. Imported when met: transformers is optional.
-ADAPTERS = {"GPT2Model": ("gpt2", "GPT2Adapter")}
+# Library of the model's class -> module and class that know it. Imported when met: both libraries are optional.
+ADAPTERS = {"transformers": ("huggingface", "HuggingFaceAdapter"), "timm": ("timm", "TimmAdapter")}
 
 
-def attached(model: nn.Module) -> Prefix | None:
-    """The prefix on `model`, or None; for a copied or unpickled model, whose prefix nobody has in hand."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-    for hook in base._forward_pre_hooks.values():
-        prefix = getattr(getattr(hook, "__self__", None), "prefix", None)
-        if isinstance(prefix, Prefix):
-            return prefix
+def _base(model: nn.Module) -> nn.Module:
+    """The part that runs the layers."""
+    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+
+
+def _adapter_of(model: nn.Module) -> Adapter | None:
+    """The adapter of a model that has prefixes; of a copied or unpickled one too."""
+    for hook in _base(model)._forward_pre_hooks.values():
+        adapter = getattr(hook, "__self__", None)
+        if isinstance(adapter, Adapter):
+            return adapter
     return None
 
 
-def make_adapter(model: nn.Module) -> Any:
-    """The adapter for `model`'s class; refuses classes without one and models that have a prefix already."""
+def attached(model: nn.Module) -> Prefix | None:
+    """The active prefix on `model`, or None; for a copied or unpickled model, whose prefix nobody has in hand."""
+    adapter = _adapter_of(model)
+    return None if adapter is None else adapter.prefix
+
+
+def make_adapter(model: nn.Module) -> Adapter:
+    """The adapter for `model`, which is the one it has already if there are prefixes on it."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected a torch module")
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-    known = [
-        cls for cls in type(base).__mro__ if cls.__name__ in ADAPTERS and cls.__module__.startswith("transformers.")
-    ]
-    name = known[0].__name__ if known else None
-    if name is None:
+    base = _base(model)
+    known = [name for cls in type(base).__mro__ for name in ADAPTERS if cls.__module__.split(".")[0] == name]
+    if not known:
         raise NotImplementedError(
-            f"attach does not know the class {type(model).__name__}; it knows Hugging Face models on "
-            f"{', '.join(ADAPTERS)}"
+            f"attach does not know the class {type(model).__name__}; it knows models of Hugging Face's transformers "
+            "and of timm"
         )
-    if attached(model) is not None:
-        raise ValueError("the model has a prefix already; call detach() on that one first")
-    module, cls = ADAPTERS[name]
-    return getattr(import_module(f".{module}", __name__), cls)(model, base)
+    adapter = _adapter_of(model)
+    if adapter is not None:
+        return adapter
+    module, cls = ADAPTERS[known[0]]
+    made: Adapter = getattr(import_module(f".{module}", __name__), cls)(model, base)
+    return made
 
 
 def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Prefix:
     """Puts a trainable prefix into `model` and freezes the model.
 
+    One token or image is run to see that the prefix reaches the output; otherwise the model is left as it was and
+    NotImplementedError says why.
+
     Args:
-        model: A Hugging Face GPT-2, with or without a head. It stays in the mode, training or evaluation, it is in.
+        model: A model of transformers whose layers call its attention interface (GPT-2, BART, T5, LLaMA, Mistral,
+            Qwen, Gemma, BERT, ViT and others), with or without a head, or a vision transformer of timm. It stays in the
+            mode, training or evaluation, it is in. One that has prefixes gets another, which becomes the active one.
         config: The prefix; see `PrefixConfig`.
         tokenizer: Turns `config.init` into token ids, if that is a text.
 
     Returns:
-        The prefix. Its `parameters()` are what an optimizer takes; its `config.length` is the number of tokens of
-        `config.init`, if that is a text or token ids.
+        The prefix. Its `parameters()` are what an optimizer takes; its `config` says also what was left to the model,
+        and its `config.length` is the number of tokens of `config.init`, if that is a text or token ids.
     """
     if not isinstance(config, PrefixConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a PrefixConfig")
     adapter = make_adapter(model)
-    layers = config.layer_indices(adapter.geometry.layers)
-    if config.init == "random":
-        encoder = make_encoder(config, adapter.geometry)
-    else:
+    config = adapter.resolve(config)
+    activations = None
+    if config.init not in INITS:
         ids = _token_ids(config.init, tokenizer)
-        encoder = FreePrefix(adapter.activations(ids)[list(layers)].contiguous())
-        config = PrefixConfig(**{**config.to_dict(), "length": len(ids), "init": tuple(ids)})
-    prefix = Prefix(config, adapter, encoder.to(adapter.base.device))
+        config = replace(config, length=len(ids), init=tuple(ids))
+        activations = adapter.activations(ids)[list(config.slots(adapter.geometry.kinds))].contiguous()
+    encoder = make_encoder(config, adapter.geometry).to(adapter.device)
+    initialise(encoder, config, adapter.defaults.bound, activations)
+    prefix = Prefix(config, adapter, encoder)
+    prefix.to(adapter.device)
     adapter.install(prefix)
     return prefix
 
@@ -81,9 +100,11 @@ def load(model: nn.Module, folder: str | Path) -> Prefix:
     from prefixattn import checkpoint  # here, for the sake of installations without safetensors
 
     adapter = make_adapter(model)
-    config, encoder = checkpoint.read(Path(folder), adapter.geometry)
-    prefix = Prefix(config, adapter, encoder.to(adapter.base.device))
-    adapter.install(prefix)
+    config, encoder, gate = checkpoint.read(Path(folder), adapter.geometry)
+    prefix = Prefix(config, adapter, encoder)
+    if gate is not None and prefix.gate is not None:
+        prefix.gate.data = gate
+    adapter.install(prefix.to(adapter.device))
     return prefix
 
 

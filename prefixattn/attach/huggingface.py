@@ -1,149 +1,213 @@
-"""`HuggingFaceAdapter`: a prefix into a model whose layers call transformers' attention interface."""
+"""`HuggingFaceAdapter`: prefixes into a model whose layers call transformers' attention interface."""
 
 import copy
-import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from prefixattn.attach import gate, interface, probe, projections
+from prefixattn.attach.adapter import Adapter
 from prefixattn.attach.interface import NAME, PrefixCall
-from prefixattn.attach.prefix import LayerPrefix, Prefix
+from prefixattn.config import Defaults
 from prefixattn.prefix import Geometry
 
 
-class _PrefixGate(torch.autograd.Function):
-    """Passes hidden states on; its backward, the last of the model's, hands the leaves' gradients to the network."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.leaves = leaves
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None
-        return dhidden, None, *grads
-
-
-class HuggingFaceAdapter:
-    """Freezes a model, has its layers attend through `interface.py`, and undoes both.
-
-    A subclass for a model class says its `geometry`, how a layer projects a vector, and where its blocks are.
-    """
-
-    geometry: Geometry
+class HuggingFaceAdapter(Adapter):
+    """Any transformers model whose layers call the attention interface and pass it their keyword arguments."""
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
-        # Any: a module's attributes are known to no type checker.
-        self.model: nn.Module = model
-        self.base: Any = base
-        # The names of positional arguments, for callers that pass them so.
-        self.names = tuple(inspect.signature(type(base).forward).parameters)[1:]
-        self.prefix: Prefix | None = None
-        self.active = True
-        self.handle: Any = None
-        self.implementation: str | None = None
-        self.flags: dict[str, bool] = {}
+        super().__init__(model, base)
+        self.names = interface.arguments(base)  # for callers that pass them by position
+        self.handles: list[Any] = []
+        self.implementations: list[tuple[Any, str | None]] = []
+        self.override: PrefixCall | None = None
+        self.enter()
+        try:
+            _, calls = probe.run(base, {**probe.example(base, [1]), "prefix_call": PrefixCall({}, 0.0)})
+            self.sites = probe.sites(base, calls)
+        finally:
+            self.leave()
+        kinds: dict[str, int] = {}
+        for site in self.sites:
+            kinds[site.kind] = kinds.get(site.kind, 0) + 1
+        first = self.sites[0]
+        config = self.base.config.get_text_config()
+        if base.main_input_name == "pixel_values":
+            config = getattr(self.base.config, "vision_config", self.base.config)
+        self.geometry = Geometry(
+            config.model_type, len(self.sites), first.kv_heads, first.head_dim, config.hidden_size, kinds
+        )
+        self.defaults = self._defaults(config)
 
-    def project(self, layer: int, vectors: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _defaults(self, config: Any) -> Defaults:
+        if self.base.main_input_name == "pixel_values":
+            patch = config.patch_size
+            height, width = (patch, patch) if isinstance(patch, int) else patch
+            numbers = config.num_channels * height * width
+            bound = (6 / (numbers + self.geometry.width)) ** 0.5  # VPT's rule
+            return Defaults(network="per_layer", hidden=48, positions="unshifted", init="uniform", bound=bound)
+        attention = self.base.get_submodule(self.sites[0].path)
+        decodes = list(self.geometry.kinds) == ["self"] and getattr(attention, "is_causal", False)
+        positions = "shifted" if decodes and "position_ids" in self.names else "unshifted"
+        return Defaults(positions=positions, bound=(3 / self.geometry.width) ** 0.5)
 
-    def projection_parameters(self, layer: int) -> Iterator[Tensor]:
-        raise NotImplementedError
+    def enter(self) -> None:
+        # Models built from one config object share it; the attention implementation is this model's alone.
+        copies: dict[int, Any] = {}
+        for module in self.model.modules():
+            config = module.__dict__.get("config")
+            if isinstance(config, PreTrainedConfig):
+                module.config = copy.deepcopy(config, copies)
+        configs = {id(m.config): m.config for m in self.model.modules() if "config" in m.__dict__}
+        known = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
+        self.implementations = [(config, config._attn_implementation) for config in known]
+        self.switch(True)
+        for slot, site in enumerate(getattr(self, "sites", [])):
+            self.base.get_submodule(site.path).prefix_slot = slot
+        # generate runs the encoder of an encoder-decoder by itself
+        stacks = [self.base, self.base.get_encoder()] if self.base.config.is_encoder_decoder else [self.base]
+        self.handles = [stack.register_forward_pre_hook(self.before_forward, with_kwargs=True) for stack in stacks]
+        if hasattr(self.model, "_validate_model_kwargs"):
+            self.model._validate_model_kwargs = self.validate_kwargs  # type: ignore[assignment]
+
+    def leave(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.switch(False)
+        for site in getattr(self, "sites", []):
+            self.base.get_submodule(site.path).__dict__.pop("prefix_slot", None)
+        self.model.__dict__.pop("_validate_model_kwargs", None)
+
+    def switch(self, on: bool) -> None:
+        for config, implementation in self.implementations:
+            config._attn_implementation = NAME if on else implementation
+
+    def verify(self) -> None:
+        """Runs one token with a random prefix of one row, and looks whether the output moved."""
+        assert self.prefix is not None
+        slots, (_, _, Hkv, _, D) = self.prefix.slots, (0, 0, self.geometry.kv_heads, 0, self.geometry.head_dim)
+        generator = torch.Generator("cpu").manual_seed(0)
+        rows = torch.randn(2, Hkv, 1, D, generator=generator, device="cpu").to(self.base.device)
+        inputs = probe.example(self.base, [1])
+        plain, _ = probe.run(self.base, {**inputs, "prefix_call": PrefixCall({}, 0.0)})
+        self.override = PrefixCall({slot: (rows[0], rows[1]) for slot in slots}, 0.0)
+        try:
+            moved, calls = probe.run(self.base, inputs)
+        finally:
+            self.override = None
+        used = sum(call.used for call in calls)
+        if used != len(slots) or (plain.device.type != "meta" and torch.equal(plain, moved)):
+            raise NotImplementedError(
+                f"a prefix does not reach the output of {type(self.base).__name__}: {used} of {len(slots)} layers "
+                "attended to it, and the model is left as it was"
+            )
+
+    def project(self, slot: int, vectors: Tensor) -> Tensor:
+        geometry = self.geometry
+        return projections.project(self.base, self.sites[slot].path, vectors, geometry.kv_heads, geometry.head_dim)
+
+    def projection_parameters(self, slot: int) -> Iterator[Tensor]:
+        yield from projections.parameters(self.base, self.sites[slot].path)
 
     def activations(self, ids: list[int]) -> Tensor:
-        raise NotImplementedError
-
-    def blocks(self) -> Any:
-        raise NotImplementedError
+        if self.base.main_input_name != "input_ids":
+            raise ValueError(f"init is a text, but {type(self.base).__name__} takes {self.base.main_input_name}")
+        vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        if max(ids) >= vocabulary:
+            raise ValueError(f"init has token id {max(ids)}, but the model's vocabulary ends at {vocabulary - 1}")
+        if self.max_positions is not None and len(ids) > self.max_positions:
+            raise ValueError(f"init has {len(ids)} tokens, but the model has {self.max_positions} positions")
+        inside = bool(self.prefixes)
+        if not inside:
+            self.enter()
+        try:
+            call = PrefixCall({}, 0.0)
+            _, calls = probe.run(self.base, {**probe.example(self.base, ids), "prefix_call": call})
+        finally:
+            if not inside:
+                self.leave()
+        made = {call.module: torch.stack([call.key[0], call.value[0]]) for call in calls}
+        bank = torch.stack([made[self.base.get_submodule(site.path)] for site in self.sites])
+        return bank.to(torch.promote_types(bank.dtype, torch.float32))
 
     @property
-    def max_positions(self) -> int:
-        raise NotImplementedError
-
-    def install(self, prefix: Prefix) -> None:
-        self.prefix = prefix
-        # Models built from one config object share it; the attention implementation is this model's alone.
-        own, shared = copy.deepcopy(self.base.config), self.base.config
-        for module in self.model.modules():
-            if module.__dict__.get("config") is shared:
-                module.config = own
-        self.implementation = own._attn_implementation
-        own._attn_implementation = NAME
-        self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        self.model.requires_grad_(False)
-        self.handle = self.base.register_forward_pre_hook(self.before_forward, with_kwargs=True)
-
-    def remove(self) -> None:
-        self.handle.remove()
-        self.base.config._attn_implementation = self.implementation
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
-        self.prefix = None
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        before = self.active, self.base.config._attn_implementation
-        self.active, self.base.config._attn_implementation = False, self.implementation
-        try:
-            yield
-        finally:
-            self.active = before[0]
-            if self.prefix is not None:  # else it was detached inside, and the model is as it was before
-                self.base.config._attn_implementation = before[1]
-
-    def before_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's forward pre-hook: computes the prefixes and shifts the positions."""
-        prefix = self.prefix
-        if not self.active or prefix is None:
+    def max_positions(self) -> int | None:
+        """Of learned positions; rotary ones end nowhere."""
+        if hasattr(self.base, "rotary_emb"):
             return None
+        most = getattr(self.base.config, "max_position_embeddings", None)
+        return None if most is None else int(most)
+
+    def validate_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """generate's check of its arguments, to which prefix_ids would be a mistake."""
+        type(self.model)._validate_model_kwargs(  # type: ignore[attr-defined]
+            self.model, {name: value for name, value in kwargs.items() if name != "prefix_ids"}
+        )
+
+    def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward pre-hook: computes the prefixes and shifts the positions."""
+        prefix = self.prefix
+        if not self.active or prefix is None or kwargs.get("prefix_call") is not None:
+            return None
+        self._check_implementation()
+        names = self.names if stack is self.base else interface.arguments(stack)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        first = next((kwargs[n] for n in _INPUTS if kwargs.get(n) is not None), None)
+        if first is None:
+            return None  # the model itself says what is missing
+        if kwargs.get("output_attentions"):
+            raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
+        ids = kwargs.pop("prefix_ids", None)
+        if self.override is not None:
+            return (), {**kwargs, "prefix_call": self.override}
+        if self.defaults.positions == "shifted":
+            self._prepare_decoder(first, kwargs)
+        found = prefix.layer_prefixes(self._dtype(first.device), first.device)
+        if torch.is_grad_enabled() and gate.needed(self.base):
+            found = gate.behind(self.base, found, kwargs)
+        kwargs["prefix_call"] = prefix.call(found, ids)
+        return (), kwargs
+
+    def _check_implementation(self) -> None:
         implementation = self.base.config._attn_implementation
         if implementation != NAME:
             raise ValueError(
                 f"the model's attention implementation was set to {implementation!r} after attach, and would leave out "
                 f"the prefix; expected {NAME!r}: call set_attn_implementation before attach, or detach() the prefix"
             )
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            return None  # the model itself says what is missing
-        if kwargs.get("output_attentions"):
-            raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
+
+    def _prepare_decoder(self, tokens: Tensor, kwargs: dict[str, Any]) -> None:
+        """What a decoder's inputs need: a mask of the tokens alone, positions after the prefix's."""
+        assert self.prefix is not None
         batch, length = tokens.shape[0], tokens.shape[1]
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if cache is None and mask is not None and mask.ndim == 2 and mask.shape[1] != length:
+        if cache is None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != length:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns for {length} tokens; a prefix takes no column of it"
             )
         if mask is None and cache is None and kwargs.get("position_ids") is None and torch.compiler.is_compiling():
             # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
             kwargs["attention_mask"] = tokens.new_ones(1, 1, dtype=torch.bool).expand(batch, length)
-        if prefix.config.positions == "shifted":
+        if self.prefix.config.positions == "shifted":
             kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device)
-        found = prefix.layer_prefixes(self._dtype(tokens.device), tokens.device)
-        if torch.is_grad_enabled() and self._reentrant_checkpoints():
-            found = self._behind_gate(found, kwargs)
-        dropout_p = prefix.config.dropout if prefix.training else 0.0
-        kwargs["prefix_call"] = PrefixCall(dict(zip(prefix.layers, found, strict=True)), dropout_p)
-        return (), kwargs
 
     def _shifted(self, positions: Tensor | None, cache: Any, length: int, device: torch.device) -> Tensor:
         assert self.prefix is not None
-        shift = self.prefix.config.length
+        shift = self.prefix.config.longest
         if positions is None:
             past = cache.get_seq_length() if cache is not None else 0
             positions = (torch.arange(length, device=device) + past)[None]
         positions = positions + shift
-        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        most = self.max_positions
+        if most is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
             last = int(positions.max()) if positions.numel() else 0
-            if last >= self.max_positions:
+            if last >= most:
                 raise ValueError(
-                    f"position {last} is past the model's {self.max_positions} positions, {shift} of which the prefix "
+                    f"position {last} is past the model's {most} positions, {shift} of which the prefix "
                     f"takes; shorten the input or use positions='unshifted'"
                 )
         return positions
@@ -154,28 +218,5 @@ class HuggingFaceAdapter:
         dtype: torch.dtype = self.base.dtype
         return dtype
 
-    def _reentrant_checkpoints(self) -> bool:
-        block = self.blocks()[0]
-        if not (getattr(block, "gradient_checkpointing", False) and block.training):
-            return False
-        keywords = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
-        return bool(keywords.get("use_reentrant", True))
 
-    def _behind_gate(self, found: list[LayerPrefix], kwargs: dict[str, Any]) -> list[LayerPrefix]:
-        """Cuts the prefixes off the network's graph, for checkpoints that run a backward of their own per layer.
-
-        Such a backward would run the network's graph once per layer and free it after the first. Instead the layers
-        accumulate into leaves, and the gate, whose backward comes after all of theirs, passes the sums on.
-        """
-        outputs = [t for pair in found for t in pair]
-        if not any(t.requires_grad for t in outputs):
-            return found
-        leaves = [t.detach().requires_grad_() for t in outputs]
-        hidden = kwargs.get("inputs_embeds")
-        if hidden is None:
-            ids = kwargs.pop("input_ids")
-            if ids.ndim != 2:
-                raise NotImplementedError(f"input_ids of shape {tuple(ids.shape)} with reentrant checkpoints")
-            hidden = self.base.get_input_embeddings()(ids)
-        kwargs["inputs_embeds"] = _PrefixGate.apply(hidden, leaves, *outputs)
-        return list(zip(leaves[0::2], leaves[1::2], strict=True))
+_INPUTS = "input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds"

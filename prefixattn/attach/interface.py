@@ -5,7 +5,9 @@ function: no cache and no mask knows of them, nothing is kept on the modules bet
 checkpointing runs again meets the tensors it met the first time.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +24,41 @@ NAME = "prefixattn"
 class PrefixCall(NamedTuple):
     """What one forward of the model passes to its attention layers."""
 
-    prefixes: dict[int, LayerPrefix]  # layer -> key, value [Hkv, P, D]
+    prefixes: dict[int, LayerPrefix]  # slot -> key, value [Hkv, P, D], or a bank's [T, Hkv, P, D]
     dropout_p: float
+    ids: Tensor | None = None  # [B], rows of the bank
+    lengths: Tensor | None = None  # [T]
+    masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
+
+
+class Watched(NamedTuple):
+    """A call of the attention function while it is watched."""
+
+    module: nn.Module
+    heads: int
+    key: Tensor  # [B, Hkv, S, D]
+    value: Tensor
+    carried: bool  # the prefixes came along
+    used: bool  # and there was one for this layer
+
+
+_watching: list[Watched] | None = None
+
+
+@contextmanager
+def watched() -> Iterator[list[Watched]]:
+    """Collects the calls of the attention function inside."""
+    global _watching
+    before, _watching = _watching, []
+    try:
+        yield _watching
+    finally:
+        _watching = before
+
+
+def arguments(module: nn.Module) -> tuple[str, ...]:
+    """The names of a forward's arguments."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def padding_and_causality(
@@ -44,7 +79,7 @@ def padding_and_causality(
     so this function may meet its own result. Anything else (packed sequences, a prompt longer than one token in a
     compiled static cache) is the explicit `[B, 1, L, S]` of transformers, which contains causality.
     """
-    causal = mask_function is causal_mask_function
+    causal = mask_function is causal_mask_function or _within_window(kv_length, kv_offset, **kwargs)
     plain = causal or mask_function is bidirectional_mask_function
     tracing = torch.compiler.is_compiling()
     if not plain or kv_offset or (causal and isinstance(q_offset, Tensor) and q_length > 1 and tracing):
@@ -82,6 +117,13 @@ def padding_and_causality(
     return padding
 
 
+def _within_window(
+    kv_length: int, kv_offset: int, local_size: int | None = None, allow_is_causal_skip: bool = True, **_: Any
+) -> bool:
+    """True if a sliding window is all that a mask adds to causality, and hides nothing."""
+    return local_size is not None and allow_is_causal_skip and not kv_offset and kv_length <= local_size
+
+
 def attention_with_prefix(
     module: nn.Module,
     query: Tensor,  # [B, H, L, D]
@@ -91,13 +133,18 @@ def attention_with_prefix(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,  # T5's, added to the scores
     prefix_call: PrefixCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' `AttentionInterface`; returns `[B, L, H, D]` and no weights."""
-    for name in ("softcap", "s_aux", "position_bias", "cache"):
+    for name in ("softcap", "s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with a prefix does not take {name}")
+    slot = getattr(module, "prefix_slot", None)
+    found = None if prefix_call is None else prefix_call.prefixes.get(slot)  # type: ignore[arg-type]
+    if _watching is not None:
+        _watching.append(Watched(module, query.shape[1], key, value, prefix_call is not None, found is not None))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is not None:
         if attention_mask.ndim == 2:
@@ -106,13 +153,17 @@ def attention_with_prefix(
             attention_mask = attention_mask[:, None, None, :]
         else:
             causal = False
-    found = None if prefix_call is None else prefix_call.prefixes.get(module.layer_idx)  # type: ignore[call-overload]
-    if found is None:
+    if position_bias is not None:
+        attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
+    if found is None or prefix_call is None:
         prefix_k = prefix_v = key.new_empty(key.shape[1], 0, key.shape[3])
-        prefix_dropout_p = 0.0
+        options: dict[str, Any] = {}
     else:
         prefix_k, prefix_v = (t.to(device=query.device, dtype=query.dtype) for t in found)
-        prefix_dropout_p = prefix_call.dropout_p  # type: ignore[union-attr]
+        options = {"prefix_dropout_p": prefix_call.dropout_p}
+        if prefix_call.ids is not None:
+            options |= {"prefix_ids": prefix_call.ids, "prefix_lengths": prefix_call.lengths}
+    want_mass = prefix_call is not None and prefix_call.masses is not None and found is not None
     out = prefix_attention(
         query,
         key,
@@ -124,10 +175,22 @@ def attention_with_prefix(
         is_causal=causal,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        prefix_dropout_p=prefix_dropout_p,
+        return_prefix_mass=want_mass,
+        **options,
     )
+    if want_mass:
+        out, prefix_call.masses[slot] = out  # type: ignore[union-attr, index]
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """One float mask of a bias [1 or B, H, L, S] and a mask of what is visible."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return bias + mask
 
 
 AttentionInterface.register(NAME, attention_with_prefix)

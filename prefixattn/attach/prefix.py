@@ -1,16 +1,21 @@
 """`Prefix`: the prefix on a model, from `attach` to `detach`."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from prefixattn.attach.adapter import Adapter
 from prefixattn.config import PrefixConfig
-from prefixattn.prefix import DeepShare, FreePrefix, Geometry, SimpleShare
+from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, Geometry, SimpleShare
+
+if TYPE_CHECKING:
+    from prefixattn.attach.interface import PrefixCall
 
 LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each
 
@@ -25,18 +30,6 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class Adapter(Protocol):
-    """What `Prefix` asks of the code that knows the model's class (prefixattn/attach/)."""
-
-    geometry: Geometry
-
-    def install(self, prefix: "Prefix") -> None: ...
-    def remove(self) -> None: ...
-    def disabled(self) -> AbstractContextManager[None]: ...
-    def project(self, layer: int, vectors: Tensor) -> Tensor: ...
-    def projection_parameters(self, layer: int) -> Iterable[Tensor]: ...
-
-
 class Prefix(nn.Module):
     """A trainable prefix on a frozen model. Made by `prefixattn.attach` and `prefixattn.load`.
 
@@ -49,33 +42,45 @@ class Prefix(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder
+        slots = len(config.slots(adapter.geometry.kinds))
+        self.gate = nn.Parameter(torch.ones(slots)) if config.gate else None  # [N]
         # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
         self._adapter: Adapter | None = adapter
         self._geometry = adapter.geometry
         self._cache: tuple[tuple[Any, ...], list[LayerPrefix]] | None = None
+        self._masses: dict[int, Tensor] | None = None
 
     @property
     def geometry(self) -> Geometry:
         return self._geometry
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the layers that have a prefix."""
-        return self.config.layer_indices(self._geometry.layers)
+    def slots(self) -> tuple[int, ...]:
+        """The layers that have a prefix, counted through all kinds of attention of the model."""
+        return self.config.slots(self._geometry.kinds)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The prefix's length in each of those layers."""
+        return self.config.lengths(len(self.slots))
 
     @property
     def folded(self) -> bool:
         """True if only keys and values are left, with no network or projection to run."""
-        return isinstance(self.encoder, FreePrefix)
+        return isinstance(self.encoder, FreePrefix) and self.gate is None
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
         with torch.autocast(device_type, enabled=False):
-            if isinstance(self.encoder, DeepShare):
-                return self.encoder(dtype)
-            bank = self.encoder(self._attached().project) if isinstance(self.encoder, SimpleShare) else self.encoder()
+            if isinstance(self.encoder, (DeepShare, DeepShares)):
+                bank = self.encoder(dtype)
+            else:
+                simple = isinstance(self.encoder, SimpleShare)
+                bank = self.encoder(self._attached().project) if simple else self.encoder()
+            if self.gate is not None:
+                bank = bank * self.gate[:, None, None, None, None]
             return bank if dtype is None else bank.to(dtype)
 
     def layer_prefixes(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
@@ -104,18 +109,30 @@ class Prefix(nn.Module):
         """What the bank is computed from."""
         yield from self.parameters()
         if isinstance(self.encoder, SimpleShare):
-            for layer in self.layers:
-                yield from self._attached().projection_parameters(layer)
+            for slot in self.slots:
+                yield from self._attached().projection_parameters(slot)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         bank = self(dtype).to(device)
         tensors = bank.flatten(0, 1).unbind(0)
-        return list(zip(tensors[0::2], tensors[1::2], strict=True))
+        pairs = list(zip(tensors[0::2], tensors[1::2], strict=True))
+        if isinstance(self.config.length, int):
+            return pairs
+        return [(k[:, :n], v[:, :n]) for (k, v), n in zip(pairs, self.lengths, strict=True)]
+
+    def call(self, found: list[LayerPrefix], ids: Tensor | None) -> "PrefixCall":
+        """What the layers of a Hugging Face model get with a forward pass."""
+        from prefixattn.attach.interface import PrefixCall
+
+        if ids is not None:
+            raise ValueError("prefix_ids chooses among the prefixes of a PrefixBank; the active prefix is a single one")
+        dropout_p = self.config.dropout if self.training else 0.0
+        return PrefixCall(dict(zip(self.slots, found, strict=True)), dropout_p, masses=self._masses)
 
     def num_parameters(self, kept: bool = False) -> int:
         """Parameters being trained; with `kept`, the numbers that must be kept to use the prefix afterwards."""
         if kept:
-            return len(self.layers) * 2 * self._geometry.kv_heads * self.config.length * self._geometry.head_dim
+            return sum(self.lengths) * 2 * self._geometry.kv_heads * self._geometry.head_dim
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def fold(self) -> "Prefix":
@@ -124,9 +141,37 @@ class Prefix(nn.Module):
         An optimizer made before holds parameters that are no longer used.
         """
         if not self.folded:
-            self.encoder = FreePrefix(self._bank(), trainable=False)
+            self.encoder, self.gate = FreePrefix(self._bank(), trainable=False), None
+            self.config = replace(self.config, gate=False)  # it is in the bank
             self._cache = None
         return self
+
+    def activate(self) -> None:
+        """Makes this the prefix that the model attends to, of several that are attached to it."""
+        self._attached().activate(self)
+
+    @property
+    def is_active(self) -> bool:
+        return self._adapter is not None and self._adapter.prefix is self
+
+    @torch.no_grad()
+    def mass(self, *args: Any, **inputs: Any) -> Tensor:
+        """The share of the softmax's weight that each query gives the prefix: `[N, B, H, L]`, float32, from 0 to 1.
+
+        This is alpha in Prefix-Tuning+ (eq. 3), for each layer with a prefix; `inputs` are those of the model. The
+        layers' queries must be as many everywhere: give `attentions` one kind for an encoder-decoder.
+        """
+        if not self.is_active:
+            raise ValueError("the prefix is not the model's active one; call activate() first")
+        self._masses = {}
+        try:
+            self._attached().model(*args, **inputs)
+            found = [self._masses[slot] for slot in self.slots]
+        finally:
+            self._masses = None
+        if len({t.shape for t in found}) > 1:
+            raise ValueError(f"the layers' queries differ in number: {sorted({tuple(t.shape) for t in found})}")
+        return torch.stack(found)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -143,7 +188,7 @@ class Prefix(nn.Module):
         One of share="simple" can then be saved unfolded only, as its keys and values are made with the model's layers;
         call `fold` before, to keep them.
         """
-        self._attached().remove()
+        self._attached().remove(self)
         self._adapter = None
 
     def save_pretrained(self, folder: str | Path, folded: bool = False) -> None:
@@ -151,8 +196,10 @@ class Prefix(nn.Module):
         from prefixattn import checkpoint  # here, for the sake of installations without safetensors
 
         folded = folded or (self.folded and self.config.share != "none")
-        tensors = {"bank": self._bank()} if folded else self.encoder.state_dict()
-        checkpoint.save(Path(folder), self.config, self._geometry, tensors, folded)
+        gate = {} if self.gate is None else {"gate": self.gate}
+        tensors = {"bank": self._bank()} if folded else {**self.encoder.state_dict(), **gate}
+        config = replace(self.config, gate=self.config.gate and not folded)
+        checkpoint.save(Path(folder), config, self._geometry, tensors, folded)
 
     def export_peft(self, folder: str | Path) -> None:
         """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only."""

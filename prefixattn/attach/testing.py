@@ -61,7 +61,7 @@ def concat_twin(model: Any, prefix: Prefix) -> Any:
     twin.load_state_dict(model.state_dict())
     twin.loss_type = model.loss_type
     twin.set_attn_implementation(CONCAT)
-    banks = dict(zip(prefix.layers, prefix(), strict=True))
+    banks = dict(zip(prefix.slots, prefix(), strict=True))
     for layer, block in enumerate(twin.transformer.h):
         block.attn.reference_prefix = banks.get(layer)
     return twin

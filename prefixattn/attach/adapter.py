@@ -1,0 +1,130 @@
+"""`Adapter`: what a model with prefixes has beside it, from its first `attach` to its last `detach`."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prefixattn.config import Defaults, PrefixConfig
+from prefixattn.prefix import Geometry
+
+if TYPE_CHECKING:
+    from prefixattn.attach.prefix import Prefix
+
+
+class Adapter:
+    """Freezes a model and has its layers attend to the active one of its prefixes; undoes both.
+
+    Layers with attention are *slots*, counted through all kinds of attention. A subclass for a library says how: its
+    hook on the model's forward pass is a method of the adapter, by which `attached` finds it.
+    """
+
+    geometry: Geometry
+    defaults: Defaults
+
+    def __init__(self, model: nn.Module, base: nn.Module) -> None:
+        # Any: a module's attributes are known to no type checker.
+        self.model: nn.Module = model
+        self.base: Any = base
+        self.prefixes: list[Prefix] = []
+        self.prefix: Prefix | None = None  # the active one
+        self.active = True
+        self.flags: dict[str, bool] = {}
+
+    # what a subclass says
+
+    def enter(self) -> None:
+        """Has the layers attend by way of the adapter."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """The layers as they were before `enter`."""
+        raise NotImplementedError
+
+    def verify(self) -> None:
+        """NotImplementedError if the active prefix does not reach the output. One token or image is run."""
+        raise NotImplementedError
+
+    def project(self, slot: int, vectors: Tensor) -> Tensor:
+        """Keys and values `[2, Hkv, P, D]` that the frozen layer makes of `vectors` `[P, E]`, its norm included."""
+        raise NotImplementedError
+
+    def projection_parameters(self, slot: int) -> Iterable[Tensor]:
+        """What `project` reads."""
+        raise NotImplementedError
+
+    def activations(self, ids: list[int]) -> Tensor:
+        """Keys and values `[layers, 2, Hkv, n, D]` of the n tokens `ids` in the frozen model."""
+        raise NotImplementedError
+
+    def switch(self, on: bool) -> None:
+        """Whether the layers run as before `attach`, bit for bit (off), or by way of the adapter."""
+        raise NotImplementedError
+
+    # what all share
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def resolve(self, config: PrefixConfig) -> PrefixConfig:
+        """The config with the model's own choices, if a prefix of it fits the model."""
+        config = config.resolved(self.defaults)
+        config.slots(self.geometry.kinds)
+        return config
+
+    def install(self, prefix: "Prefix") -> None:
+        """Adds a prefix, which becomes the active one."""
+        before = self.prefix
+        if not self.prefixes:
+            self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+            self.model.requires_grad_(False)
+            self.enter()
+        self.prefixes.append(prefix)
+        self.prefix = prefix
+        try:
+            self.verify()
+        except BaseException:
+            self.remove(prefix)
+            self.prefix = before
+            raise
+
+    def activate(self, prefix: "Prefix") -> None:
+        self.prefix = prefix
+
+    def remove(self, prefix: "Prefix") -> None:
+        """Takes a prefix away; with the last one the model is as it was before `attach`."""
+        self.prefixes = [p for p in self.prefixes if p is not prefix]
+        if self.prefix is prefix:
+            self.prefix = self.prefixes[-1] if self.prefixes else None
+        if self.prefixes:
+            return
+        self.leave()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        before = self.active
+        self.active = False
+        self.switch(False)
+        try:
+            yield
+        finally:
+            self.active = before
+            if self.prefixes:  # else all were detached inside, and the model is as it was before
+                self.switch(before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode; each in its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

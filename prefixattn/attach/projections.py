@@ -1,0 +1,66 @@
+"""How an attention layer of a Hugging Face model makes keys and values, for share="simple"."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# class of the attention -> the norm before it, an attribute of the module around it; "" if there is none
+NORMS = {
+    "GPT2Attention": "ln_1",
+    "LlamaAttention": "input_layernorm",
+    "MistralAttention": "input_layernorm",
+    "Qwen2Attention": "input_layernorm",
+    "Qwen3Attention": "input_layernorm",
+    "Gemma2Attention": "input_layernorm",
+    "Gemma3Attention": "input_layernorm",
+    "ViTAttention": "layernorm_before",
+    "T5Attention": "layer_norm",
+    "BartAttention": "",
+    "BertSelfAttention": "",
+    "RobertaSelfAttention": "",
+}
+_PAIRS = ("k_proj", "v_proj"), ("key", "value"), ("k", "v")
+
+
+def _parts(base: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that make keys and values: the norm if there is one, projections, the norm of the keys."""
+    attention: Any = base.get_submodule(path)
+    name = type(attention).__name__
+    if name not in NORMS:
+        raise NotImplementedError(
+            f"share='simple' does not know how a {name} makes keys and values; it knows {', '.join(NORMS)}"
+        )
+    around = base.get_submodule(path.rpartition(".")[0])
+    parts = [getattr(around, NORMS[name])] if NORMS[name] else []
+    if name == "GPT2Attention":
+        return [*parts, attention.c_attn]
+    pair = next(pair for pair in _PAIRS if hasattr(attention, pair[0]))
+    parts += [getattr(attention, attribute) for attribute in pair]
+    return [*parts, attention.k_norm] if hasattr(attention, "k_norm") else parts
+
+
+def parameters(base: nn.Module, path: str) -> Iterator[Tensor]:
+    for part in _parts(base, path):
+        yield from part.parameters()
+
+
+def project(base: nn.Module, path: str, vectors: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    """Keys and values [2, Hkv, P, D] of `vectors` [P, E], which take the place of the layer's input.
+
+    Keys are not rotated: a prefix has no position.
+    """
+    attention: Any = base.get_submodule(path)
+    parts = _parts(base, path)
+    weight = next(parts[-1].parameters())
+    rows = vectors.to(device=weight.device, dtype=weight.dtype)
+    if NORMS[type(attention).__name__]:
+        rows = parts.pop(0)(rows)
+    if type(attention).__name__ == "GPT2Attention":
+        kv = parts[0](rows).view(-1, 3, kv_heads, head_dim)[:, 1:]  # [P, 2, Hkv, D]
+        return kv.permute(1, 2, 0, 3)
+    key, value = (part(rows).view(-1, kv_heads, head_dim) for part in parts[:2])  # [P, Hkv, D]
+    if len(parts) == 3:
+        key = parts[2](key)
+    return torch.stack([key, value]).transpose(1, 2)
