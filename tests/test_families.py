@@ -1,0 +1,228 @@
+"""Prefixes in every family of Hugging Face models, against concatenation."""
+
+import pytest
+import torch
+from torch import nn
+
+import prefixattn
+from prefixattn import PrefixConfig
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from prefixattn.attach.testing import (
+    DECODERS,
+    ENCODER_DECODERS,
+    FAMILIES,
+    concat_twin,
+    model_inputs,
+    tiny,
+    token_ids,
+)
+
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+METHODS = {
+    "deep": dict(length=5, hidden=16),
+    "simple": dict(length=5, share="simple"),
+    "none": dict(length=5, share="none"),
+    "first": dict(length=5, share="none", layers="first"),
+}
+
+
+def shift(prefix):
+    """Keyword arguments for a twin whose positions must start where the prefix ends."""
+    if prefix.config.positions == "unshifted":
+        return {}
+    return {"position_ids": torch.arange(9)[None] + prefix.config.length}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_concatenation_with_its_gradients(family, method):
+    model, inputs = tiny(family), model_inputs(family)
+    prefix = prefixattn.attach(model, PrefixConfig(**METHODS[method]))
+    twin = concat_twin(model, prefix)
+    expected = twin(**inputs, **shift(prefix)).logits
+    expected.square().mean().backward()
+    wanted = {name: p.grad.clone() for name, p in prefix.named_parameters()}
+    prefix.zero_grad()
+    out = model(**inputs).logits
+    out.square().mean().backward()
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close({name: p.grad for name, p in prefix.named_parameters()}, wanted, **CLOSE)
+    assert all(g.abs().sum() > 0 for g in wanted.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detach_and_disabled_give_the_plain_model(family):
+    model, inputs = tiny(family), model_inputs(family)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        prefix = prefixattn.attach(model, PrefixConfig(length=3, share="none"))
+        assert not torch.equal(model(**inputs).logits, plain)
+        with prefix.disabled():
+            torch.testing.assert_close(model(**inputs).logits, plain, rtol=0, atol=0)
+        prefix.detach()
+        torch.testing.assert_close(model(**inputs).logits, plain, rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(hasattr(module, "prefix_slot") for module in model.modules())
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODER_DECODERS, "bert", "roberta"])
+def test_padding_takes_no_part(family):
+    model, ids = tiny(family), token_ids()
+    prefixattn.attach(model, PrefixConfig(length=4, share="none"))
+    side = {"decoder_input_ids": token_ids(3, 6, seed=2)} if family in ENCODER_DECODERS else {}
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[:, 9:] = 0
+    padded = nn.functional.pad(ids, (0, 4), value=7)
+    positions = {"position_ids": torch.arange(13)[None]} if family == "roberta" else {}
+    same = {"position_ids": torch.arange(9)[None]} if family == "roberta" else {}
+    with torch.no_grad():
+        whole = model(input_ids=padded, attention_mask=mask, **side, **positions).logits
+        alone = model(input_ids=ids, **side, **same).logits
+    if family in DECODERS:
+        whole = whole[:, :9]
+    torch.testing.assert_close(whole, alone, **CLOSE)
+
+
+def test_an_encoder_decoder_has_three_prefixes_of_its_own_depths():
+    model, inputs = tiny("bart"), model_inputs("bart")
+    prefix = prefixattn.attach(model, PrefixConfig(length=5, hidden=8))
+    assert prefix.geometry.kinds == {"encoder": 3, "decoder": 2, "cross": 2}
+    assert prefix().shape == (7, 2, 4, 5, 8) and len(prefix.encoder.networks) == 3
+    prefix.detach()
+    equal = prefixattn.attach(tiny("bart", encoder_layers=2), PrefixConfig(length=5, hidden=8))
+    assert equal.encoder.networks == 3 and equal().shape == (6, 2, 4, 5, 8)  # one op for the three networks
+    with torch.no_grad():
+        seen = [model(**inputs).logits]
+        for kind in ("encoder", "decoder", "cross"):
+            one = prefixattn.attach(model, PrefixConfig(length=5, share="none", attentions=[kind]))
+            assert len(one.slots) == prefix.geometry.kinds[kind]
+            seen.append(model(**inputs).logits)
+            one.detach()
+    assert all(not torch.allclose(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_images_get_the_published_networks():
+    prefix = prefixattn.attach(tiny("vit"), PrefixConfig(length=5))
+    assert (prefix.config.network, prefix.config.hidden, prefix.config.positions) == ("per_layer", 48, "unshifted")
+    assert prefix.encoder.networks == 2 and prefix.encoder.form.interleaved
+    bound = (6 / (3 * 8 * 8 + 32)) ** 0.5  # VPT's
+    rows = prefix.encoder.embedding.weight
+    assert 0.9 * bound < rows.abs().max() <= bound
+
+
+def test_layers_have_lengths_of_their_own():
+    model, ids = tiny("llama"), token_ids()
+    prefix = prefixattn.attach(model, PrefixConfig(length=[3, 6], share="none"))
+    assert prefix.num_parameters(kept=True) == (3 + 6) * 2 * 2 * 8
+    twin = concat_twin(model, prefix)
+    out, expected = model(ids).logits, twin(ids, position_ids=torch.arange(9)[None] + 6).logits
+    torch.testing.assert_close(out, expected, **CLOSE)
+    out.sum().backward()
+    assert (
+        prefix.encoder.bank.grad[0, :, :, 3:].abs().sum() == 0 and prefix.encoder.bank.grad[1, :, :, 3:].abs().sum() > 0
+    )
+    with pytest.raises(ValueError, match="length names 3 lengths for 2 layers with a prefix"):
+        prefixattn.attach(tiny("llama"), PrefixConfig(length=[1, 2, 3]))
+
+
+def test_a_gate_multiplies_its_layer_and_learns():
+    model, ids = tiny("llama"), token_ids()
+    prefix = prefixattn.attach(model, PrefixConfig(length=4, share="none", gate=True))
+    ungated = prefix().detach().clone()
+    with torch.no_grad():
+        prefix.gate[1] = 0.5
+    torch.testing.assert_close(prefix()[1], 0.5 * ungated[1])
+    model(ids).logits.square().mean().backward()
+    assert (prefix.gate.grad.abs() > 0).all()
+    with torch.no_grad():
+        gated = model(ids).logits
+        prefix.fold()
+        torch.testing.assert_close(model(ids).logits, gated, **CLOSE)
+    assert prefix.gate is None and not prefix.config.gate
+
+
+INITS = {
+    "zero_free": (dict(share="none", init="zero"), lambda p: p().abs().max() == 0),
+    "zero_deep": (dict(hidden=8, init="zero"), lambda p: p().abs().max() == 0),
+    "zero_simple": (dict(share="simple", init="zero"), lambda p: p.encoder.vectors.abs().max() == 0),
+    "uniform": (dict(share="none", init="uniform"), lambda p: 0.25 < p().abs().max() <= (3 / 32) ** 0.5),
+    "normal": (dict(share="none", init="normal"), lambda p: p().abs().max() > 2),
+}
+
+
+@pytest.mark.parametrize("case", INITS)
+def test_starts(case):
+    choices, holds = INITS[case]
+    torch.manual_seed(0)
+    prefix = prefixattn.attach(tiny("llama"), PrefixConfig(length=8, **choices))
+    assert holds(prefix)
+    tiny_step = torch.optim.SGD(prefix.parameters(), lr=0.1)
+    model, ids = prefix._adapter.model, token_ids()
+    before = prefix().detach().clone()
+    model(ids).logits.square().mean().backward()
+    tiny_step.step()
+    assert not torch.equal(before, prefix())  # it can leave the point where it starts
+
+
+@pytest.mark.parametrize("family", ["llama", "bart", "t5"])
+def test_a_text_is_copied_and_fitted(family):
+    model, ids = tiny(family), [5, 9, 3]
+    copied = prefixattn.attach(model, PrefixConfig(share="none", init=ids))
+    bank = copied().detach().clone()
+    assert copied.config.length == 3 and bank.shape[3] == 3
+    copied.detach()
+    fitted = prefixattn.attach(model, PrefixConfig(share="deep", hidden=32, init=ids))
+    error = (fitted() - bank).square().mean() / bank.square().mean()
+    assert error < 1e-3
+    if family == "llama":  # the text in front, or its keys and values as a prefix: the same
+        fitted.detach()
+        prefixattn.attach(model, PrefixConfig(share="none", init=ids))
+        tokens = token_ids()
+        with torch.no_grad():
+            out = model(tokens).logits
+            model_alone = tiny(family)
+            expected = model_alone(torch.cat([torch.tensor([ids]).expand(3, -1), tokens], 1)).logits[:, 3:]
+        torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_mass_is_the_weight_on_the_prefix():
+    model, inputs = tiny("llama"), model_inputs("llama")
+    prefix = prefixattn.attach(model, PrefixConfig(length=4, share="none", layers=[1]))
+    mass = prefix.mass(**inputs)
+    assert mass.shape == (1, 3, 4, 9) and ((mass > 0) & (mass < 1)).all()
+    with torch.no_grad():
+        prefix.encoder.bank[:, 0] = 0  # every prefix key scores 0
+        prefix.encoder.bank[:, 1] = 1
+    probe = prefixattn.attach(tiny("llama", num_hidden_layers=1), PrefixConfig(length=1, share="none"))
+    assert probe.mass(input_ids=torch.tensor([[3]])).shape == (1, 1, 4, 1)
+    with pytest.raises(ValueError, match="not the model's active one"):
+        other = prefixattn.attach(model, PrefixConfig(length=2, share="none"))
+        assert other.is_active
+        prefix.mass(**inputs)
+
+
+class Unreached(nn.Module):
+    """An attention layer that leaves the arguments of the model's forward pass behind."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, *args, prefix_call=None, **kwargs):
+        return self.attention(*args, **kwargs)
+
+
+def test_a_model_whose_layers_the_prefix_does_not_reach_is_refused():
+    model, ids = tiny("llama"), token_ids()
+    with torch.no_grad():
+        plain = model(ids).logits
+    for block in model.model.layers:
+        block.self_attn = Unreached(block.self_attn)
+    with pytest.raises(NotImplementedError, match="its LlamaAttention gets no keyword arguments"):
+        prefixattn.attach(model, PrefixConfig(length=3))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters()) and not model.model._forward_pre_hooks
