@@ -14,6 +14,7 @@ __all__ = [
     "FactoredSGD",
     "Prefix",
     "PrefixConfig",
+    "PrefixTrainer",
     "__version__",
     "attach",
     "load",
@@ -21,3 +22,12 @@ __all__ = [
     "prefix_attention_qkvpacked",
     "reparameterize",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # the one public name that needs transformers
+    if name == "PrefixTrainer":
+        from prefixattn.attach.trainer import PrefixTrainer
+
+        return PrefixTrainer
+    raise AttributeError(f"module 'prefixattn' has no attribute {name!r}")

@@ -188,20 +188,36 @@ def test_a_text_is_copied_and_fitted(family):
         torch.testing.assert_close(out, expected, **CLOSE)
 
 
-def test_mass_is_the_weight_on_the_prefix():
+def test_mass_is_the_weight_on_the_prefix(tmp_path):
     model, inputs = tiny("llama"), model_inputs("llama")
     prefix = prefixattn.attach(model, PrefixConfig(length=4, share="none", layers=[1]))
-    mass = prefix.mass(**inputs)
-    assert mass.shape == (1, 3, 4, 9) and ((mass > 0) & (mass < 1)).all()
     with torch.no_grad():
+        mass = prefix.mass(**inputs)
+        assert mass.shape == (1, 3, 4, 9) and ((mass > 0) & (mass < 1)).all()
         prefix.encoder.bank[:, 0] = 0  # every prefix key scores 0
-        prefix.encoder.bank[:, 1] = 1
-    probe = prefixattn.attach(tiny("llama", num_hidden_layers=1), PrefixConfig(length=1, share="none"))
-    assert probe.mass(input_ids=torch.tensor([[3]])).shape == (1, 1, 4, 1)
+        model.model.layers[1].self_attn.k_proj.weight.zero_()  # and so does every own key
+    expected = 4 / (4 + torch.arange(1, 10)).expand(1, 3, 4, 9)
+    mass = prefix.mass(**inputs)
+    torch.testing.assert_close(mass, expected, **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(prefix.mass(**inputs), mass)  # nothing of it stays behind
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: no heat map")
+    prefix.plot_mass(mass, tmp_path / "mass.png")
+    assert (tmp_path / "mass.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"mass has shape \[2, 3\], expected \[N=1, B, H, L\]"):
+        prefix.plot_mass(torch.zeros(2, 3), tmp_path / "mass.png")
+    assert prefixattn.attach(model, PrefixConfig(length=2, share="none")).is_active
     with pytest.raises(ValueError, match="not the model's active one"):
-        other = prefixattn.attach(model, PrefixConfig(length=2, share="none"))
-        assert other.is_active
         prefix.mass(**inputs)
+
+
+def test_mass_of_an_encoder_decoder_is_asked_by_kind():
+    model, inputs = tiny("bart"), model_inputs("bart")
+    prefix = prefixattn.attach(model, PrefixConfig(length=4, share="none", attentions=["cross"]))
+    assert prefix.mass(**inputs).shape == (2, 3, 4, 6)
+    prefix.detach()
+    with pytest.raises(ValueError, match="queries differ in number"):
+        prefixattn.attach(model, PrefixConfig(length=4, share="none")).mass(**inputs)
 
 
 class Unreached(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from prefixattn.attach import gate, interface, probe, projections
+from prefixattn.attach import gate, interface, probe, projections, quantised
 from prefixattn.attach.adapter import Adapter
 from prefixattn.attach.interface import NAME, PrefixCall
 from prefixattn.config import Defaults
@@ -23,6 +23,7 @@ class HuggingFaceAdapter(Adapter):
         self.names = interface.arguments(base)  # for callers that pass them by position
         self.handles: list[Any] = []
         self.implementations: list[tuple[Any, str | None]] = []
+        self.unpacked: list[nn.Module] = []
         self.override: PrefixCall | None = None
         self.enter()
         try:
@@ -65,6 +66,7 @@ class HuggingFaceAdapter(Adapter):
         known = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
         self.implementations = [(config, config._attn_implementation) for config in known]
         self.switch(True)
+        self.unpacked = quantised.keep_differentiable(self.model)
         for slot, site in enumerate(getattr(self, "sites", [])):
             self.base.get_submodule(site.path).prefix_slot = slot
         # generate runs the encoder of an encoder-decoder by itself
@@ -78,6 +80,7 @@ class HuggingFaceAdapter(Adapter):
             handle.remove()
         self.handles = []
         self.switch(False)
+        quantised.restore(self.unpacked)
         for site in getattr(self, "sites", []):
             self.base.get_submodule(site.path).__dict__.pop("prefix_slot", None)
         self.model.__dict__.pop("_validate_model_kwargs", None)

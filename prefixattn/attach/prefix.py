@@ -173,6 +173,13 @@ class Prefix(nn.Module):
             raise ValueError(f"the layers' queries differ in number: {sorted({tuple(t.shape) for t in found})}")
         return torch.stack(found)
 
+    def plot_mass(self, mass: Tensor, path: str | Path) -> None:
+        """Draws what `mass` returned as a heat map, layers by heads, into the file `path`. Needs matplotlib."""
+        from prefixattn.attach.heatmap import plot_mass
+
+        names = [f"{kind} {layer}" for kind, count in self._geometry.kinds.items() for layer in range(count)]
+        plot_mass(mass, path, [names[slot].removeprefix("self ") for slot in self.slots])
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model runs as it did before `attach`, bit for bit.
@@ -200,6 +207,25 @@ class Prefix(nn.Module):
         tensors = {"bank": self._bank()} if folded else {**self.encoder.state_dict(), **gate}
         config = replace(self.config, gate=self.config.gate and not folded)
         checkpoint.save(Path(folder), config, self._geometry, tensors, folded)
+
+    @torch.no_grad()
+    def restore(self, folder: str | Path) -> None:
+        """Takes the values of a prefix that this one, or one of the same config, saved unfolded; for going on training.
+
+        They are written into the parameters there are, so that an optimizer keeps them. Refused as a whole if anything
+        does not fit.
+        """
+        from prefixattn import checkpoint
+
+        config, encoder, gate = checkpoint.read(Path(folder), self._geometry)
+        found, own = dict(encoder.named_parameters()), dict(self.encoder.named_parameters())
+        if config != self.config or {n: p.shape for n, p in found.items()} != {n: p.shape for n, p in own.items()}:
+            raise ValueError(f"{folder} holds a prefix of {config}, expected one of {self.config}, unfolded")
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+        if gate is not None and self.gate is not None:
+            self.gate.copy_(gate)
+        self._cache = None
 
     def export_peft(self, folder: str | Path) -> None:
         """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only."""

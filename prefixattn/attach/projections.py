@@ -46,15 +46,17 @@ def parameters(base: nn.Module, path: str) -> Iterator[Tensor]:
         yield from part.parameters()
 
 
-def project(base: nn.Module, path: str, vectors: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+def project(base: Any, path: str, vectors: Tensor, kv_heads: int, head_dim: int) -> Tensor:
     """Keys and values [2, Hkv, P, D] of `vectors` [P, E], which take the place of the layer's input.
 
     Keys are not rotated: a prefix has no position.
     """
     attention: Any = base.get_submodule(path)
     parts = _parts(base, path)
-    weight = next(parts[-1].parameters())
-    rows = vectors.to(device=weight.device, dtype=weight.dtype)
+    weights = [p for part in parts for p in part.parameters()]
+    # quantised weights are integers, and take the model's type
+    dtype = next((w.dtype for w in weights if w.is_floating_point()), base.dtype)
+    rows = vectors.to(device=weights[0].device, dtype=dtype)
     if NORMS[type(attention).__name__]:
         rows = parts.pop(0)(rows)
     if type(attention).__name__ == "GPT2Attention":

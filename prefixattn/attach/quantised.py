@@ -1,0 +1,25 @@
+"""Frozen weights that were quantised by bitsandbytes, on a CPU."""
+
+from typing import Any
+
+from torch import nn
+
+_FLAG = "support_avx512bf16_for_cpu"
+
+
+def keep_differentiable(model: nn.Module) -> list[nn.Module]:
+    """Stops 4-bit layers from repacking their weights, which they do where no gradient is wanted at the moment.
+
+    Repacked layers have no backward, without an error: a prefix would train with wrong gradients after the first
+    generation. Returns the layers changed.
+    """
+    found: list[Any] = [module for module in model.modules() if module.__dict__.get(_FLAG)]
+    for module in found:
+        module.__dict__[_FLAG] = False
+        module.state_dict()  # unpacks what was repacked before
+    return found
+
+
+def restore(modules: list[nn.Module]) -> None:
+    for module in modules:
+        module.__dict__[_FLAG] = True

@@ -1,0 +1,103 @@
+"""`PrefixTrainer`: transformers' Trainer for the prefix on a frozen model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from prefixattn.attach import attached
+from prefixattn.attach.prefix import Prefix
+from prefixattn.optim import FactoredAdamW, FactoredSGD
+
+
+class _ZeroGrad(TrainerCallback):
+    """After a step the Trainer zeroes the gradients of the model, to which the prefix's parameters do not belong."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.prefix = prefix
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.prefix.zero_grad()
+
+
+class PrefixTrainer(Trainer):
+    """Trains the active prefix of `model`, and whatever else of the model requires a gradient (a head, say).
+
+    Its checkpoints hold the prefix in place of the model, and the optimizer's state;
+    `train(resume_from_checkpoint=...)` goes on from them. The optimizer is FactoredAdamW for each of
+    TrainingArguments' plain AdamWs and FactoredSGD for "sgd", with the arguments' rates; any other can be given by
+    `optimizers=`. `max_grad_norm` clips what is trained.
+    """
+
+    prefix: Prefix
+    optimizer: Any
+
+    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
+        prefix = None if model is None else attached(model)
+        if prefix is None:
+            raise ValueError(f"model is {type(model).__name__} without a prefix; call prefixattn.attach before")
+        self.prefix = prefix
+        super().__init__(model, *args, **kwargs)
+        self.add_callback(_ZeroGrad(prefix))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args, name = self.args, str(getattr(self.args.optim, "value", self.args.optim))
+            groups: list[dict[str, Any]] = [{"params": self.prefix}]
+            if others := [p for p in self.model.parameters() if p.requires_grad]:
+                groups.append({"params": others})
+            common = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            if name in ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla"):
+                betas = (args.adam_beta1, args.adam_beta2)
+                made: Any = FactoredAdamW(groups, **common, betas=betas, eps=args.adam_epsilon)
+            elif name == "sgd":
+                made = FactoredSGD(groups, **common)
+            else:
+                raise NotImplementedError(
+                    f"optim is {name!r}; PrefixTrainer makes 'adamw_torch', 'adamw_torch_fused' or 'sgd', and takes "
+                    "any optimizer of the prefix by optimizers=(optimizer, None)"
+                )
+            self.optimizer = made
+        return self.optimizer
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [*self.prefix.parameters(), *(p for p in self.model.parameters() if p.requires_grad)]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm: Tensor = self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
+        if grad_norm is None:
+            grad_norm = self.accelerator.clip_grad_norm_(self._trained(), float("inf"))
+        return float(grad_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.prefix.save_pretrained(folder)
+        others = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        if others:
+            from safetensors.torch import save_file
+
+            save_file(others, folder / OTHERS)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.prefix.restore(folder)
+        if (folder / OTHERS).is_file():
+            from safetensors.torch import load_file
+
+            own = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for name, t in load_file(folder / OTHERS).items():
+                    own[name].copy_(t)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+OTHERS = "trained_parameters.safetensors"  # of the model, beside the prefix
