@@ -7,9 +7,9 @@ from torch import nn
 import prefixattn
 from prefixattn import PrefixConfig
 
-pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from prefixattn.attach.testing import (
+from prefixattn.attach.testing import (  # noqa: E402
     DECODERS,
     ENCODER_DECODERS,
     FAMILIES,
@@ -237,8 +237,68 @@ def test_a_model_whose_layers_the_prefix_does_not_reach_is_refused():
         plain = model(ids).logits
     for block in model.model.layers:
         block.self_attn = Unreached(block.self_attn)
-    with pytest.raises(NotImplementedError, match="its LlamaAttention gets no keyword arguments"):
+    with pytest.raises(NotImplementedError, match=r"self_attn\.attention does not get"):
         prefixattn.attach(model, PrefixConfig(length=3))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
     assert all(p.requires_grad for p in model.parameters()) and not model.model._forward_pre_hooks
+
+
+def other(name, config, **sizes):
+    torch.manual_seed(0)
+    common = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    return getattr(transformers, name)(getattr(transformers, config)(**common | sizes)).eval()
+
+
+TEXT, IMAGE = dict(vocab_size=50), dict(image_size=16, patch_size=8)
+# models that nothing was written for
+OTHERS = {
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT | dict(pad_token_id=0)),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT),
+    "electra": ("ElectraModel", "ElectraConfig", TEXT | dict(embedding_size=32)),
+    "clip_vision": ("CLIPVisionModel", "CLIPVisionConfig", IMAGE),
+    "dinov2": ("Dinov2Model", "Dinov2Config", IMAGE),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", TEXT | dict(num_local_experts=2, num_key_value_heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_nothing_was_written_for(name):
+    cls, config, sizes = OTHERS[name]
+    model = other(cls, config, **sizes)
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)} if "image_size" in sizes else {"input_ids": token_ids()}
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+    prefix = prefixattn.attach(model, PrefixConfig(length=3, hidden=8))
+    out = model(**inputs)[0]
+    assert prefix.geometry.kinds == {"self": 2} and not torch.equal(out, plain)
+    out.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in prefix.parameters())
+    with pytest.raises(NotImplementedError, match=r"share='simple' does not know how a .* makes keys and values"):
+        prefixattn.attach(model, PrefixConfig(length=3, share="simple"))
+
+
+REFUSED = {
+    "own_attention": ("BloomModel", "BloomConfig", dict(n_layer=2, n_head=4), "none of its layers calls"),
+    "no_attention": ("MambaModel", "MambaConfig", {}, "none of its layers calls"),
+    "crashes": ("FalconModel", "FalconConfig", {}, "FalconModel does not run with the attention .* TypeError"),
+    "passes_nothing_on": (
+        "SiglipTextModel",
+        "SiglipTextConfig",
+        dict(bos_token_id=1, eos_token_id=2),
+        "does not pass on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_reached_is_refused_and_left_as_it_was(case):
+    cls, config, sizes, words = REFUSED[case]
+    model = other(cls, config, vocab_size=50, **sizes)
+    with torch.no_grad():
+        plain = model(token_ids())[0]
+    with pytest.raises(NotImplementedError, match=words):
+        prefixattn.attach(model, PrefixConfig(length=3))
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_ids())[0], plain, rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks

@@ -72,7 +72,10 @@ class Adapter:
     def resolve(self, config: PrefixConfig) -> PrefixConfig:
         """The config with the model's own choices, if a prefix of it fits the model."""
         config = config.resolved(self.defaults)
-        config.slots(self.geometry.kinds)
+        slots = config.slots(self.geometry.kinds)
+        if config.share == "simple":
+            for slot in slots:
+                list(self.projection_parameters(slot))  # which refuses a layer that it does not know
         return config
 
     def install(self, prefix: "Prefix") -> None:

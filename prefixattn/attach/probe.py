@@ -1,6 +1,5 @@
 """Which layers of a Hugging Face model attend, and with what sizes: found by running one token or one image."""
 
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,33 +40,40 @@ def example(base: Any, ids: list[int]) -> dict[str, Tensor | bool]:
     return inputs
 
 
-def run(base: Any, inputs: dict[str, Any], grad: AbstractContextManager[Any] | None = None) -> Any:
+def run(base: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[interface.Watched]]:
     """A forward pass in evaluation mode: the last hidden states, and the calls of attention."""
     with evaluating(base), torch.no_grad(), interface.watched() as calls:
-        out = base(**inputs)
+        try:
+            out = base(**inputs)
+        except NotImplementedError:
+            raise
+        except Exception as error:  # whatever a model does that has never met another attention
+            raise NotImplementedError(
+                f"{type(base).__name__} does not run with the attention that reads a prefix: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     hidden = getattr(out, "last_hidden_state", None)
     return (out[0] if hidden is None else hidden), calls
 
 
 def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
     """The layers of `calls`, those of each kind together."""
+    if not calls:
+        raise NotImplementedError(
+            f"attach does not know {type(base).__name__}: none of its layers calls transformers' attention interface"
+        )
     paths = {module: path for path, module in base.named_modules()}
+    if lost := [paths[call.module] for call in calls if not call.carried]:
+        raise NotImplementedError(
+            f"attach cannot reach the layers of {type(base).__name__}: {lost[0]} does not get, or does not pass on, "
+            "the keyword arguments of the model's forward pass"
+        )
     found: dict[str, list[Site]] = {}
     for call in calls:
         path = paths[call.module]
         site = Site(path, _kind(path, base), call.heads, call.key.shape[1], call.key.shape[3])
         if all(site.path != known.path for known in found.setdefault(site.kind, [])):
             found[site.kind].append(site)
-    if not found:
-        raise NotImplementedError(
-            f"attach does not know {type(base).__name__}: none of its layers calls transformers' attention interface"
-        )
-    if any(not call.carried for call in calls):
-        name = type(next(call.module for call in calls if not call.carried)).__name__
-        raise NotImplementedError(
-            f"attach cannot reach the layers of {type(base).__name__}: its {name} gets no keyword arguments from the "
-            "model's forward pass"
-        )
     flat = [site for kind in ("self", "encoder", "decoder", "cross") for site in found.get(kind, [])]
     sizes = {(site.heads, site.kv_heads, site.head_dim) for site in flat}
     if len(sizes) > 1:
