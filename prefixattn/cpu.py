@@ -5,7 +5,7 @@ from torch import Tensor
 
 import prefixattn._C as _C
 from prefixattn.layout import empty_like_order
-from prefixattn.reference import Needs
+from prefixattn.reference import Grads, Needs, Results
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
 MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind
@@ -19,11 +19,13 @@ def unsupported(
     prefix_k: Tensor,
     prefix_v: Tensor,
     attn_mask: Tensor | None,
+    memory: Tensor | None,
     rows: Tensor | None,
     lengths: Tensor | None,
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
+    softcap: float,
     needs: Needs,
 ) -> list[str]:
     reasons = []
@@ -36,6 +38,10 @@ def unsupported(
         reasons.append(f"head_dim={D}; needs a multiple of 8 up to {MAX_HEAD_DIM}")
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype, torch.float32):
         reasons.append(f"attn_mask has dtype {attn_mask.dtype}; needs bool, {q.dtype} or float32")
+    if memory is not None:
+        reasons.append("memory")
+    if softcap:
+        reasons.append(f"softcap={softcap}; the reference has it")
     if needs[5]:
         reasons.append("attn_mask requires a gradient, which has the size of the scores; the reference makes it")
     return reasons
@@ -48,6 +54,7 @@ def fwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
@@ -55,8 +62,11 @@ def fwd(
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    want_attended: bool,
+) -> Results:
     out = empty_like_order(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     mass = q.new_empty(q.shape[:3] if want_mass else (0,), dtype=torch.float32)
@@ -67,7 +77,7 @@ def fwd(
         q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, dropout_p, prefix_dropout_p, is_causal, scale
     )
     _C.prefix_attn_fwd(common, _strided(out), lse.data_ptr(), mass.data_ptr() if want_mass else 0)
-    return out, lse, mass
+    return out, lse, mass, q.new_empty(0)
 
 
 def bwd(
@@ -79,18 +89,21 @@ def bwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
-    out: Tensor,  # [B, H, L, D]
+    out: Tensor,  # [B, H, L, D]; with a memory, without its part
     lse: Tensor,  # [B, H, L]
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     needs: Needs,
     into: tuple[Tensor, Tensor, Tensor] | None = None,  # where dq, dk and dv are to be written
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Grads:
     empty = q.new_empty(0)
     inputs = (q, k, v, prefix_k, prefix_v)
     if into is None:
@@ -111,7 +124,7 @@ def bwd(
         common, _strided(dout), _strided(out), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(), wanted
     )
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    return dq, dk, dv, dprefix_k, dprefix_v, empty
+    return dq, dk, dv, dprefix_k, dprefix_v, empty, empty
 
 
 def _require_type_and_device(q: Tensor, **others: Tensor) -> None:

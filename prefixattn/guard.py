@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import reference, triton
-from prefixattn.reference import Needs
+from prefixattn.reference import Needs, Results
 
 # by rms, of the reference's rms: far above rounding, far below any mistake
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -38,7 +38,7 @@ def unsupported(q: Tensor, *args: Any) -> list[str]:
     return reasons
 
 
-def fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(*inputs: Any) -> Results:
     q = inputs[0]
     case = (triton.kind_of_forward(*inputs), q.device, q.dtype, q.shape[3])
     if _trusted(case):
@@ -96,9 +96,9 @@ def _give_up(case: Case, error: Exception) -> None:
 def _try(case: Case) -> str:
     kind, device, dtype, D = case
     B, L, S, P = TRIALS[kind]
-    absent = (None, None, None, None)  # mask, rows, lengths, seed
-    numbers = (0.0, 0.0, True, D**-0.5)
-    needs: Needs = (True, True, True, True, True, False)
+    absent = (None,) * 5  # mask, memory, rows, lengths, seed
+    numbers = (0.0, 0.0, True, D**-0.5, "elu", 0.0)
+    needs: Needs = (True, True, True, True, True, False, False)
     try:
         B = B or triton.least_batch(device, _HEADS)
         generator = torch.Generator("cpu").manual_seed(0)
@@ -107,10 +107,10 @@ def _try(case: Case) -> str:
             torch.randn(size, generator=generator, device="cpu").to(device, dtype) for size in (*sizes, sizes[0])
         )
         with torch.no_grad():
-            right = reference.fwd(q, k, v, prefix_k, prefix_v, *absent, *numbers, True)
+            right = reference.fwd(q, k, v, prefix_k, prefix_v, *absent, *numbers, True, False)
             if kind.startswith("fwd"):
                 names = ["out", "lse", "mass"]
-                found: tuple[Tensor, ...] = triton.fwd(q, k, v, prefix_k, prefix_v, *absent, *numbers, True)
+                found: tuple[Tensor, ...] = triton.fwd(q, k, v, prefix_k, prefix_v, *absent, *numbers, True, False)
                 expected: tuple[Tensor, ...] = right
             else:
                 names = ["dq", "dk", "dv", "dprefix_k", "dprefix_v"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefixattn.kernels.table import INTERPRETED
 from prefixattn.layout import unit_stride
-from prefixattn.reference import Needs
+from prefixattn.reference import Grads, Needs, Results
 
 if TYPE_CHECKING:
     from prefixattn.kernels.call import Call
@@ -27,11 +27,13 @@ def unsupported(
     prefix_k: Tensor,
     prefix_v: Tensor,
     attn_mask: Tensor | None,
+    memory: Tensor | None,
     rows: Tensor | None,
     lengths: Tensor | None,
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
+    softcap: float,
     needs: Needs,
 ) -> list[str]:
     reasons = []
@@ -39,6 +41,10 @@ def unsupported(
         reasons.append("triton is not installed")
     if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
         reasons.append(f"q is on {q.device.type}; needs cuda (or cpu with TRITON_INTERPRET=1)")
+    if memory is not None:
+        reasons.append("memory")
+    if softcap:
+        reasons.append(f"softcap={softcap}; the reference has it")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
@@ -59,6 +65,7 @@ def fwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
@@ -66,14 +73,17 @@ def fwd(
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    want_attended: bool,
+) -> Results:
     from prefixattn.kernels.launch_fwd import forward
 
     numbers = (dropout_p, prefix_dropout_p, is_causal, scale)
     with _on(q):
         out, lse, mass = forward(_call(q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, numbers), want_mass)
-    return out.to(q.dtype), lse, mass
+    return out.to(q.dtype), lse, mass, q.new_empty(0)
 
 
 def bwd(
@@ -85,18 +95,21 @@ def bwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
-    out: Tensor,  # [B, H, L, D]
+    out: Tensor,  # [B, H, L, D]; with a memory, without its part
     lse: Tensor,  # [B, H, L]
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     needs: Needs,
     into: tuple[Tensor, Tensor, Tensor] | None = None,  # buffers for dq, dk and dv
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Grads:
     from prefixattn.kernels.launch_bwd import Given, backward
 
     numbers = (dropout_p, prefix_dropout_p, is_causal, scale)
@@ -115,14 +128,14 @@ def bwd(
     *inputs, dmask = (t.to(q.dtype) for t in grads)
     dmask = grads.dmask if attn_mask is None or not needs[5] else grads.dmask.to(attn_mask.dtype)
     dq, dk, dv, dprefix_k, dprefix_v = inputs
-    return dq, dk, dv, dprefix_k, dprefix_v, dmask
+    return dq, dk, dv, dprefix_k, dprefix_v, dmask, q.new_empty(0)
 
 
 def kind_of_forward(q: Tensor, *inputs: Any) -> str:
     """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd"."""
     from prefixattn.kernels.launch_fwd import folds, short_plan
 
-    call = _call(q, *inputs[:8], inputs[8:12])  # type: ignore[call-arg]
+    call = _call(q, *inputs[:5], *inputs[6:9], inputs[9:13])  # type: ignore[call-arg]
     return "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
 
 
@@ -130,8 +143,8 @@ def kind_of_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> str:
     """The same of bwd's inputs: "bwd_short" or "bwd"."""
     from prefixattn.kernels.launch_bwd import short_plan
 
-    call = _call(*inputs[:9], inputs[11:15])  # type: ignore[call-arg]
-    return "bwd" if short_plan(call, inputs[15]) is None else "bwd_short"
+    call = _call(*inputs[:6], *inputs[7:10], inputs[12:16])  # type: ignore[call-arg]
+    return "bwd" if short_plan(call, inputs[18]) is None else "bwd_short"
 
 
 def least_batch(device: torch.device, heads: int) -> int:
