@@ -56,9 +56,9 @@ def prefix_attention(
             the bank's rows (also where T equals B), one of length B to the samples.
         prefix_dropout_p: Dropout on the prefix's keys and values, an own mask for each sample. Both kinds of dropout
             draw a seed from the device's default generator, so `torch.manual_seed` repeats them, on any backend.
-        memory: Prefix-Tuning+: out becomes softmax attention plus ``phi(q) @ memory``, per head, rounded once. Outside the
-            softmax: no scale, mask, dropout, lse or mass concerns it, and a query that sees no key at all gets it alone.
-            A prefix of length 0 leaves the memory alone. One of four axes has as many rows as prefix_k.
+        memory: As in Prefix-Tuning+, ``phi(q) @ memory`` is added to out, per head, and the sum rounded once. It is no
+            part of the softmax: scale, masks, dropout, lse and mass do not know it, and a query that sees no key gets it
+            alone. The prefix may have length 0. One memory for each row of prefix_k has prefix_k's first axis.
         phi: "elu", "gelu" (with erf), "relu" or "none", of q as it comes.
         softcap: Scores of prefix and own keys become ``softcap * tanh(score / softcap)`` before mask and softmax.
         return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.
@@ -71,7 +71,8 @@ def prefix_attention(
         *(q, k, v, prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
-        *(memory, phi, softcap, return_prefix_mass, backend),
+        *(memory, phi, softcap),
+        *(return_prefix_mass, backend),
     )
     out, lse, mass, _ = prefix_attn(*inputs)
     return _asked_for(out, lse, mass, return_lse, return_prefix_mass)
@@ -119,7 +120,8 @@ def prefix_attention_qkvpacked(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
-        *(memory, phi, softcap, return_prefix_mass, backend),
+        *(memory, phi, softcap),
+        *(return_prefix_mass, backend),
     )
     out, lse, mass, _ = prefix_attn_qkvpacked(qkv, *others)
     # contiguous as it is, unless qkv's own axes lie in another order
@@ -157,7 +159,7 @@ def _normal_form(
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if memory is not None:
         memory = _normal_memory(memory, prefix_k, q)
-    if phi not in PHIS:
+    if not isinstance(phi, str) or phi not in PHIS:
         raise ValueError(f"phi is {phi!r}, expected one of {', '.join(map(repr, PHIS))}")
     if prefix_k.dim() == 3:
         if prefix_ids is not None:
@@ -190,7 +192,8 @@ def _normal_form(
 
     if torch.compiler.is_compiling():
         q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
-    inputs = (*map(unit_stride, (q, k, v, prefix_k, prefix_v)), attn_mask, memory)
+    q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
+    inputs = (q, k, v, prefix_k, prefix_v, attn_mask, memory)
     needs = _wanted(inputs)
     cap = 0.0 if softcap is None else softcap
     chosen = backends.choose(backend, *inputs, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, cap, needs)

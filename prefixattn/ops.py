@@ -18,15 +18,16 @@ from prefixattn import backends
 from prefixattn.layout import empty_like_order, unit_stride, unpacked
 from prefixattn.reference import Results
 
-_SHARED = "Tensor prefix_k, Tensor prefix_v, Tensor? attn_mask, Tensor? memory, Tensor? rows, Tensor? lengths, Tensor? seed"
+_SHARED = (
+    "Tensor prefix_k, Tensor prefix_v, Tensor? attn_mask, Tensor? memory, Tensor? rows, Tensor? lengths, Tensor? seed"
+)
 _TENSORS = f"Tensor q, Tensor k, Tensor v, {_SHARED}"
 _NUMBERS = "float dropout_p, float prefix_dropout_p, bool is_causal, float scale, str phi, float softcap"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _LIB = torch.library.Library("prefixattn", "DEF")
 _LIB.define(
-    f"fwd({_TENSORS}, {_NUMBERS}, bool want_mass, bool want_attended, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"fwd({_TENSORS}, {_NUMBERS}, bool want_mass, bool want_attended, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(

@@ -300,8 +300,8 @@ def concat_attention(
     if memory is not None:
         if prefix_ids is not None and memory.dim() == 4:
             memory = memory[prefix_ids]
-        features = {"elu": F.elu, "gelu": F.gelu, "relu": F.relu, "none": torch.clone}[phi](q)
-        out = out + features @ memory
+        features: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu, "relu": F.relu}
+        out = out + features.get(phi, torch.clone)(q) @ memory
     return out, lse, mass
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
+MEMORY = "_memory"  # how the kinds end that have one compiled in
 INSTALLED = find_spec("triton") is not None
 
 
@@ -41,8 +42,6 @@ def unsupported(
         reasons.append("triton is not installed")
     if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
         reasons.append(f"q is on {q.device.type}; needs cuda (or cpu with TRITON_INTERPRET=1)")
-    if memory is not None:
-        reasons.append("memory")
     if softcap:
         reasons.append(f"softcap={softcap}; the reference has it")
     if q.dtype not in DTYPES:
@@ -80,10 +79,11 @@ def fwd(
 ) -> Results:
     from prefixattn.kernels.launch_fwd import forward
 
-    numbers = (dropout_p, prefix_dropout_p, is_causal, scale)
+    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
+    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi))
     with _on(q):
-        out, lse, mass = forward(_call(q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, numbers), want_mass)
-    return out.to(q.dtype), lse, mass, q.new_empty(0)
+        out, lse, mass, attended = forward(call, want_mass, want_attended)
+    return out.to(q.dtype), lse, mass, attended.to(q.dtype)
 
 
 def bwd(
@@ -112,11 +112,11 @@ def bwd(
 ) -> Grads:
     from prefixattn.kernels.launch_bwd import Given, backward
 
-    numbers = (dropout_p, prefix_dropout_p, is_causal, scale)
-    call = _call(q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, numbers)
-    given = Given(
-        _readable(out), lse.contiguous(), _readable(dout), None if dlse is None else dlse.float().contiguous()
-    )
+    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
+    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi))
+    # not read, and perhaps empty, if only the memory's gradient is wanted
+    out = _readable(out) if any(needs[:6]) else dout
+    given = Given(out, lse.contiguous(), _readable(dout), None if dlse is None else dlse.float().contiguous())
     emulated = call.q.dtype != q.dtype
     with _on(q):
         grads = backward(call, given, needs, None if emulated else into)
@@ -125,26 +125,28 @@ def bwd(
             if need:
                 buffer.copy_(grad)
         grads = grads._replace(dq=into[0], dk=into[1], dv=into[2])
-    *inputs, dmask = (t.to(q.dtype) for t in grads)
+    *inputs, dmask, dmemory = (t.to(q.dtype) for t in grads)
     dmask = grads.dmask if attn_mask is None or not needs[5] else grads.dmask.to(attn_mask.dtype)
     dq, dk, dv, dprefix_k, dprefix_v = inputs
-    return dq, dk, dv, dprefix_k, dprefix_v, dmask, q.new_empty(0)
+    return dq, dk, dv, dprefix_k, dprefix_v, dmask, dmemory
 
 
 def kind_of_forward(q: Tensor, *inputs: Any) -> str:
-    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd"."""
+    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd", and MEMORY if there is one."""
     from prefixattn.kernels.launch_fwd import folds, short_plan
 
-    call = _call(q, *inputs[:5], *inputs[6:9], inputs[9:13])  # type: ignore[call-arg]
-    return "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
+    call = _call(q, *inputs[:9], inputs[9:14])  # type: ignore[call-arg]
+    kind = "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
+    return kind if call.memory is None else kind + MEMORY
 
 
 def kind_of_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> str:
     """The same of bwd's inputs: "bwd_short" or "bwd"."""
     from prefixattn.kernels.launch_bwd import short_plan
 
-    call = _call(*inputs[:6], *inputs[7:10], inputs[12:16])  # type: ignore[call-arg]
-    return "bwd" if short_plan(call, inputs[18]) is None else "bwd_short"
+    call = _call(*inputs[:10], inputs[12:17])  # type: ignore[call-arg]
+    kind = "bwd" if short_plan(call, inputs[18]) is None else "bwd_short"
+    return kind if call.memory is None else kind + MEMORY
 
 
 def least_batch(device: torch.device, heads: int) -> int:
@@ -161,17 +163,20 @@ def _call(
     prefix_k: Tensor,
     prefix_v: Tensor,
     attn_mask: Tensor | None,
+    memory: Tensor | None,
     rows: Tensor | None,
     lengths: Tensor | None,
     seed: Tensor | None,
-    numbers: tuple[float, float, bool, float],
+    numbers: tuple[float, float, bool, float, str],
 ) -> "Call":
     from prefixattn.kernels.call import Call
 
     mask = _emulated(attn_mask) if attn_mask is not None else None
     rows, lengths = (None if t is None else t.contiguous() for t in (rows, lengths))
     inputs = map(_readable, (q, k, v, prefix_k, prefix_v))
-    return Call(*inputs, mask, rows, lengths, seed, *numbers)  # type: ignore[call-arg, arg-type]
+    memory = None if memory is None else _emulated(memory).contiguous()
+    *drops, is_causal, scale, phi = numbers
+    return Call(*inputs, mask, rows, lengths, seed, *drops, is_causal, scale, memory, phi)  # type: ignore[call-arg, arg-type]
 
 
 def _readable(t: Tensor) -> Tensor:

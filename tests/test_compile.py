@@ -40,7 +40,13 @@ def normal_form(inputs: Inputs) -> tuple[Any, ...]:
     t, options = {n: t.detach() for n, t in inputs.tensors.items()}, inputs.options
     rows = options["prefix_ids"]
     mask = t.get("attn_mask", options.get("attn_mask"))
-    return (*(t[n] for n in ("q", "k", "v", "prefix_k", "prefix_v")), mask, t.get("memory"), rows, options["prefix_lengths"][rows])
+    return (
+        *(t[n] for n in ("q", "k", "v", "prefix_k", "prefix_v")),
+        mask,
+        t.get("memory"),
+        rows,
+        options["prefix_lengths"][rows],
+    )
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -80,7 +86,9 @@ def compiled(inputs: Inputs, call: Callable[..., Any], backend: str) -> dict[str
     return results(inputs, *call(**inputs.tensors, **options))
 
 
-@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "packed", "transposed_prefix", "memory_bank"])
+@pytest.mark.parametrize(
+    "feature", ["plain", "bias", "bank_sample_lengths", "packed", "transposed_prefix", "memory_bank"]
+)
 def test_compile_forward_and_backward(backend: str, feature: str) -> None:
     inputs = inputs_for(backend, **FEATURES[feature])
     call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

@@ -65,7 +65,20 @@ def test_opcheck_with_a_bias_that_learns() -> None:
     out, lse, _, _ = torch.ops.prefixattn.fwd(
         *parts(tensors[0]).values(), *tensors[1:], None, None, None, None, *numbers, False, False, "reference"
     )
-    args = (torch.randn_like(out), None, *tensors, None, None, None, None, out, lse, *numbers, [True] * 4 + [False], "reference")
+    args = (
+        torch.randn_like(out),
+        None,
+        *tensors,
+        None,
+        None,
+        None,
+        None,
+        out,
+        lse,
+        *numbers,
+        [True] * 4 + [False],
+        "reference",
+    )
     torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, args)
 
 
