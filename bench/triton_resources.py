@@ -35,7 +35,7 @@ from prefixattn.kernels.launch_fwd import forward
 
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ALL = (True, True, True, True, True, False)
+ALL = (True, True, True, True, True, False, False)
 
 
 class Case(NamedTuple):
@@ -45,6 +45,7 @@ class Case(NamedTuple):
     is_causal: bool
     heads: int = 1  # query heads for a key head
     backward: bool = True
+    memory: str = ""  # its phi
     features: bool = False  # a float mask that wants a gradient, a bank, ragged prefixes, both dropouts
 
 
@@ -56,16 +57,18 @@ CASES = {
     "long_causal": Case(1024, 1024, 200, True),
     "grouped": Case(512, 512, 30, True, heads=4),
     "fold": Case(1, 512, 2048, True, backward=False),
-    "features_short": Case(100, 100, 30, False, features=True),
-    "features": Case(300, 300, 300, True, heads=2, features=True),
+    "memory_short": Case(197, 197, 0, False, memory="elu"),
+    "memory": Case(512, 512, 0, True, heads=4, memory="gelu"),
+    "features_short": Case(100, 100, 30, False, memory="elu", features=True),
+    "features": Case(300, 300, 300, True, heads=2, memory="gelu", features=True),
 }
 # (type, head size): which of them. float32 past 128 is not here: on FMA units alone nothing keeps that in registers
 COMPILED = {
     ("bf16", 64): tuple(CASES),
     ("bf16", 80): ("features",),
-    ("bf16", 128): ("short", "long_causal", "grouped", "fold"),
-    ("bf16", 256): ("long", "long_causal", "grouped", "fold"),
-    ("fp32", 64): ("short", "long_causal", "grouped", "fold"),
+    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory"),
+    ("bf16", 256): ("long", "long_causal", "grouped", "fold", "memory"),
+    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory"),
     ("fp32", 128): ("short", "long_causal", "grouped", "fold"),
 }
 
@@ -108,7 +111,9 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
         prefix = prefix.expand(3, -1, -1, -1).contiguous()
         extra = (q.new_zeros(batch, H, case.L, case.S), index, index + case.P // 2, index[:1])
         drops = (0.1, 0.1)
-    return Call(q[:, :, : case.L], k, v, prefix, prefix, *extra, *drops, case.is_causal, D**-0.5)
+    memory = torch.randn(1, H, D, D, device=device).to(dtype) if case.memory else None
+    numbers = (*drops, case.is_causal, D**-0.5)
+    return Call(q[:, :, : case.L], k, v, prefix, prefix, *extra, *numbers, memory, case.memory)
 
 
 def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str = "cpu") -> Iterator[Compiled]:
@@ -125,10 +130,10 @@ def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str
     call = operands(case, D, dtype, device=device)
     run, JITFunction.run = JITFunction.run, compile_only
     try:
-        out, lse, _ = forward(call, False)
+        out, lse, *_ = forward(call, False, case.memory != "")
         if case.backward:
             # the gradient of a mask keeps a head from the short kernel
-            needs = (*ALL[:5], case.features and case.is_causal)
+            needs = (*ALL[:5], case.features and case.is_causal, case.memory != "")
             backward(call, Given(out, lse, out, lse if case.features else None), needs, None)
     finally:
         JITFunction.run = run

@@ -78,6 +78,9 @@ struct Common {  // what prefixattn/cpu.py passes as one tuple, in this order
         for (int64_t *size : {&p.B, &p.H, &p.Hkv, &p.L, &p.S, &p.T, &p.P, &p.D})
             *size = next().template cast<int64_t>();
         for (Strided *s : {&p.q, &p.k, &p.v, &p.prefix_k, &p.prefix_v}) *s = strided(next().template cast<py::tuple>());
+        p.memory = strided(next().template cast<py::tuple>());
+        p.memories = next().template cast<int64_t>();
+        p.phi = static_cast<Phi>(next().template cast<int>());
         p.rows = address<const int64_t>(next().template cast<uintptr_t>());
         p.lengths = address<const int64_t>(next().template cast<uintptr_t>());
         p.mask_kind = static_cast<MaskKind>(next().template cast<int>());
@@ -92,10 +95,11 @@ struct Common {  // what prefixattn/cpu.py passes as one tuple, in this order
     }
 };
 
-void fwd(const py::tuple &common, const py::tuple &out, uintptr_t lse, uintptr_t mass) {
+void fwd(const py::tuple &common, const py::tuple &out, const py::tuple &attended, uintptr_t lse, uintptr_t mass) {
     FwdParams p{};
     Common::read(common, p);
     p.out = strided(out);
+    p.attended = strided(attended);
     p.lse = address<float>(lse);
     p.mass = address<float>(mass);
     const py::gil_scoped_release nogil;
@@ -111,7 +115,8 @@ void bwd(const py::tuple &common, const py::tuple &dout, const py::tuple &out, u
     p.lse = address<const float>(lse);
     p.dlse = address<const float>(dlse);
     int i = 0;
-    for (Strided *s : {&p.dq, &p.dk, &p.dv, &p.dprefix_k, &p.dprefix_v}) *s = strided(gradients[i++].cast<py::tuple>());
+    for (Strided *s : {&p.dq, &p.dk, &p.dv, &p.dprefix_k, &p.dprefix_v, &p.dmemory})
+        *s = strided(gradients[i++].cast<py::tuple>());
     const py::gil_scoped_release nogil;
     chosen()->bwd(p);
 }

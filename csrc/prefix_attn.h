@@ -6,6 +6,7 @@ namespace prefixattn {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class MaskKind : int { kNone = 0, kBool = 1, kSameAsQ = 2, kFloat32 = 3 };
+enum class Phi : int { kNone = 0, kElu = 1, kGelu = 2, kRelu = 3 };
 
 // A four-dimensional tensor with unit stride in its last dimension; strides count elements.
 struct Strided {
@@ -19,8 +20,11 @@ struct AttnParams {
     Strided q;                   // [B, H, L, D]
     Strided k, v;                // [B, Hkv, S, D]
     Strided prefix_k, prefix_v;  // [T, Hkv, P, D]
-    const int64_t *rows;         // [B], row of the prefix for each sample; null: row 0 if T == 1, else row b
-    const int64_t *lengths;      // [B], prefix rows in use for each sample; null: P
+    Strided memory;              // [memories, H, D, D], added to out as phi(q) @ memory; null: none
+    int64_t memories;            // 1, or T
+    Phi phi;
+    const int64_t *rows;     // [B], row of the prefix for each sample; null: row 0 if T == 1, else row b
+    const int64_t *lengths;  // [B], prefix rows in use for each sample; null: P
     MaskKind mask_kind;
     Strided mask;          // [B, H, L, S], own keys only; a stride of 0 broadcasts
     int64_t mask_stride3;  // along S
@@ -33,19 +37,21 @@ struct AttnParams {
 
 struct FwdParams : AttnParams {
     // outputs
-    Strided out;  // [B, H, L, D]
-    float *lse;   // [B, H, L] contiguous, natural log
-    float *mass;  // [B, H, L] contiguous, or null
+    Strided out;       // [B, H, L, D]
+    Strided attended;  // the same without the memory's part; null: not wanted
+    float *lse;        // [B, H, L] contiguous, natural log
+    float *mass;       // [B, H, L] contiguous, or null
 };
 
 struct BwdParams : AttnParams {
-    Strided dout, out;  // [B, H, L, D]
+    Strided dout, out;  // [B, H, L, D]; out without the memory's part
     const float *lse;   // [B, H, L]
     const float *dlse;  // [B, H, L] or null
     // outputs; a null pointer: not wanted
     Strided dq;                    // [B, H, L, D]
     Strided dk, dv;                // [B, Hkv, S, D]
     Strided dprefix_k, dprefix_v;  // [T, Hkv, P, D], summed over the samples that used the row
+    Strided dmemory;               // [memories, H, D, D], likewise
 };
 
 // One entry per instruction set; null members were not compiled.

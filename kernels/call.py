@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn.kernels import tiles
+from prefixattn.kernels import memory_tiles, tiles
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
 from prefixattn.philox import threshold
 
@@ -14,6 +14,13 @@ HALF_TYPES = torch.bfloat16, torch.float16
 OWN, PREFIX, SPLIT = tiles.OWN.value, tiles.PREFIX.value, tiles.SPLIT.value
 RAW, NATURAL, EXACT = tiles.RAW.value, tiles.NATURAL.value, tiles.EXACT.value
 NO_MASK, BOOL_MASK, FLOAT_MASK = tiles.NO_MASK.value, tiles.BOOL_MASK.value, tiles.FLOAT_MASK.value
+NO_MEMORY = memory_tiles.NO_MEMORY.value
+PHIS = {
+    "none": memory_tiles.NONE.value,
+    "elu": memory_tiles.ELU.value,
+    "gelu": memory_tiles.GELU.value,
+    "relu": memory_tiles.RELU.value,
+}
 
 
 class Call(NamedTuple):
@@ -30,6 +37,8 @@ class Call(NamedTuple):
     prefix_dropout_p: float
     is_causal: bool
     scale: float
+    memory: Tensor | None = None  # [1 or T, H, D, D], contiguous
+    phi: str = "elu"
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -106,6 +115,16 @@ class Call(NamedTuple):
             "HAS_LENGTHS": self.lengths is not None,
             "PREFIX_DROPOUT": self.prefix_dropout_p > 0,
         }
+
+    def memories(self) -> dict[str, Any]:
+        return {
+            "PHI": NO_MEMORY if self.memory is None else PHIS[self.phi],
+            "MEMORY_ROWS": self.memory is not None and self.memory.shape[0] > 1,
+        }
+
+    def readable_memory(self) -> Tensor:
+        """Where there is none, some tensor that is never read."""
+        return self.q if self.memory is None else self.memory
 
     def rest(self, block_n: int, prefix: bool = True) -> dict[str, Any]:
         """How the columns after the whole tiles of own keys are cut: see prefix_attn_fwd."""

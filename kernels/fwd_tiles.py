@@ -8,6 +8,7 @@ of both dropouts).
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.memory_tiles import NO_MEMORY, add_memory
 from prefixattn.kernels.tiles import (
     ATTENTION,
     EXACT,
@@ -83,8 +84,9 @@ def prefix_share(weight, column, axis, PART: tl.constexpr):
 
 @triton.jit
 def finish(
-    target, acc, top, weight_sum, prefix_sum, row, L, at, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, EXP: tl.constexpr,
+    target, memory_side, acc, top, weight_sum, prefix_sum, row, L, at, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, PHI: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """Divides by the sum of the weights and writes out, lse and the share of the prefix."""
     out, stride_ol, lse, mass = target
@@ -101,4 +103,10 @@ def finish(
     tl.store(lse + at + row, tl.where(seen, logarithm, MINUS_INF), mask=inside)
     if MASS:
         tl.store(mass + at + row, prefix_sum * inverse, mask=inside)
-    store_rows(out, stride_ol, row, inside, acc * inverse[:, None], D, BLOCK_D)
+    acc *= inverse[:, None]
+    if PHI != NO_MEMORY:
+        q, stride_ql, memory, attended = memory_side
+        if KEEP:
+            store_rows(attended, stride_ol, row, inside, acc, D, BLOCK_D)
+        acc = add_memory(acc, q, stride_ql, row, inside, memory, D, BLOCK_D, PHI, PRECISION)
+    store_rows(out, stride_ol, row, inside, acc, D, BLOCK_D)

@@ -6,11 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn.kernels.call import Call, options, tile_width
+from prefixattn.kernels.call import HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
+from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
 from prefixattn.kernels.prefix_attn_bwd_prefix import prefix_attn_bwd_prefix, prefix_attn_bwd_reduce
 from prefixattn.kernels.prefix_attn_bwd_short import prefix_attn_bwd_short
-from prefixattn.kernels.table import HEAD_KEYS, Launch, processors
+from prefixattn.kernels.table import HEAD_KEYS, INTERPRETED, Launch, processors
 from prefixattn.layout import empty_like_order
 from prefixattn.reference import Needs
 
@@ -24,12 +25,13 @@ class Grads(NamedTuple):
     dprefix_k: Tensor  # [T, Hkv, P, D]
     dprefix_v: Tensor  # [T, Hkv, P, D]
     dmask: Tensor  # of the mask's shape
+    dmemory: Tensor  # [1 or T, H, D, D]
 
 
 class Given(NamedTuple):
     """What the forward left and what arrived."""
 
-    out: Tensor  # [B, H, L, D]
+    out: Tensor  # [B, H, L, D], without the memory's part
     lse: Tensor  # [B, H, L]
     dout: Tensor  # [B, H, L, D]
     dlse: Tensor | None  # [B, H, L], float32, contiguous
@@ -44,11 +46,16 @@ def backward(call: Call, given: Given, needs: Needs, into: tuple[Tensor, Tensor,
     dprefix_k, dprefix_v = (
         t.new_empty(t.shape) if need else empty for t, need in zip(call[3:5], needs[3:5], strict=True)
     )
-    grads = Grads(dq, dk, dv, dprefix_k, dprefix_v, empty)
+    dmemory = call.memory.new_empty(call.memory.shape) if call.memory is not None and needs[6] else empty
+    grads = Grads(dq, dk, dv, dprefix_k, dprefix_v, empty, dmemory)
     if call.q.numel() == 0:
         for grad in grads:
             grad.zero_()
         return grads._replace(dmask=_mask_zeros(call)) if needs[5] else grads
+    if needs[6]:
+        _memory(call, given, dmemory)
+    if not any(needs[:6]):
+        return grads
     B, H, _, L, S, _, P, _ = call.sizes
     delta = call.q.new_empty((B, H, L), dtype=torch.float32)
     if (plan := short_plan(call, needs)) is not None:
@@ -96,7 +103,8 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
     dk = grads.dk if needs[1] or not own else empty_like_order(call.k)
     dv = grads.dv if needs[2] or not own else empty_like_order(call.v)
     prefix_attn_bwd_short[(B * KV,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), given.out, given.dout, given.lse, _dlse(given)),
+        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory()),
+        *(given.out, given.dout, given.lse, _dlse(given)),
         *(delta, grads.dq, dk, dv, partial[0], partial[1]),
         *(s for t in call[:5] for s in t.stride()[:3]),
         *(*call.mask_strides(), *given.out.stride()[:3], *given.dout.stride()[:3]),
@@ -109,6 +117,7 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
         HAS_DLSE=given.dlse is not None,
         NEED_OWN=own,
         NEED_PREFIX=prefix,
+        **call.memories(),
         **call.rest(plan.block_n),
         **call.numbers(),
         **call.masks(),
@@ -117,30 +126,31 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
     )
     if prefix:
         each = KV * P * D
+        pair = (grads.dprefix_k, grads.dprefix_v)
         if call.rows is None and T > 1:
-            _reduce(call, partial, grads, needs, stride_n=0, stride_t=each, count=1, by_rows=False)
+            _reduce(partial, pair, needs[3:5], None, T, each, stride_n=0, stride_t=each, count=1)
         else:
-            _reduce(call, partial, grads, needs, stride_n=each, stride_t=0, count=B, by_rows=call.rows is not None)
+            _reduce(partial, pair, needs[3:5], call.rows, T, each, stride_n=each, stride_t=0, count=B)
 
 
 def _reduce(
-    call: Call,
-    partial: tuple[Tensor, ...],
-    grads: Grads,
-    needs: Needs,
+    partial: tuple[Tensor, ...],  # a pair
+    sums: tuple[Tensor, ...],  # a pair [T, numel]
+    wanted: tuple[bool, ...],  # a pair
+    rows: Tensor | None,
+    T: int,
+    numel: int,
     stride_n: int,
     stride_t: int,
     count: int,
-    by_rows: bool,
 ) -> None:
-    _, _, KV, _, _, T, P, D = call.sizes
     block, slices = 128, 32
-    prefix_attn_bwd_reduce[(triton.cdiv(KV * P * D, block) * T,)](
-        *(partial[0], partial[1], grads.dprefix_k, grads.dprefix_v, call.indices()[0]),
-        *(stride_n, stride_t, count, KV * P * D),
-        HAS_ROWS=by_rows,
-        NEED_K=needs[3],
-        NEED_V=needs[4],
+    prefix_attn_bwd_reduce[(triton.cdiv(numel, block) * T,)](
+        *(*partial, *sums, partial[0] if rows is None else rows),
+        *(stride_n, stride_t, count, numel),
+        HAS_ROWS=rows is not None,
+        NEED_K=wanted[0],
+        NEED_V=wanted[1],
         BLOCK=block,
         SLICES=min(slices, triton.next_power_of_2(count)),
         enable_fp_fusion=True,
@@ -165,12 +175,10 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     B, H, KV, L, _, T, P, D = call.sizes
     plan = prefix_plan(call)
     tiles = triton.cdiv(P, plan.block_n)
-    rows, lengths, seed = call.indices()
-    order, starts = rows, rows
+    _, lengths, seed = call.indices()
+    order, starts = _by_row(call, T)
     samples, used = (B, 1) if call.rows is None and T == 1 else (1, T)
     if call.rows is not None:
-        order = call.rows.argsort(stable=True)
-        starts = torch.searchsorted(call.rows[order], torch.arange(T + 1, device=call.q.device))
         samples, used = B, min(T, B)  # all may use one row, or each its own
     # enough programs for the GPU, but none with less than a few tiles of queries
     most = triton.cdiv(samples * (H // KV) * L, 4 * plan.block_m)
@@ -196,8 +204,52 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         **options(plan),
     )
     if shares > 1:
-        each = T * KV * P * D
-        _reduce(call, partial, grads, needs, stride_n=each, stride_t=KV * P * D, count=shares, by_rows=False)
+        each, pair = KV * P * D, (grads.dprefix_k, grads.dprefix_v)
+        _reduce(partial, pair, needs[3:5], None, T, each, stride_n=T * each, stride_t=each, count=shares)
+
+
+def _by_row(call: Call, T: int) -> tuple[Tensor, Tensor]:
+    """The samples in the order of their rows of the bank, and where each row's begin; or what is never read."""
+    if call.rows is None:
+        return call.q, call.q
+    order = call.rows.argsort(stable=True)
+    return order, torch.searchsorted(call.rows[order], torch.arange(T + 1, device=call.q.device))
+
+
+def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
+    B, H, _, L, _, _, _, D = call.sizes
+    T = dmemory.shape[0]
+    by_row = T > 1 and call.rows is not None
+    order, starts = _by_row(call, T) if by_row else (call.q, call.q)
+    samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_row else (1, T)
+    half = call.q.dtype in HALF_TYPES or INTERPRETED
+    block_m, block_n = (
+        (64, 64) if half and call.block_d <= 128 else (32, 32) if call.block_d <= 64 or half else (16, 16)
+    )
+    block_n = min(block_n, call.block_d)
+    tiles = triton.cdiv(D, block_n)
+    # as many programs as make sense, by the rules of _prefix
+    most = triton.cdiv(samples * L, 4 * block_m)
+    shares = max(1, min(most, triton.cdiv(4 * processors(call.q.device), tiles * used * H)))
+    partial = dmemory if shares == 1 else call.q.new_empty((shares, T, H, D, D), dtype=torch.float32)
+    prefix_attn_bwd_memory[(tiles * T * H, shares)](
+        *(call.q, order, starts, given.dout, partial),
+        *(*call.q.stride()[:3], *given.dout.stride()[:3], B, H, L, T),
+        D=D,
+        BLOCK_D=call.block_d,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        HAS_ROWS=by_row,
+        PER_SAMPLE=T > 1 and not by_row,
+        PHI=call.memories()["PHI"],
+        PRECISION=call.numbers()["PRECISION"],
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    if shares > 1:
+        each = H * D * D
+        partials, sums = (partial, partial), (dmemory, dmemory)
+        _reduce(partials, sums, (True, False), None, T, each, stride_n=T * each, stride_t=each, count=shares)
 
 
 def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -> None:
@@ -228,7 +280,8 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     assert plan is not None
     scores = call.q.new_empty((B, H, L, S) if needs[5] else 0, dtype=torch.float32)
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), given.dout, given.lse, delta, grads.dq, scores),
+        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory()),
+        *(given.dout, given.lse, delta, grads.dq, scores),
         *(s for t in call[:5] for s in t.stride()[:3]),
         *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.dq)),
         *(B, H, L, S, P, call.scale, *call.drops()),
@@ -237,6 +290,7 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
         BLOCK_N=plan.block_n,
         NEED_Q=needs[0],
         NEED_MASK=needs[5],
+        **call.memories(),
         **call.rest(plan.block_n),
         **call.numbers(),
         **call.masks(),

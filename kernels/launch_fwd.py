@@ -1,5 +1,7 @@
 """The forward pass: which kernels run, with what grid."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -12,21 +14,30 @@ from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, 
 from prefixattn.layout import empty_like_order
 
 
-def forward(call: Call, want_mass: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, L, D]; lse [B, H, L], float32; the weight on the prefix [B, H, L], float32, or empty [0]."""
+class Outputs(NamedTuple):
+    """What is wanted, allocated; what is not, empty [0]."""
+
+    out: Tensor  # [B, H, L, D]
+    lse: Tensor  # [B, H, L], float32
+    mass: Tensor  # the weight on the prefix [B, H, L], float32
+    attended: Tensor  # out without the memory's part, lying as out does
+
+
+def forward(call: Call, want_mass: bool, want_attended: bool = False) -> Outputs:
     B, H, _, L, _, _, _, _ = call.sizes
     out = empty_like_order(call.q)
     lse = call.q.new_empty((B, H, L), dtype=torch.float32)
     mass = call.q.new_empty((B, H, L) if want_mass else 0, dtype=torch.float32)
+    outputs = Outputs(out, lse, mass, torch.empty_like(out) if want_attended else call.q.new_empty(0))
     if out.numel() == 0:
-        return out, lse, mass
+        return outputs
     if folds(call):
-        _online(call, out, lse, mass, _fold(call))
+        _online(call, outputs, _fold(call))
     elif (plan := short_plan(call)) is not None:
-        _short(call, out, lse, mass, plan)
+        _short(call, outputs, plan)
     else:
-        _online(call, out, lse, mass, [])
-    return out, lse, mass
+        _online(call, outputs, [])
+    return outputs
 
 
 def folds(call: Call) -> bool:
@@ -43,12 +54,12 @@ def short_plan(call: Call) -> Launch | None:
     return call.launch("fwd_short") if S + P <= SHORT_KEYS and L > 1 else None
 
 
-def _short(call: Call, out: Tensor, lse: Tensor, mass: Tensor, plan: Launch) -> None:
+def _short(call: Call, outputs: Outputs, plan: Launch) -> None:
     B, H, KV, L, S, _, P, _ = call.sizes
     prefix_attn_fwd_short[(triton.cdiv(L, plan.block_m) * B * H,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), out, lse, mass),
+        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory(), *outputs),
         *(s for t in call[:5] for s in t.stride()[:3]),
-        *(*call.mask_strides(), *out.stride()[:3]),
+        *(*call.mask_strides(), *outputs.out.stride()[:3]),
         *(H, L, S, P, call.scale, *call.drops()),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -57,35 +68,39 @@ def _short(call: Call, out: Tensor, lse: Tensor, mass: Tensor, plan: Launch) -> 
         TAIL=tile_width((S + P) % plan.block_n),
         OWN_TILES=S // plan.block_n,
         SPLIT_TILE=S % plan.block_n > 0,
-        MASS=mass.numel() > 0,
+        MASS=outputs.mass.numel() > 0,
+        KEEP=outputs.attended.numel() > 0,
         **call.numbers(),
         **call.masks(),
         **call.prefixes(),
+        **call.memories(),
         **options(plan),
     )
 
 
-def _online(call: Call, out: Tensor, lse: Tensor, mass: Tensor, parts: list[Tensor]) -> None:
+def _online(call: Call, outputs: Outputs, parts: list[Tensor]) -> None:
     """`parts`: sums of values, largest scores and sums of weights over parts of the prefix, which then is done."""
     B, H, KV, L, S, _, P, _ = call.sizes
     plan = call.launch("fwd_medium") if L <= MEDIUM_QUERIES else None
     plan = plan or call.launch("fwd")
     assert plan is not None
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), out, lse, mass),
-        *(parts or [lse, lse, lse]),
+        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory(), *outputs),
+        *(parts or [outputs.lse] * 3),
         *(s for t in call[:5] for s in t.stride()[:3]),
-        *(*call.mask_strides(), *out.stride()[:3]),
+        *(*call.mask_strides(), *outputs.out.stride()[:3]),
         *(B, H, L, S, P, call.scale, *call.drops()),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         PARTS=len(parts[0]) if parts else 0,
-        MASS=mass.numel() > 0,
+        MASS=outputs.mass.numel() > 0,
+        KEEP=outputs.attended.numel() > 0,
         **call.rest(plan.block_n, prefix=not parts),
         **call.numbers(),
         **call.masks(),
         **call.prefixes(),
+        **call.memories(),
         **options(plan),
     )
 

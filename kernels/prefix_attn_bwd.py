@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import load_given, load_keys, over_keys, over_queries
+from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, load_rows, prefix_of, store_rows
 
 
@@ -79,7 +80,7 @@ def prefix_attn_bwd_keys(
 
 @triton.jit
 def prefix_attn_bwd_queries(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, dout, lse, delta, dq, dmask,
+    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, dout, lse, delta, dq, dmask,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_gb, stride_gh, stride_gl, stride_dqb, stride_dqh, stride_dql,
@@ -90,6 +91,7 @@ def prefix_attn_bwd_queries(
     KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr,
     NEED_MASK: tl.constexpr,  # dmask [B, H, L, S], float32, is written at every column
+    PHI: tl.constexpr, MEMORY_ROWS: tl.constexpr,  # as in prefix_attn_fwd
     PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """A program is one block of queries of one head; it goes over the keys as prefix_attn_fwd does."""
@@ -124,4 +126,10 @@ def prefix_attn_bwd_queries(
         NEED_Q, NEED_MASK, PRECISION, EXP,
     )  # fmt: skip
     if NEED_Q:
-        store_rows(dq + b * stride_dqb + h * stride_dqh, stride_dql, row, row < L, dqueries * scale, D, BLOCK_D)
+        dqueries *= scale
+        if PHI != NO_MEMORY:
+            dqueries += memory_dq(
+                q + b * stride_qb + h * stride_qh, stride_ql, dout + b * stride_gb + h * stride_gh, stride_gl,
+                row, row < L, memory_of(memory, t, h, H, D, MEMORY_ROWS), BLOCK_M, D, BLOCK_D, PHI, PRECISION,
+            )  # fmt: skip
+        store_rows(dq + b * stride_dqb + h * stride_dqh, stride_dql, row, row < L, dqueries, D, BLOCK_D)

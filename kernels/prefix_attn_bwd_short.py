@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_given, load_keys, over_keys, over_queries
+from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, PREFIX, load_rows, prefix_of, store_rows
 
 
@@ -55,11 +56,11 @@ def _keys(
 
 @triton.jit
 def _queries(
-    dq, stride_dql, sources, keys, values, bias, axis, drops, row0, scale,
+    dq, stride_dql, sources, memory, keys, values, bias, axis, drops, row0, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
+    PREFIX_DROPOUT: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """Computes and writes the gradients of M queries, from `row0` on."""
     row = row0 + tl.arange(0, M)
@@ -69,12 +70,16 @@ def _queries(
         D, BLOCK_D, M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
         True, False, PRECISION, EXP,
     )  # fmt: skip
-    store_rows(dq, stride_dql, row, row < axis[3], acc * scale, D, BLOCK_D)
+    acc *= scale
+    if PHI != NO_MEMORY:
+        q, dout, _, _, stride_ql, stride_gl = sources
+        acc += memory_dq(q, stride_ql, dout, stride_gl, row, row < axis[3], memory, M, D, BLOCK_D, PHI, PRECISION)
+    store_rows(dq, stride_dql, row, row < axis[3], acc, D, BLOCK_D)
 
 
 @triton.jit
 def prefix_attn_bwd_short(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, out, dout, lse, dlse, delta,
+    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, dout, lse, dlse, delta,
     dq, dk, dv, partial_k, partial_v,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
@@ -88,6 +93,7 @@ def prefix_attn_bwd_short(
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PREFIX_DROPOUT: tl.constexpr, NEED_OWN: tl.constexpr,
     NEED_PREFIX: tl.constexpr,  # partial_k and partial_v [B, Hkv, P, D], float32
+    PHI: tl.constexpr, MEMORY_ROWS: tl.constexpr,  # as in prefix_attn_fwd
     PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     KV = H // GROUP
@@ -163,16 +169,18 @@ def prefix_attn_bwd_short(
         )  # fmt: skip
         bias = (mask + member * stride_mh, stride_ml, stride_ms)
         head_drops = (number, first_head + member, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+        own_memory = memory_of(memory, t, g * GROUP + member, H, D, MEMORY_ROWS)
         for row0 in range(0, L // BLOCK_M * BLOCK_M, BLOCK_M):
             _queries(
-                dq + member * stride_dqh, stride_dql, head_sources, keys, values, bias, axis, head_drops, row0, scale,
+                dq + member * stride_dqh, stride_dql, head_sources, own_memory, keys, values, bias, axis, head_drops,
+                row0, scale,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-                PRECISION, EXP,
+                PHI, PRECISION, EXP,
             )  # fmt: skip
         if QUERY_TAIL:
             _queries(
-                dq + member * stride_dqh, stride_dql, head_sources, keys, values, bias, axis, head_drops,
+                dq + member * stride_dqh, stride_dql, head_sources, own_memory, keys, values, bias, axis, head_drops,
                 L // BLOCK_M * BLOCK_M, scale,
                 D, BLOCK_D, QUERY_TAIL, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-                PRECISION, EXP,
+                PHI, PRECISION, EXP,
             )  # fmt: skip

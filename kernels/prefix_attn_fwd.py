@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
+from prefixattn.kernels.memory_tiles import memory_of
 from prefixattn.kernels.tiles import LOG2E, MINUS_INF, NATURAL, OWN, RAW, load_rows, prefix_of, weights
 
 
@@ -46,7 +47,8 @@ def _online(
 
 @triton.jit
 def prefix_attn_fwd(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, out, lse, mass, part_out, part_top, part_sum,
+    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, lse, mass, attended,
+    part_out, part_top, part_sum,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
@@ -58,7 +60,11 @@ def prefix_attn_fwd(
     PARTS: tl.constexpr,  # 0, or the number of partial results over the prefix to start from
     HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
-    MASS: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
+    MASS: tl.constexpr,
+    PHI: tl.constexpr,  # NO_MEMORY, or what is done to the queries that meet the memory
+    MEMORY_ROWS: tl.constexpr,  # there is a memory for each row of the prefixes
+    KEEP: tl.constexpr,  # out without the memory's part is written to `attended`, which lies as out does
+    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L, BLOCK_M)
     if CAUSAL:  # heavy blocks first, so that the light ones fill the gaps
@@ -138,4 +144,11 @@ def prefix_attn_fwd(
         )  # fmt: skip
     acc, top, weight_sum, prefix_sum = state
     target = (out + b * stride_ob + h * stride_oh, stride_ol, lse, mass)
-    finish(target, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, D, BLOCK_D, MASS, EXP)
+    memory_side = (
+        q + b * stride_qb + h * stride_qh, stride_ql, memory_of(memory, t, h, H, D, MEMORY_ROWS),
+        attended + b * stride_ob + h * stride_oh,
+    )  # fmt: skip
+    finish(
+        target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale,
+        D, BLOCK_D, MASS, PHI, KEEP, PRECISION, EXP,
+    )  # fmt: skip

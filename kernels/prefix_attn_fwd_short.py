@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
+from prefixattn.kernels.memory_tiles import memory_of
 from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, RAW, SPLIT, load_rows, prefix_of, weights
 
 
@@ -57,7 +58,7 @@ def _tile_values(
 
 @triton.jit
 def prefix_attn_fwd_short(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, out, lse, mass,
+    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, lse, mass, attended,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
@@ -69,7 +70,11 @@ def prefix_attn_fwd_short(
     SPLIT_TILE: tl.constexpr,  # the tile after those holds own keys too
     HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
-    MASS: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
+    MASS: tl.constexpr,
+    PHI: tl.constexpr,  # NO_MEMORY, or what is done to the queries that meet the memory
+    MEMORY_ROWS: tl.constexpr,  # there is a memory for each row of the prefixes
+    KEEP: tl.constexpr,  # out without the memory's part is written to `attended`, which lies as out does
+    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L, BLOCK_M)
     block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -116,4 +121,11 @@ def prefix_attn_fwd_short(
             OWN if i < OWN_TILES else (SPLIT if SPLIT_TILE and i == OWN_TILES else PREFIX), HAS_LENGTHS or i == TILES,
         )  # fmt: skip
     target = (out + b * stride_ob + h * stride_oh, stride_ol, lse, mass)
-    finish(target, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, D, BLOCK_D, MASS, EXP)
+    memory_side = (
+        q + b * stride_qb + h * stride_qh, stride_ql, memory_of(memory, t, h, H, D, MEMORY_ROWS),
+        attended + b * stride_ob + h * stride_oh,
+    )  # fmt: skip
+    finish(
+        target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale,
+        D, BLOCK_D, MASS, PHI, KEEP, PRECISION, EXP,
+    )  # fmt: skip

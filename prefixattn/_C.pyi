@@ -2,7 +2,7 @@
 
 _Strided = tuple[int, int, int, int]  # address and three strides, in elements; the fourth is 1
 
-def prefix_attn_fwd(common: tuple[object, ...], out: _Strided, lse: int, mass: int) -> None: ...
+def prefix_attn_fwd(common: tuple[object, ...], out: _Strided, attended: _Strided, lse: int, mass: int) -> None: ...
 def prefix_attn_bwd(
     common: tuple[object, ...],
     dout: _Strided,

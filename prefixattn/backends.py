@@ -97,8 +97,8 @@ def here() -> dict[str, list[str]]:
 
     def call(device: str) -> tuple[object, ...]:
         q, prefix = torch.zeros(1, 1, 8, 64, device=device), torch.zeros(1, 1, 8, 64, device=device)
-        needs = (True, True, True, True, True, False)
-        return q, q, q, prefix, prefix, None, None, None, 0.0, 0.0, False, needs
+        needs = (True, True, True, True, True, False, False)
+        return q, q, q, prefix, prefix, None, None, None, None, 0.0, 0.0, False, 0.0, needs
 
     return here_of(TABLE, call)
 

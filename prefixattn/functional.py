@@ -10,6 +10,7 @@ from torch._guards import detect_fake_mode
 from prefixattn import backends
 from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
+from prefixattn.reference import PHIS
 
 _FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -29,6 +30,9 @@ def prefix_attention(
     prefix_ids: Tensor | None = None,  # int64 [B]
     prefix_lengths: Tensor | None = None,  # int64 [T] or [B]
     prefix_dropout_p: float = 0.0,
+    memory: Tensor | None = None,  # [H, D, D] shared | [B, H, D, D] or, with prefix_ids, [T, H, D, D]
+    phi: str = "elu",
+    softcap: float | None = None,
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
@@ -52,6 +56,11 @@ def prefix_attention(
             the bank's rows (also where T equals B), one of length B to the samples.
         prefix_dropout_p: Dropout on the prefix's keys and values, an own mask for each sample. Both kinds of dropout
             draw a seed from the device's default generator, so `torch.manual_seed` repeats them, on any backend.
+        memory: As in Prefix-Tuning+, ``phi(q) @ memory`` is added to out, per head, and the sum rounded once. It is no
+            part of the softmax: scale, masks, dropout, lse and mass do not know it, a query that sees no key gets it alone.
+            The prefix may have length 0. One memory for each row of prefix_k has prefix_k's first axis.
+        phi: "elu", "gelu" (with erf), "relu" or "none", of q as it comes.
+        softcap: Scores of prefix and own keys become ``softcap * tanh(score / softcap)`` before mask and softmax.
         return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.
         return_prefix_mass: Also return the softmax weight that fell on the prefix, float32; carries no gradient.
         backend: "auto", or the name of one backend, which then runs or says why it cannot.
@@ -62,9 +71,10 @@ def prefix_attention(
         *(q, k, v, prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
+        *(memory, phi, softcap),
         *(return_prefix_mass, backend),
     )
-    out, lse, mass = prefix_attn(*inputs)
+    out, lse, mass, _ = prefix_attn(*inputs)
     return _asked_for(out, lse, mass, return_lse, return_prefix_mass)
 
 
@@ -80,6 +90,9 @@ def prefix_attention_qkvpacked(
     prefix_ids: Tensor | None = None,  # int64 [B]
     prefix_lengths: Tensor | None = None,  # int64 [T] or [B]
     prefix_dropout_p: float = 0.0,
+    memory: Tensor | None = None,  # [H, D, D] shared | [B, H, D, D] or, with prefix_ids, [T, H, D, D]
+    phi: str = "elu",
+    softcap: float | None = None,
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
@@ -107,9 +120,10 @@ def prefix_attention_qkvpacked(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
+        *(memory, phi, softcap),
         *(return_prefix_mass, backend),
     )
-    out, lse, mass = prefix_attn_qkvpacked(qkv, *others)
+    out, lse, mass, _ = prefix_attn_qkvpacked(qkv, *others)
     # contiguous as it is, unless qkv's own axes lie in another order
     return _asked_for(out.transpose(1, 2).contiguous(), lse, mass, return_lse, return_prefix_mass)
 
@@ -128,16 +142,25 @@ def _normal_form(
     prefix_ids: Tensor | None,
     prefix_lengths: Tensor | None,
     prefix_dropout_p: float,
+    memory: Tensor | None,
+    phi: str,
+    softcap: float | None,
     return_prefix_mass: bool,
     backend: str,
 ) -> tuple[Any, ...]:
     """The arguments of prefix_attn, checked, with a backend that takes them."""
-    _check_types(q, k, v, prefix_k, prefix_v, attn_mask, prefix_ids, prefix_lengths, dropout_p, prefix_dropout_p, scale)
+    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, prefix_lengths)
+    _check_types(*tensors, dropout_p, prefix_dropout_p, scale, softcap)
     if _autocasts(q):
         q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
+        memory = None if memory is None else _autocast(memory)[0]
         if attn_mask is not None and attn_mask.dtype != torch.float32:
             (attn_mask,) = _autocast(attn_mask)
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
+    if memory is not None:
+        memory = _normal_memory(memory, prefix_k, q)
+    if not isinstance(phi, str) or phi not in PHIS:
+        raise ValueError(f"phi is {phi!r}, expected one of {', '.join(map(repr, PHIS))}")
     if prefix_k.dim() == 3:
         if prefix_ids is not None:
             raise ValueError(
@@ -161,17 +184,21 @@ def _normal_form(
             raise ValueError(f"{name} is {p}; expected a probability in [0, 1)")
     if scale is None:
         scale = D**-0.5 if D else 1.0
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap is {softcap}; expected None or a positive number")
     seed = None
     if dropout_p or prefix_dropout_p:
         seed = torch.randint(2**62, (1,), device=q.device)
 
     if torch.compiler.is_compiling():
-        q, k, v, prefix_k, prefix_v = _distinct(q, k, v, prefix_k, prefix_v)
-    tensors = (unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(prefix_k), unit_stride(prefix_v), attn_mask)
-    needs = _wanted(tensors)
-    chosen = backends.choose(backend, *tensors, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, needs)
-    numbers = (dropout_p, prefix_dropout_p, is_causal, scale, return_prefix_mass)
-    return *tensors, prefix_ids, lengths, seed, *numbers, chosen
+        q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
+    q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
+    inputs = (q, k, v, prefix_k, prefix_v, attn_mask, memory)
+    needs = _wanted(inputs)
+    cap = 0.0 if softcap is None else softcap
+    chosen = backends.choose(backend, *inputs, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, cap, needs)
+    numbers = (dropout_p, prefix_dropout_p, is_causal, scale, phi, cap)
+    return *inputs, prefix_ids, lengths, seed, *numbers, return_prefix_mass, _keeps_attended(memory, needs), chosen
 
 
 def _asked_for(
@@ -193,15 +220,25 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) if t.dtype in _FLOATS[:3] else t for t in tensors]
 
 
-def _distinct(*tensors: Tensor) -> list[Tensor]:
+def _distinct(*tensors: Any) -> list[Any]:
     """Views in place of what came before: Dynamo gives no autograd.Function the same tensor twice."""
-    return [t.view_as(t) if any([t is earlier for earlier in tensors[:i]]) else t for i, t in enumerate(tensors)]
+    return [
+        t.view_as(t) if t is not None and any([t is earlier for earlier in tensors[:i]]) else t
+        for i, t in enumerate(tensors)
+    ]
 
 
 def _wanted(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
     if not torch.is_grad_enabled():
-        return (False,) * 6
+        return (False,) * 7
     return tuple([t is not None and t.requires_grad for t in tensors])
+
+
+def _keeps_attended(memory: Tensor | None, needs: tuple[bool, ...]) -> bool:
+    """Whether the softmax's own part of out is kept for the backward pass, which cannot take it out of their sum."""
+    # who runs an exported program may want other gradients than who made it
+    wanted = torch.is_grad_enabled() if torch.compiler.is_exporting() else any(needs[:6])
+    return memory is not None and wanted
 
 
 def _require_shape(name: str, t: Tensor, **dims: int) -> None:
@@ -210,8 +247,8 @@ def _require_shape(name: str, t: Tensor, **dims: int) -> None:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [{spelled}]")
 
 
-_NAMES = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "prefix_ids", "prefix_lengths"
-_NUMBERS = "dropout_p", "prefix_dropout_p", "scale"
+_NAMES = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory", "prefix_ids", "prefix_lengths"
+_NUMBERS = "dropout_p", "prefix_dropout_p", "scale", "softcap"
 
 
 def _check_types(*arguments: object) -> None:
@@ -220,7 +257,7 @@ def _check_types(*arguments: object) -> None:
             continue
         _check_tensor(name, t)
     for name, x in zip(_NUMBERS, arguments[len(_NAMES) :], strict=True):
-        if x is None and name == "scale":
+        if x is None and name in ("scale", "softcap"):
             continue
         # a tensor would lose its gradient on the way to a number
         if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
@@ -266,6 +303,20 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
             raise ValueError(f"{name} is {t.dtype}, expected {dtype} as q")
         if t.device != device:
             raise ValueError(f"{name} is on {t.device}, expected {device} as q")
+
+
+def _normal_memory(memory: Tensor, prefix_k: Tensor, q: Tensor) -> Tensor:
+    """[1, H, D, D], or [T, H, D, D] with the T of the prefixes."""
+    H, D = q.shape[1], q.shape[3]
+    rows = (prefix_k.shape[0],) if memory.dim() == 4 and prefix_k.dim() == 4 else ()
+    if memory.shape != (*rows, H, D, D):
+        spelled = "".join(f"T={T}, " for T in rows) + f"H={H}, D={D}, D={D}"
+        raise ValueError(f"memory has shape {list(memory.shape)}, expected [{spelled}]")
+    if memory.dtype != q.dtype:
+        raise ValueError(f"memory is {memory.dtype}, expected {q.dtype} as q")
+    if memory.device != q.device:
+        raise ValueError(f"memory is on {memory.device}, expected {q.device} as q")
+    return unit_stride(memory if memory.dim() == 4 else memory.unsqueeze(0))
 
 
 def _normal_mask(mask: Tensor, B: int, H: int, L: int, S: int, q: Tensor) -> Tensor:

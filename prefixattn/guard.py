@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import reference, triton
-from prefixattn.reference import Needs
+from prefixattn.reference import Needs, Results
 
 # by rms, of the reference's rms: far above rounding, far below any mistake
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -25,6 +25,7 @@ TRIALS = {
     "bwd_short": (0, 37, 37, 5),
     "bwd": (1, 321, 321, 20),
 }
+TRIALS |= {kind + triton.MEMORY: sizes for kind, sizes in TRIALS.items()}
 _HEADS = 2
 
 Case = tuple[str, torch.device, torch.dtype, int]  # kind, device, type, head size
@@ -38,7 +39,7 @@ def unsupported(q: Tensor, *args: Any) -> list[str]:
     return reasons
 
 
-def fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(*inputs: Any) -> Results:
     q = inputs[0]
     case = (triton.kind_of_forward(*inputs), q.device, q.dtype, q.shape[3])
     if _trusted(case):
@@ -96,9 +97,9 @@ def _give_up(case: Case, error: Exception) -> None:
 def _try(case: Case) -> str:
     kind, device, dtype, D = case
     B, L, S, P = TRIALS[kind]
-    absent = (None, None, None, None)  # mask, rows, lengths, seed
-    numbers = (0.0, 0.0, True, D**-0.5)
-    needs: Needs = (True, True, True, True, True, False)
+    numbers = (0.0, 0.0, True, D**-0.5, "elu", 0.0)
+    with_memory = kind.endswith(triton.MEMORY)
+    needs: Needs = (True, True, True, True, True, False, with_memory)
     try:
         B = B or triton.least_batch(device, _HEADS)
         generator = torch.Generator("cpu").manual_seed(0)
@@ -106,17 +107,22 @@ def _try(case: Case) -> str:
         q, k, v, prefix_k, prefix_v, dout = (
             torch.randn(size, generator=generator, device="cpu").to(device, dtype) for size in (*sizes, sizes[0])
         )
+        memory = None
+        if with_memory:
+            memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
+        inputs: tuple[Any, ...] = (q, k, v, prefix_k, prefix_v, None, memory, None, None, None)
         with torch.no_grad():
-            right = reference.fwd(q, k, v, prefix_k, prefix_v, *absent, *numbers, True)
+            expected: tuple[Tensor, ...] = reference.fwd(*inputs, *numbers, True, with_memory)
             if kind.startswith("fwd"):
-                names = ["out", "lse", "mass"]
-                found: tuple[Tensor, ...] = triton.fwd(q, k, v, prefix_k, prefix_v, *absent, *numbers, True)
-                expected: tuple[Tensor, ...] = right
+                names = "out lse mass attended"
+                found: tuple[Tensor, ...] = triton.fwd(*inputs, *numbers, True, with_memory)
             else:
-                names = ["dq", "dk", "dv", "dprefix_k", "dprefix_v"]
-                inputs = (dout, None, q, k, v, prefix_k, prefix_v, *absent, right[0], right[1], *numbers, needs)
+                names = "dq dk dv dprefix_k dprefix_v dmask dmemory"
+                out, lse, _, attended = expected
+                inputs = (dout, None, *inputs, attended if with_memory else out, lse, *numbers, needs)
                 found, expected = triton.bwd(*inputs), reference.bwd(*inputs)
-        wrong = [name for name, a, b in zip(names, found, expected, strict=False) if not close(a, b, dtype)]
+        compared = zip(names.split(), found, expected, strict=True)
+        wrong = [name for name, a, b in compared if b.numel() and not close(a, b, dtype)]
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)} differ from the reference" if wrong else ""

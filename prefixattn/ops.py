@@ -8,6 +8,7 @@ is registered with the op as well, for graphs that hold nothing but the op: thos
 rule only: from a packed projection, three gradients that the views' rules copy into one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,40 +16,48 @@ from torch import Tensor
 
 from prefixattn import backends
 from prefixattn.layout import empty_like_order, unit_stride, unpacked
+from prefixattn.reference import Results
 
-_SHARED = "Tensor prefix_k, Tensor prefix_v, Tensor? attn_mask, Tensor? rows, Tensor? lengths, Tensor? seed"
+_SHARED = (
+    "Tensor prefix_k, Tensor prefix_v, Tensor? attn_mask, Tensor? memory, Tensor? rows, Tensor? lengths, Tensor? seed"
+)
 _TENSORS = f"Tensor q, Tensor k, Tensor v, {_SHARED}"
-_NUMBERS = "float dropout_p, float prefix_dropout_p, bool is_causal, float scale"
+_NUMBERS = "float dropout_p, float prefix_dropout_p, bool is_causal, float scale, str phi, float softcap"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _LIB = torch.library.Library("prefixattn", "DEF")
-_LIB.define(f"fwd({_TENSORS}, {_NUMBERS}, bool want_mass, str backend) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_LIB.define(
+    f"fwd({_TENSORS}, {_NUMBERS}, bool want_mass, bool want_attended, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
 _LIB.define(
     f"bwd(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_NUMBERS}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(
     f"bwd_qkvpacked(Tensor dout, Tensor? dlse, Tensor qkv, {_SHARED}, Tensor out, Tensor lse, {_NUMBERS}, "
-    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd(*args: Any) -> Results:
     *inputs, backend = args
-    result: tuple[Tensor, Tensor, Tensor] = backends.module(backend).fwd(*inputs)
+    result: Results = backends.module(backend).fwd(*inputs)
     return result
 
 
 def _bwd(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, needs, backend = args
+    _check_attended(dout, inputs[7], inputs[11], needs)
     return _wanted(backends.module(backend).bwd(unit_stride(dout), *inputs, needs), needs)
 
 
 def _bwd_qkvpacked(dout: Tensor, dlse: Tensor | None, qkv: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, needs, backend = args
     need_qkv, *need_others = needs
+    _check_attended(dout, inputs[3], inputs[7], needs)
     dqkv = qkv.new_empty(qkv.shape if need_qkv else 0)
     grads = backends.module(backend).bwd(
         unit_stride(dout),
@@ -61,29 +70,38 @@ def _bwd_qkvpacked(dout: Tensor, dlse: Tensor | None, qkv: Tensor, *args: Any) -
     return dqkv, *_wanted(grads[3:], need_others)
 
 
+def _check_attended(dout: Tensor, memory: Tensor | None, attended: Tensor, needs: list[bool]) -> None:
+    if memory is not None and attended.shape != dout.shape and any(needs[:-1]):
+        raise NotImplementedError(
+            "prefix_attention with a memory ran, or was exported, where no gradient but the memory's could be wanted; "
+            "it did not keep what the others need"
+        )
+
+
 def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, ...]:
     # what nobody wanted is a tensor of its own: outputs of an op may not alias
     return tuple([grad if need else grad.new_empty(0) for grad, need in zip(grads, needs, strict=True)])
 
 
-def _fwd_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    want_mass = args[-2]
+def _fwd_fake(q: Tensor, *args: Any) -> Results:
+    want_mass, want_attended = args[-3:-1]
     lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return empty_like_order(q), lse, q.new_empty(q.shape[:3] if want_mass else 0, dtype=torch.float32)
+    mass = q.new_empty(q.shape[:3] if want_mass else 0, dtype=torch.float32)
+    return empty_like_order(q), lse, mass, empty_like_order(q) if want_attended else q.new_empty(0)
 
 
 def _bwd_fake(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    q, k, v, prefix_k, prefix_v, attn_mask = args[:6]
+    q, k, v, *others = args[:7]
     needs = args[-2]
     grads = [empty_like_order(t) if need else q.new_empty(0) for t, need in zip((q, k, v), needs[:3], strict=True)]
-    return *grads, *_dense_fakes((prefix_k, prefix_v, attn_mask), needs[3:], q)
+    return *grads, *_dense_fakes(others, needs[3:], q)
 
 
 def _bwd_qkvpacked_fake(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_dense_fakes(args[:4], args[-2], args[0]))
+    return tuple(_dense_fakes(args[:5], args[-2], args[0]))
 
 
-def _dense_fakes(inputs: tuple[Tensor | None, ...], needs: list[bool], like: Tensor) -> list[Tensor]:
+def _dense_fakes(inputs: Sequence[Tensor | None], needs: list[bool], like: Tensor) -> list[Tensor]:
     """Gradients in their inputs' shapes, contiguous whatever their inputs' order."""
     return [
         t.new_empty(t.shape) if need and t is not None else like.new_empty(0)
@@ -113,14 +131,14 @@ _BWD_QKVPACKED = torch.ops.prefixattn.bwd_qkvpacked.default
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = _FWD(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Results:
+        output: Results = _FWD(*inputs)
         _keep_for_backward(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dmass: None) -> tuple[Tensor | None, ...]:
-        return _gradients(_BWD, 6, ctx, dout, dlse)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _gradients(_BWD, 7, ctx, dout, dlse)
 
     vmap = staticmethod(_no_vmap)
 
@@ -129,37 +147,38 @@ class _QkvPacked(torch.autograd.Function):
     """The same for a packed projection: its first input is qkv, in the place of q, k and v."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> Results:
         output = _fwd_qkvpacked(*inputs)
         _keep_for_backward(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dmass: None) -> tuple[Tensor | None, ...]:
-        return _gradients(_BWD_QKVPACKED, 4, ctx, dout, dlse)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _gradients(_BWD_QKVPACKED, 5, ctx, dout, dlse)
 
     vmap = staticmethod(_no_vmap)
 
 
-def _fwd_qkvpacked(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    output: tuple[Tensor, Tensor, Tensor] = _FWD(*unpacked(qkv), *others)
+def _fwd_qkvpacked(qkv: Tensor, *others: Any) -> Results:
+    output: Results = _FWD(*unpacked(qkv), *others)
     return output
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, dropout_p, prefix_dropout_p, is_causal, scale, _want_mass, backend = inputs
-    out, lse, mass = output
-    ctx.mark_non_differentiable(mass)
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    *tensors, dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap, _want_mass, _want_attended, backend = inputs
+    out, lse, mass, attended = output
+    memory = tensors[-4]
+    ctx.mark_non_differentiable(mass, attended)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.numbers, ctx.backend = (dropout_p, prefix_dropout_p, is_causal, scale), backend
+    ctx.save_for_backward(*tensors, out if memory is None else attended, lse)
+    ctx.numbers, ctx.backend = (dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap), backend
 
 
 def _gradients(op: Any, count: int, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each input: the first `count` may have one, and `op` makes those."""
     saved = ctx.saved_tensors
     if dout is None:  # only lse was used: its gradient alone has to go through
-        dout = torch.zeros_like(saved[-2])
+        dout = torch.zeros_like(saved[-2]) if saved[-2].dim() == 4 else _no_dout(*saved[-6:])
     # whoever asked for its strides here would make Dynamo copy it in every compiled backward pass; the op looks
     needs = ctx.needs_input_grad[:count]
     args = (dout, dlse, *saved, *ctx.numbers, needs, ctx.backend)
@@ -168,15 +187,20 @@ def _gradients(op: Any, count: int, ctx: Any, dout: Tensor | None, dlse: Tensor 
     else:
         grads = op(*args)
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return *grads, None, None, None, None, None, None, None, None, None
+    return *grads, *(None,) * 12
+
+
+def _no_dout(memory: Tensor, _rows: Any, _lengths: Any, _seed: Any, _out: Tensor, lse: Tensor) -> Tensor:
+    """Zeros for dout, where only the memory's gradient is wanted and out was not kept."""
+    return memory.new_zeros(*lse.shape, memory.shape[-1])
 
 
 class _Transformed(_PrefixAttention):
     """The form that torch.func asks for; binding its arguments costs 10 us, so that it is not the usual one."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = _FWD(*inputs)
+    def forward(*inputs: Any) -> Results:
+        output: Results = _FWD(*inputs)
         return output
 
     setup_context = staticmethod(_keep_for_backward)
@@ -184,7 +208,7 @@ class _Transformed(_PrefixAttention):
 
 class _QkvPackedTransformed(_QkvPacked):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> Results:
         return _fwd_qkvpacked(*inputs)
 
     setup_context = staticmethod(_keep_for_backward)
@@ -217,22 +241,22 @@ torch.library.register_autograd(
 )
 
 
-def prefix_attn(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def prefix_attn(*args: Any) -> Results:
     """prefixattn::fwd with its gradient rule."""
     return _apply(_PrefixAttention, _Transformed, args)
 
 
-def prefix_attn_qkvpacked(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def prefix_attn_qkvpacked(*args: Any) -> Results:
     """prefixattn::fwd on the three parts of its first argument, qkv, with a gradient rule that makes one tensor."""
     return _apply(_QkvPacked, _QkvPackedTransformed, args)
 
 
-def _apply(usual: Any, for_transforms: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _apply(usual: Any, for_transforms: Any, args: tuple[Any, ...]) -> Results:
     transformed = torch._C._are_functorch_transforms_active()
     if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
         raise NotImplementedError(
             "prefix_attention inside torch.func's transforms does not compile; compile a function that calls "
             "torch.autograd.grad or backward, or leave the transform uncompiled"
         )
-    result: tuple[Tensor, Tensor, Tensor] = (for_transforms if transformed else usual).apply(*args)
+    result: Results = (for_transforms if transformed else usual).apply(*args)
     return result

@@ -4,7 +4,11 @@ Tensors are in the normal form of functional.py: prefixes [T, Hkv, P, D]; `rows`
 sample (None: row 0 if T is 1, else row b); `lengths` int64 [B] per sample; `attn_mask` 4-D, each axis full or 1.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prefixattn import philox
@@ -12,7 +16,22 @@ from prefixattn.layout import empty_like_order
 
 INF = float("inf")
 HIDDEN = -1e37  # a mask value from here down hides its key as -inf does: types' least values are written for that
-Needs = tuple[bool, bool, bool, bool, bool, bool]  # gradients wanted: q, k, v, prefix_k, prefix_v, attn_mask
+Needs = tuple[bool, bool, bool, bool, bool, bool, bool]  # wanted: q, k, v, prefix_k, prefix_v, attn_mask, memory
+Results = tuple[Tensor, Tensor, Tensor, Tensor]  # out, lse, mass, attended: see fwd
+Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # in the order of Needs
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+# what a memory is multiplied by: a function of q, and its derivative
+PHIS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "none": (lambda x: x, torch.ones_like),
+    "elu": (F.elu, lambda x: x.clamp(max=0.0).exp()),
+    "gelu": (F.gelu, _gelu_slope),
+    "relu": (F.relu, lambda x: (x > 0).to(x.dtype)),
+}
 
 
 def unsupported(*_: object) -> list[str]:
@@ -26,6 +45,7 @@ def fwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
@@ -33,22 +53,31 @@ def fwd(
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,  # 0: none
     want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out [B, H, L, D]; lse [B, H, L], natural log; the softmax weight on the prefix [B, H, L], or empty."""
+    want_attended: bool,
+) -> Results:
+    """Returns out [B, H, L, D]; lse [B, H, L], natural log; the softmax weight on the prefix [B, H, L], or empty; and
+    out without the memory's part [B, H, L, D], or empty.
+    """
     P = prefix_k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
         keys = _virtual(k, prefix_k, rows, lengths, keep_k, q)  # [B, H, P+S, D]
         values = _virtual(v, prefix_v, rows, lengths, keep_v, q)  # [B, H, P+S, D]
-        scores = _scores(q, keys, P, attn_mask, lengths, is_causal, scale)  # [B, H, L, P+S]
+        scores = _masked(_scores(q, keys, scale, softcap), P, attn_mask, lengths, is_causal)  # [B, H, L, P+S]
         lse = scores.logsumexp(-1)  # [B, H, L]
         weights = _weights(scores, lse)
         mass = weights[..., :P].sum(-1).float() if want_mass else lse.new_empty(0, dtype=torch.float32)
         if dropout_p > 0:
             weights = weights * _attention_dropout(weights, seed, dropout_p)
-        out = empty_like_order(q).copy_(weights @ values)
-    return out, lse, mass
+        attended = weights @ values
+        kept = empty_like_order(q).copy_(attended) if want_attended else q.new_empty(0)
+        if memory is not None:
+            attended = attended + PHIS[phi][0](q.to(attended.dtype)) @ _memories(memory, rows, attended)
+        out = empty_like_order(q).copy_(attended)
+    return out, lse, mass, kept
 
 
 def bwd(
@@ -60,31 +89,34 @@ def bwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
-    out: Tensor,  # [B, H, L, D]
+    out: Tensor,  # [B, H, L, D]; with a memory, what fwd returned as out without its part
     lse: Tensor,  # [B, H, L]
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     needs: Needs,
     into: tuple[Tensor, Tensor, Tensor] | None = None,  # shaped as q, k, v; strides as they come, 1 in D
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k, v, prefix_k, prefix_v and attn_mask, each in its input's shape, or empty [0].
+) -> Grads:
+    """Returns the gradients in the order of Needs, each in its input's shape, or empty [0].
 
     Those of q, k and v that are wanted are written to `into`, and returned from there, if it is given.
     """
     T, P = prefix_k.shape[0], prefix_k.shape[2]
-    need_q, need_k, need_v, need_prefix_k, need_prefix_v, need_mask = needs
+    need_q, need_k, need_v, need_prefix_k, need_prefix_v, need_mask, need_memory = needs
     into_q, into_k, into_v = into or (None, None, None)
     grads = [q.new_empty(0) for _ in needs]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
         keys = _virtual(k, prefix_k, rows, lengths, keep_k, q)
-        scores = _scores(q, keys, P, attn_mask, lengths, is_causal, scale)
-        weights = _weights(scores, lse)  # [B, H, L, P+S]
+        scores = _scores(q, keys, scale, softcap)
+        weights = _weights(_masked(scores, P, attn_mask, lengths, is_causal), lse)  # [B, H, L, P+S]
         kept = _attention_dropout(weights, seed, dropout_p) if dropout_p > 0 else 1.0
         dout = dout.to(weights.dtype)
         if need_v or need_prefix_v:
@@ -99,18 +131,28 @@ def bwd(
                 delta = delta - dlse
             values = _virtual(v, prefix_v, rows, lengths, keep_v, q)
             dscores = weights * ((dout @ values.mT) * kept - delta[..., None])  # [B, H, L, P+S]
+            if need_mask and attn_mask is not None:
+                grads[5] = dscores[..., P:].sum_to_size(attn_mask.shape).to(attn_mask.dtype).contiguous()
+            if softcap:
+                dscores = dscores * (1 - (scores / softcap).square())
             if need_q:
-                grads[0] = _written(dscores @ keys * scale, q, into_q)
+                dq = dscores @ keys * scale
+                if memory is not None:
+                    slope = PHIS[phi][1](q.to(dq.dtype))
+                    dq = dq + slope * (dout @ _memories(memory, rows, dq).mT)
+                grads[0] = _written(dq, q, into_q)
             if need_k or need_prefix_k:
                 dkeys = _over_group(dscores.mT @ q.to(dscores.dtype) * scale, k.shape[1])  # [B, Hkv, P+S, D]
                 if need_k:
                     grads[1] = _written(dkeys[:, :, P:], k, into_k)
                 if need_prefix_k:
                     grads[3] = _over_batch(dkeys[:, :, :P], keep_k, rows, T).to(prefix_k.dtype)
-            if need_mask and attn_mask is not None:
-                grads[5] = dscores[..., P:].sum_to_size(attn_mask.shape).to(attn_mask.dtype).contiguous()
-    dq, dk, dv, dprefix_k, dprefix_v, dmask = grads
-    return dq, dk, dv, dprefix_k, dprefix_v, dmask
+        if need_memory and memory is not None:
+            dmemory = PHIS[phi][0](q.to(dout.dtype)).mT @ dout  # [B, H, D, D]
+            of_bank = rows if memory.shape[0] > 1 else None
+            grads[6] = _over_batch(dmemory, 1.0, of_bank, memory.shape[0]).to(memory.dtype)
+    dq, dk, dv, dprefix_k, dprefix_v, dmask, dmemory = grads
+    return dq, dk, dv, dprefix_k, dprefix_v, dmask, dmemory
 
 
 def _written(grad: Tensor, t: Tensor, into: Tensor | None) -> Tensor:
@@ -135,24 +177,32 @@ def _virtual(
     return both.repeat_interleave(q.shape[1] // Hkv, 1) if q.shape[1] != Hkv else both
 
 
-def _scores(
-    q: Tensor,
-    keys: Tensor,  # [B, H, P+S, D]
+def _memories(memory: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Each sample's memory, [B or 1, H, D, D], in the type of `like`."""
+    return (memory if rows is None or memory.shape[0] == 1 else memory[rows]).to(like.dtype)
+
+
+def _scores(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:  # keys [B, H, P+S, D]
+    """q @ keys.mT * scale, capped: [B, H, L, P+S]."""
+    scores = q.to(keys.dtype) @ keys.mT * scale
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _masked(
+    scores: Tensor,  # [B, H, L, P+S]
     P: int,
     attn_mask: Tensor | None,
     lengths: Tensor | None,
     is_causal: bool,
-    scale: float,
 ) -> Tensor:
-    """q @ keys.mT * scale with -inf at each key that the query does not see: [B, H, L, P+S]."""
-    scores = q.to(keys.dtype) @ keys.mT * scale
-    L, S = q.shape[2], keys.shape[2] - P
+    """-inf at each key that the query does not see."""
+    L, S = scores.shape[2], scores.shape[3] - P
     prefix, own = scores[..., :P], scores[..., P:]
     if attn_mask is not None:
         hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask <= HIDDEN
         own = (own if attn_mask.dtype == torch.bool else own + attn_mask).masked_fill(hidden, -INF)
     if is_causal:
-        query, key = torch.arange(L, device=q.device)[:, None], torch.arange(S, device=q.device)
+        query, key = torch.arange(L, device=scores.device)[:, None], torch.arange(S, device=scores.device)
         own = own.masked_fill(key > query + (S - L), -INF)
     if lengths is not None:
         prefix = prefix.masked_fill(_past(lengths, P)[:, None, None], -INF)

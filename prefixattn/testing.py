@@ -69,6 +69,11 @@ FEATURES = {
     "expanded_mask": {"mask": "BHLS", "mask_dtype": "float", "expand_mask": True},
     "scaled": {"scale": 0.3},
     "transposed_prefix": {"prefixes": "per_sample", "layout": "transposed_prefix"},  # [T, P, Hkv, D] in memory
+    "memory": {"memory": "shared"},  # Prefix-Tuning+
+    "memory_gelu": {"memory": "shared", "phi": "gelu", "causal": True, "layout": "packed"},
+    "memory_relu": {"memory": "shared", "phi": "relu", "prefixes": "bank", "mask": "BHLS", "blind": True},
+    "memory_bank": {"memory": "as_prefix", "phi": "none", "prefixes": "bank", "causal": True, "lengths": "T"},
+    "memory_per_sample": {"memory": "as_prefix", "prefixes": "per_sample", "mask": "B11S", "mask_dtype": "float"},
 }
 
 
@@ -116,6 +121,9 @@ def make_inputs(
     lengths: str = "",  # "T" or "B"
     layout: str = "dense",  # "dense", "packed", "expanded" or "transposed_prefix"
     scale: float | None = None,
+    memory: str = "",  # "shared" or "as_prefix": a row for each of the prefixes
+    phi: str = "elu",
+    softcap: float | None = None,
 ) -> Inputs:
     """Random inputs; scores and lse of a size where every key counts."""
     shape = SHAPES[shape] if isinstance(shape, str) else shape
@@ -140,6 +148,11 @@ def make_inputs(
         prefix_k, prefix_v = (t.transpose(-3, -2).contiguous().transpose(-3, -2) for t in (prefix_k, prefix_v))
     tensors = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": H != Hkv, "scale": scale}
+    if memory:  # of a size where both parts of out count
+        tensors["memory"] = normal(*((T,) if memory == "as_prefix" else ()), H, D, D) * D**-0.5
+        options["phi"] = phi
+    if softcap:
+        options["softcap"] = softcap
     if prefixes == "bank":
         options["prefix_ids"] = torch.tensor([2, 0])[torch.arange(B) % 2]  # row 1 is used by nobody
     if lengths:
@@ -228,6 +241,9 @@ def concat_attention(
     prefix_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     prefix_dropout_p: float = 0.0,
+    memory: Tensor | None = None,
+    phi: str = "elu",
+    softcap: float | None = None,
     seed: Tensor | None = None,
     fused: bool = False,  # out by SDPA, which takes no dropout mask of ours
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +281,10 @@ def concat_attention(
     # softmax knows no empty row; such a row gets an arbitrary bias here and its defined answer below
     blind = (bias == -INF).all(-1)  # [B, H, L]
     bias = bias.masked_fill(blind[..., None], 0.0)
-    scores = q @ keys.mT * scale + bias
+    scores = q @ keys.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
     weights = scores.softmax(-1)
     mass = weights[..., :P].sum(-1).float().masked_fill(blind, 0.0)
     lse = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32).logsumexp(-1).masked_fill(blind, -INF)
@@ -273,11 +292,17 @@ def concat_attention(
         assert seed is not None
         kept = philox.keep(seed, dropout_p, (B, H, L, P + S), philox.ATTENTION)
         out = (weights * kept.to(q.dtype) / (1 - dropout_p)).to(q.dtype) @ values
-    elif fused and bias.dtype == q.dtype:
+    elif fused and bias.dtype == q.dtype and not softcap:
         out = F.scaled_dot_product_attention(q, keys, values, bias, scale=scale)
     else:
         out = weights.to(q.dtype) @ values
-    return out.masked_fill(blind[..., None], 0.0), lse, mass
+    out = out.masked_fill(blind[..., None], 0.0)
+    if memory is not None:
+        if prefix_ids is not None and memory.dim() == 4:
+            memory = memory[prefix_ids]
+        features: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu, "relu": F.relu}
+        out = out + features.get(phi, torch.clone)(q) @ memory
+    return out, lse, mass
 
 
 def objections(backend: str, inputs: Inputs, **options: Any) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefixattn.kernels.table import INTERPRETED
 from prefixattn.layout import unit_stride
-from prefixattn.reference import Needs
+from prefixattn.reference import Grads, Needs, Results
 
 if TYPE_CHECKING:
     from prefixattn.kernels.call import Call
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
+MEMORY = "_memory"  # how the kinds end that have one compiled in
 INSTALLED = find_spec("triton") is not None
 
 
@@ -27,11 +28,13 @@ def unsupported(
     prefix_k: Tensor,
     prefix_v: Tensor,
     attn_mask: Tensor | None,
+    memory: Tensor | None,
     rows: Tensor | None,
     lengths: Tensor | None,
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
+    softcap: float,
     needs: Needs,
 ) -> list[str]:
     reasons = []
@@ -39,6 +42,8 @@ def unsupported(
         reasons.append("triton is not installed")
     if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
         reasons.append(f"q is on {q.device.type}; needs cuda (or cpu with TRITON_INTERPRET=1)")
+    if softcap:
+        reasons.append(f"softcap={softcap}; the reference has it")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
@@ -59,6 +64,7 @@ def fwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
@@ -66,14 +72,18 @@ def fwd(
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    want_attended: bool,
+) -> Results:
     from prefixattn.kernels.launch_fwd import forward
 
-    numbers = (dropout_p, prefix_dropout_p, is_causal, scale)
+    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
+    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi))
     with _on(q):
-        out, lse, mass = forward(_call(q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, numbers), want_mass)
-    return out.to(q.dtype), lse, mass
+        out, lse, mass, attended = forward(call, want_mass, want_attended)
+    return out.to(q.dtype), lse, mass, attended.to(q.dtype)
 
 
 def bwd(
@@ -85,25 +95,28 @@ def bwd(
     prefix_k: Tensor,  # [T, Hkv, P, D]
     prefix_v: Tensor,  # [T, Hkv, P, D]
     attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None,  # [1 or T, H, D, D]
     rows: Tensor | None,  # [B]
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
-    out: Tensor,  # [B, H, L, D]
+    out: Tensor,  # [B, H, L, D]; with a memory, without its part
     lse: Tensor,  # [B, H, L]
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    phi: str,
+    softcap: float,
     needs: Needs,
     into: tuple[Tensor, Tensor, Tensor] | None = None,  # buffers for dq, dk and dv
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Grads:
     from prefixattn.kernels.launch_bwd import Given, backward
 
-    numbers = (dropout_p, prefix_dropout_p, is_causal, scale)
-    call = _call(q, k, v, prefix_k, prefix_v, attn_mask, rows, lengths, seed, numbers)
-    given = Given(
-        _readable(out), lse.contiguous(), _readable(dout), None if dlse is None else dlse.float().contiguous()
-    )
+    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
+    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi))
+    # not read, and perhaps empty, if only the memory's gradient is wanted
+    out = _readable(out) if any(needs[:6]) else dout
+    given = Given(out, lse.contiguous(), _readable(dout), None if dlse is None else dlse.float().contiguous())
     emulated = call.q.dtype != q.dtype
     with _on(q):
         grads = backward(call, given, needs, None if emulated else into)
@@ -112,26 +125,28 @@ def bwd(
             if need:
                 buffer.copy_(grad)
         grads = grads._replace(dq=into[0], dk=into[1], dv=into[2])
-    *inputs, dmask = (t.to(q.dtype) for t in grads)
+    *inputs, dmask, dmemory = (t.to(q.dtype) for t in grads)
     dmask = grads.dmask if attn_mask is None or not needs[5] else grads.dmask.to(attn_mask.dtype)
     dq, dk, dv, dprefix_k, dprefix_v = inputs
-    return dq, dk, dv, dprefix_k, dprefix_v, dmask
+    return dq, dk, dv, dprefix_k, dprefix_v, dmask, dmemory
 
 
 def kind_of_forward(q: Tensor, *inputs: Any) -> str:
-    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd"."""
+    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd", and MEMORY if there is one."""
     from prefixattn.kernels.launch_fwd import folds, short_plan
 
-    call = _call(q, *inputs[:8], inputs[8:12])  # type: ignore[call-arg]
-    return "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
+    call = _call(q, *inputs[:9], inputs[9:14])  # type: ignore[call-arg]
+    kind = "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
+    return kind if call.memory is None else kind + MEMORY
 
 
 def kind_of_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> str:
     """The same of bwd's inputs: "bwd_short" or "bwd"."""
     from prefixattn.kernels.launch_bwd import short_plan
 
-    call = _call(*inputs[:9], inputs[11:15])  # type: ignore[call-arg]
-    return "bwd" if short_plan(call, inputs[15]) is None else "bwd_short"
+    call = _call(*inputs[:10], inputs[12:17])  # type: ignore[call-arg]
+    kind = "bwd" if short_plan(call, inputs[18]) is None else "bwd_short"
+    return kind if call.memory is None else kind + MEMORY
 
 
 def least_batch(device: torch.device, heads: int) -> int:
@@ -148,17 +163,20 @@ def _call(
     prefix_k: Tensor,
     prefix_v: Tensor,
     attn_mask: Tensor | None,
+    memory: Tensor | None,
     rows: Tensor | None,
     lengths: Tensor | None,
     seed: Tensor | None,
-    numbers: tuple[float, float, bool, float],
+    numbers: tuple[float, float, bool, float, str],
 ) -> "Call":
     from prefixattn.kernels.call import Call
 
     mask = _emulated(attn_mask) if attn_mask is not None else None
     rows, lengths = (None if t is None else t.contiguous() for t in (rows, lengths))
     inputs = map(_readable, (q, k, v, prefix_k, prefix_v))
-    return Call(*inputs, mask, rows, lengths, seed, *numbers)  # type: ignore[call-arg, arg-type]
+    memory = None if memory is None else _emulated(memory).contiguous()
+    *drops, is_causal, scale, phi = numbers
+    return Call(*inputs, mask, rows, lengths, seed, *drops, is_causal, scale, memory, phi)  # type: ignore[call-arg, arg-type]
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*"),  # in 2.15 a FutureWarning
 ]
 
-EVERYTHING = {"prefixes": "bank", "lengths": "T", "mask": "B11S", "causal": True}
+EVERYTHING = {"prefixes": "bank", "lengths": "T", "mask": "B11S", "causal": True, "memory": "as_prefix"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,17 @@ def inputs_for(backend: str, shape: str = "grouped", dtype: torch.dtype = torch.
 
 
 def normal_form(inputs: Inputs) -> tuple[Any, ...]:
-    """The nine tensors of prefixattn::fwd, from a bank's call."""
+    """The tensors of prefixattn::fwd but for the seed, from a bank's call."""
     t, options = {n: t.detach() for n, t in inputs.tensors.items()}, inputs.options
     rows = options["prefix_ids"]
     mask = t.get("attn_mask", options.get("attn_mask"))
-    return (*(t[n] for n in ("q", "k", "v", "prefix_k", "prefix_v")), mask, rows, options["prefix_lengths"][rows])
+    return (
+        *(t[n] for n in ("q", "k", "v", "prefix_k", "prefix_v")),
+        mask,
+        t.get("memory"),
+        rows,
+        options["prefix_lengths"][rows],
+    )
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -48,19 +54,20 @@ def test_opcheck(backend: str, dropout_p: float) -> None:
     # strides that a fake could get wrong: views of a packed projection without dropout, stride 0 with it
     inputs = inputs_for(backend, "grouped", layout="expanded" if dropout_p else "packed", **EVERYTHING)
     tensors = (*normal_form(inputs), torch.tensor([7]) if dropout_p else None)
-    numbers = (dropout_p, dropout_p / 2, True, 0.25)
-    torch.library.opcheck(torch.ops.prefixattn.fwd, (*tensors, *numbers, not dropout_p, backend))
-    out, lse, _ = torch.ops.prefixattn.fwd(*tensors, *numbers, True, backend)
-    dlse, needs = (None, [True, False, False, True, False, False]) if dropout_p else (lse, [True] * 5 + [False])
-    args = (torch.randn_like(out), dlse, *tensors, out, lse, *numbers, needs, backend)
+    numbers = (dropout_p, dropout_p / 2, True, 0.25, "elu", 0.0)
+    torch.library.opcheck(torch.ops.prefixattn.fwd, (*tensors, *numbers, not dropout_p, not dropout_p, backend))
+    out, lse, _, attended = torch.ops.prefixattn.fwd(*tensors, *numbers, True, True, backend)
+    partly = [True, False, False, True, False, False, False]
+    dlse, needs = (None, partly) if dropout_p else (lse, [True] * 5 + [False, True])
+    args = (torch.randn_like(out), dlse, *tensors, attended, lse, *numbers, needs, backend)
     torch.library.opcheck(torch.ops.prefixattn.bwd, args)
 
 
 def test_opcheck_with_a_bias_that_learns() -> None:
     tensors = (*normal_form(make_inputs("grouped", **{**EVERYTHING, "mask_dtype": "float"})), None)
-    numbers = (0.0, 0.0, True, 0.25)
-    out, lse, _ = torch.ops.prefixattn.fwd(*tensors, *numbers, False, "reference")
-    args = (torch.randn_like(out), None, *tensors, out, lse, *numbers, [True] * 6, "reference")
+    numbers = (0.0, 0.0, True, 0.25, "gelu", 3.0)
+    out, lse, _, attended = torch.ops.prefixattn.fwd(*tensors, *numbers, False, True, "reference")
+    args = (torch.randn_like(out), None, *tensors, attended, lse, *numbers, [True] * 7, "reference")
     torch.library.opcheck(torch.ops.prefixattn.bwd, args)
 
 
@@ -79,7 +86,9 @@ def compiled(inputs: Inputs, call: Callable[..., Any], backend: str) -> dict[str
     return results(inputs, *call(**inputs.tensors, **options))
 
 
-@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "packed", "transposed_prefix"])
+@pytest.mark.parametrize(
+    "feature", ["plain", "bias", "bank_sample_lengths", "packed", "transposed_prefix", "memory_bank"]
+)
 def test_compile_forward_and_backward(backend: str, feature: str) -> None:
     inputs = inputs_for(backend, **FEATURES[feature])
     call = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")

@@ -28,6 +28,9 @@ CASES = {
     "blind": (Shape(2, 2, 2, 18, 9, 0, 16), "blind_rows"),
     "wide": (Shape(1, 1, 1, 70, 140, 65, 256), "plain"),
     "padding": (Shape(2, 2, 2, 33, 70, 3, 64), "key_padding"),
+    "memory_tails": (Shape(2, 3, 3, 37, 37, 5, 40), "memory_gelu"),
+    "wide_memory": (Shape(3, 4, 2, 70, 20, 0, 256), "memory"),
+    "memory_bank": (Shape(3, 2, 2, 20, 33, 10, 24), "memory_bank"),
 }
 
 
@@ -98,14 +101,17 @@ def test_schedules_of_the_backward_agree(shape: Shape, wanted: str) -> None:
             )
 
 
-@pytest.mark.parametrize("feature", ["plain", "causal", "key_padding", "bank_lengths"])
+@pytest.mark.parametrize("feature", ["plain", "causal", "key_padding", "bank_lengths", "memory_bank"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_on_neither_threads_nor_what_is_wanted(feature: str, dtype: str) -> None:
     """One thread runs the fused schedule; more threads than heads and prefixes, or no dq, run the split one."""
     inputs = make_inputs(Shape(9, 2, 2, 70, 150, 20, 16), DTYPES[dtype], **FEATURES[feature])
     with threads(1):
         every = ours(inputs, "cpu")
-    for wanted in (("q", "k", "v", "prefix_k", "prefix_v"), ("prefix_k", "prefix_v"), ("q",), ("k", "v")):
+    choices = [("q", "k", "v", "prefix_k", "prefix_v"), ("prefix_k", "prefix_v"), ("q",), ("k", "v")]
+    if "memory" in inputs.tensors:
+        choices += [("memory",), ("q", "memory"), tuple(inputs.tensors)]
+    for wanted in choices:
         for name, t in inputs.tensors.items():
             t.requires_grad_(name in wanted)
         for n in (1, 2, 4):

@@ -101,6 +101,16 @@ REFUSED = {
     ),
     "lengths_past_P": ({"prefix_lengths": torch.tensor([6, 7])}, "prefix_lengths[1] is 7, expected 0 to 6 (P=6)"),
     "lengths_negative": ({"prefix_lengths": torch.tensor([-1])}, "prefix_lengths[0] is -1, expected 0 to 6 (P=6)"),
+    "memory_shape": ({"memory": torch.ones(Hkv, D, D)}, "memory has shape [2, 8, 8], expected [H=4, D=8, D=8]"),
+    "memory_without_bank": (
+        {"memory": torch.ones(T, H, D, D)},
+        "memory has shape [3, 4, 8, 8], expected [H=4, D=8, D=8]",
+    ),
+    "memory_type": ({"memory": torch.ones(H, D, D).half()}, "memory is torch.float16, expected torch.float32 as q"),
+    "memory_device": ({"memory": torch.ones(H, D, D, device="meta")}, "memory is on meta, expected cpu as q"),
+    "phi": ({"phi": "selu"}, "phi is 'selu', expected one of 'none', 'elu', 'gelu', 'relu'"),
+    "phi_type": ({"phi": None}, "phi is None, expected one of 'none', 'elu', 'gelu', 'relu'"),
+    "softcap": ({"softcap": 0.0}, "softcap is 0.0; expected None or a positive number"),
     "backend_unknown": ({"backend": "gpu"}, 'backend is "gpu"; expected "auto", "cpu", "triton" or "reference"'),
 }
 
@@ -111,6 +121,10 @@ BANK_REFUSED = {
     "ids_device": ({"prefix_ids": torch.ones(B, device="meta").long()}, "prefix_ids is on meta, expected cpu as q"),
     "ids_past_T": ({"prefix_ids": torch.tensor([2, 3])}, "prefix_ids[1] is 3, expected 0 to 2 (T=3)"),
     "ids_negative": ({"prefix_ids": torch.tensor([-1, 0])}, "prefix_ids[0] is -1, expected 0 to 2 (T=3)"),
+    "memory_rows": (
+        {"memory": torch.ones(2, H, D, D)},
+        "memory has shape [2, 4, 8, 8], expected [T=3, H=4, D=8, D=8]",
+    ),
     "lengths_shape": (
         {"prefix_lengths": torch.ones(4).long()},
         "prefix_lengths has shape [4], expected [T] or [B], here [3] or [2]",
@@ -212,6 +226,7 @@ def test_an_extension_that_does_not_load_is_named_with_its_error(
     ("attn_mask", [True], "attn_mask is a list, expected a tensor"),
     ("prefix_ids", [0], "prefix_ids is a list, expected a tensor"),
     ("prefix_lengths", 3, "prefix_lengths is a int, expected a tensor"),
+    ("memory", 1.0, "memory is a float, expected a tensor"),
     ("dropout_p", None, "dropout_p is 'NoneType', expected a number"),
     ("prefix_dropout_p", "half", "prefix_dropout_p is 'half', expected a number"),
     ("scale", torch.tensor(0.5, requires_grad=True), "scale is 'Tensor', expected a number"),

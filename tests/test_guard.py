@@ -144,8 +144,8 @@ def test_a_wrong_forward_is_replaced_and_named(way: str, monkeypatch: pytest.Mon
     run = triton.fwd
 
     def broken(*args: Any) -> Any:
-        out, lse, mass = run(*args)
-        return wrong(out), lse, mass
+        out, *rest = run(*args)
+        return wrong(out), *rest
 
     monkeypatch.setattr(triton, "fwd", broken)
     inputs = make_inputs("ragged", torch.bfloat16, grad=False)
@@ -164,8 +164,8 @@ def test_a_wrong_backward_is_replaced_and_named(monkeypatch: pytest.MonkeyPatch)
     run = triton.bwd
 
     def broken(*args: Any, **options: Any) -> Any:
-        dq, dk, dv, dprefix_k, dprefix_v, dmask = run(*args, **options)
-        return dq, dk, dv, dprefix_k, dprefix_v * 0.9, dmask
+        *grads, dprefix_v, dmask, dmemory = run(*args, **options)
+        return *grads, dprefix_v * 0.9, dmask, dmemory
 
     monkeypatch.setattr(triton, "bwd", broken)
     inputs = make_inputs("ragged")
@@ -220,7 +220,7 @@ def test_on_a_cpu_auto_does_not_interpret() -> None:
 
 def call_of(inputs: Any) -> tuple[Any, ...]:
     q, k, v, prefix_k, prefix_v = inputs.tensors.values()
-    return q, k, v, prefix_k[None], prefix_v[None], None, None, None, 0.0, 0.0, False, (False,) * 6
+    return q, k, v, prefix_k[None], prefix_v[None], None, None, None, None, 0.0, 0.0, False, 0.0, (False,) * 7
 
 
 def test_the_command_prints_verdicts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,58 @@ def test_features(backend: str, shape: str, feature: str, dtype: str) -> None:
     assert_all_as_accurate(ours(inputs, backend), same, right)
 
 
-@pytest.mark.parametrize("feature", ["plain", "causal", "bias", "bank_sample_lengths", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["no_prefix", "nothing", "single", "widest"])
+def test_a_memory_in_every_kind_of_shape(backend: str, shape: str, dtype: str) -> None:
+    if words := known_from_float32(backend, DTYPES[dtype]):
+        pytest.skip(words)
+    inputs, same, right = case(shape, "memory", dtype)
+    inputs = taken(backend, inputs)
+    assert_all_as_accurate(ours(inputs, backend), same, right)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("phi", ["elu", "gelu"])
+def test_a_large_memory_costs_the_softmax_no_accuracy(backend: str, phi: str, dtype: str) -> None:
+    """Its backward needs the softmax's own part of out, which the rounded sum has lost."""
+    if words := known_from_float32(backend, DTYPES[dtype]):
+        pytest.skip(words)
+    inputs = taken(backend, make_inputs(Shape(1, 2, 2, 70, 70, 10, 64), DTYPES[dtype], memory="shared", phi=phi))
+    with torch.no_grad():
+        inputs.tensors["memory"].mul_(32)
+    assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
+
+
+def test_a_memory_touches_the_output_alone(backend: str) -> None:
+    inputs = taken(backend, make_inputs("ragged", causal=True, memory="shared", phi="none"))
+    tensors = {n: t.detach() for n, t in inputs.tensors.items()}
+    memory = tensors.pop("memory")
+    options = {**inputs.options, "return_lse": True, "return_prefix_mass": True, "backend": backend}
+    options |= {"dropout_p": 0.3, "prefix_dropout_p": 0.2}
+    found = []
+    for more in ({"memory": memory}, {}):
+        torch.manual_seed(3)
+        found.append(prefix_attention(**tensors, **{**options, **more}))
+    (out, lse, mass), (plain, *others) = found
+    torch.testing.assert_close(out, plain + tensors["q"] @ memory, rtol=1e-5, atol=1e-5)
+    assert torch.equal(lse, others[0]) and torch.equal(mass, others[1])
+
+
+def test_a_memory_trained_alone_keeps_nothing_else(backend: str) -> None:
+    inputs = taken(backend, make_inputs("no_prefix", causal=True, memory="shared"))
+    every = ours(inputs, backend)
+    for name, t in inputs.tensors.items():
+        t.requires_grad_(name == "memory")
+    out, lse = inputs.call(backend, return_lse=True)
+    assert [t.numel() for t in out.grad_fn.saved_tensors if t is not None][-2:] == [0, lse.numel()]
+    memory = inputs.tensors["memory"]
+    (grad,) = torch.autograd.grad(out, memory, inputs.dout, retain_graph=True)
+    (nothing,) = torch.autograd.grad(lse.sum(), memory)
+    assert torch.equal(grad, every["dmemory"])
+    assert nothing.shape == grad.shape and not nothing.any()
+
+
+@pytest.mark.parametrize("feature", ["plain", "causal", "bias", "bank_sample_lengths", "packed", "memory_bank"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_repeats_to_the_bit(backend: str, feature: str, dtype: str) -> None:
     inputs = taken(backend, make_inputs("vit", DTYPES[dtype], **FEATURES[feature]))
@@ -73,9 +124,9 @@ def test_repeats_to_the_bit(backend: str, feature: str, dtype: str) -> None:
             assert torch.equal(again, first[name]), name
 
 
-@pytest.mark.parametrize("unwanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask"])
+@pytest.mark.parametrize("unwanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory"])
 def test_a_gradient_nobody_wants_changes_no_other(backend: str, unwanted: str) -> None:
-    inputs = taken(backend, make_inputs("ragged", **FEATURES["bias"]))
+    inputs = taken(backend, make_inputs("ragged", **FEATURES["bias"], memory="shared"))
     every = ours(inputs, backend)
     inputs.tensors[unwanted].requires_grad_(False)
     some = ours(inputs, backend)
@@ -87,9 +138,9 @@ def test_a_gradient_nobody_wants_changes_no_other(backend: str, unwanted: str) -
             assert torch.equal(t, every[name]), name
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask"])
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory"])
 def test_one_gradient_alone(backend: str, wanted: str) -> None:
-    inputs = make_inputs("ragged", **FEATURES["bias"])
+    inputs = make_inputs("ragged", **FEATURES["bias"], memory="shared")
     if wanted == "attn_mask" and (words := objections(backend, inputs)):
         pytest.skip(words)
     inputs = taken(backend, inputs)
@@ -199,9 +250,9 @@ def test_a_large_key_bias_stays_with_the_queries(backend: str, dtype: str, L: in
     assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
-@pytest.mark.parametrize("poisoned", ["q", "k", "v", "prefix_k", "prefix_v"])
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "prefix_k", "prefix_v", "memory"])
 def test_a_nan_reaches_the_output(backend: str, poisoned: str) -> None:
-    inputs = make_inputs("ragged", grad=False)
+    inputs = make_inputs("ragged", grad=False, memory="shared")
     inputs.tensors[poisoned][..., 0, 0] = torch.nan
     assert inputs.call(backend).isnan().any()
 
@@ -242,6 +293,10 @@ GRADCHECKED = {
     "blind_rows": {"mask": "BHLS", "blind": True},
     "per_sample": {"prefixes": "per_sample"},
     "bank_lengths": {"prefixes": "bank", "lengths": "T", "mask": "S"},
+    "memory": {"memory": "shared", "causal": True},
+    "memory_gelu": {"memory": "as_prefix", "phi": "gelu", "prefixes": "bank"},
+    "memory_none": {"memory": "as_prefix", "phi": "none", "prefixes": "per_sample"},
+    "softcap": {"softcap": 1.5, "mask": "BHLS", "mask_dtype": "float"},
 }
 
 

@@ -115,7 +115,7 @@ def test_prefixes_alone_compute_nothing_for_qkv(backend: str, monkeypatch: pytes
     monkeypatch.setattr(module, "bwd", bwd)
     with Recorder() as recorder:
         ours_packed(inputs, backend)
-    assert asked == [((False, False, False, True, True, False), None)]
+    assert asked == [((False, False, False, True, True, False, False), None)]
     dqkv, *_ = [made for made in recorder.made if made.by == "prefixattn::bwd_qkvpacked"]
     assert dqkv.shape == (0,)
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*"),
 ]
 
-EVERYTHING = {"prefixes": "bank", "lengths": "T", "mask": "B11S", "causal": True}
+EVERYTHING = {"prefixes": "bank", "lengths": "T", "mask": "B11S", "causal": True, "memory": "as_prefix"}
 
 
 @pytest.fixture(autouse=True)
@@ -42,33 +42,47 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert t.stride() == right[name].stride(), name
 
 
-@pytest.mark.parametrize("needs", [[True, True, True, False], [True, False, True, False], [False, True, True, False]])
+@pytest.mark.parametrize("needs", ["11101", "10100", "01100"], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_opcheck(backend: str, dropout_p: float, needs: list[bool]) -> None:
+def test_opcheck(backend: str, dropout_p: float, needs: str) -> None:
     inputs = inputs_for(backend, grad=False, **EVERYTHING)
-    tensors, rows = tuple(inputs.tensors.values()), inputs.options["prefix_ids"]
-    rest = (inputs.options["attn_mask"], rows, inputs.options["prefix_lengths"][rows])
+    *tensors, memory = inputs.tensors.values()
+    rows = inputs.options["prefix_ids"]
+    rest = (inputs.options["attn_mask"], memory, rows, inputs.options["prefix_lengths"][rows])
     seed = torch.tensor([7]) if dropout_p else None
-    numbers = (dropout_p, dropout_p / 2, True, 0.25)
-    out, lse, _ = torch.ops.prefixattn.fwd(
-        *parts(tensors[0]).values(), *tensors[1:], *rest, seed, *numbers, False, backend
+    numbers = (dropout_p, dropout_p / 2, True, 0.25, "relu", 0.0)
+    out, lse, _, attended = torch.ops.prefixattn.fwd(
+        *parts(tensors[0]).values(), *tensors[1:], *rest, seed, *numbers, False, True, backend
     )
-    args = (torch.randn_like(out), None if dropout_p else lse, *tensors, *rest, seed, out, lse, *numbers)
-    torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, (*args, needs, backend))
+    args = (torch.randn_like(out), None if dropout_p else lse, *tensors, *rest, seed, attended, lse, *numbers)
+    torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, (*args, [need == "1" for need in needs], backend))
 
 
 def test_opcheck_with_a_bias_that_learns() -> None:
     tensors = [t.detach() for t in packed(make_inputs("ragged", **FEATURES["key_bias"])).tensors.values()]
     tensors[1:3] = (t.unsqueeze(0) for t in tensors[1:3])
-    numbers = (0.0, 0.0, True, 0.25)
-    out, lse, _ = torch.ops.prefixattn.fwd(
-        *parts(tensors[0]).values(), *tensors[1:], None, None, None, *numbers, False, "reference"
+    numbers = (0.0, 0.0, True, 0.25, "none", 0.0)
+    out, lse, _, _ = torch.ops.prefixattn.fwd(
+        *parts(tensors[0]).values(), *tensors[1:], None, None, None, None, *numbers, False, False, "reference"
     )
-    args = (torch.randn_like(out), None, *tensors, None, None, None, out, lse, *numbers, [True] * 4, "reference")
+    args = (
+        torch.randn_like(out),
+        None,
+        *tensors,
+        None,
+        None,
+        None,
+        None,
+        out,
+        lse,
+        *numbers,
+        [True] * 4 + [False],
+        "reference",
+    )
     torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, args)
 
 
-@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths"])
+@pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "memory"])
 def test_compile_forward_and_backward(backend: str, feature: str) -> None:
     inputs = inputs_for(backend, **FEATURES[feature])
     fast = torch.compile(prefix_attention_qkvpacked, fullgraph=True, backend="aot_eager")

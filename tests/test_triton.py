@@ -254,8 +254,8 @@ def test_one_query_needs_no_causality() -> None:
 def test_rows_too_far_apart_are_refused() -> None:
     far = torch.empty_strided((1, 1, 3, 16), (0, 0, 2**30 + 1, 1), device="meta")
     near = torch.zeros(1, 1, 3, 16)
-    needs = (False,) * 6
-    [words] = triton.unsupported(near, far, near, near, near, None, None, None, 0.0, 0.0, False, needs)  # type: ignore[arg-type]
+    needs = (False,) * 7
+    [words] = triton.unsupported(near, far, near, near, near, None, None, None, None, 0.0, 0.0, False, 0.0, needs)  # type: ignore[arg-type]
     assert words == "k [1, 1, 3, 16] spans more than 2**31 elements between the rows of one head"
 
 

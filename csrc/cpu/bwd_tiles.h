@@ -38,8 +38,10 @@ class QuerySide {
         if (b == b_new && h == h_new && block == block_new) return;
         b = b_new, h = h_new, block = block_new;
         q = query_block(p.L, block);
-        side(p.q, rows, queries, query_copy_, &query_rows, &query_ld);
-        side(p.dout, rows, douts, dout_copy_, &dout_rows, &dout_ld);
+        turn(p.q, rows, 0, D_, queries);
+        by_rows(p.q, query_copy_, &query_rows, &query_ld);
+        turn(p.dout, rows, 0, D_, douts);
+        by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
         const int64_t row0 = (b * p.H + h) * p.L + q.l0;
         const float log_keys = (float)__builtin_log((double)(p.P + p.S));
         for (int i = 0; i < q.width; ++i) {
@@ -59,12 +61,26 @@ class QuerySide {
         }
     }
 
+    // What the gradient of memory rows d0 .. d0 + n reads: those of the queries, transposed, and dout by rows.
+    void pack_for_memory(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows, int d0,
+                         int n) {
+        b = b_new, h = h_new, block = block_new;
+        q = query_block(p.L, block);
+        turn(p.q, rows, d0, n, queries);
+        by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
+        block = -1;  // the rest is another block's
+    }
+
   private:
-    void side(const Strided &t, float *rows, float *transposed, float *copy, const float **by_rows, ptrdiff_t *ld) {
+    void turn(const Strided &t, float *rows, int d0, int n, float *transposed) {
+        const char *src = at(t, b, h, q.l0, Ops::kSize) + d0 * Ops::kSize;
+        Ops::pack_queries(src, t.stride2 * Ops::kSize, q, n, rows, transposed);
+    }
+
+    void by_rows(const Strided &t, float *copy, const float **found, ptrdiff_t *ld) {
         const char *src = at(t, b, h, q.l0, Ops::kSize);
         const ptrdiff_t stride = t.stride2 * Ops::kSize;
-        Ops::pack_queries(src, stride, q, D_, rows, transposed);
-        *by_rows = in_place_ ? (const float *)src : copy;
+        *found = in_place_ ? (const float *)src : copy;
         *ld = in_place_ ? t.stride2 : Dp_;
         if (in_place_) return;
         for (int i = 0; i < q.lanes; i += Ops::kRowAlign) {
@@ -118,6 +134,12 @@ class KeySide {
         }
         if (Ops::kPairs && with_pairs) Ops::pair_rows(k, n, D, pairs_);
         pairs = pairs_;
+    }
+
+    // Memory rows d0 .. d0 + count in the place of values.
+    void load_memory(const BwdParams &p, int64_t b, int64_t h, int d0, int count) {
+        j0 = d0, n = count;
+        v = Ops::rows(p.memory, memory_row(p, b), h, d0, count, (int)p.D, v_copy_);
     }
 
   private:
@@ -180,13 +202,9 @@ class BwdTile {
             const int64_t at_row = (int64_t)r * width + skip;
             const int queries = Ops::words(q.q.lanes - skip), first = Ops::kPairs ? skip / 2 : skip;
             if (dk) {
-                const auto rows_of = [&](const bf16 *half, const float *full) {
-                    return Ops::kPairs ? Operand{(const char *)(half + at_row), 2 * width, 4}
-                                       : Operand{(const char *)(full + at_row), 4 * width, 4};
-                };
-                gemm<Dot, true>(count, Dp_, queries, rows_of(weight_rows_, scores_), q.dout_rows + first * q.dout_ld,
-                                q.dout_ld, dv + (int64_t)(r0 + r) * Dp_, Dp_, true);
-                gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_, dweights_),
+                gemm<Dot, true>(count, Dp_, queries, rows_of(weight_rows_ + at_row, scores_ + at_row, width),
+                                q.dout_rows + first * q.dout_ld, q.dout_ld, dv + (int64_t)(r0 + r) * Dp_, Dp_, true);
+                gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_ + at_row, dweights_ + at_row, width),
                                 q.query_rows + first * q.query_ld, q.query_ld, dk + (int64_t)(r0 + r) * Dp_, Dp_, true);
             }
             if (dq && Ops::kPairs) {
@@ -201,7 +219,52 @@ class BwdTile {
         });
     }
 
+    // dq [D][width] with slope(q) * (dout @ memory^T), for the rows of the memory that stand in `keys`.
+    template <class Phi>
+    void memory_dq(const Queries &q, const Keys &keys, float *dq) {
+        const int width = q.q.width;
+        gemm<Dot, true>(keys.n, width, Ops::words(D_), keys.v.by_row(0), q.douts, width, dweights_, width, false);
+        for (int r = 0; r < keys.n; r += 2)
+            for (int i = 0; i < width; i += VL) {
+                vf x[2];
+                load_query_rows<Ops>(q.queries, width, (int)keys.j0 + r, i, x[0], x[1]);
+                for (int half = 0; half < 2; ++half) {
+                    float *to = dq + (keys.j0 + r + half) * width + i;
+                    vstore(to,
+                           vfma(Phi::slope(x[half]), vload(dweights_ + (int64_t)(r + half) * width + i), vload(to)));
+                }
+            }
+    }
+
+    // dmemory [n][Dp] with phi(q)^T dout of one block, packed for these n rows.
+    template <class Phi>
+    void memory_rows(const Queries &q, int n, float *dmemory) {
+        const int width = q.q.width;
+        for (int r = 0; r < n; r += 2)
+            for (int i = 0; i < width; i += VL) {
+                vf first, second;
+                load_query_rows<Ops>(q.queries, width, r, i, first, second);
+                put_rows(weight_rows_, scores_, (int64_t)r * width + i, width, Phi::value(first), Phi::value(second));
+            }
+        gemm<Dot, true>(n, Dp_, Ops::words(q.q.lanes), rows_of(weight_rows_, scores_, width), q.dout_rows, q.dout_ld,
+                        dmemory, Dp_, true);
+    }
+
   private:
+    // [rows][width] as the operand whose sum runs over the lanes.
+    static Operand rows_of(const bf16 *half, const float *full, int width) {
+        return Ops::kPairs ? Operand{(const char *)half, 2 * width, 4} : Operand{(const char *)full, 4 * width, 4};
+    }
+
+    static void put_rows(bf16 *half, float *full, int64_t x, int width, vf first, vf second) {
+#if defined(PA_BF16DOT)
+        if (Ops::kPairs) return store_halves(half + x, width, first, second);
+#endif
+        (void)half;
+        vstore(full + x, first);
+        vstore(full + x + width, second);
+    }
+
     // scores -> weights after dropout, dweights -> dscores. Keys and values lack the gain of prefix dropout, which
     // enters here, and for dv where the sample's mask is applied.
     template <bool kDrop>
@@ -234,11 +297,8 @@ class BwdTile {
                 const int64_t x = (int64_t)r * width + i;
 #if defined(PA_BF16DOT)
                 if (Ops::kPairs) {
-                    const __m512i w = (__m512i)_mm512_cvtne2ps_pbh(w1, w0), s = (__m512i)_mm512_cvtne2ps_pbh(s1, s0);
-                    _mm256_storeu_si256((__m256i *)(weight_rows_ + x), _mm512_castsi512_si256(w));
-                    _mm256_storeu_si256((__m256i *)(weight_rows_ + x + width), _mm512_extracti64x4_epi64(w, 1));
-                    _mm256_storeu_si256((__m256i *)(dscore_rows_ + x), _mm512_castsi512_si256(s));
-                    _mm256_storeu_si256((__m256i *)(dscore_rows_ + x + width), _mm512_extracti64x4_epi64(s, 1));
+                    store_halves(weight_rows_ + x, width, w0, w1);
+                    store_halves(dscore_rows_ + x, width, s0, s1);
                     store_pairs(dscore_pairs_ + (int64_t)(r / 2) * width + i, s0, s1);
                     continue;
                 }

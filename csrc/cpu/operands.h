@@ -1,6 +1,7 @@
 // How queries, keys, values and masks reach the matrix products, by storage type and arithmetic.
 #pragma once
 #include "geometry.h"
+#include "phi.h"
 #include "philox.h"
 
 namespace prefixattn {
@@ -84,6 +85,19 @@ struct Operands {
 };
 
 #if defined(PA_BF16DOT)
+inline void load_pairs(const float *src, vf &low, vf &high) {
+    const __m512i both = (__m512i)vload(src);
+    low = (vf)_mm512_slli_epi32(both, 16);
+    high = (vf)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+}
+
+// Two rows of floats to two rows of bfloat16, `ld` apart.
+inline void store_halves(bf16 *dst, ptrdiff_t ld, vf first, vf second) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    _mm256_storeu_si256((__m256i *)dst, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i *)(dst + ld), _mm512_extracti64x4_epi64(both, 1));
+}
+
 // Two rows of floats to one row of pairs.
 inline void store_pairs(uint32_t *dst, vf low, vf high) {
     alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -92,6 +106,16 @@ inline void store_pairs(uint32_t *dst, vf low, vf high) {
     _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
 }
 #endif
+
+// One vector of rows d and d + 1 (d even) of queries as pack_queries left them.
+template <class Ops>
+inline void load_query_rows(const float *queries, int width, int d, int i, vf &first, vf &second) {
+#if defined(PA_BF16DOT)
+    if (Ops::kPairs) return load_pairs(queries + (int64_t)(d / 2) * width + i, first, second);
+#endif
+    first = vload(queries + (int64_t)d * width + i);
+    second = vload(queries + (int64_t)(d + 1) * width + i);
+}
 
 // Masks of own keys, added to scores S [rows][width] of keys s0 .. s0 + n; `unit` is a score of 1 in the units of S.
 class Masker {

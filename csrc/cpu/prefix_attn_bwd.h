@@ -19,11 +19,13 @@ class Backward {
     using Keys = KeySide<Storage, Dot>;
     static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold
     static constexpr int kMaxSlots = 64;         // query blocks kept packed
+    static constexpr int kMemoryRows = 32;       // of a unit: more units than heads
 
   public:
     static void run(const BwdParams &p) {
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
         Job job{p, chunk_keys(p)};
+        if (p.dmemory.data) parallel_for(p.memories * p.H * memory_chunks(p), p.threads, memory_unit, &job);
         const int64_t rows = p.T * p.Hkv;
         if (p.dq.data && (own || prefix) && (rows >= p.threads || rows >= p.B * p.Hkv) && fused_fits(p))
             return parallel_for(rows, p.threads, fused_unit, &job);
@@ -40,6 +42,7 @@ class Backward {
 
     static int chunk_keys(const BwdParams &p) { return p.D <= 128 ? 128 : 64; }
     static int64_t chunks(const BwdParams &p, int64_t n) { return (n + chunk_keys(p) - 1) / chunk_keys(p); }
+    static int64_t memory_chunks(const BwdParams &p) { return (p.D + kMemoryRows - 1) / kMemoryRows; }
     static int64_t padded(const BwdParams &p) { return (p.D + VL - 1) / VL * VL; }
     static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
 
@@ -131,7 +134,24 @@ class Backward {
             const Range own = visible_keys(p, padded_range(p, b, h), q.q);
             // chunks as in the other schedule, whatever padding hides
             for (int64_t s0 = own.begin / job.keys * job.keys; s0 < own.end; s0 += job.keys) chunk(false, s0, p.S);
-            w.store_dq(b, h, q.q, w.dq_);
+            w.store_dq(q.b, q.h, q.q, w.dq_, &q);
+        });
+    }
+
+    static void memory_unit(void *context, int64_t unit) {
+        const Job &job = *(const Job *)context;
+        const BwdParams &p = job.p;
+        const int64_t n = memory_chunks(p), d0 = unit % n * kMemoryRows, h = unit / n % p.H, t = unit / n / p.H;
+        with_scratch(job, false, [&](Backward &w) {
+            const int rows = (int)min_of<int64_t>(kMemoryRows, p.D - d0);
+            Queries &q = w.queries_[0];
+            w.clear(rows);
+            for (int64_t b = 0; b < p.B; ++b)
+                for (int64_t i = 0; memory_row(p, b) == t && i < query_blocks(p.L); ++i) {
+                    q.pack_for_memory(p, b, h, i, w.rows_, (int)d0, rows);
+                    with_phi(p.phi, [&](auto phi) { w.tile_.template memory_rows<decltype(phi)>(q, rows, w.dk_); });
+                }
+            w.store_rows(p.dmemory, t, h, d0, rows, w.dk_, 1);
         });
     }
 
@@ -153,7 +173,14 @@ class Backward {
         }
         for (int64_t i = 0; i < blocks; ++i)
             store_dq(b, g * heads(p_) + i / query_blocks(p_.L), query_block(p_.L, i % query_blocks(p_.L)),
-                     dq_ + i * D_ * kLanes);
+                     dq_ + i * D_ * kLanes, p_.memory.data ? &packed(b, g, i) : nullptr);
+    }
+
+    // Block i of a key head's queries.
+    Queries &packed(int64_t b, int64_t g, int64_t i) {
+        Queries &q = queries_[i < slots_ ? i : slots_ - 1];
+        q.pack(p_, b, g * heads(p_) + i / query_blocks(p_.L), i % query_blocks(p_.L), rows_);
+        return q;
     }
 
     // Adds one sample's share of prefix rows p0 .. p0 + n, of which it uses those below its length.
@@ -186,11 +213,8 @@ class Backward {
 
     void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq) {
         const int64_t blocks = query_blocks(p_.L);
-        for (int64_t i = 0; i < blocks * heads(p_); ++i) {
-            Queries &q = queries_[i < slots_ ? i : slots_ - 1];
-            q.pack(p_, b, g * heads(p_) + i / blocks, i % blocks, rows_);
-            tile_.run(p_, q, keys_, dk, dv, with_dq ? dq_ + i * D_ * kLanes : nullptr);
-        }
+        for (int64_t i = 0; i < blocks * heads(p_); ++i)
+            tile_.run(p_, packed(b, g, i), keys_, dk, dv, with_dq ? dq_ + i * D_ * kLanes : nullptr);
     }
 
     bool wants_own() const { return p_.dk.data || p_.dv.data; }
@@ -220,9 +244,14 @@ class Backward {
         store_rows(p_.dprefix_v, t, g, p0, n, dv, 1);
     }
 
-    void store_dq(int64_t b, int64_t h, const QueryBlock &q, float *dq) {
+    // `from`: the block, packed; read only where there is a memory.
+    void store_dq(int64_t b, int64_t h, const QueryBlock &q, float *dq, const Queries *from) {
         const int ld = (D_ + 15) / 16 * 16;
         for (int64_t i = 0; i < (int64_t)D_ * q.width; i += VL) vstore(dq + i, vload(dq + i) * vset(p_.scale));
+        for (int d0 = 0; p_.memory.data && d0 < D_; d0 += keys_max_) {
+            keys_.load_memory(p_, b, h, d0, min_of(keys_max_, D_ - d0));
+            with_phi(p_.phi, [&](auto phi) { tile_.template memory_dq<decltype(phi)>(*from, keys_, dq); });
+        }
         transpose(dq, 4 * q.width, D_, q.lanes, rows_, ld);
         for (int i = 0; i < q.lanes; ++i)
             narrow(rows_ + (int64_t)i * ld, (Storage *)at(p_.dq, b, h, q.l0 + i, Ops::kSize), D_);

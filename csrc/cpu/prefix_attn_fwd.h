@@ -67,7 +67,7 @@ class Forward {
             to_natural_ = 1;
         else if (factor_ != 0)
             to_natural_ = __builtin_fabs((double)p_.scale / factor_);
-        Ops::pack_queries(at(p_.q, b_, h_, q_.l0, Ops::kSize), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
+        Ops::pack_queries(query_rows(), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
         if (factor_ > 0 || natural_) return;
         // The maximum of scores is taken before they are scaled, so the sign goes into the queries.
         uint32_t *words = (uint32_t *)queries_;
@@ -75,6 +75,8 @@ class Forward {
             words[i] = factor_ == 0 ? 0 : words[i] ^ (Ops::kPairs ? 0x80008000u : 0x80000000u);
         factor_ = factor_ == 0 ? 1 : -factor_;
     }
+
+    const char *query_rows() const { return at(p_.q, b_, h_, q_.l0, Ops::kSize); }
 
     // Prefix rows p0 .. p0 + np, then own keys s0 .. s0 + ns.
     void attend(int64_t p0, int np, int64_t s0, int ns) {
@@ -234,10 +236,32 @@ class Forward {
         for (int d = 0; d < D_; ++d)
             for (int i = 0; i < q_.width; i += VL)
                 vstore(acc_ + (int64_t)d * q_.width + i, vload(acc_ + (int64_t)d * q_.width + i) * vload(inverse + i));
+        if (p_.attended.data) write(p_.attended);
+        if (p_.memory.data) with_phi(p_.phi, [&](auto phi) { add_memory<decltype(phi)>(); });
+        write(p_.out);
+    }
+
+    // acc += memory^T phi(q)^T: rows of the memory are values, and phi(q) their weights.
+    template <class Phi>
+    void add_memory() {
+        if (p_.scale <= 0) Ops::pack_queries(query_rows(), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
+        for (int d0 = 0; d0 < D_; d0 += kKeys) {
+            const int n = min_of(kKeys, D_ - d0);
+            for (int r = 0; r < n; r += 2)
+                for (int i = 0; i < q_.width; i += VL) {
+                    vf first, second;
+                    load_query_rows<Ops>(queries_, q_.width, d0 + r, i, first, second);
+                    put(r, i, Phi::value(first), Phi::value(second));
+                }
+            accumulate(Ops::rows(p_.memory, memory_row(p_, b_), h_, d0, n, D_, value_copy_), 0, n, 0, 0);
+        }
+    }
+
+    void write(const Strided &t) {
         const int ld = (D_ + 15) / 16 * 16;
         transpose(acc_, 4 * q_.width, D_, q_.lanes, rows_, ld);
         for (int i = 0; i < q_.lanes; ++i)
-            narrow(rows_ + (int64_t)i * ld, (Storage *)at(p_.out, b_, h_, q_.l0 + i, Ops::kSize), D_);
+            narrow(rows_ + (int64_t)i * ld, (Storage *)at(t, b_, h_, q_.l0 + i, Ops::kSize), D_);
     }
 
     const FwdParams &p_;

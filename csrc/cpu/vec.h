@@ -22,6 +22,10 @@ inline vf vset(float x) { return _mm512_set1_ps(x); }
 inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 // the second operand if either is nan
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+// a where x > 0, b elsewhere
+inline vf vpositive(vf x, vf a, vf b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), b, a);
+}
 inline vf vround(vf x) { return _mm512_roundscale_ps(x, 0); }
 inline vf vsqrt(vf x) { return _mm512_sqrt_ps(x); }
 inline float vsum(vf x) { return _mm512_reduce_add_ps(x); }
@@ -35,6 +39,9 @@ inline void vstore(float *p, vf x) { _mm256_storeu_ps(p, x); }
 inline vf vset(float x) { return _mm256_set1_ps(x); }
 inline vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf vpositive(vf x, vf a, vf b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
 inline vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf vsqrt(vf x) { return _mm256_sqrt_ps(x); }
 inline float vsum(vf x) {
@@ -59,6 +66,7 @@ inline void vstore(float *p, vf x) { std::memcpy(p, &x, sizeof x); }
 inline vf vset(float x) { return vf{x, x, x, x}; }
 inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf vpositive(vf x, vf a, vf b) { return x > vset(0.f) ? a : b; }
 inline vf vround(vf x) {  // |x| < 2^22 here; adding and taking away 1.5 * 2^23 rounds to the nearest integer
     const vf magic = vset(12582912.f);
     return (x + magic) - magic;
