@@ -133,12 +133,13 @@ def attention_with_prefix(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,  # Gemma 2's
     position_bias: Tensor | None = None,  # T5's, added to the scores
     prefix_call: PrefixCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' `AttentionInterface`; returns `[B, L, H, D]` and no weights."""
-    for name in ("softcap", "s_aux", "cache"):
+    for name in ("s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with a prefix does not take {name}")
     slot = getattr(module, "prefix_slot", None)
@@ -175,6 +176,7 @@ def attention_with_prefix(
         is_causal=causal,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        softcap=softcap,
         return_prefix_mass=want_mass,
         **options,
     )

@@ -65,11 +65,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", _DECODER | _WINDOW),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER | _WIDE_HEADS),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        _DECODER | _WIDE_HEADS | _WINDOW | {"attn_logit_softcapping": None},
-    ),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER | _WIDE_HEADS | _WINDOW),  # with softcap
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _WIDE_HEADS | _WINDOW),
     "vit": ("ViTForImageClassification", "ViTConfig", _VIT),
     "bert": ("BertForSequenceClassification", "BertConfig", _ENCODER),
