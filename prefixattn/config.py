@@ -95,11 +95,8 @@ class PrefixConfig:
                 continue
             if not isinstance(value, str) or value not in words:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, words))}")
-        if (
-            isinstance(self.dropout, bool)
-            or not isinstance(self.dropout, (int, float))
-            or not 0.0 <= self.dropout < 1.0
-        ):
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability in [0, 1)")
         if not isinstance(self.gate, bool):
             raise ValueError(f"gate is {self.gate!r}, expected True or False")

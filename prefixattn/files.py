@@ -33,6 +33,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def dump(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file; ValueError, before anything is written, if no reader would take it."""
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise ValueError(f"the prefix holds values that are infinite or not a number, in {', '.join(bad)}: not saved")
     data: bytes = dump_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
     return data
 

@@ -70,15 +70,15 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor)
         raise ValueError(f"layers is {config.layers!r}; a PEFT adapter has a prefix in every layer")
     if len(set(config.lengths(len(bank)))) > 1:
         raise ValueError(f"length is {config.length!r}; a PEFT adapter has one length for all layers")
-    pairs = torch.zeros_like(bank)
-    pairs[_pairs(geometry)] = bank
-    if not torch.equal(pairs[_pairs(geometry)], bank):
-        half = len(bank) // 2
+    half, odd = divmod(len(bank), 2)
+    if _seq2seq(geometry) and not odd and not torch.equal(bank[:half], bank[half:]):
         raise ValueError(
             f"the decoder has {len(bank)} layers; with an even number PEFT gives layers l and l + {half} the same "
             "prefix, and here they differ"
         )
-    rows = pairs.permute(3, 0, 1, 2, 4).reshape(config.longest, -1)
+    pairs = torch.zeros_like(bank)
+    pairs[_pairs(geometry)] = bank
+    data = files.dump({NAME: pairs.permute(3, 0, 1, 2, 4).reshape(config.longest, -1)}, metadata={"format": "pt"})
     description = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -93,7 +93,7 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor)
         **_sizes(geometry),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / TENSORS, files.dump({NAME: rows}, metadata={"format": "pt"}))
+    files.write(folder / TENSORS, data)
     files.write_json(folder / JSON, description)
 
 
