@@ -2,6 +2,7 @@
 
 # At once and here, before anything imports the package `attach` and so puts it in the function's place.
 from prefixattn.attach import attach, load
+from prefixattn.attach.combine import combine
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
 from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
@@ -17,6 +18,7 @@ __all__ = [
     "PrefixTrainer",
     "__version__",
     "attach",
+    "combine",
     "load",
     "prefix_attention",
     "prefix_attention_qkvpacked",

@@ -21,6 +21,11 @@ class Defaults(NamedTuple):
     positions: str = "shifted"
     init: str = "normal"
     bound: float = 1.0  # of init="uniform"
+    shiftable: bool = False  # positions="shifted" is possible where it is not the default
+
+    @property
+    def can_shift(self) -> bool:
+        return self.positions == "shifted" or self.shiftable
 
 
 def _is_int(value: object) -> bool:
@@ -53,8 +58,8 @@ class PrefixConfig:
             in training mode.
         gate: A learned factor for each layer, 1 at first, that multiplies its keys and values.
         positions: "shifted": the sequence's position ids start at P, as if the prefix were tokens (Li & Liang, PEFT).
-            "unshifted": they start at 0, and the model keeps its whole context. Decoders shift unless told otherwise,
-            other models cannot.
+            "unshifted": they start at 0, and the model keeps its whole context. Decoders shift unless told otherwise;
+            an encoder-decoder with position embeddings (BART) shifts its decoder's if told so; other models cannot.
         init: "normal" (standard), "uniform" (VPT's rule), "zero", or "random", which is the published choice: "uniform"
             for images, else "normal". These are the start of what share trains: embeddings, vectors, or keys and
             values; "zero" with share="deep" makes its output zero. Or a text (or its token ids) whose keys and values
@@ -90,7 +95,8 @@ class PrefixConfig:
                 continue
             if not isinstance(value, str) or value not in words:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, words))}")
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability in [0, 1)")
         if not isinstance(self.gate, bool):
             raise ValueError(f"gate is {self.gate!r}, expected True or False")
@@ -188,7 +194,7 @@ class PrefixConfig:
         network = self.network or defaults.network
         hidden = self.hidden or (48 if network == "per_layer" else defaults.hidden)
         init = defaults.init if self.init == "random" else self.init
-        if self.positions == "shifted" and defaults.positions == "unshifted":
+        if self.positions == "shifted" and not defaults.can_shift:
             raise ValueError("positions is 'shifted', but the model has no positions that a prefix could shift")
         return replace(self, network=network, hidden=hidden, init=init, positions=self.positions or defaults.positions)
 

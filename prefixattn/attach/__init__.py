@@ -92,15 +92,17 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
 
 
 def load(model: nn.Module, folder: str | Path) -> Prefix:
-    """Attaches the prefix saved in `folder` to `model`: one of `save_pretrained`'s, or a PEFT prefix adapter.
+    """Attaches the prefix saved in `folder` to `model`: one of `save_pretrained`'s, or a PEFT adapter.
 
-    An unfolded prefix can be trained further, and so can a PEFT adapter, whose network PEFT does not save: it becomes
-    share="none". The model is left as it is if anything is wrong with the files or they do not fit it.
+    An unfolded prefix can be trained further, and so can a PEFT adapter (PREFIX_TUNING, CARTRIDGE), whose network PEFT
+    does not save: it becomes share="none", and rows that a CARTRIDGE freezes are trained like the others. In layers
+    with a sliding window all of the prefix stays in sight, where PEFT's slides out. The model is left as it is if
+    anything is wrong with the files or they do not fit it; nothing is ever unpickled.
     """
     from prefixattn import checkpoint  # here, for the sake of installations without safetensors
 
     adapter = make_adapter(model)
-    config, encoder, gate = checkpoint.read(Path(folder), adapter.geometry)
+    config, encoder, gate = checkpoint.read(Path(folder), adapter.geometry, adapter.defaults)
     prefix = Prefix(config, adapter, encoder)
     if gate is not None and prefix.gate is not None:
         prefix.gate.data = gate

@@ -25,6 +25,7 @@ class HuggingFaceAdapter(Adapter):
         self.implementations: list[tuple[Any, str | None]] = []
         self.unpacked: list[nn.Module] = []
         self.override: PrefixCall | None = None
+        self.shift = 0  # of the decoder's forward pass that is running
         self.enter()
         try:
             _, calls = probe.run(base, {**probe.example(base, [1]), "prefix_call": PrefixCall({}, 0.0)})
@@ -53,7 +54,14 @@ class HuggingFaceAdapter(Adapter):
         attention = self.base.get_submodule(self.sites[0].path)
         decodes = list(self.geometry.kinds) == ["self"] and getattr(attention, "is_causal", False)
         positions = "shifted" if decodes and "position_ids" in self.names else "unshifted"
-        return Defaults(positions=positions, bound=(3 / self.geometry.width) ** 0.5)
+        shiftable = self._decoder_positions() is not None
+        return Defaults(positions=positions, bound=(3 / self.geometry.width) ** 0.5, shiftable=shiftable)
+
+    def _decoder_positions(self) -> Any:
+        """The position embedding in the decoder of an encoder-decoder, if it can be told positions."""
+        decoder = self.base.get_decoder() if self.base.config.is_encoder_decoder else None
+        embedding = getattr(decoder, "embed_positions", None)
+        return embedding if embedding is not None and "position_ids" in interface.arguments(embedding) else None
 
     def enter(self) -> None:
         # Models built from one config object share it; the attention implementation is this model's alone.
@@ -72,6 +80,12 @@ class HuggingFaceAdapter(Adapter):
         # generate runs the encoder of an encoder-decoder by itself
         stacks = [self.base, self.base.get_encoder()] if self.base.config.is_encoder_decoder else [self.base]
         self.handles = [stack.register_forward_pre_hook(self.before_forward, with_kwargs=True) for stack in stacks]
+        if (embedding := self._decoder_positions()) is not None:
+            decoder = self.base.get_decoder()
+            self.handles += [
+                decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+                embedding.register_forward_pre_hook(self.before_positions, with_kwargs=True),
+            ]
         if hasattr(self.model, "_validate_model_kwargs"):
             self.model._validate_model_kwargs = self.validate_kwargs  # type: ignore[assignment]
 
@@ -172,8 +186,22 @@ class HuggingFaceAdapter(Adapter):
         found = prefix.layer_prefixes(self._dtype(first.device), first.device)
         if torch.is_grad_enabled() and gate.needed(self.base):
             found = gate.behind(self.base, found, kwargs)
-        kwargs["prefix_call"] = prefix.call(found, ids)
+        call = prefix.call(found, ids)
+        if prefix.config.positions == "shifted":
+            call = call._replace(shift=prefix.config.longest)
+        kwargs["prefix_call"] = call
         return (), kwargs
+
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = kwargs.get("prefix_call")
+        self.shift = 0 if call is None else call.shift
+
+    def before_positions(self, embedding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Shifts the positions that the decoder of an encoder-decoder makes itself, and takes from nobody."""
+        if not self.shift:
+            return None
+        kwargs = {**dict(zip(interface.arguments(embedding), args, strict=False)), **kwargs}
+        return (), {**kwargs, "position_ids": self._after_prefix(kwargs["position_ids"], self.shift)}
 
     def _check_implementation(self) -> None:
         implementation = self.base.config._attn_implementation
@@ -200,10 +228,12 @@ class HuggingFaceAdapter(Adapter):
 
     def _shifted(self, positions: Tensor | None, cache: Any, length: int, device: torch.device) -> Tensor:
         assert self.prefix is not None
-        shift = self.prefix.config.longest
         if positions is None:
             past = cache.get_seq_length() if cache is not None else 0
             positions = (torch.arange(length, device=device) + past)[None]
+        return self._after_prefix(positions, self.prefix.config.longest)
+
+    def _after_prefix(self, positions: Tensor, shift: int) -> Tensor:
         positions = positions + shift
         most = self.max_positions
         if most is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():

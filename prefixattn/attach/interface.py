@@ -29,6 +29,7 @@ class PrefixCall(NamedTuple):
     ids: Tensor | None = None  # [B], rows of the bank
     lengths: Tensor | None = None  # [T]
     masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
+    shift: int = 0  # of the positions in the decoder of an encoder-decoder
 
 
 class Watched(NamedTuple):

@@ -43,7 +43,8 @@ class Prefix(nn.Module):
         self.config = config
         self.encoder = encoder
         slots = len(config.slots(adapter.geometry.kinds))
-        self.gate = nn.Parameter(torch.ones(slots)) if config.gate else None  # [N]
+        dtype = next(encoder.parameters()).dtype  # a checkpoint has one type
+        self.gate = nn.Parameter(torch.ones(slots, dtype=dtype)) if config.gate else None  # [N]
         # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
         self._adapter: Adapter | None = adapter
         self._geometry = adapter.geometry
@@ -228,10 +229,14 @@ class Prefix(nn.Module):
         self._cache = None
 
     def export_peft(self, folder: str | Path) -> None:
-        """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only."""
-        from prefixattn import checkpoint
+        """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only, with the gate in them.
 
-        checkpoint.export_peft(Path(folder), self.config, self._geometry, self._bank())
+        PEFT shifts positions, has one length for all layers, and of an encoder-decoder a prefix in the decoder's
+        self-attention alone; ValueError says what it cannot hold.
+        """
+        from prefixattn import peft
+
+        peft.export(Path(folder), self.config, self._geometry, self._bank())
 
     def _bank(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
