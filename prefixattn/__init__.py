@@ -2,6 +2,7 @@
 
 # At once and here, before anything imports the package `attach` and so puts it in the function's place.
 from prefixattn.attach import attach, load
+from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
 from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
@@ -13,6 +14,7 @@ __all__ = [
     "FactoredAdamW",
     "FactoredSGD",
     "Prefix",
+    "PrefixBank",
     "PrefixConfig",
     "__version__",
     "attach",

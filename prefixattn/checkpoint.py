@@ -129,7 +129,7 @@ def _read(folder: Path, geometry: Geometry) -> Read:
     missing = sorted({"config", "model", "folded", "weights", "sha256"} - set(values))
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    _check_geometry(path, values["model"], geometry)
+    check_geometry(path, values["model"], geometry)
     try:
         config = PrefixConfig.from_dict(values["config"])
         slots = config.slots(geometry.kinds)
@@ -154,7 +154,7 @@ def _read(folder: Path, geometry: Geometry) -> Read:
     return config, encoder.requires_grad_(not values["folded"]), gate
 
 
-def _check_geometry(path: Path, saved: Any, geometry: Geometry) -> None:
+def check_geometry(path: Path, saved: Any, geometry: Geometry) -> None:
     here = asdict(geometry)
     if not isinstance(saved, dict) or set(saved) != set(here):
         raise ValueError(f"{path} describes the model as {saved!r}, expected the fields {', '.join(here)}")

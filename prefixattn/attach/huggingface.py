@@ -151,8 +151,11 @@ class HuggingFaceAdapter(Adapter):
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook: computes the prefixes and shifts the positions."""
         prefix = self.prefix
-        if not self.active or prefix is None or kwargs.get("prefix_call") is not None:
+        if prefix is None or kwargs.get("prefix_call") is not None:
             return None
+        ids = kwargs.pop("prefix_ids", None)
+        if not self.active:
+            return args, kwargs
         self._check_implementation()
         names = self.names if stack is self.base else interface.arguments(stack)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -161,15 +164,14 @@ class HuggingFaceAdapter(Adapter):
             return None  # the model itself says what is missing
         if kwargs.get("output_attentions"):
             raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
-        ids = kwargs.pop("prefix_ids", None)
         if self.override is not None:
             return (), {**kwargs, "prefix_call": self.override}
+        chosen = prefix.choose(ids, len(first), self._dtype(first.device), first.device)
         if self.defaults.positions == "shifted":
-            self._prepare_decoder(first, kwargs)
-        found = prefix.layer_prefixes(self._dtype(first.device), first.device)
+            self._prepare_decoder(first, kwargs, chosen.shift)
         if torch.is_grad_enabled() and gate.needed(self.base):
-            found = gate.behind(self.base, found, kwargs)
-        kwargs["prefix_call"] = prefix.call(found, ids)
+            chosen = chosen._replace(prefixes=gate.behind(self.base, chosen.prefixes, kwargs))
+        kwargs["prefix_call"] = prefix.call(chosen)
         return (), kwargs
 
     def _check_implementation(self) -> None:
@@ -180,7 +182,7 @@ class HuggingFaceAdapter(Adapter):
                 f"the prefix; expected {NAME!r}: call set_attn_implementation before attach, or detach() the prefix"
             )
 
-    def _prepare_decoder(self, tokens: Tensor, kwargs: dict[str, Any]) -> None:
+    def _prepare_decoder(self, tokens: Tensor, kwargs: dict[str, Any], shift: int | Tensor) -> None:
         """What a decoder's inputs need: a mask of the tokens alone, positions after the prefix's."""
         assert self.prefix is not None
         batch, length = tokens.shape[0], tokens.shape[1]
@@ -193,11 +195,11 @@ class HuggingFaceAdapter(Adapter):
             # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
             kwargs["attention_mask"] = tokens.new_ones(1, 1, dtype=torch.bool).expand(batch, length)
         if self.prefix.config.positions == "shifted":
-            kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device)
+            kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device, shift)
 
-    def _shifted(self, positions: Tensor | None, cache: Any, length: int, device: torch.device) -> Tensor:
-        assert self.prefix is not None
-        shift = self.prefix.config.longest
+    def _shifted(
+        self, positions: Tensor | None, cache: Any, length: int, device: torch.device, shift: int | Tensor
+    ) -> Tensor:
         if positions is None:
             past = cache.get_seq_length() if cache is not None else 0
             positions = (torch.arange(length, device=device) + past)[None]
@@ -207,8 +209,8 @@ class HuggingFaceAdapter(Adapter):
             last = int(positions.max()) if positions.numel() else 0
             if last >= most:
                 raise ValueError(
-                    f"position {last} is past the model's {most} positions, {shift} of which the prefix "
-                    f"takes; shorten the input or use positions='unshifted'"
+                    f"position {last} is past the model's {most} positions, {int(torch.as_tensor(shift).max())} of "
+                    "which the prefix takes; shorten the input or use positions='unshifted'"
                 )
         return positions
 
