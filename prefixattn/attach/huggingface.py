@@ -70,8 +70,9 @@ class HuggingFaceAdapter(Adapter):
         # generate runs the encoder of an encoder-decoder by itself
         stacks = [self.base, self.base.get_encoder()] if self.base.config.is_encoder_decoder else [self.base]
         self.handles = [stack.register_forward_pre_hook(self.before_forward, with_kwargs=True) for stack in stacks]
-        if hasattr(self.model, "_validate_model_kwargs"):
-            self.model._validate_model_kwargs = self.validate_kwargs  # type: ignore[assignment]
+        for name, ours in self.replaced.items():
+            if hasattr(self.model, name):
+                setattr(self.model, name, ours)
 
     def leave(self) -> None:
         for handle in self.handles:
@@ -80,7 +81,16 @@ class HuggingFaceAdapter(Adapter):
         self.switch(False)
         for site in getattr(self, "sites", []):
             self.base.get_submodule(site.path).__dict__.pop("prefix_slot", None)
-        self.model.__dict__.pop("_validate_model_kwargs", None)
+        for name in self.replaced:
+            self.model.__dict__.pop(name, None)
+
+    @property
+    def replaced(self) -> dict[str, Any]:
+        """The model's methods that are ours while it has prefixes."""
+        return {
+            "_validate_model_kwargs": self.validate_kwargs,
+            "init_continuous_batching": self.init_continuous_batching,
+        }
 
     def switch(self, on: bool) -> None:
         for config, implementation in self.implementations:
@@ -147,6 +157,15 @@ class HuggingFaceAdapter(Adapter):
         type(self.model)._validate_model_kwargs(  # type: ignore[attr-defined]
             self.model, {name: value for name, value in kwargs.items() if name != "prefix_ids"}
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Its manager asks for an attention of transformers' own by name, and none of those has a prefix."""
+        if self.active and self.prefix is not None:
+            raise NotImplementedError(
+                "continuous batching (generate_batch) takes no attention but transformers' own, which would leave out "
+                "the prefix; use generate, or go without the prefix: disabled() or detach()"
+            )
+        return type(self.model).init_continuous_batching(self.model, *args, **kwargs)  # type: ignore[attr-defined]
 
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook: computes the prefixes and shifts the positions."""
