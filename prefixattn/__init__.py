@@ -2,6 +2,7 @@
 
 # At once and here, before anything imports the package `attach` and so puts it in the function's place.
 from prefixattn.attach import attach, load
+from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.combine import combine
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
@@ -14,6 +15,7 @@ __all__ = [
     "FactoredAdamW",
     "FactoredSGD",
     "Prefix",
+    "PrefixBank",
     "PrefixConfig",
     "PrefixTrainer",
     "__version__",

@@ -65,7 +65,7 @@ def _read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     path = folder / JSON
     values = files.read_json(path)
     _check_fields(path, values)
-    _check_geometry(path, values["model"], geometry)
+    check_geometry(path, values["model"], geometry)
     try:
         config = PrefixConfig.from_dict(values["config"])
         slots = config.slots(geometry.kinds)
@@ -107,7 +107,7 @@ def _check_fields(path: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{path} names the weights {values['weights']!r}, expected a file {WEIGHTS.pattern} beside it")
 
 
-def _check_geometry(path: Path, saved: dict[str, Any], geometry: Geometry) -> None:
+def check_geometry(path: Path, saved: dict[str, Any], geometry: Geometry) -> None:
     here = asdict(geometry)
     if set(saved) != set(here):
         raise ValueError(f"{path} describes the model as {saved!r}, expected the fields {', '.join(here)}")

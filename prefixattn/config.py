@@ -65,6 +65,8 @@ class PrefixConfig:
             values; "zero" with share="deep" makes its output zero. Or a text (or its token ids) whose keys and values
             in the frozen model become the prefix: the length is then the number of its tokens. share="none" copies
             them, share="deep" fits its network to them. The text "zero" must be given as token ids.
+        count: None, or the number T of prefixes in a `PrefixBank`, of which every sample of a batch picks its own by
+            `prefix_ids`. They have share="none".
     """
 
     length: int | Sequence[int] = 10
@@ -78,6 +80,7 @@ class PrefixConfig:
     gate: bool = False
     positions: str | None = None
     init: str | Sequence[int] = "random"
+    count: int | None = None
 
     def __post_init__(self) -> None:
         self._check_length()
@@ -103,6 +106,7 @@ class PrefixConfig:
         self._check_layers()
         self._check_attentions()
         self._check_init()
+        self._check_count()
 
     def _check_length(self) -> None:
         given = self.length
@@ -146,6 +150,20 @@ class PrefixConfig:
                 f"init is {self.init!r} with share='simple'; keys and values of a text have no vector that makes both: "
                 "share='none' copies them and share='deep' is fitted to them"
             )
+
+    def _check_count(self) -> None:
+        if self.count is None:
+            return
+        if not (_is_int(self.count) and self.count >= 1):
+            raise ValueError(f"count is {self.count!r}, expected None or an integer from 1")
+        for name, needed in (("share", "none"), ("gate", False)):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} with count={self.count}; a bank holds keys and values only: "
+                    f"expected {name}={needed!r}, or prefixes made one by one and put together by PrefixBank.of"
+                )
+        if not isinstance(self.length, int):
+            raise ValueError(f"length is {self.length!r} with count={self.count}; expected one length for all layers")
 
     @property
     def longest(self) -> int:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefixattn.config import PrefixConfig
@@ -289,6 +290,27 @@ class FreePrefix(nn.Module):
         return self.bank
 
 
+class PrefixRows(nn.Module):
+    """Keys and values of many prefixes, each of them one contiguous row of `weight` [T, N * 2 * Hkv * P * D].
+
+    `lengths` int64 [T] says how many of the P of each are used; what lies past them is zero.
+    """
+
+    lengths: Tensor
+
+    def __init__(self, rows: Tensor, lengths: Tensor, trainable: bool = True) -> None:  # [T, N, 2, Hkv, P, D]
+        super().__init__()
+        self.shape = tuple(rows.shape[1:])
+        self.weight = nn.Parameter(rows.flatten(1), requires_grad=trainable)
+        self.register_buffer("lengths", lengths)
+
+    def forward(self) -> Tensor:  # [T, N, 2, Hkv, P, D], a view
+        return self.weight.view(-1, *self.shape)
+
+    def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:  # [U] -> [U, N, 2, Hkv, P, D]
+        return F.embedding(ids, self.weight, sparse=sparse).view(-1, *self.shape)
+
+
 class DeepShares(nn.Module):
     """A network for each kind of attention, where their stacks differ in depth."""
 
@@ -307,7 +329,10 @@ def make_encoder(config: PrefixConfig, geometry: Geometry) -> nn.Module:
     if config.share == "simple":
         return SimpleShare(slots, P, geometry)
     if config.share == "none":
-        return FreePrefix(torch.randn(len(slots), 2, geometry.kv_heads, P, geometry.head_dim))
+        shape = (len(slots), 2, geometry.kv_heads, P, geometry.head_dim)
+        if config.count is None:
+            return FreePrefix(torch.randn(shape))
+        return PrefixRows(torch.randn(config.count, *shape), torch.full((config.count,), P))
     hidden, activation = config.hidden or 512, config.activation
     if config.network == "per_layer":
         networks = len(slots)

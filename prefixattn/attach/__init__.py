@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.init import initialise
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import INITS, PrefixConfig
-from prefixattn.prefix import make_encoder
+from prefixattn.prefix import PrefixRows, make_encoder
 
 # Library of the model's class -> module and class that know it. Imported when met: both libraries are optional.
 ADAPTERS = {"transformers": ("huggingface", "HuggingFaceAdapter"), "timm": ("timm", "TimmAdapter")}
@@ -71,8 +72,9 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
         tokenizer: Turns `config.init` into token ids, if that is a text.
 
     Returns:
-        The prefix. Its `parameters()` are what an optimizer takes; its `config` says also what was left to the model,
-        and its `config.length` is the number of tokens of `config.init`, if that is a text or token ids.
+        The prefix; with `config.count` a `PrefixBank`. Its `parameters()` are what an optimizer takes; its `config`
+        says also what was left to the model, and its `config.length` is the number of tokens of `config.init`, if that
+        is a text or token ids.
     """
     if not isinstance(config, PrefixConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a PrefixConfig")
@@ -85,28 +87,42 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
         activations = adapter.activations(ids)[list(config.slots(adapter.geometry.kinds))].contiguous()
     encoder = make_encoder(config, adapter.geometry).to(adapter.device)
     initialise(encoder, config, adapter.defaults.bound, activations)
-    prefix = Prefix(config, adapter, encoder)
+    prefix = Prefix(config, adapter, encoder) if config.count is None else PrefixBank(config, adapter, encoder)
     prefix.to(adapter.device)
     adapter.install(prefix)
     return prefix
 
 
 def load(model: nn.Module, folder: str | Path) -> Prefix:
-    """Attaches the prefix saved in `folder` to `model`: one of `save_pretrained`'s, or a PEFT adapter.
+    """Attaches what is saved in `folder` to `model`: a prefix or bank of `save_pretrained`'s, or a PEFT adapter.
 
     An unfolded prefix can be trained further, and so can a PEFT adapter (PREFIX_TUNING, CARTRIDGE), whose network PEFT
     does not save: it becomes share="none", and rows that a CARTRIDGE freezes are trained like the others. In layers
     with a sliding window all of the prefix stays in sight, where PEFT's slides out. The model is left as it is if
     anything is wrong with the files or they do not fit it; nothing is ever unpickled.
     """
-    from prefixattn import checkpoint  # here, for the sake of installations without safetensors
-
     adapter = make_adapter(model)
-    config, encoder, gate = checkpoint.read(Path(folder), adapter.geometry, adapter.defaults)
+    prefix = read(adapter, folder)
+    adapter.install(prefix.to(adapter.device))
+    return prefix
+
+
+def read(adapter: Adapter, folder: str | Path) -> Prefix:
+    """What is saved in `folder`, for the adapter's model, to which it is not attached yet."""
+    from prefixattn import checkpoint  # here, for the sake of installations without safetensors
+    from prefixattn.attach import bank_file
+
+    folder = Path(folder)
+    file = folder / bank_file.NAME
+    if file.is_file():
+        config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=False)
+        return PrefixBank(config, adapter, PrefixRows(rows, lengths))
+    config, encoder, gate = checkpoint.read(folder, adapter.geometry, adapter.defaults)
+    if config.count is not None:
+        raise ValueError(f"{folder} has count={config.count} in {checkpoint.JSON}, expected None: a bank is one file")
     prefix = Prefix(config, adapter, encoder)
     if gate is not None and prefix.gate is not None:
         prefix.gate.data = gate
-    adapter.install(prefix.to(adapter.device))
     return prefix
 
 

@@ -25,7 +25,7 @@ class HuggingFaceAdapter(Adapter):
         self.implementations: list[tuple[Any, str | None]] = []
         self.unpacked: list[nn.Module] = []
         self.override: PrefixCall | None = None
-        self.shift = 0  # of the decoder's forward pass that is running
+        self.shift: int | Tensor = 0  # of the decoder's forward pass that is running
         self.enter()
         try:
             _, calls = probe.run(base, {**probe.example(base, [1]), "prefix_call": PrefixCall({}, 0.0)})
@@ -86,8 +86,9 @@ class HuggingFaceAdapter(Adapter):
                 decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
                 embedding.register_forward_pre_hook(self.before_positions, with_kwargs=True),
             ]
-        if hasattr(self.model, "_validate_model_kwargs"):
-            self.model._validate_model_kwargs = self.validate_kwargs  # type: ignore[assignment]
+        for name, ours in self.replaced.items():
+            if hasattr(self.model, name):
+                setattr(self.model, name, ours)
 
     def leave(self) -> None:
         for handle in self.handles:
@@ -97,7 +98,16 @@ class HuggingFaceAdapter(Adapter):
         quantised.restore(self.unpacked)
         for site in getattr(self, "sites", []):
             self.base.get_submodule(site.path).__dict__.pop("prefix_slot", None)
-        self.model.__dict__.pop("_validate_model_kwargs", None)
+        for name in self.replaced:
+            self.model.__dict__.pop(name, None)
+
+    @property
+    def replaced(self) -> dict[str, Any]:
+        """The model's methods that are ours while it has prefixes."""
+        return {
+            "_validate_model_kwargs": self.validate_kwargs,
+            "init_continuous_batching": self.init_continuous_batching,
+        }
 
     def switch(self, on: bool) -> None:
         for config, implementation in self.implementations:
@@ -165,11 +175,23 @@ class HuggingFaceAdapter(Adapter):
             self.model, {name: value for name, value in kwargs.items() if name != "prefix_ids"}
         )
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Its manager asks for an attention of transformers' own by name, and none of those has a prefix."""
+        if self.active and self.prefix is not None:
+            raise NotImplementedError(
+                "continuous batching (generate_batch) takes no attention but transformers' own, which would leave out "
+                "the prefix; use generate, or go without the prefix: disabled() or detach()"
+            )
+        return type(self.model).init_continuous_batching(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook: computes the prefixes and shifts the positions."""
         prefix = self.prefix
-        if not self.active or prefix is None or kwargs.get("prefix_call") is not None:
+        if prefix is None or kwargs.get("prefix_call") is not None:
             return None
+        ids = kwargs.pop("prefix_ids", None)
+        if not self.active:
+            return args, kwargs
         self._check_implementation()
         names = self.names if stack is self.base else interface.arguments(stack)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -178,18 +200,14 @@ class HuggingFaceAdapter(Adapter):
             return None  # the model itself says what is missing
         if kwargs.get("output_attentions"):
             raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
-        ids = kwargs.pop("prefix_ids", None)
         if self.override is not None:
             return (), {**kwargs, "prefix_call": self.override}
+        chosen = prefix.choose(ids, len(first), self._dtype(first.device), first.device)
         if self.defaults.positions == "shifted":
-            self._prepare_decoder(first, kwargs)
-        found = prefix.layer_prefixes(self._dtype(first.device), first.device)
+            self._prepare_decoder(first, kwargs, chosen.shift)
         if torch.is_grad_enabled() and gate.needed(self.base):
-            found = gate.behind(self.base, found, kwargs)
-        call = prefix.call(found, ids)
-        if prefix.config.positions == "shifted":
-            call = call._replace(shift=prefix.config.longest)
-        kwargs["prefix_call"] = call
+            chosen = chosen._replace(prefixes=gate.behind(self.base, chosen.prefixes, kwargs))
+        kwargs["prefix_call"] = prefix.call(chosen)
         return (), kwargs
 
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,7 +216,7 @@ class HuggingFaceAdapter(Adapter):
 
     def before_positions(self, embedding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shifts the positions that the decoder of an encoder-decoder makes itself, and takes from nobody."""
-        if not self.shift:
+        if isinstance(self.shift, int) and self.shift == 0:
             return None
         kwargs = {**dict(zip(interface.arguments(embedding), args, strict=False)), **kwargs}
         return (), {**kwargs, "position_ids": self._after_prefix(kwargs["position_ids"], self.shift)}
@@ -211,7 +229,7 @@ class HuggingFaceAdapter(Adapter):
                 f"the prefix; expected {NAME!r}: call set_attn_implementation before attach, or detach() the prefix"
             )
 
-    def _prepare_decoder(self, tokens: Tensor, kwargs: dict[str, Any]) -> None:
+    def _prepare_decoder(self, tokens: Tensor, kwargs: dict[str, Any], shift: int | Tensor) -> None:
         """What a decoder's inputs need: a mask of the tokens alone, positions after the prefix's."""
         assert self.prefix is not None
         batch, length = tokens.shape[0], tokens.shape[1]
@@ -224,24 +242,25 @@ class HuggingFaceAdapter(Adapter):
             # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
             kwargs["attention_mask"] = tokens.new_ones(1, 1, dtype=torch.bool).expand(batch, length)
         if self.prefix.config.positions == "shifted":
-            kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device)
+            kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device, shift)
 
-    def _shifted(self, positions: Tensor | None, cache: Any, length: int, device: torch.device) -> Tensor:
-        assert self.prefix is not None
+    def _shifted(
+        self, positions: Tensor | None, cache: Any, length: int, device: torch.device, shift: int | Tensor
+    ) -> Tensor:
         if positions is None:
             past = cache.get_seq_length() if cache is not None else 0
             positions = (torch.arange(length, device=device) + past)[None]
-        return self._after_prefix(positions, self.prefix.config.longest)
+        return self._after_prefix(positions, shift)
 
-    def _after_prefix(self, positions: Tensor, shift: int) -> Tensor:
+    def _after_prefix(self, positions: Tensor, shift: int | Tensor) -> Tensor:
         positions = positions + shift
         most = self.max_positions
         if most is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
             last = int(positions.max()) if positions.numel() else 0
             if last >= most:
                 raise ValueError(
-                    f"position {last} is past the model's {most} positions, {shift} of which the prefix "
-                    f"takes; shorten the input or use positions='unshifted'"
+                    f"position {last} is past the model's {most} positions, {int(torch.as_tensor(shift).max())} of "
+                    "which the prefix takes; shorten the input or use positions='unshifted'"
                 )
         return positions
 

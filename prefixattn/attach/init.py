@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefixattn.config import PrefixConfig
-from prefixattn.prefix import DeepShare, FreePrefix, SimpleShare
+from prefixattn.prefix import DeepShare, FreePrefix, PrefixRows, SimpleShare
 
 FIT_STEPS, FIT_LR = 500, 1e-2  # Li & Liang's low-data runs: 500 steps of Adam on the squared error
 
@@ -20,6 +20,8 @@ def initialise(encoder: nn.Module, config: PrefixConfig, bound: float, activatio
     if activations is not None:
         if isinstance(encoder, FreePrefix):
             encoder.bank = nn.Parameter(activations)
+        elif isinstance(encoder, PrefixRows):
+            encoder.weight = nn.Parameter(activations.flatten().repeat(len(encoder.weight), 1))
         else:
             _fit(encoder, activations)
         return
@@ -28,7 +30,7 @@ def initialise(encoder: nn.Module, config: PrefixConfig, bound: float, activatio
             # zero embeddings alone would leave the biases' output; a zero network still learns, from its last layer on
             nn.init.zeros_(part.up.weight)
             nn.init.zeros_(part.up.bias)
-        elif isinstance(part, (DeepShare, FreePrefix, SimpleShare)):
+        elif isinstance(part, (DeepShare, FreePrefix, PrefixRows, SimpleShare)):
             start(_rows(part), config.init, bound)
 
 
@@ -42,10 +44,12 @@ def start(rows: Tensor, init: object, bound: float) -> None:
             rows.normal_()
 
 
-def _rows(part: DeepShare | FreePrefix | SimpleShare) -> Tensor:
+def _rows(part: DeepShare | FreePrefix | PrefixRows | SimpleShare) -> Tensor:
     """What share trains in place of keys and values."""
     if isinstance(part, FreePrefix):
         return part.bank
+    if isinstance(part, PrefixRows):
+        return part.weight
     rows: Tensor = part.vectors if isinstance(part, SimpleShare) else part.embedding.weight
     return rows
 

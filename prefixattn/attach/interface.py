@@ -24,12 +24,12 @@ NAME = "prefixattn"
 class PrefixCall(NamedTuple):
     """What one forward of the model passes to its attention layers."""
 
-    prefixes: dict[int, LayerPrefix]  # slot -> key, value [Hkv, P, D], or a bank's [T, Hkv, P, D]
+    prefixes: dict[int, LayerPrefix]  # by slot
     dropout_p: float
     ids: Tensor | None = None  # [B], rows of the bank
     lengths: Tensor | None = None  # [T]
     masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
-    shift: int = 0  # of the positions in the decoder of an encoder-decoder
+    shift: int | Tensor = 0  # of the positions in the decoder of an encoder-decoder
 
 
 class Watched(NamedTuple):
@@ -161,10 +161,7 @@ def attention_with_prefix(
         prefix_k = prefix_v = key.new_empty(key.shape[1], 0, key.shape[3])
         options: dict[str, Any] = {}
     else:
-        prefix_k, prefix_v = (t.to(device=query.device, dtype=query.dtype) for t in found)
-        options = {"prefix_dropout_p": prefix_call.dropout_p}
-        if prefix_call.ids is not None:
-            options |= {"prefix_ids": prefix_call.ids, "prefix_lengths": prefix_call.lengths}
+        prefix_k, prefix_v, options = _placed(found, prefix_call, query)
     want_mass = prefix_call is not None and prefix_call.masses is not None and found is not None
     out = prefix_attention(
         query,
@@ -185,6 +182,22 @@ def attention_with_prefix(
         out, prefix_call.masses[slot] = out  # type: ignore[union-attr, index]
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
+
+
+def _placed(found: LayerPrefix, call: PrefixCall, query: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The prefixes in the query's type and on its device, with the keyword arguments that go with them."""
+    key, value = found
+    ids, lengths = call.ids, call.lengths
+    if ids is not None and (key.device != query.device or key.dtype != query.dtype):
+        # a layer on another device, or of another type than the model: the whole bank is not to follow it there
+        key, value = key[ids], value[ids]
+        ids, lengths = None, None if lengths is None else lengths[ids]
+    options = {
+        "prefix_dropout_p": call.dropout_p,
+        "prefix_ids": ids,
+        "prefix_lengths": None if lengths is None else lengths.to(query.device),
+    }
+    return key.to(query.device, query.dtype), value.to(query.device, query.dtype), options
 
 
 def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,17 @@ from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, Geometry, Simpl
 if TYPE_CHECKING:
     from prefixattn.attach.interface import PrefixCall
 
-LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each
+LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each, or [T, Hkv, P, D] of a bank
+
+
+class Chosen(NamedTuple):
+    """What a forward pass of the model attends to."""
+
+    prefixes: list[LayerPrefix]  # of each layer of `slots`
+    shift: int | Tensor  # how many positions the prefix takes; [B, 1] where each sample has its own
+    ids: Tensor | None = None  # [B], of a bank
+    lengths: Tensor | None = None  # [T], of a bank
+
 
 _steps = 0  # of all optimizers of the process
 
@@ -28,6 +38,11 @@ def _count_step(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+def steps() -> int:
+    """Of all optimizers so far: torch's fused ones leave no trace in a tensor's version."""
+    return _steps
 
 
 class Prefix(nn.Module):
@@ -84,6 +99,13 @@ class Prefix(nn.Module):
                 bank = bank * self.gate[:, None, None, None, None]
             return bank if dtype is None else bank.to(dtype)
 
+    def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
+        """The prefixes of a forward pass of `batch` samples, for which the caller passed the prefix_ids `ids`."""
+        if ids is not None:
+            raise ValueError("prefix_ids chooses among the prefixes of a PrefixBank; the active prefix is a single one")
+        shift = self.config.longest if self.config.positions == "shifted" else 0
+        return Chosen(self.layer_prefixes(dtype, device), shift)
+
     def layer_prefixes(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         """Key and value for each layer of `layers`, in the model's type; computed once for a forward of the model.
 
@@ -98,8 +120,7 @@ class Prefix(nn.Module):
         sources = list(self._sources())
         if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
             return self._split(dtype, device)
-        # the count, because torch's fused optimizers leave no trace in a version
-        key = (dtype, device, _steps, *((t.data_ptr(), t._version) for t in sources))
+        key = (dtype, device, steps(), *((t.data_ptr(), t._version) for t in sources))
         if self._cache is None or self._cache[0] != key:
             # Not as inference tensors: a later pass may need to save them for a backward.
             with torch.inference_mode(False), torch.no_grad():
@@ -121,14 +142,13 @@ class Prefix(nn.Module):
             return pairs
         return [(k[:, :n], v[:, :n]) for (k, v), n in zip(pairs, self.lengths, strict=True)]
 
-    def call(self, found: list[LayerPrefix], ids: Tensor | None) -> "PrefixCall":
+    def call(self, chosen: Chosen) -> "PrefixCall":
         """What the layers of a Hugging Face model get with a forward pass."""
         from prefixattn.attach.interface import PrefixCall
 
-        if ids is not None:
-            raise ValueError("prefix_ids chooses among the prefixes of a PrefixBank; the active prefix is a single one")
         dropout_p = self.config.dropout if self.training else 0.0
-        return PrefixCall(dict(zip(self.slots, found, strict=True)), dropout_p, masses=self._masses)
+        by_slot = dict(zip(self.slots, chosen.prefixes, strict=True))
+        return PrefixCall(by_slot, dropout_p, chosen.ids, chosen.lengths, self._masses, chosen.shift)
 
     def num_parameters(self, kept: bool = False) -> int:
         """Parameters being trained; with `kept`, the numbers that must be kept to use the prefix afterwards."""
@@ -218,7 +238,7 @@ class Prefix(nn.Module):
         """
         from prefixattn import checkpoint
 
-        config, encoder, gate = checkpoint.read(Path(folder), self._geometry)
+        config, encoder, gate = checkpoint.read(Path(folder), self._geometry, self._attached().defaults)
         found, own = dict(encoder.named_parameters()), dict(self.encoder.named_parameters())
         if config != self.config or {n: p.shape for n, p in found.items()} != {n: p.shape for n, p in own.items()}:
             raise ValueError(f"{folder} holds a prefix of {config}, expected one of {self.config}, unfolded")
