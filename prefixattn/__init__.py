@@ -1,5 +1,7 @@
 """Attention over a learned prefix and a sequence's own keys, without concatenating them."""
 
+from typing import Any
+
 # At once and here, before anything imports the package `attach` and so puts it in the function's place.
 from prefixattn.attach import attach, load
 from prefixattn.attach.prefix import Prefix
@@ -20,4 +22,13 @@ __all__ = [
     "prefix_attention",
     "prefix_attention_qkvpacked",
     "reparameterize",
+    "timm_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "timm_attention":  # at its first use, for timm is optional
+        from prefixattn.attach.timm_layers import PrefixAttention
+
+        return PrefixAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

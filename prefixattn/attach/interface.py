@@ -15,20 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from prefixattn.attach.prefix import LayerPrefix
+from prefixattn.attach.prefix import PrefixCall
 from prefixattn.functional import prefix_attention
 
 NAME = "prefixattn"
-
-
-class PrefixCall(NamedTuple):
-    """What one forward of the model passes to its attention layers."""
-
-    prefixes: dict[int, LayerPrefix]  # slot -> key, value [Hkv, P, D], or a bank's [T, Hkv, P, D]
-    dropout_p: float
-    ids: Tensor | None = None  # [B], rows of the bank
-    lengths: Tensor | None = None  # [T]
-    masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
 
 
 class Watched(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,18 @@ from prefixattn.attach.adapter import Adapter
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, Geometry, SimpleShare
 
-if TYPE_CHECKING:
-    from prefixattn.attach.interface import PrefixCall
-
 LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each
+
+
+class PrefixCall(NamedTuple):
+    """What one forward of the model passes to its attention layers."""
+
+    prefixes: dict[int, LayerPrefix]  # slot -> key, value [Hkv, P, D], or a bank's [T, Hkv, P, D]
+    dropout_p: float
+    ids: Tensor | None = None  # [B], rows of the bank
+    lengths: Tensor | None = None  # [T]
+    masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
+
 
 _steps = 0  # of all optimizers of the process
 
@@ -120,10 +128,8 @@ class Prefix(nn.Module):
             return pairs
         return [(k[:, :n], v[:, :n]) for (k, v), n in zip(pairs, self.lengths, strict=True)]
 
-    def call(self, found: list[LayerPrefix], ids: Tensor | None) -> "PrefixCall":
-        """What the layers of a Hugging Face model get with a forward pass."""
-        from prefixattn.attach.interface import PrefixCall
-
+    def call(self, found: list[LayerPrefix], ids: Tensor | None) -> PrefixCall:
+        """What the layers of the model get with a forward pass."""
         if ids is not None:
             raise ValueError("prefix_ids chooses among the prefixes of a PrefixBank; the active prefix is a single one")
         dropout_p = self.config.dropout if self.training else 0.0
