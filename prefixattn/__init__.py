@@ -1,13 +1,18 @@
 """Attention over a learned prefix and a sequence's own keys, without concatenating them."""
 
+from importlib import import_module
+from typing import Any
+
 # At once and here, before anything imports the package `attach` and so puts it in the function's place.
 from prefixattn.attach import attach, load
 from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.combine import combine
+from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
 from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
 from prefixattn.optim import FactoredAdamW, FactoredSGD
+from prefixattn.plus import PrefixPlusConfig
 from prefixattn.reparam.functional import reparameterize
 
 __version__ = "0.1.0"
@@ -17,6 +22,8 @@ __all__ = [
     "Prefix",
     "PrefixBank",
     "PrefixConfig",
+    "PrefixPlus",
+    "PrefixPlusConfig",
     "PrefixTrainer",
     "__version__",
     "attach",
@@ -25,13 +32,18 @@ __all__ = [
     "prefix_attention",
     "prefix_attention_qkvpacked",
     "reparameterize",
+    "timm_attention",
 ]
 
 
-def __getattr__(name: str) -> object:
-    # the one public name that needs transformers
-    if name == "PrefixTrainer":
-        from prefixattn.attach.trainer import PrefixTrainer
+_LAZY = {  # names that need a library that is optional
+    "PrefixTrainer": ("prefixattn.attach.trainer", "PrefixTrainer"),
+    "timm_attention": ("prefixattn.attach.timm_layers", "PrefixAttention"),
+}
 
-        return PrefixTrainer
-    raise AttributeError(f"module 'prefixattn' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        module, attribute = _LAZY[name]
+        return getattr(import_module(module), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,16 +11,30 @@ from torch import Tensor, nn
 
 from prefixattn import files, peft
 from prefixattn.config import Defaults, PrefixConfig
+from prefixattn.plus import Memories, PrefixPlusConfig
 from prefixattn.prefix import FreePrefix, Geometry, make_encoder
 
 FORMAT = "prefixattn"
 VERSION = 2  # 1 was never released
 JSON = "prefix.json"
 WEIGHTS = re.compile(r"prefix-[0-9a-f]{12}\.safetensors")
-FIELDS = {"format": str, "version": int, "config": dict, "model": dict, "folded": bool, "weights": str, "sha256": str}
+METHODS = "prefix", "prefix_plus"
+FIELDS = {
+    "format": str,
+    "version": int,
+    "method": str,
+    "config": dict,
+    "model": dict,
+    "folded": bool,
+    "weights": str,
+    "sha256": str,
+}
 
 
-def save(folder: Path, config: PrefixConfig, geometry: Geometry, tensors: dict[str, Tensor], folded: bool) -> None:
+Config = PrefixConfig | PrefixPlusConfig
+
+
+def save(folder: Path, config: Config, geometry: Geometry, tensors: dict[str, Tensor], folded: bool) -> None:
     """Writes a prefix: with `folded`, `tensors` is its bank; otherwise its encoder's `state_dict`, and its gate."""
     folder.mkdir(parents=True, exist_ok=True)
     data = files.dump(tensors)
@@ -32,6 +46,7 @@ def save(folder: Path, config: PrefixConfig, geometry: Geometry, tensors: dict[s
     description = {
         "format": FORMAT,
         "version": VERSION,
+        "method": METHODS[isinstance(config, PrefixPlusConfig)],
         "config": config.to_dict(),
         "model": asdict(geometry),
         "folded": folded,
@@ -44,7 +59,7 @@ def save(folder: Path, config: PrefixConfig, geometry: Geometry, tensors: dict[s
             stale.unlink()
 
 
-Read = tuple[PrefixConfig, nn.Module, Tensor | None]
+Read = tuple[Config, nn.Module, Tensor | None]
 
 
 def read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
@@ -66,6 +81,8 @@ def _read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     values = files.read_json(path)
     _check_fields(path, values)
     check_geometry(path, values["model"], geometry)
+    if values["method"] == "prefix_plus":
+        return _read_plus(folder, path, values, geometry)
     try:
         config = PrefixConfig.from_dict(values["config"])
         slots = config.slots(geometry.kinds)
@@ -89,6 +106,20 @@ def _read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     return config, encoder.requires_grad_(not values["folded"]), gate
 
 
+def _read_plus(folder: Path, path: Path, values: dict[str, Any], geometry: Geometry) -> Read:
+    try:
+        config = PrefixPlusConfig.from_dict(values["config"])
+        with torch.device("meta"):
+            encoder = Memories(config, geometry)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    weights = folder / values["weights"]
+    tensors = files.read_tensors(weights, values["sha256"])
+    files.check_tensors(weights, tensors, {name: list(t.shape) for name, t in encoder.state_dict().items()})
+    encoder.load_state_dict(tensors, assign=True)
+    return config, encoder, None
+
+
 def _check_fields(path: Path, values: dict[str, Any]) -> None:
     # what it is, before what is wrong with it
     if values.get("format") != FORMAT:
@@ -103,6 +134,8 @@ def _check_fields(path: Path, values: dict[str, Any]) -> None:
     for name, kind in FIELDS.items():
         if type(values[name]) is not kind:
             raise ValueError(f"{path} has {name} {values[name]!r}, expected a {kind.__name__}")
+    if values["method"] not in METHODS:
+        raise ValueError(f"{path} has method {values['method']!r}, expected one of {', '.join(map(repr, METHODS))}")
     if not WEIGHTS.fullmatch(values["weights"]):
         raise ValueError(f"{path} names the weights {values['weights']!r}, expected a file {WEIGHTS.pattern} beside it")
 

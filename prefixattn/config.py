@@ -32,8 +32,66 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+class LayerChoice:
+    """The layers of a model that a config names by its fields `layers` and `attentions`."""
+
+    layers: str | Sequence[int]
+    attentions: str | Sequence[str]
+
+    def check_layers(self) -> None:
+        if isinstance(self.layers, str):
+            if self.layers not in ("all", "first"):
+                raise ValueError(f"layers is {self.layers!r}, expected 'all', 'first' or a list of layer indices")
+            return
+        indices: tuple[Any, ...] = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
+        if not indices or not all(_is_int(i) and i >= 0 for i in indices) or sorted(set(indices)) != list(indices):
+            raise ValueError(f"layers is {self.layers!r}, expected increasing layer indices, at least one, from 0")
+        object.__setattr__(self, "layers", indices)
+
+    def check_attentions(self) -> None:
+        if self.attentions == "all":
+            return
+        given = isinstance(self.attentions, Sequence) and not isinstance(self.attentions, str)
+        kinds: tuple[Any, ...] = tuple(self.attentions) if given else ()
+        if not kinds or not all(isinstance(kind, str) for kind in kinds) or len(set(kinds)) != len(kinds):
+            raise ValueError(f"attentions is {self.attentions!r}, expected 'all' or a list of kinds of attention")
+        object.__setattr__(self, "attentions", kinds)
+
+    def layer_indices(self, count: int) -> tuple[int, ...]:
+        """The layers that get a prefix, in a stack of `count` layers."""
+        if self.layers == "all":
+            return tuple(range(count))
+        indices = (0,) if self.layers == "first" else tuple(int(i) for i in self.layers)
+        if indices[-1] >= count:
+            raise ValueError(f"layers names layer {indices[-1]}, but the model has {count} layers (0 to {count - 1})")
+        return indices
+
+    def counts(self, kinds: Mapping[str, int]) -> dict[str, int]:
+        """Layers with a prefix for each kind of attention that has any; `kinds` has all layers of all kinds."""
+        return {kind: len(slots) for kind, slots in self._chosen(kinds).items()}
+
+    def slots(self, kinds: Mapping[str, int]) -> tuple[int, ...]:
+        """The layers with a prefix, counted through all kinds of attention in their order."""
+        return tuple(slot for slots in self._chosen(kinds).values() for slot in slots)
+
+    def _chosen(self, kinds: Mapping[str, int]) -> dict[str, list[int]]:
+        wanted = tuple(kinds) if self.attentions == "all" else tuple(self.attentions)
+        if unknown := [kind for kind in wanted if kind not in kinds]:
+            raise ValueError(f"attentions names {unknown[0]!r}, but the model has {', '.join(map(repr, kinds))}")
+        first, chosen = 0, {}
+        for kind, count in kinds.items():
+            if kind in wanted:
+                chosen[kind] = [first + i for i in self.layer_indices(count)]
+            first += count
+        self.check_count(sum(map(len, chosen.values())))
+        return chosen
+
+    def check_count(self, count: int) -> None:
+        """ValueError if the config does not fit so many layers."""
+
+
 @dataclass(frozen=True)
-class PrefixConfig:
+class PrefixConfig(LayerChoice):
     """The choices behind a prefix. Two configs that are equal make prefixes of the same shape.
 
     None leaves a choice to the model's kind: what the published code for language models or for image models does.
@@ -103,8 +161,8 @@ class PrefixConfig:
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability in [0, 1)")
         if not isinstance(self.gate, bool):
             raise ValueError(f"gate is {self.gate!r}, expected True or False")
-        self._check_layers()
-        self._check_attentions()
+        self.check_layers()
+        self.check_attentions()
         self._check_init()
         self._check_count()
 
@@ -116,25 +174,6 @@ class PrefixConfig:
             raise ValueError(f"length is {given!r}, expected an integer from 1 to {MOST}, or a list of such")
         if several:
             object.__setattr__(self, "length", lengths)
-
-    def _check_layers(self) -> None:
-        if isinstance(self.layers, str):
-            if self.layers not in ("all", "first"):
-                raise ValueError(f"layers is {self.layers!r}, expected 'all', 'first' or a list of layer indices")
-            return
-        indices: tuple[Any, ...] = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-        if not indices or not all(_is_int(i) and i >= 0 for i in indices) or sorted(set(indices)) != list(indices):
-            raise ValueError(f"layers is {self.layers!r}, expected increasing layer indices, at least one, from 0")
-        object.__setattr__(self, "layers", indices)
-
-    def _check_attentions(self) -> None:
-        if self.attentions == "all":
-            return
-        given = isinstance(self.attentions, Sequence) and not isinstance(self.attentions, str)
-        kinds: tuple[Any, ...] = tuple(self.attentions) if given else ()
-        if not kinds or not all(isinstance(kind, str) for kind in kinds) or len(set(kinds)) != len(kinds):
-            raise ValueError(f"attentions is {self.attentions!r}, expected 'all' or a list of kinds of attention")
-        object.__setattr__(self, "attentions", kinds)
 
     def _check_init(self) -> None:
         if not isinstance(self.init, str):
@@ -178,34 +217,8 @@ class PrefixConfig:
             raise ValueError(f"length names {len(self.length)} lengths for {count} layers with a prefix")
         return tuple(self.length)
 
-    def layer_indices(self, count: int) -> tuple[int, ...]:
-        """The layers that get a prefix, in a stack of `count` layers."""
-        if self.layers == "all":
-            return tuple(range(count))
-        indices = (0,) if self.layers == "first" else tuple(int(i) for i in self.layers)
-        if indices[-1] >= count:
-            raise ValueError(f"layers names layer {indices[-1]}, but the model has {count} layers (0 to {count - 1})")
-        return indices
-
-    def counts(self, kinds: Mapping[str, int]) -> dict[str, int]:
-        """Layers with a prefix for each kind of attention that has any; `kinds` has all layers of all kinds."""
-        return {kind: len(slots) for kind, slots in self._chosen(kinds).items()}
-
-    def slots(self, kinds: Mapping[str, int]) -> tuple[int, ...]:
-        """The layers with a prefix, counted through all kinds of attention in their order."""
-        return tuple(slot for slots in self._chosen(kinds).values() for slot in slots)
-
-    def _chosen(self, kinds: Mapping[str, int]) -> dict[str, list[int]]:
-        wanted = tuple(kinds) if self.attentions == "all" else tuple(self.attentions)
-        if unknown := [kind for kind in wanted if kind not in kinds]:
-            raise ValueError(f"attentions names {unknown[0]!r}, but the model has {', '.join(map(repr, kinds))}")
-        first, chosen = 0, {}
-        for kind, count in kinds.items():
-            if kind in wanted:
-                chosen[kind] = [first + i for i in self.layer_indices(count)]
-            first += count
-        self.lengths(sum(map(len, chosen.values())))
-        return chosen
+    def check_count(self, count: int) -> None:
+        self.lengths(count)
 
     def resolved(self, defaults: Defaults) -> "PrefixConfig":
         """With everything said that was left open."""

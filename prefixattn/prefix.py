@@ -31,9 +31,13 @@ class Geometry:
     width: int  # E
     kinds: dict[str, int] = field(default_factory=dict)  # kind of attention -> its layers; of one kind {"self": layers}
 
+    heads: int = 0  # H; 0: as many as Hkv
+
     def __post_init__(self) -> None:
         if not self.kinds:
             self.kinds["self"] = self.layers
+        if not self.heads:
+            object.__setattr__(self, "heads", self.kv_heads)
 
 
 class _Rows(nn.Module):

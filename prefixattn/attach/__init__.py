@@ -3,16 +3,19 @@
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.attached import Attached
 from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.init import initialise
+from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import INITS, PrefixConfig
+from prefixattn.plus import Memories, PrefixPlusConfig
 from prefixattn.prefix import PrefixRows, make_encoder
 
 # Library of the model's class -> module and class that know it. Imported when met: both libraries are optional.
@@ -33,7 +36,7 @@ def _adapter_of(model: nn.Module) -> Adapter | None:
     return None
 
 
-def attached(model: nn.Module) -> Prefix | None:
+def attached(model: nn.Module) -> Attached | None:
     """The active prefix on `model`, or None; for a copied or unpickled model, whose prefix nobody has in hand."""
     adapter = _adapter_of(model)
     return None if adapter is None else adapter.prefix
@@ -58,7 +61,15 @@ def make_adapter(model: nn.Module) -> Adapter:
     return made
 
 
-def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Prefix:
+@overload
+def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Prefix: ...
+
+
+@overload
+def attach(model: nn.Module, config: PrefixPlusConfig, tokenizer: Any = None) -> PrefixPlus: ...
+
+
+def attach(model: nn.Module, config: PrefixConfig | PrefixPlusConfig, tokenizer: Any = None) -> Prefix | PrefixPlus:
     """Puts a trainable prefix into `model` and freezes the model.
 
     One token or image is run to see that the prefix reaches the output; otherwise the model is left as it was and
@@ -68,7 +79,7 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
         model: A model of transformers whose layers call its attention interface (GPT-2, BART, T5, LLaMA, Mistral,
             Qwen, Gemma, BERT, ViT and others), with or without a head, or a vision transformer of timm. It stays in the
             mode, training or evaluation, it is in. One that has prefixes gets another, which becomes the active one.
-        config: The prefix; see `PrefixConfig`.
+        config: The prefix, see `PrefixConfig`; or Prefix-Tuning+, see `PrefixPlusConfig`.
         tokenizer: Turns `config.init` into token ids, if that is a text.
 
     Returns:
@@ -76,9 +87,14 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
         says also what was left to the model, and its `config.length` is the number of tokens of `config.init`, if that
         is a text or token ids.
     """
-    if not isinstance(config, PrefixConfig):
-        raise ValueError(f"config is a {type(config).__name__}, expected a PrefixConfig")
+    if not isinstance(config, (PrefixConfig, PrefixPlusConfig)):
+        raise ValueError(f"config is a {type(config).__name__}, expected a PrefixConfig or a PrefixPlusConfig")
     adapter = make_adapter(model)
+    if isinstance(config, PrefixPlusConfig):
+        config = adapter.resolve(config)
+        plus = PrefixPlus(config, adapter, Memories(config, adapter.geometry)).to(adapter.device)
+        adapter.install(plus)
+        return plus
     config = adapter.resolve(config)
     activations = None
     if config.init not in INITS:
@@ -93,7 +109,7 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
     return prefix
 
 
-def load(model: nn.Module, folder: str | Path) -> Prefix:
+def load(model: nn.Module, folder: str | Path) -> Any:
     """Attaches what is saved in `folder` to `model`: a prefix or bank of `save_pretrained`'s, or a PEFT adapter.
 
     An unfolded prefix can be trained further, and so can a PEFT adapter (PREFIX_TUNING, CARTRIDGE), whose network PEFT
@@ -107,7 +123,7 @@ def load(model: nn.Module, folder: str | Path) -> Prefix:
     return prefix
 
 
-def read(adapter: Adapter, folder: str | Path) -> Prefix:
+def read(adapter: Adapter, folder: str | Path) -> Prefix | PrefixPlus:
     """What is saved in `folder`, for the adapter's model, to which it is not attached yet."""
     from prefixattn import checkpoint  # here, for the sake of installations without safetensors
     from prefixattn.attach import bank_file
@@ -117,10 +133,13 @@ def read(adapter: Adapter, folder: str | Path) -> Prefix:
     if file.is_file():
         config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=False)
         return PrefixBank(config, adapter, PrefixRows(rows, lengths))
-    config, encoder, gate = checkpoint.read(folder, adapter.geometry, adapter.defaults)
-    if config.count is not None:
-        raise ValueError(f"{folder} has count={config.count} in {checkpoint.JSON}, expected None: a bank is one file")
-    prefix = Prefix(config, adapter, encoder)
+    saved, encoder, gate = checkpoint.read(folder, adapter.geometry, adapter.defaults)
+    if isinstance(saved, PrefixPlusConfig):
+        assert isinstance(encoder, Memories)
+        return PrefixPlus(saved, adapter, encoder)
+    if saved.count is not None:
+        raise ValueError(f"{folder} has count={saved.count} in {checkpoint.JSON}, expected None: a bank is one file")
+    prefix = Prefix(saved, adapter, encoder)
     if gate is not None and prefix.gate is not None:
         prefix.gate.data = gate
     return prefix

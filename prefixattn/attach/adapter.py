@@ -2,16 +2,20 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prefixattn.config import Defaults, PrefixConfig
+from prefixattn.plus import PrefixPlusConfig
 from prefixattn.prefix import Geometry
 
 if TYPE_CHECKING:
-    from prefixattn.attach.prefix import Prefix
+    from prefixattn.attach.attached import Attached
+
+
+Choice = TypeVar("Choice", PrefixConfig, PrefixPlusConfig)
 
 
 class Adapter:
@@ -28,8 +32,8 @@ class Adapter:
         # Any: a module's attributes are known to no type checker.
         self.model: nn.Module = model
         self.base: Any = base
-        self.prefixes: list[Prefix] = []
-        self.prefix: Prefix | None = None  # the active one
+        self.prefixes: list[Attached] = []
+        self.prefix: Attached | None = None  # the active one
         self.active = True
         self.flags: dict[str, bool] = {}
 
@@ -69,16 +73,16 @@ class Adapter:
     def device(self) -> torch.device:
         return next(self.base.parameters()).device
 
-    def resolve(self, config: PrefixConfig) -> PrefixConfig:
+    def resolve(self, config: Choice) -> Choice:
         """The config with the model's own choices, if a prefix of it fits the model."""
         config = config.resolved(self.defaults)
         slots = config.slots(self.geometry.kinds)
-        if config.share == "simple":
+        if isinstance(config, PrefixConfig) and config.share == "simple":
             for slot in slots:
                 list(self.projection_parameters(slot))  # which refuses a layer that it does not know
         return config
 
-    def install(self, prefix: "Prefix") -> None:
+    def install(self, prefix: "Attached") -> None:
         """Adds a prefix, which becomes the active one."""
         before = self.prefix
         if not self.prefixes:
@@ -94,10 +98,10 @@ class Adapter:
             self.prefix = before
             raise
 
-    def activate(self, prefix: "Prefix") -> None:
+    def activate(self, prefix: "Attached") -> None:
         self.prefix = prefix
 
-    def remove(self, prefix: "Prefix") -> None:
+    def remove(self, prefix: "Attached") -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
         self.prefixes = [p for p in self.prefixes if p is not prefix]
         if self.prefix is prefix:

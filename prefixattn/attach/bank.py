@@ -54,12 +54,12 @@ class PrefixBank(Prefix):
         Each is a prefix on this model or one like it, or a folder that `load` reads. Their lengths may differ; layers,
         positions and dropout must be the same. `requires_grad_()` lets the bank be trained on.
         """
-        from prefixattn.attach import make_adapter, read
+        from prefixattn.attach import make_adapter
 
         if not isinstance(prefixes, Sequence) or isinstance(prefixes, str) or not prefixes:
             raise ValueError(f"prefixes is {prefixes!r}, expected a list of prefixes or folders, at least one")
         adapter = make_adapter(model)
-        found = [item if isinstance(item, Prefix) else read(adapter, item) for item in prefixes]
+        found = [_prefix(item, adapter) for item in prefixes]
         _check_alike(found, adapter)
         banks = [prefix._bank() for prefix in found]
         P = max(bank.shape[3] for bank in banks)
@@ -138,10 +138,8 @@ class PrefixBank(Prefix):
         return index
 
     def _tensor(self, item: Prefix | Tensor | str | Path) -> Tensor:
-        from prefixattn.attach import read
-
         if not isinstance(item, Tensor):
-            prefix = item if isinstance(item, Prefix) else read(self._attached(), item)
+            prefix = _prefix(item, self._attached())
             _check_alike([self, prefix], self._attached())
             item = prefix._bank()
         N, kv, Hkv, P, D = self.encoder.shape
@@ -284,6 +282,16 @@ def _same(last: _Brought, ids: Tensor) -> bool:
     if ids is last.given and last.version is not None and last.version == ids._version:
         return True
     return ids.device == last.ids.device and torch.equal(ids, last.ids)
+
+
+def _prefix(item: Prefix | str | Path, adapter: Adapter) -> Prefix:
+    """A prefix, or what a folder holds."""
+    from prefixattn.attach import read
+
+    prefix = item if isinstance(item, Prefix) else read(adapter, item)
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"{item} holds a {type(prefix).__name__}, which has no keys and values for a bank")
+    return prefix
 
 
 def _check_alike(prefixes: list[Prefix], adapter: Adapter) -> None:

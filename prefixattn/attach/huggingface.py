@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig
 
 from prefixattn.attach import gate, interface, probe, projections, quantised
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.interface import NAME, PrefixCall
+from prefixattn.attach.attached import PrefixCall
+from prefixattn.attach.interface import NAME
 from prefixattn.config import Defaults
 from prefixattn.prefix import Geometry
 
@@ -40,7 +41,7 @@ class HuggingFaceAdapter(Adapter):
         if base.main_input_name == "pixel_values":
             config = getattr(self.base.config, "vision_config", self.base.config)
         self.geometry = Geometry(
-            config.model_type, len(self.sites), first.kv_heads, first.head_dim, config.hidden_size, kinds
+            config.model_type, len(self.sites), first.kv_heads, first.head_dim, config.hidden_size, kinds, first.heads
         )
         self.defaults = self._defaults(config)
 
@@ -241,7 +242,7 @@ class HuggingFaceAdapter(Adapter):
         if mask is None and cache is None and kwargs.get("position_ids") is None and torch.compiler.is_compiling():
             # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
             kwargs["attention_mask"] = tokens.new_ones(1, 1, dtype=torch.bool).expand(batch, length)
-        if self.prefix.config.positions == "shifted":
+        if not isinstance(shift, int) or shift:
             kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device, shift)
 
     def _shifted(

@@ -15,21 +15,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from prefixattn.attach.prefix import LayerPrefix
+from prefixattn.attach.attached import LayerPrefix, PrefixCall
 from prefixattn.functional import prefix_attention
 
 NAME = "prefixattn"
-
-
-class PrefixCall(NamedTuple):
-    """What one forward of the model passes to its attention layers."""
-
-    prefixes: dict[int, LayerPrefix]  # by slot
-    dropout_p: float
-    ids: Tensor | None = None  # [B], rows of the bank
-    lengths: Tensor | None = None  # [T]
-    masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
-    shift: int | Tensor = 0  # of the positions in the decoder of an encoder-decoder
+PLAIN = PrefixCall({}, 0.0)
 
 
 class Watched(NamedTuple):
@@ -144,9 +134,9 @@ def attention_with_prefix(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with a prefix does not take {name}")
     slot = getattr(module, "prefix_slot", None)
-    found = None if prefix_call is None else prefix_call.prefixes.get(slot)  # type: ignore[arg-type]
+    call = prefix_call or PLAIN
     if _watching is not None:
-        _watching.append(Watched(module, query.shape[1], key, value, prefix_call is not None, found is not None))
+        _watching.append(Watched(module, query.shape[1], key, value, prefix_call is not None, call.has(slot)))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is not None:
         if attention_mask.ndim == 2:
@@ -157,12 +147,15 @@ def attention_with_prefix(
             causal = False
     if position_bias is not None:
         attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
-    if found is None or prefix_call is None:
+    options: dict[str, Any] = {}
+    found, memory = call.prefixes.get(slot), call.memories.get(slot)  # type: ignore[arg-type]
+    if found is None:
         prefix_k = prefix_v = key.new_empty(key.shape[1], 0, key.shape[3])
-        options: dict[str, Any] = {}
     else:
-        prefix_k, prefix_v, options = _placed(found, prefix_call, query)
-    want_mass = prefix_call is not None and prefix_call.masses is not None and found is not None
+        prefix_k, prefix_v, options = _placed(found, call, query)
+    if memory is not None and memory.inside:
+        options |= {"memory": memory.matrix.to(query.dtype), "phi": memory.phi}
+    want_mass = call.masses is not None and found is not None
     out = prefix_attention(
         query,
         key,
@@ -179,8 +172,10 @@ def attention_with_prefix(
         **options,
     )
     if want_mass:
-        out, prefix_call.masses[slot] = out  # type: ignore[union-attr, index]
+        out, call.masses[slot] = out  # type: ignore[index]
     assert isinstance(out, Tensor)
+    if memory is not None and not memory.inside:
+        out = out + memory.added(query)
     return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
 
 

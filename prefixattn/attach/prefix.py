@@ -1,51 +1,20 @@
-"""`Prefix`: the prefix on a model, from `attach` to `detach`."""
+"""`Prefix`: a prefix of keys and values on a model, from `attach` to `detach`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.attached import Attached, Chosen, LayerPrefix, steps
 from prefixattn.config import PrefixConfig
-from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, Geometry, SimpleShare
-
-if TYPE_CHECKING:
-    from prefixattn.attach.interface import PrefixCall
-
-LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each, or [T, Hkv, P, D] of a bank
+from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, SimpleShare
 
 
-class Chosen(NamedTuple):
-    """What a forward pass of the model attends to."""
-
-    prefixes: list[LayerPrefix]  # of each layer of `slots`
-    shift: int | Tensor  # how many positions the prefix takes; [B, 1] where each sample has its own
-    ids: Tensor | None = None  # [B], of a bank
-    lengths: Tensor | None = None  # [T], of a bank
-
-
-_steps = 0  # of all optimizers of the process
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def steps() -> int:
-    """Of all optimizers so far: torch's fused ones leave no trace in a tensor's version."""
-    return _steps
-
-
-class Prefix(nn.Module):
+class Prefix(Attached):
     """A trainable prefix on a frozen model. Made by `prefixattn.attach` and `prefixattn.load`.
 
     `parameters()` and `state_dict()` hold the prefix's own tensors only, and the model's never hold them. `train()` and
@@ -53,27 +22,15 @@ class Prefix(nn.Module):
     with the model in `eval()`, which is how `from_pretrained` returns it.
     """
 
+    config: PrefixConfig
+
     def __init__(self, config: PrefixConfig, adapter: Adapter, encoder: nn.Module) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = encoder
+        super().__init__(config, adapter, encoder)
         slots = len(config.slots(adapter.geometry.kinds))
         dtype = next(encoder.parameters()).dtype  # a checkpoint has one type
         self.gate = nn.Parameter(torch.ones(slots, dtype=dtype)) if config.gate else None  # [N]
-        # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
-        self._adapter: Adapter | None = adapter
-        self._geometry = adapter.geometry
         self._cache: tuple[tuple[Any, ...], list[LayerPrefix]] | None = None
         self._masses: dict[int, Tensor] | None = None
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """The layers that have a prefix, counted through all kinds of attention of the model."""
-        return self.config.slots(self._geometry.kinds)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -101,8 +58,7 @@ class Prefix(nn.Module):
 
     def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
         """The prefixes of a forward pass of `batch` samples, for which the caller passed the prefix_ids `ids`."""
-        if ids is not None:
-            raise ValueError("prefix_ids chooses among the prefixes of a PrefixBank; the active prefix is a single one")
+        self._refuse_ids(ids)
         shift = self.config.longest if self.config.positions == "shifted" else 0
         return Chosen(self.layer_prefixes(dtype, device), shift)
 
@@ -142,14 +98,6 @@ class Prefix(nn.Module):
             return pairs
         return [(k[:, :n], v[:, :n]) for (k, v), n in zip(pairs, self.lengths, strict=True)]
 
-    def call(self, chosen: Chosen) -> "PrefixCall":
-        """What the layers of a Hugging Face model get with a forward pass."""
-        from prefixattn.attach.interface import PrefixCall
-
-        dropout_p = self.config.dropout if self.training else 0.0
-        by_slot = dict(zip(self.slots, chosen.prefixes, strict=True))
-        return PrefixCall(by_slot, dropout_p, chosen.ids, chosen.lengths, self._masses, chosen.shift)
-
     def num_parameters(self, kept: bool = False) -> int:
         """Parameters being trained; with `kept`, the numbers that must be kept to use the prefix afterwards."""
         if kept:
@@ -166,14 +114,6 @@ class Prefix(nn.Module):
             self.config = replace(self.config, gate=False)  # it is in the bank
             self._cache = None
         return self
-
-    def activate(self) -> None:
-        """Makes this the prefix that the model attends to, of several that are attached to it."""
-        self._attached().activate(self)
-
-    @property
-    def is_active(self) -> bool:
-        return self._adapter is not None and self._adapter.prefix is self
 
     @torch.no_grad()
     def mass(self, *args: Any, **inputs: Any) -> Tensor:
@@ -201,24 +141,6 @@ class Prefix(nn.Module):
         names = [f"{kind} {layer}" for kind, count in self._geometry.kinds.items() for layer in range(count)]
         plot_mass(mass, path, [names[slot].removeprefix("self ") for slot in self.slots])
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model runs as it did before `attach`, bit for bit.
-
-        A backward through checkpointed layers belongs where their forward was: it runs the layers again.
-        """
-        with self._attached().disabled():
-            yield
-
-    def detach(self) -> None:
-        """Gives the model back as it was before `attach`. The prefix keeps its parameters and can still be saved.
-
-        One of share="simple" can then be saved unfolded only, as its keys and values are made with the model's layers;
-        call `fold` before, to keep them.
-        """
-        self._attached().remove(self)
-        self._adapter = None
-
     def save_pretrained(self, folder: str | Path, folded: bool = False) -> None:
         """Writes the prefix to `folder`: all that training needs to go on, or with `folded` keys and values only."""
         from prefixattn import checkpoint  # here, for the sake of installations without safetensors
@@ -228,25 +150,6 @@ class Prefix(nn.Module):
         tensors = {"bank": self._bank()} if folded else {**self.encoder.state_dict(), **gate}
         config = replace(self.config, gate=self.config.gate and not folded)
         checkpoint.save(Path(folder), config, self._geometry, tensors, folded)
-
-    @torch.no_grad()
-    def restore(self, folder: str | Path) -> None:
-        """Takes the values of a prefix that this one, or one of the same config, saved unfolded; for going on training.
-
-        They are written into the parameters there are, so that an optimizer keeps them. Refused as a whole if anything
-        does not fit.
-        """
-        from prefixattn import checkpoint
-
-        config, encoder, gate = checkpoint.read(Path(folder), self._geometry, self._attached().defaults)
-        found, own = dict(encoder.named_parameters()), dict(self.encoder.named_parameters())
-        if config != self.config or {n: p.shape for n, p in found.items()} != {n: p.shape for n, p in own.items()}:
-            raise ValueError(f"{folder} holds a prefix of {config}, expected one of {self.config}, unfolded")
-        for name, parameter in own.items():
-            parameter.copy_(found[name])
-        if gate is not None and self.gate is not None:
-            self.gate.copy_(gate)
-        self._cache = None
 
     def export_peft(self, folder: str | Path) -> None:
         """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only, with the gate in them.
@@ -261,11 +164,6 @@ class Prefix(nn.Module):
     def _bank(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return self().detach().clone(memory_format=torch.contiguous_format)
-
-    def _attached(self) -> Adapter:
-        if self._adapter is None:
-            raise ValueError("the prefix is detached from its model; attach a new one, or load a saved one")
-        return self._adapter
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Prefix":
         self._cache = None

@@ -137,9 +137,10 @@ def concat_attention(
     if position_bias is not None:
         scores = scores + nn.functional.pad(position_bias, (P, 0))
     mask = nn.functional.pad(attention_mask, (P, 0), value=True)
-    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(group, 1)).transpose(
-        1, 2
-    ), None
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    out = (weights @ value.repeat_interleave(group, 1)).transpose(1, 2)  # [B, L, H, D]
+    added = getattr(module, "reference_added", None)  # of the queries [B, H, L, D]
+    return (out if added is None else out + added(query)), None
 
 
 def concat_mask(**kwargs: Any) -> Tensor:

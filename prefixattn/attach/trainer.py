@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from prefixattn.attach import attached
-from prefixattn.attach.prefix import Prefix
+from prefixattn.attach.attached import Attached
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 
 
 class _ZeroGrad(TrainerCallback):
     """After a step the Trainer zeroes the gradients of the model, to which the prefix's parameters do not belong."""
 
-    def __init__(self, prefix: Prefix) -> None:
+    def __init__(self, prefix: Attached) -> None:
         self.prefix = prefix
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ class PrefixTrainer(Trainer):
     `optimizers=`. `max_grad_norm` clips what is trained.
     """
 
-    prefix: Prefix
+    prefix: Attached
     optimizer: Any
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:

@@ -72,11 +72,12 @@ class Factored(torch.optim.Optimizer):
         The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
         optimizer owns no network, and one whose network another optimizer has taken since.
         """
+        from prefixattn.plus import Memories
         from prefixattn.prefix import DeepShare, FreePrefix, SimpleShare
 
         own = {id(p) for group in self.param_groups for p in group["params"]}
         for part in module.modules():
-            if isinstance(part, (DeepShare, FreePrefix, SimpleShare)):
+            if isinstance(part, (DeepShare, FreePrefix, Memories, SimpleShare)):
                 self.average.add([p for p in part.parameters() if id(p) in own])
             if isinstance(part, DeepShare) and id(part.up.weight) in own:
                 if part.up.weight.dtype in (torch.float32, torch.float64):

@@ -1,0 +1,151 @@
+"""What is attached to a model: the base of `Prefix` and `PrefixPlus`, and what their layers get with a forward pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from prefixattn.attach.adapter import Adapter
+from prefixattn.plus import Memory
+from prefixattn.prefix import Geometry
+
+LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each, or [T, Hkv, P, D] of a bank
+
+
+class Chosen(NamedTuple):
+    """What a forward pass of the model attends to."""
+
+    prefixes: list[LayerPrefix]  # of each layer of `slots`, or of none
+    shift: int | Tensor  # how many positions the prefix takes; [B, 1] where each sample has its own
+    ids: Tensor | None = None  # [B], of a bank
+    lengths: Tensor | None = None  # [T], of a bank
+    memories: list[Memory] = []  # noqa: RUF012 # of each layer of `slots`, or of none
+
+
+class PrefixCall(NamedTuple):
+    """What one forward of the model passes to its attention layers."""
+
+    prefixes: dict[int, LayerPrefix]  # by slot
+    dropout_p: float
+    ids: Tensor | None = None  # [B], rows of the bank
+    lengths: Tensor | None = None  # [T]
+    masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
+    shift: int | Tensor = 0  # of the positions in the decoder of an encoder-decoder
+    memories: dict[int, Memory] = {}  # noqa: RUF012 # by slot
+
+    def has(self, slot: int | None) -> bool:
+        return slot in self.prefixes or slot in self.memories
+
+
+_steps = 0  # of all optimizers of the process
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def steps() -> int:
+    """Of all optimizers so far: torch's fused ones leave no trace in a tensor's version."""
+    return _steps
+
+
+class Attached(nn.Module):
+    """Something trainable on a frozen model, with parameters of its own."""
+
+    config: Any
+    encoder: nn.Module
+
+    def __init__(self, config: Any, adapter: Adapter, encoder: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
+        self._adapter: Adapter | None = adapter
+        self._geometry = adapter.geometry
+        self._masses: dict[int, Tensor] | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The layers that have a prefix, counted through all kinds of attention of the model."""
+        return self.config.slots(self._geometry.kinds)
+
+    def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
+        """What a forward pass of `batch` samples gets, for which the caller passed the prefix_ids `ids`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _refuse_ids(ids: Tensor | None) -> None:
+        if ids is not None:
+            raise ValueError("prefix_ids chooses among the prefixes of a PrefixBank; the active prefix is a single one")
+
+    def call(self, chosen: Chosen) -> PrefixCall:
+        """What the layers of the model get with a forward pass."""
+        dropout_p = getattr(self.config, "dropout", 0.0) if self.training else 0.0
+        # one of the two is empty
+        prefixes, memories = dict(zip(self.slots, chosen.prefixes)), dict(zip(self.slots, chosen.memories))  # noqa: B905
+        return PrefixCall(prefixes, dropout_p, chosen.ids, chosen.lengths, self._masses, chosen.shift, memories)
+
+    def activate(self) -> None:
+        """Makes this the prefix that the model attends to, of several that are attached to it."""
+        self._attached().activate(self)
+
+    @property
+    def is_active(self) -> bool:
+        return self._adapter is not None and self._adapter.prefix is self
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model runs as it did before `attach`, bit for bit.
+
+        A backward through checkpointed layers belongs where their forward was: it runs the layers again.
+        """
+        with self._attached().disabled():
+            yield
+
+    def detach(self) -> None:
+        """Gives the model back as it was before `attach`. The prefix keeps its parameters and can still be saved.
+
+        One of share="simple" can then be saved unfolded only, as its keys and values are made with the model's layers;
+        call `fold` before, to keep them.
+        """
+        self._attached().remove(self)
+        self._adapter = None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes to `folder` all that training needs to go on; `prefixattn.load` reads it."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def restore(self, folder: str | Path) -> None:
+        """Takes the values of a prefix that this one, or one of the same config, saved unfolded; for going on training.
+
+        They are written into the parameters there are, so that an optimizer keeps them. Refused as a whole if anything
+        does not fit.
+        """
+        from prefixattn import checkpoint  # here, for the sake of installations without safetensors
+
+        config, encoder, gate = checkpoint.read(Path(folder), self._geometry, self._attached().defaults)
+        found, own = dict(encoder.named_parameters()), dict(self.encoder.named_parameters())
+        if config != self.config or {n: p.shape for n, p in found.items()} != {n: p.shape for n, p in own.items()}:
+            raise ValueError(f"{folder} holds a prefix of {config}, expected one of {self.config}, unfolded")
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+        if gate is not None and isinstance(own_gate := getattr(self, "gate", None), Tensor):
+            own_gate.copy_(gate)
+
+    def _attached(self) -> Adapter:
+        if self._adapter is None:
+            raise ValueError("the prefix is detached from its model; attach a new one, or load a saved one")
+        return self._adapter

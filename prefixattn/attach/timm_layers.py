@@ -1,0 +1,225 @@
+"""timm's attention with a prefix: the same parameters and computation, with the prefix's keys and values ahead.
+
+timm says "prefix tokens" for class and register tokens, which are tokens of the sequence; here it is
+`num_prefix_tokens` only where that attribute of a layer is read.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from prefixattn.attach.attached import LayerPrefix, PrefixCall
+from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
+
+
+class _Prefixed(nn.Module):
+    """Stands ahead of a class of timm's in a layer's class. A layer without a prefix runs that class's forward pass."""
+
+    prefix_adapter: Any = None
+    prefix_slot = -1
+
+    def _found(self) -> PrefixCall | None:
+        call = None if self.prefix_adapter is None else self.prefix_adapter.call_for(self.prefix_slot)
+        return call if call is not None and call.has(self.prefix_slot) else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # classes made by `prefixed` have no name to be imported by
+        plain = type(self).__dict__.get("plain")
+        return super().__reduce_ex__(protocol) if plain is None else (_empty, (plain,), self.__dict__)
+
+
+class _Unrotated(_Prefixed):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        call = self._found()
+        if call is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return attend(self, call, x, None, attn_mask, is_causal)
+
+
+class _Rotated(_Prefixed):
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        call = self._found()
+        if call is None:
+            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return attend(self, call, x, rope, attn_mask, is_causal)
+
+
+class PrefixAttention(_Unrotated, Attention):
+    """For `timm.create_model(..., attn_layer=)`: timm's Attention, to which `attach` can give a prefix."""
+
+
+_FORWARDS = Attention.forward, AttentionRope.forward, EvaAttention.forward, _Unrotated.forward, _Rotated.forward
+
+
+def known(module: nn.Module) -> bool:
+    """True if the module computes as one of timm's three classes does."""
+    return "forward" not in module.__dict__ and any(type(module).forward is forward for forward in _FORWARDS)
+
+
+@cache
+def prefixed(cls: type) -> type:
+    ahead = _Rotated if issubclass(cls, (AttentionRope, EvaAttention)) else _Unrotated
+    return type(f"Prefix{cls.__name__}", (ahead, cls), {"plain": cls})
+
+
+def _empty(plain: type) -> Any:
+    cls: Any = prefixed(plain)
+    return cls.__new__(cls)
+
+
+def enter(layer: Any, adapter: Any, slot: int) -> None:
+    # The class and not an attribute `forward`, which would bind the layer that a copy was made from.
+    if not isinstance(layer, _Prefixed):
+        cls: Any = type(layer)
+        layer.__class__ = prefixed(cls)
+    layer.prefix_adapter, layer.prefix_slot = adapter, slot
+
+
+def leave(layer: Any) -> None:
+    layer.__class__ = type(layer).__dict__.get("plain", type(layer))
+    for name in ("prefix_adapter", "prefix_slot"):
+        layer.__dict__.pop(name, None)
+
+
+def attend(
+    layer: Any, call: PrefixCall, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """The forward pass of `layer` on x [B, N, E] with the prefix that `call` has for it."""
+    gate = None if layer.gate is None else layer.gate(x).sigmoid()
+    packed = _packed(layer, x)
+    alone = rope is None and isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity)
+    like = x if packed is None else packed
+    slot = layer.prefix_slot
+    found, memory = call.prefixes.get(slot), call.memories.get(slot)
+    want_mass = call.masses is not None and found is not None
+    options: dict[str, Any] = {
+        "attn_mask": attn_mask,
+        "dropout_p": layer.attn_drop.p if layer.training else 0.0,
+        "is_causal": is_causal,
+        "prefix_dropout_p": call.dropout_p if found is not None else 0.0,
+        "return_prefix_mass": want_mass,
+    }
+    if memory is not None and memory.inside:
+        options |= {"memory": memory.matrix.to(like.device, like.dtype), "phi": memory.phi}
+    inside = memory is None or memory.inside
+    if packed is not None and alone and inside:
+        prefix_k, prefix_v = _prefix(found, packed[0, 0, 0])
+        out = prefix_attention_qkvpacked(packed, prefix_k, prefix_v, **options)  # [B, N, H, D]
+    else:
+        q, k, v = _separate(layer, x, packed, rope)
+        prefix_k, prefix_v = _prefix(found, v[0, :, 0])
+        out = prefix_attention(q, k, v, prefix_k, prefix_v, enable_gqa=q.shape[1] != k.shape[1], **options)
+    if want_mass:
+        out, call.masses[slot] = out  # type: ignore[index]
+    assert isinstance(out, Tensor)
+    if memory is not None and not inside:
+        out = out + memory.added(q)
+    out = out.flatten(2) if packed is not None and alone and inside else out.transpose(1, 2).flatten(2)
+    out = layer.norm(out)
+    return layer.proj_drop(layer.proj(out if gate is None else out * gate))
+
+
+def _prefix(found: LayerPrefix | None, like: Tensor) -> LayerPrefix:
+    """Keys and values of the type and on the device of `like` [Hkv, D]; no rows if there are none."""
+    if found is None:
+        empty = like.new_empty(like.shape[0], 0, like.shape[1])
+        return empty, empty
+    return found[0].to(like.device, like.dtype), found[1].to(like.device, like.dtype)
+
+
+def _packed(layer: Any, x: Tensor) -> Tensor | None:
+    """Queries, keys and values [B, N, 3, H, D] of a layer with one projection for them."""
+    if layer.qkv is None:
+        return None
+    if getattr(layer, "q_bias", None) is None:
+        qkv = layer.qkv(x)
+    else:  # EvaAttention's; there is no bias for keys, and k_bias is zero
+        bias = torch.cat([layer.q_bias, layer.k_bias, layer.v_bias])
+        qkv = layer.qkv(x) + bias if layer.qkv_bias_separate else F.linear(x, layer.qkv.weight, bias)
+    return qkv.unflatten(-1, (3, layer.num_heads, -1))
+
+
+def _separate(layer: Any, x: Tensor, packed: Tensor | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, N, D], k and v [B, Hkv, N, D], normed and rotated."""
+    if packed is not None:
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
+    else:
+        heads = layer.num_heads, kv_heads(layer), kv_heads(layer)
+        parts = layer.q_proj, layer.k_proj, layer.v_proj
+        q, k, v = (part(x).unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(parts, heads, strict=True))
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    if rope is not None:
+        q, k = (_rotated(layer, t, rope).type_as(v) for t in (q, k))
+    return q, k, v
+
+
+def _rotated(layer: Any, t: Tensor, rope: Tensor) -> Tensor:
+    still, patches = t.tensor_split([layer.num_prefix_tokens], 2)
+    return torch.cat([still, apply_rot_embed_cat(patches, rope, half=layer.rotate_half)], 2)
+
+
+def kv_heads(layer: Any) -> int:
+    return int(getattr(layer, "num_kv_heads", layer.num_heads))
+
+
+def sizes(layer: Any) -> tuple[int, int, int, int]:
+    """H, Hkv, D, and the width of what the layer reads."""
+    reads = layer.q_proj if layer.qkv is None else layer.qkv
+    return layer.num_heads, kv_heads(layer), layer.head_dim, reads.in_features
+
+
+# share="simple"
+
+# class of the module around the layer -> the norm before the layer, "" if there is none
+NORMS = {
+    "Block": "norm1",
+    "EvaBlock": "norm1",
+    "DeepseekVitBlock": "norm1",
+    "Sequential": "norm",  # of a block with several attentions beside each other
+    "ResPostBlock": "",
+    "EvaBlockPostNorm": "",
+}
+
+
+def _norm(layer: Any, around: Any) -> nn.Module:
+    for cls in type(around).__mro__:
+        if cls.__name__ in NORMS:
+            name = NORMS[cls.__name__]
+            return getattr(around, name) if name else nn.Identity()
+    raise NotImplementedError(
+        f"share='simple' does not know which norm stands before the attention of a {type(around).__name__}; "
+        f"it knows {', '.join(NORMS)}"
+    )
+
+
+def projection_parameters(layer: Any, around: Any) -> Iterator[Tensor]:
+    """What `project` reads."""
+    for part in (_norm(layer, around), layer.qkv, getattr(layer, "k_proj", None), getattr(layer, "v_proj", None)):
+        if part is not None:
+            yield from part.parameters()
+    if getattr(layer, "v_bias", None) is not None:
+        yield layer.v_bias
+    yield from layer.k_norm.parameters()
+
+
+def project(layer: Any, around: Any, vectors: Tensor) -> Tensor:
+    """Keys and values [2, Hkv, P, D] of `vectors` [P, E], which take the place of what the block reads.
+
+    Keys are not rotated: a prefix has no position.
+    """
+    weight = layer.proj.weight
+    rows = _norm(layer, around)(vectors.to(device=weight.device, dtype=weight.dtype))
+    packed = _packed(layer, rows[None])
+    if packed is not None:
+        key, value = packed[0, :, 1:].unbind(1)  # [P, H, D]
+    else:
+        key, value = (part(rows).unflatten(-1, (kv_heads(layer), -1)) for part in (layer.k_proj, layer.v_proj))
+    return torch.stack([layer.k_norm(key), value]).transpose(1, 2)
