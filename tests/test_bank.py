@@ -361,3 +361,18 @@ def test_starts_are_those_of_a_single_prefix():
     assert bank.config.length == 3 and all(torch.equal(bank.get(i), single()) for i in range(3))
     zero = prefixattn.attach(model, PrefixConfig(2, "none", init="zero", count=3))
     assert zero().abs().max() == 0
+
+
+def test_a_bank_elsewhere_sends_the_named_rows(seen):
+    """The model's device is meta, which knows shapes and devices."""
+    model, bank = whole(family="vit", count=9)
+    model.to("meta")
+    seen.clear()
+    ids = torch.tensor([8, 1, 8])
+    pixels = model_inputs("vit")["pixel_values"].to("meta")
+    with torch.no_grad():
+        out = model(pixels, prefix_ids=ids).logits
+        model(pixels, prefix_ids=ids)
+    assert out.device.type == "meta" and bank.encoder.weight.device.type == "cpu"
+    assert {(tuple(t.shape), t.device.type) for t in seen} == {((2, 4, 6, 8), "meta")}
+    assert seen[0] is seen[4]  # in the second forward pass

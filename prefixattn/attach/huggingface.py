@@ -234,7 +234,8 @@ class HuggingFaceAdapter(Adapter):
         return positions
 
     def _dtype(self, device: torch.device) -> torch.dtype:
-        if torch.is_autocast_enabled(device.type):
+        # torch's question has no answer for meta, and raises
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         dtype: torch.dtype = self.base.dtype
         return dtype
