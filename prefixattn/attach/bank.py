@@ -129,7 +129,7 @@ class PrefixBank(Prefix):
         if self._source is not None:
             file, seen = self._source
             self._source = file, torch.cat([seen, seen.new_ones(1)])
-        self.config = replace(self.config, count=len(self))
+        self.config, self._brought = replace(self.config, count=len(self)), None
         return len(self) - 1
 
     def _index(self, index: int) -> int:
