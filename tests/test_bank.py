@@ -336,7 +336,7 @@ def test_prefix_dropout_draws_for_each_sample():
 
 
 @COMPILES
-def test_it_compiles_whole_in_training_and_in_inference():
+def test_it_compiles_whole_in_training_and_in_inference_and_is_exported():
     torch._dynamo.reset()
     model, bank = whole(family="llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -346,12 +346,13 @@ def test_it_compiles_whole_in_training_and_in_inference():
         forward(token_ids(), prefix_ids=IDS, use_cache=False).logits.square().mean().backward()
         grads.append(bank.encoder.weight.grad)
     torch.testing.assert_close(*grads, **CLOSE)
+    inputs = {"prefix_ids": IDS, "use_cache": False}
     with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(token_ids(), prefix_ids=IDS, use_cache=False).logits,
-            model(token_ids(), prefix_ids=IDS).logits,
-            **CLOSE,
-        )
+        exported = torch.export.export(model, (token_ids(),), inputs, strict=False).module()
+        inputs["prefix_ids"] = IDS + 1  # no constant of the graph
+        wanted = model(token_ids(), **inputs).logits
+        for made in (compiled, exported):
+            torch.testing.assert_close(made(token_ids(), **inputs).logits, wanted, **CLOSE)
 
 
 def test_starts_are_those_of_a_single_prefix():
@@ -361,3 +362,18 @@ def test_starts_are_those_of_a_single_prefix():
     assert bank.config.length == 3 and all(torch.equal(bank.get(i), single()) for i in range(3))
     zero = prefixattn.attach(model, PrefixConfig(2, "none", init="zero", count=3))
     assert zero().abs().max() == 0
+
+
+def test_a_bank_elsewhere_sends_the_named_rows(seen):
+    """The model's device is meta, which knows shapes and devices."""
+    model, bank = whole(family="vit", count=9)
+    model.to("meta")
+    seen.clear()
+    ids = torch.tensor([8, 1, 8])
+    pixels = model_inputs("vit")["pixel_values"].to("meta")
+    with torch.no_grad():
+        out = model(pixels, prefix_ids=ids).logits
+        model(pixels, prefix_ids=ids)
+    assert out.device.type == "meta" and bank.encoder.weight.device.type == "cpu"
+    assert {(tuple(t.shape), t.device.type) for t in seen} == {((2, 4, 6, 8), "meta")}
+    assert seen[0] is seen[4]  # in the second forward pass

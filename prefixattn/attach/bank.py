@@ -36,7 +36,7 @@ class PrefixBank(Prefix):
     lies. Otherwise the rows that the batch names are brought over, once for the whole of `generate`. In training a
     row's gradient comes from its own samples; that of other rows is zero, with which an optimizer with moments or
     weight decay still moves them. With `sparse = True` the gradient has the named rows only, for torch.optim.SparseAdam
-    and SGD.
+    and SGD; torch's clip_grad_norm_ does not take it.
     """
 
     encoder: PrefixRows
@@ -129,7 +129,7 @@ class PrefixBank(Prefix):
         if self._source is not None:
             file, seen = self._source
             self._source = file, torch.cat([seen, seen.new_ones(1)])
-        self.config = replace(self.config, count=len(self))
+        self.config, self._brought = replace(self.config, count=len(self)), None
         return len(self) - 1
 
     def _index(self, index: int) -> int:

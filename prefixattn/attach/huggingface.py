@@ -203,7 +203,7 @@ class HuggingFaceAdapter(Adapter):
             raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
         if self.override is not None:
             return (), {**kwargs, "prefix_call": self.override}
-        chosen = prefix.choose(ids, len(first), self._dtype(first.device), first.device)
+        chosen = prefix.choose(ids, first.shape[0], self._dtype(first.device), first.device)
         if self.defaults.positions == "shifted":
             self._prepare_decoder(first, kwargs, chosen.shift)
         if torch.is_grad_enabled() and gate.needed(self.base):
@@ -266,7 +266,8 @@ class HuggingFaceAdapter(Adapter):
         return positions
 
     def _dtype(self, device: torch.device) -> torch.dtype:
-        if torch.is_autocast_enabled(device.type):
+        # torch's question has no answer for meta, and raises
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         dtype: torch.dtype = self.base.dtype
         return dtype
