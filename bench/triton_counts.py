@@ -38,7 +38,7 @@ from prefixattn.reference import Needs
 # ceilings of an H200, as the targets were set with: products of bf16, flops a second; device memory, bytes a second
 FLOPS, BYTES = 790e12, 4.3e12
 PROCESSORS = 132  # streaming multiprocessors of an H200
-ALL: Needs = (True, True, True, True, True, False)
+ALL: Needs = (True, True, True, True, True, False, False)
 
 
 class Launched(NamedTuple):
@@ -159,12 +159,25 @@ def _seed(a: SimpleNamespace) -> int:
     return 8 if a.DROPOUT or getattr(a, "PREFIX_DROPOUT", False) else 0
 
 
+def memory(a: SimpleNamespace, queries: int) -> Count:
+    """What a memory adds to the tiles of so many queries: phi(q) @ memory, or dout @ memory^T; bytes of the memory."""
+    if not a.PHI:
+        return Count(0, 0, 0)
+    kept = size(a.attended) if getattr(a, "KEEP", False) else 0
+    return Count(queries * 2 * a.BLOCK_D * a.BLOCK_D, size(a.memory), kept)
+
+
+def both(first: Count, second: Count) -> Count:
+    return Count(*map(sum, zip(first, second, strict=True)))
+
+
 def fwd(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     heads = grid[0] // cdiv(a.L, a.BLOCK_M)
     columns = sum(over_keys(a, row0, a.BLOCK_M, rest=not a.PARTS) for row0 in range(0, a.L, a.BLOCK_M))
     prefix = (a.part_out, a.part_top, a.part_sum) if a.PARTS else (a.prefix_k, a.prefix_v)
     written = size(a.out, a.lse) + (size(a.mass) if a.MASS else 0)
-    return Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, size(a.q, a.k, a.v, *prefix) + _seed(a), written)
+    softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, size(a.q, a.k, a.v, *prefix) + _seed(a), written)
+    return both(softmax, memory(a, grid[0] * a.BLOCK_M))
 
 
 def fwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -178,7 +191,8 @@ def fwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
                 columns += a.BLOCK_N if i < tiles else a.TAIL
     written = size(a.out, a.lse) + (size(a.mass) if a.MASS else 0)
     read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v) + _seed(a)
-    return Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, read, written)
+    softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, read, written)
+    return both(softmax, memory(a, grid[0] * a.BLOCK_M))
 
 
 def fwd_fold(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -210,7 +224,8 @@ def bwd_queries(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     columns = sum(over_keys(a, row0, a.BLOCK_M, everywhere=a.NEED_MASK) for row0 in range(0, a.L, a.BLOCK_M))
     flops = heads * columns * (2 + a.NEED_Q) * 2 * a.BLOCK_M * a.BLOCK_D
     read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v, a.dout, a.lse, a.delta) + _seed(a)
-    return Count(flops, read, (size(a.dq) if a.NEED_Q else 0) + (size(a.dmask) if a.NEED_MASK else 0))
+    softmax = Count(flops, read, (size(a.dq) if a.NEED_Q else 0) + (size(a.dmask) if a.NEED_MASK else 0))
+    return both(softmax, memory(a, grid[0] * a.BLOCK_M)) if a.NEED_Q else softmax
 
 
 def bwd_prefix(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -227,6 +242,14 @@ def bwd_prefix(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     if not a.DELTA:
         return Count(flops, read + (size(a.delta) if a.NEED_K else 0), written)
     return Count(flops, read + size(a.out) + (size(a.dlse) if a.HAS_DLSE else 0), written + size(a.delta))
+
+
+def bwd_memory(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
+    blocks = cdiv((1 if a.PER_SAMPLE else a.B) * a.L, a.BLOCK_M)
+    each = cdiv(blocks, grid[1])
+    done = sum(len(range(share * each, min((share + 1) * each, blocks))) for share in range(grid[1]))
+    flops = grid[0] * done * 2 * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
+    return Count(flops, size(a.q, a.dout), size(a.dmemory))
 
 
 def bwd_reduce(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -256,12 +279,13 @@ def bwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v, a.out, a.dout, a.lse) + (size(a.dlse) if a.HAS_DLSE else 0)
     written = size(a.delta, a.dq) + (size(a.dk, a.dv) if a.NEED_OWN else 0)
     written += size(a.partial_k, a.partial_v) if a.NEED_PREFIX else 0
-    return Count(grid[0] * a.GROUP * (4 * pairs + 3 * again) * 2 * a.BLOCK_D, read + _seed(a), written)
+    softmax = Count(grid[0] * a.GROUP * (4 * pairs + 3 * again) * 2 * a.BLOCK_D, read + _seed(a), written)
+    return both(softmax, memory(a, grid[0] * a.GROUP * (whole + a.QUERY_TAIL)))
 
 
 COUNTS: dict[str, Callable[[SimpleNamespace, tuple[int, ...]], Count]] = {
     f"prefix_attn_{f.__name__}": f
-    for f in (fwd, fwd_short, fwd_fold, bwd_delta, bwd_keys, bwd_queries, bwd_prefix, bwd_reduce, bwd_short)
+    for f in (fwd, fwd_short, fwd_fold, bwd_delta, bwd_keys, bwd_queries, bwd_prefix, bwd_memory, bwd_reduce, bwd_short)
 }
 
 
@@ -318,7 +342,7 @@ def launches(shape: Shape, grads: bool) -> list[Launched]:
     found: list[Launched] = []
     call = operands(shape)
     with intercepted(lambda launched, _: found.append(launched), PROCESSORS):
-        out, lse, _ = forward(call, False)
+        out, lse, *_ = forward(call, False)
         if grads:
             into = unpacked(call.q.new_empty(shape.B, shape.N, 3, shape.H, shape.D)) if shape.packed else None
             backward(call, Given(out, lse, torch.empty_like(out), None), ALL, into)
