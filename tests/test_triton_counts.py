@@ -120,7 +120,9 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
         with intercepted(take, processors):
             out, lse, _, attended = forward(call, dlse, want_attended=phi != "")
-            backward(call, Given(attended if phi else out, lse, dout, torch.randn_like(lse) if dlse else None), needs, None)
+            backward(
+                call, Given(attended if phi else out, lse, dout, torch.randn_like(lse) if dlse else None), needs, None
+            )
         return names
 
     yield run
