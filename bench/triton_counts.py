@@ -34,11 +34,12 @@ from prefixattn.kernels.launch_bwd import Given, backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.layout import unpacked
 from prefixattn.reference import Needs
+from triton_shapes import SHAPES, Shape
 
 # ceilings of an H200, as the targets were set with: products of bf16, flops a second; device memory, bytes a second
 FLOPS, BYTES = 790e12, 4.3e12
 PROCESSORS = 132  # streaming multiprocessors of an H200
-ALL: Needs = (True, True, True, True, True, False)
+ALL: Needs = (True, True, True, True, True, False, False)
 
 
 class Launched(NamedTuple):
@@ -56,60 +57,6 @@ class Count(NamedTuple):
     def seconds(self) -> float:
         """The least time at the ceilings."""
         return max(self.flops / FLOPS, (self.read + self.written) / BYTES)
-
-
-class Shape(NamedTuple):
-    """A row of the targets that were set, with these floors and estimates of peers, before any kernel; microseconds.
-
-    Its target of forward + backward is a ratio to the best peer, whose time it estimates for the forward alone: here
-    the peer's forward + backward is that time, scaled by the peers' two floors (`peer_floor`).
-    """
-
-    name: str
-    B: int
-    H: int
-    Hkv: int
-    N: int  # = L = S
-    P: int
-    D: int
-    causal: bool
-    packed: bool  # views of one [B, N, 3, H, D] projection; otherwise of [B, N, H, D]
-    floor: tuple[float, float]  # forward, forward + backward
-    target: float  # forward
-    peer: float  # forward of the fastest peer, estimated
-    peer_floor: tuple[float, float]  # forward, forward + backward
-    ratio: float  # the peer's forward + backward over ours
-
-    @property
-    def targets(self) -> tuple[float, float]:
-        return self.target, self.peer * self.peer_floor[1] / self.peer_floor[0] / self.ratio
-
-    @property
-    def useful(self) -> int:
-        """Flops of the forward: two products over the pairs of a query and a key that it sees."""
-        own = self.N * (self.N + 1) // 2 if self.causal else self.N * self.N
-        return 4 * self.B * self.H * self.D * (self.N * self.P + own)
-
-    def floor_bytes(self, grads: bool) -> int:
-        """Each input read once, each output written once, in each pass; bf16, lse in float32."""
-        queries, rows = 2 * self.B * self.H * self.N * self.D, 4 * self.B * self.H * self.N
-        keys = 2 * 2 * self.Hkv * (self.B * self.N + self.P) * self.D  # and values
-        fwd = 2 * queries + keys + rows  # q, out
-        return fwd + (4 * queries + 2 * keys + rows if grads else 0)  # q, out, dout, dq; keys and their gradients
-
-
-SHAPES = (
-    Shape("ViT-B 224 B64 P10", 64, 12, 12, 197, 10, 64, False, True, (18.2, 56), 30, 62, (37, 115), 1.9),
-    Shape("ViT-B 224 B128 P50", 128, 12, 12, 197, 50, 64, False, True, (36.3, 127), 62, 128, (82, 249), 1.8),
-    Shape("ViT-B 384 B64 P50", 64, 12, 12, 577, 50, 64, False, True, (90, 315), 190, 300, (145, 377), 1.3),
-    Shape("ViT-L/14 N1025 B64 P50", 64, 16, 16, 1025, 50, 64, False, True, (366, 1280), 800, 1050, (494, 1411), 1.15),
-    Shape("GPT-2s B16 N256 P20", 16, 12, 12, 256, 20, 64, True, True, (5.9, 18.6), 11, 22, (12, 38), 1.8),
-    Shape("GPT-2m B8 N1024 P200", 8, 16, 16, 1024, 200, 64, True, True, (30, 106), 68, 104, (47, 125), 1.3),
-    Shape("GPT-2xl B8 N1024 P10", 8, 25, 25, 1024, 10, 64, True, True, (35, 121), 88, 125, (59, 164), 1.25),
-    Shape("LLaMA-7B B16 N512 P100", 16, 32, 32, 512, 100, 128, True, False, (63, 215), 130, 215, (137, 422), 1.4),
-    Shape("LLaMA-7B B4 N2048 P30", 4, 32, 32, 2048, 30, 128, True, False, (179, 627), 305, 361, (242, 690), 1.05),
-    Shape("LLaMA-3-8B B4 N2048 P30", 4, 32, 8, 2048, 30, 128, True, False, (179, 627), 300, 300, (195, 643), 1.0),
-)
 
 
 def over_keys(a: SimpleNamespace, row0: int, M: int, rest: bool = True, everywhere: bool = False) -> int:
@@ -159,12 +106,25 @@ def _seed(a: SimpleNamespace) -> int:
     return 8 if a.DROPOUT or getattr(a, "PREFIX_DROPOUT", False) else 0
 
 
+def memory(a: SimpleNamespace, queries: int) -> Count:
+    """What a memory adds to the tiles of so many queries: phi(q) @ memory, or dout @ memory^T; bytes of the memory."""
+    if not a.PHI:
+        return Count(0, 0, 0)
+    kept = size(a.attended) if getattr(a, "KEEP", False) else 0
+    return Count(queries * 2 * a.BLOCK_D * a.BLOCK_D, size(a.memory), kept)
+
+
+def both(first: Count, second: Count) -> Count:
+    return Count(*map(sum, zip(first, second, strict=True)))
+
+
 def fwd(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     heads = grid[0] // cdiv(a.L, a.BLOCK_M)
     columns = sum(over_keys(a, row0, a.BLOCK_M, rest=not a.PARTS) for row0 in range(0, a.L, a.BLOCK_M))
     prefix = (a.part_out, a.part_top, a.part_sum) if a.PARTS else (a.prefix_k, a.prefix_v)
     written = size(a.out, a.lse) + (size(a.mass) if a.MASS else 0)
-    return Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, size(a.q, a.k, a.v, *prefix) + _seed(a), written)
+    softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, size(a.q, a.k, a.v, *prefix) + _seed(a), written)
+    return both(softmax, memory(a, grid[0] * a.BLOCK_M))
 
 
 def fwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -178,7 +138,8 @@ def fwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
                 columns += a.BLOCK_N if i < tiles else a.TAIL
     written = size(a.out, a.lse) + (size(a.mass) if a.MASS else 0)
     read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v) + _seed(a)
-    return Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, read, written)
+    softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, read, written)
+    return both(softmax, memory(a, grid[0] * a.BLOCK_M))
 
 
 def fwd_fold(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -210,7 +171,8 @@ def bwd_queries(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     columns = sum(over_keys(a, row0, a.BLOCK_M, everywhere=a.NEED_MASK) for row0 in range(0, a.L, a.BLOCK_M))
     flops = heads * columns * (2 + a.NEED_Q) * 2 * a.BLOCK_M * a.BLOCK_D
     read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v, a.dout, a.lse, a.delta) + _seed(a)
-    return Count(flops, read, (size(a.dq) if a.NEED_Q else 0) + (size(a.dmask) if a.NEED_MASK else 0))
+    softmax = Count(flops, read, (size(a.dq) if a.NEED_Q else 0) + (size(a.dmask) if a.NEED_MASK else 0))
+    return both(softmax, memory(a, grid[0] * a.BLOCK_M)) if a.NEED_Q else softmax
 
 
 def bwd_prefix(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -227,6 +189,14 @@ def bwd_prefix(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     if not a.DELTA:
         return Count(flops, read + (size(a.delta) if a.NEED_K else 0), written)
     return Count(flops, read + size(a.out) + (size(a.dlse) if a.HAS_DLSE else 0), written + size(a.delta))
+
+
+def bwd_memory(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
+    blocks = cdiv((1 if a.PER_SAMPLE else a.B) * a.L, a.BLOCK_M)
+    each = cdiv(blocks, grid[1])
+    done = sum(len(range(share * each, min((share + 1) * each, blocks))) for share in range(grid[1]))
+    flops = grid[0] * done * 2 * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
+    return Count(flops, size(a.q, a.dout), size(a.dmemory))
 
 
 def bwd_reduce(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -256,12 +226,13 @@ def bwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v, a.out, a.dout, a.lse) + (size(a.dlse) if a.HAS_DLSE else 0)
     written = size(a.delta, a.dq) + (size(a.dk, a.dv) if a.NEED_OWN else 0)
     written += size(a.partial_k, a.partial_v) if a.NEED_PREFIX else 0
-    return Count(grid[0] * a.GROUP * (4 * pairs + 3 * again) * 2 * a.BLOCK_D, read + _seed(a), written)
+    softmax = Count(grid[0] * a.GROUP * (4 * pairs + 3 * again) * 2 * a.BLOCK_D, read + _seed(a), written)
+    return both(softmax, memory(a, grid[0] * a.GROUP * (whole + a.QUERY_TAIL)))
 
 
 COUNTS: dict[str, Callable[[SimpleNamespace, tuple[int, ...]], Count]] = {
     f"prefix_attn_{f.__name__}": f
-    for f in (fwd, fwd_short, fwd_fold, bwd_delta, bwd_keys, bwd_queries, bwd_prefix, bwd_reduce, bwd_short)
+    for f in (fwd, fwd_short, fwd_fold, bwd_delta, bwd_keys, bwd_queries, bwd_prefix, bwd_memory, bwd_reduce, bwd_short)
 }
 
 
@@ -318,7 +289,7 @@ def launches(shape: Shape, grads: bool) -> list[Launched]:
     found: list[Launched] = []
     call = operands(shape)
     with intercepted(lambda launched, _: found.append(launched), PROCESSORS):
-        out, lse, _ = forward(call, False)
+        out, lse, *_ = forward(call, False)
         if grads:
             into = unpacked(call.q.new_empty(shape.B, shape.N, 3, shape.H, shape.D)) if shape.packed else None
             backward(call, Given(out, lse, torch.empty_like(out), None), ALL, into)

@@ -57,9 +57,8 @@ def prefix_attention(
         prefix_dropout_p: Dropout on the prefix's keys and values, an own mask for each sample. Both kinds of dropout
             draw a seed from the device's default generator, so `torch.manual_seed` repeats them, on any backend.
         memory: As in Prefix-Tuning+, ``phi(q) @ memory`` is added to out, per head, and the sum rounded once. It is no
-            part of the softmax: scale, masks, dropout, lse and mass do not know it; a query that sees no key gets it
-            alone.
-            The prefix may have length 0. One memory for each row of prefix_k has prefix_k's first axis.
+            part of the softmax: scale, masks, dropout, lse and mass do not know it, and where no key is seen it is all
+            there is. The prefix may have length 0. One memory for each row of prefix_k has prefix_k's first axis.
         phi: "elu", "gelu" (with erf), "relu" or "none", of q as it comes.
         softcap: Scores of prefix and own keys become ``softcap * tanh(score / softcap)`` before mask and softmax.
         return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.

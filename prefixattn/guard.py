@@ -110,12 +110,13 @@ def _try(case: Case) -> str:
         memory = None
         if with_memory:
             memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
-        inputs: tuple[Any, ...] = (q, k, v, prefix_k, prefix_v, None, memory, None, None, None)
+        inputs: Any = (q, k, v, prefix_k, prefix_v, None, memory, None, None, None)
+        asked: Any = (*inputs, *numbers, True, with_memory)
         with torch.no_grad():
-            expected: tuple[Tensor, ...] = reference.fwd(*inputs, *numbers, True, with_memory)
+            expected: tuple[Tensor, ...] = reference.fwd(*asked)
             if kind.startswith("fwd"):
                 names = "out lse mass attended"
-                found: tuple[Tensor, ...] = triton.fwd(*inputs, *numbers, True, with_memory)
+                found: tuple[Tensor, ...] = triton.fwd(*asked)
             else:
                 names = "dq dk dv dprefix_k dprefix_v dmask dmemory"
                 out, lse, _, attended = expected

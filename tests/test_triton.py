@@ -113,6 +113,7 @@ FOLDED = {
     "bank": (Shape(5, 2, 2, 1, 40, 300, 16), {"prefixes": "bank"}),
     "bank_lengths": (Shape(5, 2, 1, 2, 9, 300, 16), {"prefixes": "bank", "lengths": "T"}),
     "no_keys": (Shape(3, 2, 2, 2, 0, 300, 16), {}),
+    "memory": (Shape(5, 2, 2, 1, 40, 300, 16), {"prefixes": "bank", "memory": "as_prefix", "phi": "gelu"}),
 }
 
 
@@ -156,13 +157,16 @@ WANTED = {
     "queries": (Shape(2, 2, 2, 37, 37, 5, 32), "q", ["bwd_delta", "bwd_queries"]),
     "values": (Shape(2, 2, 2, 37, 37, 5, 32), "v", ["bwd_delta", "bwd_keys"]),
     "plain_short": (Shape(2, 2, 2, 37, 37, 5, 32), "q k v", ["bwd_short"]),
+    "memory": (Shape(2, 2, 2, 37, 37, 0, 32), "memory", ["bwd_memory"]),
+    "memory_and_queries": (Shape(2, 2, 2, 37, 37, 0, 32), "q memory", ["bwd_memory", "bwd_delta", "bwd_queries"]),
+    "memory_short": (Shape(2, 2, 2, 37, 37, 0, 32), "q k v memory", ["bwd_memory", "bwd_short"]),
 }
 
 
 @pytest.mark.parametrize("case", WANTED)
 def test_only_wanted_gradients_launch_kernels(case: str, launches: list[str]) -> None:
     shape, wanted, expected = WANTED[case]
-    inputs = make_inputs(shape)
+    inputs = make_inputs(shape, memory="shared" if "memory" in wanted else "")
     for name, t in inputs.tensors.items():
         t.requires_grad_(name in wanted.split())
     out = inputs.call("triton")
@@ -175,6 +179,12 @@ def test_many_queries_share_out_the_gradient_of_the_prefix(launches: list[str]) 
     inputs = make_inputs(Shape(2, 1, 1, 600, 2, 5, 16))
     check(inputs)
     assert launches == ["fwd_short", "bwd_prefix", "bwd_reduce", "bwd_keys", "bwd_queries"]
+
+
+@pytest.mark.parametrize("memory", ["shared", "as_prefix"])
+def test_many_queries_share_out_the_gradient_of_a_memory(memory: str, launches: list[str]) -> None:
+    check(make_inputs(Shape(5, 1, 1, 300, 2, 0, 16), prefixes="bank", memory=memory))
+    assert launches[1:3] == ["bwd_memory", "bwd_reduce"]
 
 
 def call(S: int, P: int, causal: bool = False, dtype: torch.dtype = torch.bfloat16, lengths: bool = False) -> Call:

