@@ -28,7 +28,7 @@ INTERLEAVED = reparam_bwd.INTERLEAVED.value
 
 SHORT_SUM = 7
 PROGRAMS = 512  # that a sum over O is cut for, on every GPU, so that each makes the same sums
-SHARE = 0.05  # of a sweep's own bytes, that its parts of dh may add where there are programs enough
+SHARE = 0.03  # of a sweep's own bytes, that its parts of dh may add where there are programs enough
 FEW = 128
 MAX_ROWS = 256  # of P, whose dh a program of the sweep can hold
 STEP_ROWS = 32  # of P, that a product over P takes at once
@@ -121,8 +121,8 @@ def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Any = None, scale: flo
     rows = rows_of_part(sizes, tiles, block_o, bytes_an_element=4)
     part = w2.new_empty((triton.cdiv(sizes.O, rows), sizes.G, P, sizes.M))
     reparam_dh[(tiles, len(part))](
-        *(dy, w2, part, *sizes, 1 if form is None else form.kv_heads * form.head_dim, rows, scale),
-        D=1 if form is None else form.head_dim,
+        *(dy, w2, part, *sizes, heads_d(form), rows, scale),
+        D=head_dim(form),
         LAYOUT=layout(form),
         BLOCK_P=block_p,
         BLOCK_O=block_o,
@@ -157,19 +157,21 @@ def adamw(
     exp_avg: Tensor,  # [G, O, M]
     exp_avg_sq: Tensor,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    form: Any,
     numbers: tuple[float, ...],  # factored_adamw's from scale to root
     want_dh: bool,
     found_inf: Tensor | None,
 ) -> Tensor | None:
-    return _sweep(factored_adamw, (w, exp_avg, exp_avg_sq), h, dy, numbers, want_dh, found_inf, {})
+    return _sweep(factored_adamw, (w, exp_avg, exp_avg_sq), h, dy, form, numbers, want_dh, found_inf, {})
 
 
 def sgd(
     w: Tensor,  # [G, O, M]
     buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    form: Any,
     numbers: tuple[float, ...],  # factored_sgd's from scale to weight_decay
     nesterov: bool,
     first: bool,
@@ -177,7 +179,7 @@ def sgd(
     found_inf: Tensor | None,
 ) -> Tensor | None:
     flags = {"MOMENTUM": buffer is not None, "NESTEROV": nesterov, "FIRST": first}
-    return _sweep(factored_sgd, (w, w if buffer is None else buffer), h, dy, numbers, want_dh, found_inf, flags)
+    return _sweep(factored_sgd, (w, w if buffer is None else buffer), h, dy, form, numbers, want_dh, found_inf, flags)
 
 
 def _sweep(
@@ -185,6 +187,7 @@ def _sweep(
     state: tuple[Tensor, ...],
     h: Tensor,
     dy: Tensor,
+    form: Any,
     numbers: tuple[float, ...],
     want_dh: bool,
     found_inf: Tensor | None,
@@ -194,7 +197,7 @@ def _sweep(
     sizes = Sizes(w.shape[0], h.shape[1], *w.shape[1:])
     P, dh = sizes.P, None
     if want_dh and P > MAX_ROWS:  # too much for a program to hold: one more read of w
-        dh, want_dh = hidden_gradient(dy, w, P, scale=numbers[0]), False
+        dh, want_dh = hidden_gradient(dy, w, P, form, scale=numbers[0]), False
     block_p = tile(P, MAX_ROWS)
     plan = SWEEP[block_p]
     block_o, block_m = plan.block_o, tile(sizes.M, plan.block_m)
@@ -203,8 +206,10 @@ def _sweep(
     parts = triton.cdiv(sizes.O, rows)
     part = w.new_empty((parts, sizes.G, P, sizes.M) if want_dh else 0)
     kernel[(tiles, parts)](
-        *(*state, h, dy, part, w if found_inf is None else found_inf, *sizes, rows, *numbers),
+        *(*state, h, dy, part, w if found_inf is None else found_inf, *sizes, heads_d(form), rows, *numbers),
         **flags,
+        D=head_dim(form),
+        LAYOUT=layout(form),
         WANT_DH=want_dh,
         HAS_FOUND_INF=found_inf is not None,
         ONCE=block_p <= STEP_ROWS,
@@ -235,6 +240,14 @@ def rows_of_part(sizes: Sizes, tiles: int, block_o: int, bytes_an_element: int) 
 def added(part: Tensor) -> Tensor:
     """The sum of parts [n, G, P, M], in the order that their shape alone decides."""
     return part[0] if len(part) == 1 else part.sum(0)
+
+
+def head_dim(form: Any) -> int:
+    return 1 if form is None else int(form.head_dim)
+
+
+def heads_d(form: Any) -> int:
+    return 1 if form is None else int(form.kv_heads * form.head_dim)
 
 
 def layout(form: Any) -> int:

@@ -77,14 +77,15 @@ def test_the_record_spills_nowhere_and_fits_everywhere() -> None:
 
 
 def test_bytes_are_near_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 1.15 of 7 W for language; for vision w1 alone, which the floor leaves out, is 7 %."""
+    """At most 1.15 of 7 W for language, the whole step too; for vision reading w1, which 7 W lacks, is 7 %."""
     monkeypatch.setattr(reparam_counts.backend, "_is_emulated", lambda dtype: False)  # a GPU's bank is bfloat16
     counted = {name: reparam_counts.row(name, case) for name, case in CASES.items()}
-    assert recorded("reparam_counts.json") == {"table": DATE, "rows": list(counted.values())}
-    ratios = {name: row["bytes_ratio"] for name, row in counted.items()}
-    assert ratios["GPT-2m P10"] < 1.02
-    assert all(ratio <= 1.15 for name, ratio in ratios.items() if "ViT" not in name and CASES[name].P <= 200)
-    assert ratios["ViT-B P10"] < 1.2
+    assert recorded("reparam_counts.json") == {"table": DATE, "rows": json.loads(json.dumps(list(counted.values())))}
+    for key in ("bytes_ratio", "whole_ratio"):
+        ratios = {name: row[key] for name, row in counted.items()}
+        assert all(ratio <= 1.15 for name, ratio in ratios.items() if "ViT" not in name and CASES[name].P <= 200)
+    assert counted["GPT-2m P10"]["bytes_ratio"] < 1.02
+    assert counted["ViT-B P10"]["bytes_ratio"] < 1.2
 
 
 NETWORKS = (

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
 from prefixattn.reparam import triton
+from prefixattn.reparam.reference import Form
 from prefixattn.reparam.testing import Shape, exact, from_module, make_inputs, same_dtype
 from prefixattn.testing import assert_all_as_accurate, assert_as_accurate, rms
 
@@ -207,6 +209,46 @@ def test_sgd_without_momentum() -> None:
     numbers = {**SGD, "momentum": 0.0, "first": False, "grad_scale": 1.0}
     right, same = (run(without(reference.sgd_sweep), tensors, t, **numbers) for t in (torch.float64, torch.float32))
     assert_all_as_accurate(run(without(triton.sgd_sweep), tensors, torch.float32, **numbers), same, right)
+
+
+BANKS = {
+    "P5": (5, Form(3, 1, 7, False, "tanh")),  # tiles end within a head
+    "P33": (33, Form(1, 2, 24, False, "tanh")),
+    "P300": (300, Form(2, 1, 5, False, "tanh")),  # dh by a kernel of its own
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["blocked", "interleaved"])
+@pytest.mark.parametrize("name", BANKS)
+def test_sweeps_read_the_gradient_of_a_bank(
+    name: str, interleaved: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it lies and in its own type: what rows of the same numbers give, and nobody makes rows."""
+    P, form = BANKS[name]
+    form = form._replace(interleaved=interleaved)
+    G, O, M = 2, form.layers * 2 * form.kv_heads * form.head_dim, 20
+    generator = torch.Generator().manual_seed(0)
+    w, m, v, h, dy = (torch.randn(G, *s, generator=generator) for s in ((O, M), (O, M), (O, M), (P, M), (P, O)))
+    bank = network.bank_of(dy, form, dtype)
+    dy = network.rows_of(bank, form, G, torch.float32)
+    kinds: list[tuple[str, list[Tensor], dict[str, Any]]] = [
+        ("adamw_sweep", [w, m, v.square()], {**ADAMW, "step": 3}),
+        ("sgd_sweep", [w, m], {**SGD, "first": False}),
+    ]
+    for sweep, state, numbers in kinds:
+        numbers |= {"grad_scale": 0.5, "want_dh": True}
+        by_rows = [t.clone() for t in state]
+        dh_by_rows = getattr(triton, sweep)(*by_rows, h, dy, **numbers)
+        with monkeypatch.context() as patched:
+            patched.setattr(network, "rows_of", None)
+            patched.setattr(network, "as_rows", None)
+            by_bank = [t.clone() for t in state]
+            dh = getattr(triton, sweep)(*by_bank, h, bank, form=form, **numbers)
+        assert all(torch.equal(a, b) for a, b in zip(by_rows, by_bank, strict=True))
+        exact = 0.5 * dy.double() @ w.double()
+        assert_as_accurate("dh", dh, 0.5 * dy @ w, exact)
+        assert interleaved or torch.equal(dh, dh_by_rows)
 
 
 def test_a_new_buffer_is_not_read() -> None:

@@ -96,7 +96,7 @@ def sweep_unsupported(
         ("exp_avg", exp_avg, (torch.float32, torch.bfloat16)),
         ("exp_avg_sq", exp_avg_sq, (torch.float32, torch.bfloat16)),
         ("h", h, (torch.float32,)),
-        ("dy", dy, (torch.float32,)),
+        ("dy", dy, DTYPES),
     ):
         if t is None:
             continue
@@ -132,7 +132,7 @@ def adamw_sweep(
     numbers = (grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, *corrections)
     first, second = _emulated(exp_avg), _emulated(exp_avg_sq)
     with _on(w):
-        dh = adamw(w, first, second, h, reference.as_rows(dy, form, len(w)), numbers, want_dh, found_inf)
+        dh = adamw(w, first, second, h, _emulated(dy), form, numbers, want_dh, found_inf)
     for t, emulated in ((exp_avg, first), (exp_avg_sq, second)):
         if emulated is not t:
             t.copy_(emulated)
@@ -162,7 +162,7 @@ def sgd_sweep(
     numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)
     buffer = None if momentum_buffer is None else _emulated(momentum_buffer)
     with _on(w):
-        dh = sgd(w, buffer, h, reference.as_rows(dy, form, len(w)), numbers, nesterov, first, want_dh, found_inf)
+        dh = sgd(w, buffer, h, _emulated(dy), form, numbers, nesterov, first, want_dh, found_inf)
     if momentum_buffer is not None and buffer is not None and buffer is not momentum_buffer:
         momentum_buffer.copy_(buffer)
     return dh
@@ -173,7 +173,7 @@ def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G,
     from prefixattn.kernels.launch_reparam import hidden_gradient
 
     with _on(w):
-        return hidden_gradient(dy, w, dy.shape[1 if form is None else 3], form)
+        return hidden_gradient(_emulated(dy), w, dy.shape[1 if form is None else 3], form)
 
 
 def _not_here(name: str, t: Tensor) -> list[str]:
