@@ -4,8 +4,8 @@
     python bench/reparam_counts.py --out bench/results/reparam_counts.json
 
 The floor is 7 W, W being the bytes of the large matrices: the forward reads the matrix, AdamW reads and writes it and
-two moments. Beside it stands the floor of both matrices, 7 (W1 + W2), to which the whole step is compared: where
-networks are small, w1 is a third of the parameters.
+two moments; 4 W where these have 8 bits. Beside it stands the floor of both matrices, 7 W1 more, to which the whole
+step is compared: where networks are small, w1 is a third of the parameters.
 
 The code's own step runs on tensors without memory, from the forward to the last update, the bank's gradient being what
 a backward pass of one micro-batch left: forward, look for what is not finite, sweep, small gradients, small parameters.
@@ -37,6 +37,7 @@ from triton.runtime.jit import KernelInterface
 from prefixattn.kernels import launch_reparam
 from prefixattn.optim.source import Source, X
 from prefixattn.reparam import triton as backend
+from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.reparam.reference import Form
 
 Launched = tuple[str, SimpleNamespace]  # the kernel's name, its arguments by theirs
@@ -51,7 +52,8 @@ class Case(NamedTuple):
     Hkv: int
     D: int
     interleaved: bool = False
-    # written down before anything was counted: forward and sweep over 7 W; the whole step over 7 (W1 + W2)
+    eight: bool = False  # both moments of 8 bits
+    # written down before anything was counted: forward and sweep over 7 W; the whole step over 7 W1 + 7 W
     predicted: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -60,7 +62,7 @@ class Case(NamedTuple):
 
     @property
     def floor(self) -> int:
-        return 7 * 4 * self.G * self.outputs * self.M
+        return (4 if self.eight else 7) * 4 * self.G * self.outputs * self.M
 
     @property
     def floor_of_both(self) -> int:
@@ -77,8 +79,10 @@ CASES = {
     "LLaMA-7B P30": Case(1, 30, 4096, 512, 32, 32, 128, predicted=(1.04, 1.05)),
     "LLaMA-7B P30, M 4096": Case(1, 30, 4096, 4096, 32, 32, 128, predicted=(1.02, 1.02)),
     "GPT-2m P500": Case(1, 500, 1024, 512, 24, 16, 64, predicted=(1.6, 1.6)),
-    "ViT-B P10": Case(12, 10, 768, 48, 1, 12, 64, True, predicted=(1.25, 1.2)),
-    "ViT-B P100": Case(12, 100, 768, 48, 1, 12, 64, True, predicted=(3.0, 2.0)),
+    "GPT-2m P10, 8 bits": Case(1, 10, 1024, 512, 24, 16, 64, eight=True, predicted=(1.03, 1.04)),
+    "GPT-2m P200, 8 bits": Case(1, 200, 1024, 512, 24, 16, 64, eight=True, predicted=(1.55, 1.55)),
+    "ViT-B P10": Case(12, 10, 768, 48, 1, 12, 64, True, False, predicted=(1.25, 1.2)),
+    "ViT-B P100": Case(12, 100, 768, 48, 1, 12, 64, True, False, predicted=(3.0, 2.0)),
 }
 
 
@@ -97,7 +101,8 @@ def moved(kernel: str, a: SimpleNamespace) -> tuple[int, int]:
         once = size(a.h, a.w2, a.bank) + bias
         return once, size(a.h) * o_tiles + (size(a.w2) + bias) * p_tiles + size(a.bank)
     if kernel == "factored_adamw":
-        state = 2 * size(a.w2, a.exp_avg, a.exp_avg_sq) + size(a.part)
+        scales = [t for t in (a.exp_avg_scale, a.exp_avg_sq_scale) if t is not a.w2]
+        state = 2 * size(a.w2, a.exp_avg, a.exp_avg_sq, *scales) + size(a.part)
         o_tiles = sum(cdiv(min(a.rows, a.O - first), a.BLOCK_O) for first in range(0, a.O, a.rows))
         again = cdiv(a.M, a.BLOCK_M) * (1 if a.ONCE or not a.WANT_DH else 2)  # dy in steps, then whole
         return state + size(a.h, a.dy), state + size(a.h) * o_tiles + size(a.dy) * again
@@ -131,6 +136,12 @@ def intercepted(take: Callable[[Launched, Callable[[], Any]], None]) -> Iterator
         vars(launch_reparam).update(kernels)
 
 
+def moment(w: Tensor, signed: bool) -> Moment8:
+    """Of 8 bits."""
+    scales = *w.shape[:2], cdiv(w.shape[2], BLOCK)
+    return Moment8(torch.zeros_like(w, dtype=torch.uint8), torch.zeros(scales, device=w.device), signed)
+
+
 class Operations(TorchDispatchMode):
     """Bytes of the operands and results of torch's operations."""
 
@@ -153,13 +164,13 @@ def step(
     case: Case, device: str = "meta", dtype: torch.dtype = torch.bfloat16, phase: Phase = lambda name: nullcontext()
 ) -> None:
     """What FactoredAdamW does from the forward to the update of the small parameters, but for that."""
-    G, P, E, M, n, Hkv, D, interleaved, _ = case
+    G, P, E, M, n, Hkv, D, interleaved, eight, _ = case
     form = Form(n, Hkv, D, interleaved, "tanh")
     sizes = [(G, P, E), (G, M, E), (G, M), (G, case.outputs, M), (G, case.outputs)]
     parameters = tuple(torch.zeros(size, device=device) for size in sizes)
     w2 = parameters[3]
     dbank = torch.zeros(G * n, 2, Hkv, P, D, device=device, dtype=dtype)
-    moments = [torch.zeros_like(w2) for _ in range(2)]
+    moments = [moment(w2, signed) if eight else torch.zeros_like(w2) for signed in (True, False)]
     numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     with phase("forward"):
         _, z = backend.fwd(*parameters, form, dtype)
@@ -170,7 +181,9 @@ def step(
     with phase("sweep"):
         dh = backend.adamw_sweep(w2, *moments, source.h, source.dbank, form=form, step=1, **numbers)
     assert dh is not None
-    with phase("small gradients"):
+    # torch has no autocast for tensors without memory
+    without = patch.object(torch, "autocast", lambda *_, **__: nullcontext()) if device == "meta" else nullcontext()
+    with phase("small gradients"), without:
         source.dh = dh
         source.small(X)
 
@@ -187,8 +200,7 @@ def row(name: str, case: Case) -> dict[str, Any]:
             yield
         counts[f"torch: {name}"] = (operations.bytes,) * 2
 
-    # torch has no autocast for tensors without memory
-    with intercepted(count), patch.object(torch, "autocast", lambda *_, **__: nullcontext()):
+    with intercepted(count):
         step(case, phase=phase)
     rest = dict(counts)
     G, P, E, M = case[:4]

@@ -10,6 +10,7 @@ Rows are counted as columns of dy are, which is read where it lies: an interleav
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.moments8 import load_moment, store_moment
 from prefixattn.kernels.reparam_bwd import INTERLEAVED, load_dy
 from prefixattn.kernels.reparam_fwd import source_row
 
@@ -80,11 +81,13 @@ def store_share(part, acc, i, g, m, G, P, M, BLOCK_P: tl.constexpr):
     tl.store(base + (p[:, None] * M + m[None, :]), acc, mask=(p < P)[:, None] & (m < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def factored_adamw(
     w2,  # [G, O, M]
     exp_avg,  # [G, O, M]
     exp_avg_sq,  # [G, O, M]
+    exp_avg_scale,  # [G, O, blocks], if exp_avg are codes; then BLOCK_M is a whole block, as for exp_avg_sq
+    exp_avg_sq_scale,  # [G, O, blocks], if exp_avg_sq are codes
     h,  # [G, P, M]
     dy,  # [G, P, O], or the bank's gradient
     part,  # [parts, G, P, M]
@@ -103,6 +106,7 @@ def factored_adamw(
     eps,
     step_size,  # lr / (1 - beta1 ** step)
     root,  # sqrt(1 - beta2 ** step)
+    salt,  # of the coins of this step, int32
     D: tl.constexpr,
     LAYOUT: tl.constexpr,
     WANT_DH: tl.constexpr,
@@ -121,22 +125,28 @@ def factored_adamw(
     g = (tl.program_id(0) // m_tiles).to(tl.int64)
     i = tl.program_id(1)
     end = tl.minimum((i + 1) * rows, O)
-    here = m < M
+    rows_of_tile = tl.arange(0, BLOCK_O)
+    here, changes = m < M, rows_of_tile >= 0
     if HAS_FOUND_INF:
         here = here & (tl.load(found_inf + m * 0) == 0)
+        changes = tl.load(found_inf + rows_of_tile * 0) == 0
     w2 += g * O * M
     exp_avg += g * O * M
     exp_avg_sq += g * O * M
+    exp_avg_scale += g * O * m_tiles
+    exp_avg_sq_scale += g * O * m_tiles
     h += g * P * M
     dy += g * P * O
     acc = start(WANT_DH, BLOCK_P, BLOCK_M)
     for first in tl.range(i * rows, end, BLOCK_O, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK_O)
-        where = source_row(column, HEADS_D, LAYOUT == INTERLEAVED)[:, None] * M + m[None, :]
+        row = source_row(column, HEADS_D, LAYOUT == INTERLEAVED)
+        where = row[:, None] * M + m[None, :]
+        scale_at = row * m_tiles + tl.program_id(0) % m_tiles
         readable = (column < end)[:, None] & (m < M)[None, :]
         w = tl.load(w2 + where, mask=readable, other=0.0)
-        average = tl.load(exp_avg + where, mask=readable, other=0.0).to(tl.float32)
-        square = tl.load(exp_avg_sq + where, mask=readable, other=0.0).to(tl.float32)
+        average = load_moment(exp_avg, exp_avg_scale, where, scale_at, readable, column < end, True)
+        square = load_moment(exp_avg_sq, exp_avg_sq_scale, where, scale_at, readable, column < end, False)
         grad, acc = factors(
             *(dy, h, w, acc, column, m, P, end, O, M, scale, D, LAYOUT, ONCE, WANT_DH),
             *(BLOCK_P, STEP_P, BLOCK_O, BLOCK_M, PRECISION, PRECISION_DH),
@@ -146,8 +156,9 @@ def factored_adamw(
         w = w * decay - step_size * tl.div_rn(average, tl.div_rn(tl.sqrt_rn(square), root) + eps)
         writable = (column < end)[:, None] & here[None, :]
         tl.store(w2 + where, w, mask=writable)
-        tl.store(exp_avg + where, average.to(exp_avg.dtype.element_ty), mask=writable)
-        tl.store(exp_avg_sq + where, square.to(exp_avg_sq.dtype.element_ty), mask=writable)
+        place, rows_there = (g * O + row) * M, (column < end) & changes
+        store_moment(exp_avg, exp_avg_scale, average, where, scale_at, place, m, salt, writable, rows_there, True)
+        store_moment(exp_avg_sq, exp_avg_sq_scale, square, where, scale_at, place, m, salt, writable, rows_there, False)
     if WANT_DH:
         store_share(part, acc * scale, i, g, m, G, P, M, BLOCK_P)
 

@@ -105,9 +105,9 @@ def test_refusals() -> None:
     ]
     huge = torch.empty(1, 2**16, 2**15, device="meta")
     assert "2147483648" in triton.unsupported(x, w1, b1, huge, b2, inputs.form, torch.float32)[-1]
-    words = triton.sweep_unsupported(w2, w2.to(torch.uint8), w2.half(), x, torch.zeros(1, 3, 8).mT)
+    words = triton.sweep_unsupported(w2, w2.to(torch.int8), w2.half(), x, torch.zeros(1, 3, 8).mT)
     assert [w.split(";")[0] for w in words] == [
-        "exp_avg is torch.uint8",
+        "exp_avg is torch.int8",
         "exp_avg_sq is torch.float16",
         "dy has strides (24, 1, 8)",
     ]
@@ -309,9 +309,10 @@ def test_parts_stay_small() -> None:
 
 
 def test_every_number_of_rows_has_tiles() -> None:
-    for P in range(1, 600):
-        plan = launch_reparam.SWEEP[launch_reparam.tile(P, launch_reparam.MAX_ROWS)]
-        assert isinstance(plan, Tiles)
+    for table in (launch_reparam.SWEEP, launch_reparam.SWEEP8):
+        for P in range(1, 600):
+            plan = table[launch_reparam.tile(P, max(table))]
+            assert isinstance(plan, Tiles)
 
 
 # --- tf32x3, which the interpreter does not have
