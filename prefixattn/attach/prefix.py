@@ -75,7 +75,9 @@ class Prefix(nn.Module):
         with torch.autocast(device_type, enabled=False):
             if isinstance(self.encoder, DeepShare):
                 return self.encoder(dtype)
-            bank = self.encoder(self._attached().project) if isinstance(self.encoder, SimpleShare) else self.encoder()
+            if isinstance(self.encoder, SimpleShare):
+                return self.encoder(self._attached().project, self._projection_parameters(), dtype)
+            bank = self.encoder()
             return bank if dtype is None else bank.to(dtype)
 
     def layer_prefixes(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
@@ -89,7 +91,7 @@ class Prefix(nn.Module):
             # An optimizer that writes through `.data` leaves no trace in the version, so training empties the cache.
             self._cache = None
             return self._split(dtype, device)
-        sources = list(self._sources())
+        sources = list(self.sources())
         if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
             return self._split(dtype, device)
         # the count, because torch's fused optimizers leave no trace in a version
@@ -100,12 +102,15 @@ class Prefix(nn.Module):
                 self._cache = (key, self._split(dtype, device))
         return self._cache[1]
 
-    def _sources(self) -> Iterator[Tensor]:
-        """What the bank is computed from."""
+    def sources(self) -> Iterator[Tensor]:
+        """What the bank is computed from, while the prefix is attached: its parameters, and weights of the model."""
         yield from self.parameters()
-        if isinstance(self.encoder, SimpleShare):
-            for layer in self.layers:
-                yield from self._attached().projection_parameters(layer)
+        if isinstance(self.encoder, SimpleShare) and self._adapter is not None:
+            yield from self._projection_parameters()
+
+    def _projection_parameters(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield from self._attached().projection_parameters(layer)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         bank = self(dtype).to(device)
