@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 
 # of the sweeps, by rows of P up to; beyond, dh is too much for a program to hold
 SWEEP = {
-    16: Tiles(32, 64, 8, 2, 128),
+    16: Tiles(16, 64, 8, 2, 128),
     32: Tiles(16, 64, 8, 2, 128),
     64: Tiles(16, 32, 4, 2),
     128: Tiles(16, 64, 8, 2),

@@ -214,7 +214,7 @@ class Projected(NamedTuple):
         """The gradient of the vectors; RuntimeError if they or the projections are no longer what they were."""
         if not self.of.lasts():
             raise RuntimeError(
-                "the vectors of a prefix, or the weights of the model that project them, were changed, moved or sharded "
+                "the vectors of a prefix, or the model's weights that project them, were changed, moved or sharded "
                 "between a backward pass and the first use of its gradient; call zero_grad() after such a change"
             )
         with torch.autocast(dbank.device.type, enabled=False):
@@ -225,8 +225,9 @@ class Projected(NamedTuple):
 class SimpleShare(Taken):
     """One vector per row and layer; the layer's own norm and frozen projections make key and value of it.
 
-    An optimizer can take it over as it can `DeepShare`: then the projections run once, forward and backward, for a state
-    of the parameters, however many micro-batches there are. A compiled forward pass projects in its graph, each time.
+    An optimizer can take it over as it can `DeepShare`: then the projections run once, forward and backward, for a
+    state of the parameters, however many micro-batches there are. A compiled forward pass projects in its graph, each
+    time.
     """
 
     def __init__(self, layers: tuple[int, ...], length: int, geometry: Geometry) -> None:

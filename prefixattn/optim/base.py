@@ -68,7 +68,7 @@ class Factored(torch.optim.Optimizer):
             self.take_over(module)
 
     def take_over(self, module: nn.Module) -> None:
-        """Takes over the deep-share networks in `module` of which this optimizer has the large matrix, and simple shares.
+        """Takes over the prefixes in `module` of which it has the large matrix (deep share) or the vectors (simple).
 
         The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
         optimizer owns no network, and one whose network another optimizer has taken since.
@@ -77,8 +77,8 @@ class Factored(torch.optim.Optimizer):
 
         own = {id(p) for group in self.param_groups for p in group["params"]}
         # weights of which a process has a part are whole within the model's own passes alone
-        sources = [t for part in module.modules() if hasattr(part, "sources") for t in part.sources()]
-        whole = not any(hasattr(t, "full_tensor") for t in sources)
+        prefixes: list[Any] = [part for part in module.modules() if hasattr(part, "sources")]
+        whole = not any(hasattr(t, "full_tensor") for prefix in prefixes for t in prefix.sources())
         for part in module.modules():
             if isinstance(part, (DeepShare, FreePrefix, SimpleShare)):
                 self.average.add([p for p in part.parameters() if id(p) in own])
