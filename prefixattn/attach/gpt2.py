@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from prefixattn.attach.huggingface import HuggingFaceAdapter
 from prefixattn.prefix import Geometry
@@ -37,10 +38,13 @@ class GPT2Adapter(HuggingFaceAdapter):
     def project(self, layer: int, vectors: Tensor) -> Tensor:
         """Keys and values `[2, Hkv, P, D]` that the frozen layer makes of `vectors` `[P, E]`, biases included."""
         block = self.blocks()[layer]
-        weight = block.ln_1.weight
-        qkv = block.attn.c_attn(block.ln_1(vectors.to(device=weight.device, dtype=weight.dtype)))  # [P, 3 * E]
-        kv: Tensor = qkv[:, self.geometry.width :].view(-1, 2, self.geometry.kv_heads, self.geometry.head_dim)
-        return kv.permute(1, 2, 0, 3)
+        weight, attn, E = block.ln_1.weight, block.attn.c_attn, self.geometry.width
+        rows = block.ln_1(vectors.to(device=weight.device, dtype=weight.dtype))
+        if type(attn) is Conv1D:  # and nothing around it: queries are a third of its work
+            kv = torch.addmm(attn.bias[E:], rows, attn.weight[:, E:])
+        else:
+            kv = attn(rows)[:, E:]
+        return kv.view(-1, 2, self.geometry.kv_heads, self.geometry.head_dim).permute(1, 2, 0, 3)
 
     def projection_parameters(self, layer: int) -> Iterator[Tensor]:
         block = self.blocks()[layer]
