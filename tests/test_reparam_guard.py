@@ -75,6 +75,15 @@ def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypat
             assert torch.equal(guard.fwd(*call)[0], reference.fwd(*call)[0])
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_bank_read_in_another_layout_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefixattn.kernels import launch_reparam
+
+    monkeypatch.setattr(launch_reparam, "layout", lambda form: launch_reparam.BLOCKED)
+    with pytest.warns(RuntimeWarning, match=rf"fail \({kind}\) for torch.float32 on cpu: w, .*differ"):
+        assert guard.verdict((kind, CPU, torch.float32))
+
+
 def test_codes_rounded_by_other_coins_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "moments8", SimpleNamespace(salt=lambda step: step, BLOCK=guard.BLOCK))
     with pytest.warns(RuntimeWarning, match=r"fail \(adamw8\) for torch.float32 on cpu: m, v differ"):

@@ -119,6 +119,7 @@ def _eight(values: Tensor, signed: bool) -> Moment8:
 def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Named results of a tiny case, by the kernels or, for None, by the reference."""
     G, E, M, O = 2, 40, 300 if kind == "adamw8" else 48, _FORM.layers * 2 * _FORM.kv_heads * _FORM.head_dim
+    form = _FORM._replace(interleaved=P != _LENGTHS[0])
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -130,22 +131,22 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
     first, second = normal(G, O, M).to(dtype), normal(G, O, M).square().to(dtype)
     network, optimizer = module or reference, module or sweep
     if kind == "fwd":
-        bank, z = network.fwd(x, w1, b1, w2, b2, _FORM, dtype)
+        bank, z = network.fwd(x, w1, b1, w2, b2, form, dtype)
         return {"bank": bank, "z": z}
     if kind == "bwd":
         names = ("dx", "dw1", "db1", "dw2", "db2")
-        return dict(zip(names, network.bwd(dbank, x, w1, w2, b1[:, None] + h, _FORM, (True,) * 5), strict=True))
+        return dict(zip(names, network.bwd(dbank, x, w1, w2, b1[:, None] + h, form, (True,) * 5), strict=True))
     if kind == "dh":
-        return {"dh": optimizer.dh_only(w2, dy), "dh of a bank": optimizer.dh_only(w2, dbank, _FORM)}
+        return {"dh": optimizer.dh_only(w2, dy), "dh of a bank": optimizer.dh_only(w2, dbank, form)}
     numbers = {"lr": 1e-2, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}
     more: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 3}
     if kind == "adamw8":
         m, v = _eight(first, True), _eight(second, False)
-        dh = optimizer.adamw_sweep(w2, m, v, h, dy, **numbers, **more)
+        dh = optimizer.adamw_sweep(w2, m, v, h, dbank, form=form, **numbers, **more)
         return {"w": w2, "m": m.code, "scale of m": m.scale, "v": v.code, "scale of v": v.scale, "dh": dh}
     if kind == "adamw":
-        dh = optimizer.adamw_sweep(w2, first, second, h, dy, **numbers, **more)
+        dh = optimizer.adamw_sweep(w2, first, second, h, dbank, form=form, **numbers, **more)
         return {"w": w2, "exp_avg": first, "exp_avg_sq": second, "dh": dh}
     more = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first": False}
-    dh = optimizer.sgd_sweep(w2, first, h, dy, **numbers, **more)
+    dh = optimizer.sgd_sweep(w2, first, h, dbank, form=form, **numbers, **more)
     return {"w": w2, "momentum_buffer": first, "dh": dh}
