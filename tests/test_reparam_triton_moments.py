@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixattn.optim import FactoredAdamW
+from prefixattn.optim.testing import network as optimized
+from prefixattn.optim.testing import targets, train
 from prefixattn.reparam import moments8, triton
 from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
@@ -210,3 +213,14 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             triton.adamw_sweep(w, first, second, h, dy, **options)
+
+
+@pytest.mark.parametrize("moments", ["8bit", ("8bit", "bfloat16"), ("float32", "8bit")], ids=str)
+def test_an_optimizer_with_moments_of_8_bits(moments: Any) -> None:
+    nets = []
+    for backend in ("triton", "reference"):
+        net = optimized("three")
+        train(net, FactoredAdamW(net, lr=1e-2, moments=moments, backend=backend), targets(net), 3)
+        nets.append(net)
+    for ours, plain in zip(*(net.parameters() for net in nets), strict=True):
+        assert ((ours - plain).abs() <= 1e-5).float().mean() > 0.99
