@@ -9,7 +9,12 @@ import torch
 Call = Callable[[], object]
 
 
-def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 60)) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Call],
+    seconds: float,
+    rounds: tuple[int, int] = (5, 60),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Milliseconds of each call, one sample a round for `seconds` or for `rounds` (at least, at most).
 
     Every round runs every call once and every other round backwards, so that a drift of the machine, and what a call
@@ -25,9 +30,9 @@ def interleave(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] =
         if done >= at_least and time.perf_counter() > end:
             break
         for name in names if done % 2 == 0 else reversed(names):
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            samples[name].append((time.perf_counter() - start) * 1e3)
+            samples[name].append((clock() - start) * 1e3)
     return samples
 
 

@@ -3,12 +3,16 @@
 A program has some columns of one network's matrix and some of its rows, goes down the rows a tile at a time, and reads
 and writes each tile of the matrix and of its moments once. The gradient of a tile is a product of what it has of dy and
 h; nobody stores it. Before the tile changes it is multiplied by dy, which in the end makes the program's part of dh.
+
+Rows are counted as columns of dy are, which is read where it lies: an interleaved matrix gives a tile every second row.
 """
 
 import triton
 import triton.language as tl
 
-from prefixattn.kernels.reparam_bwd import PLAIN, load_dy
+from prefixattn.kernels.moments8 import load_moment, store_moment
+from prefixattn.kernels.reparam_bwd import INTERLEAVED, load_dy
+from prefixattn.kernels.reparam_fwd import source_row
 
 
 @triton.jit
@@ -29,17 +33,19 @@ def start(WANT_DH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def factors(
-    dy,  # [P, O], one network
+    dy,  # [P, O], or the part of the bank's gradient, of one network
     h,  # [P, M]
     w,  # [BLOCK_O, BLOCK_M]
     acc,  # [BLOCK_P, BLOCK_M]
-    row,
+    column,
     m,
     P,
     end,
     O,
     M,
     scale,
+    D: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ONCE: tl.constexpr,  # BLOCK_P rows are one step
     WANT_DH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -51,7 +57,7 @@ def factors(
 ):
     """The gradient of a tile of w, and the sum for dh with the tile's share added."""
     if ONCE:
-        d = load_dy(dy, tl.arange(0, BLOCK_P), row, P, end, O, 1, PLAIN)
+        d = load_dy(dy, tl.arange(0, BLOCK_P), column, P, end, O, D, LAYOUT)
         g = tl.dot(tl.trans(d), load_hidden(h, tl.arange(0, BLOCK_P), m, P, M), input_precision=PRECISION)
         if WANT_DH:
             acc = tl.dot(d, w, acc, input_precision=PRECISION_DH)
@@ -59,10 +65,10 @@ def factors(
         g = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
         for p0 in range(0, P, STEP_P):
             p = p0 + tl.arange(0, STEP_P)
-            d = load_dy(dy, p, row, P, end, O, 1, PLAIN)
+            d = load_dy(dy, p, column, P, end, O, D, LAYOUT)
             g = tl.dot(tl.trans(d), load_hidden(h, p, m, P, M), g, input_precision=PRECISION)
         if WANT_DH:
-            d = load_dy(dy, tl.arange(0, BLOCK_P), row, P, end, O, 1, PLAIN)
+            d = load_dy(dy, tl.arange(0, BLOCK_P), column, P, end, O, D, LAYOUT)
             acc = tl.dot(d, w, acc, input_precision=PRECISION_DH)
     return g * scale, acc
 
@@ -75,19 +81,22 @@ def store_share(part, acc, i, g, m, G, P, M, BLOCK_P: tl.constexpr):
     tl.store(base + (p[:, None] * M + m[None, :]), acc, mask=(p < P)[:, None] & (m < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def factored_adamw(
     w2,  # [G, O, M]
     exp_avg,  # [G, O, M]
     exp_avg_sq,  # [G, O, M]
+    exp_avg_scale,  # [G, O, blocks], if exp_avg are codes; then BLOCK_M is a whole block, as for exp_avg_sq
+    exp_avg_sq_scale,  # [G, O, blocks], if exp_avg_sq are codes
     h,  # [G, P, M]
-    dy,  # [G, P, O]
+    dy,  # [G, P, O], or the bank's gradient
     part,  # [parts, G, P, M]
     found_inf,  # [1]: where it is not 0, only dh is written
     G,
     P,
     O,
     M,
+    HEADS_D,
     rows,  # of w2 for each program
     scale,
     decay,  # 1 - lr * weight_decay
@@ -97,6 +106,9 @@ def factored_adamw(
     eps,
     step_size,  # lr / (1 - beta1 ** step)
     root,  # sqrt(1 - beta2 ** step)
+    salt,  # of the coins of this step, int32
+    D: tl.constexpr,
+    LAYOUT: tl.constexpr,
     WANT_DH: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     ONCE: tl.constexpr,
@@ -113,33 +125,40 @@ def factored_adamw(
     g = (tl.program_id(0) // m_tiles).to(tl.int64)
     i = tl.program_id(1)
     end = tl.minimum((i + 1) * rows, O)
-    here = m < M
+    rows_of_tile = tl.arange(0, BLOCK_O)
+    here, changes = m < M, rows_of_tile >= 0
     if HAS_FOUND_INF:
         here = here & (tl.load(found_inf + m * 0) == 0)
+        changes = tl.load(found_inf + rows_of_tile * 0) == 0
     w2 += g * O * M
     exp_avg += g * O * M
     exp_avg_sq += g * O * M
+    exp_avg_scale += g * O * m_tiles
+    exp_avg_sq_scale += g * O * m_tiles
     h += g * P * M
     dy += g * P * O
     acc = start(WANT_DH, BLOCK_P, BLOCK_M)
     for first in tl.range(i * rows, end, BLOCK_O, num_stages=STAGES):
-        row = first + tl.arange(0, BLOCK_O)
+        column = first + tl.arange(0, BLOCK_O)
+        row = source_row(column, HEADS_D, LAYOUT == INTERLEAVED)
         where = row[:, None] * M + m[None, :]
-        readable = (row < end)[:, None] & (m < M)[None, :]
+        scale_at = row * m_tiles + tl.program_id(0) % m_tiles
+        readable = (column < end)[:, None] & (m < M)[None, :]
         w = tl.load(w2 + where, mask=readable, other=0.0)
-        average = tl.load(exp_avg + where, mask=readable, other=0.0).to(tl.float32)
-        square = tl.load(exp_avg_sq + where, mask=readable, other=0.0).to(tl.float32)
+        average = load_moment(exp_avg, exp_avg_scale, where, scale_at, readable, column < end, True)
+        square = load_moment(exp_avg_sq, exp_avg_sq_scale, where, scale_at, readable, column < end, False)
         grad, acc = factors(
-            *(dy, h, w, acc, row, m, P, end, O, M, scale, ONCE, WANT_DH),
+            *(dy, h, w, acc, column, m, P, end, O, M, scale, D, LAYOUT, ONCE, WANT_DH),
             *(BLOCK_P, STEP_P, BLOCK_O, BLOCK_M, PRECISION, PRECISION_DH),
         )
         average += rest1 * (grad - average)
         square = square * beta2 + rest2 * grad * grad
         w = w * decay - step_size * tl.div_rn(average, tl.div_rn(tl.sqrt_rn(square), root) + eps)
-        writable = (row < end)[:, None] & here[None, :]
+        writable = (column < end)[:, None] & here[None, :]
         tl.store(w2 + where, w, mask=writable)
-        tl.store(exp_avg + where, average.to(exp_avg.dtype.element_ty), mask=writable)
-        tl.store(exp_avg_sq + where, square.to(exp_avg_sq.dtype.element_ty), mask=writable)
+        place, rows_there = (g * O + row) * M, (column < end) & changes
+        store_moment(exp_avg, exp_avg_scale, average, where, scale_at, place, m, salt, writable, rows_there, True)
+        store_moment(exp_avg_sq, exp_avg_sq_scale, square, where, scale_at, place, m, salt, writable, rows_there, False)
     if WANT_DH:
         store_share(part, acc * scale, i, g, m, G, P, M, BLOCK_P)
 
@@ -149,13 +168,14 @@ def factored_sgd(
     w2,  # [G, O, M]
     buffer,  # [G, O, M], if MOMENTUM
     h,  # [G, P, M]
-    dy,  # [G, P, O]
+    dy,  # [G, P, O], or the bank's gradient
     part,  # [parts, G, P, M]
     found_inf,  # [1]: where it is not 0, only dh is written
     G,
     P,
     O,
     M,
+    HEADS_D,
     rows,  # of w2 for each program
     scale,
     lr,
@@ -165,6 +185,8 @@ def factored_sgd(
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     FIRST: tl.constexpr,  # the buffer holds nothing yet
+    D: tl.constexpr,
+    LAYOUT: tl.constexpr,
     WANT_DH: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     ONCE: tl.constexpr,
@@ -190,13 +212,13 @@ def factored_sgd(
     dy += g * P * O
     acc = start(WANT_DH, BLOCK_P, BLOCK_M)
     for first in tl.range(i * rows, end, BLOCK_O, num_stages=STAGES):
-        row = first + tl.arange(0, BLOCK_O)
-        where = row[:, None] * M + m[None, :]
-        readable = (row < end)[:, None] & (m < M)[None, :]
-        writable = (row < end)[:, None] & here[None, :]
+        column = first + tl.arange(0, BLOCK_O)
+        where = source_row(column, HEADS_D, LAYOUT == INTERLEAVED)[:, None] * M + m[None, :]
+        readable = (column < end)[:, None] & (m < M)[None, :]
+        writable = (column < end)[:, None] & here[None, :]
         w = tl.load(w2 + where, mask=readable, other=0.0)
         step, acc = factors(
-            *(dy, h, w, acc, row, m, P, end, O, M, scale, ONCE, WANT_DH),
+            *(dy, h, w, acc, column, m, P, end, O, M, scale, D, LAYOUT, ONCE, WANT_DH),
             *(BLOCK_P, STEP_P, BLOCK_O, BLOCK_M, PRECISION, PRECISION_DH),
         )
         step += weight_decay * w

@@ -16,7 +16,7 @@ from prefixattn.kernels.reparam_bwd import reparam_dh, reparam_dw2
 from prefixattn.kernels.reparam_fwd import reparam_bank, reparam_hidden
 from prefixattn.kernels.table import Launch
 
-DATE = "2026-11-22"
+DATE = "2026-11-25"
 ACTIVATIONS = {
     "none": reparam_fwd.NONE.value,
     "tanh": reparam_fwd.TANH.value,
@@ -28,9 +28,8 @@ INTERLEAVED = reparam_bwd.INTERLEAVED.value
 
 SHORT_SUM = 7
 PROGRAMS = 512  # that a sum over O is cut for, on every GPU, so that each makes the same sums
-SHARE = 0.05  # of a sweep's own bytes, that its parts of dh may add where there are programs enough
+SHARE = 0.03  # of a sweep's own bytes, that its parts of dh may add where there are programs enough
 FEW = 128
-MAX_ROWS = 256  # of P, whose dh a program of the sweep can hold
 STEP_ROWS = 32  # of P, that a product over P takes at once
 
 
@@ -42,14 +41,17 @@ class Tiles(NamedTuple):
     registers: int | None = None  # a thread's most, so that two programs fit a processor
 
 
-# of the sweeps, by rows of P up to
+# of the sweeps, by rows of P up to; beyond, dh is too much for a program to hold
 SWEEP = {
-    16: Tiles(32, 64, 8, 2, 128),
+    16: Tiles(16, 64, 8, 2, 128),
     32: Tiles(16, 64, 8, 2, 128),
     64: Tiles(16, 32, 4, 2),
     128: Tiles(16, 64, 8, 2),
     256: Tiles(16, 64, 8, 2),
 }
+
+BLOCK = 256  # of reparam/moments8.py: numbers that share a scale, and so a tile of codes
+SWEEP8 = {16: Tiles(16, BLOCK, 8, 2)}  # of AdamW's with moments of 8 bits
 
 
 class Sizes(NamedTuple):
@@ -121,8 +123,8 @@ def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Any = None, scale: flo
     rows = rows_of_part(sizes, tiles, block_o, bytes_an_element=4)
     part = w2.new_empty((triton.cdiv(sizes.O, rows), sizes.G, P, sizes.M))
     reparam_dh[(tiles, len(part))](
-        *(dy, w2, part, *sizes, 1 if form is None else form.kv_heads * form.head_dim, rows, scale),
-        D=1 if form is None else form.head_dim,
+        *(dy, w2, part, *sizes, heads_d(form), rows, scale),
+        D=head_dim(form),
         LAYOUT=layout(form),
         BLOCK_P=block_p,
         BLOCK_O=block_o,
@@ -154,22 +156,28 @@ def matrix_gradient(dbank: Tensor, h: Tensor, w2: Tensor, form: Any) -> Tensor:
 
 def adamw(
     w: Tensor,  # [G, O, M]
-    exp_avg: Tensor,  # [G, O, M]
-    exp_avg_sq: Tensor,  # [G, O, M]
+    exp_avg: Tensor,  # [G, O, M], numbers or codes
+    exp_avg_sq: Tensor,  # [G, O, M], numbers or codes
+    scales: tuple[Tensor | None, Tensor | None],  # of codes
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
-    numbers: tuple[float, ...],  # factored_adamw's from scale to root
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    form: Any,
+    numbers: tuple[float, ...],  # factored_adamw's from scale to salt
     want_dh: bool,
     found_inf: Tensor | None,
 ) -> Tensor | None:
-    return _sweep(factored_adamw, (w, exp_avg, exp_avg_sq), h, dy, numbers, want_dh, found_inf, {})
+    table = SWEEP if all(scale is None for scale in scales) else SWEEP8
+    given = tuple(w if scale is None else scale for scale in scales)
+    state = w, exp_avg, exp_avg_sq
+    return _sweep(factored_adamw, table, state, given, h, dy, form, numbers, want_dh, found_inf, {})
 
 
 def sgd(
     w: Tensor,  # [G, O, M]
     buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    form: Any,
     numbers: tuple[float, ...],  # factored_sgd's from scale to weight_decay
     nesterov: bool,
     first: bool,
@@ -177,14 +185,18 @@ def sgd(
     found_inf: Tensor | None,
 ) -> Tensor | None:
     flags = {"MOMENTUM": buffer is not None, "NESTEROV": nesterov, "FIRST": first}
-    return _sweep(factored_sgd, (w, w if buffer is None else buffer), h, dy, numbers, want_dh, found_inf, flags)
+    state = w, w if buffer is None else buffer
+    return _sweep(factored_sgd, SWEEP, state, (), h, dy, form, numbers, want_dh, found_inf, flags)
 
 
 def _sweep(
     kernel: Any,
+    table: dict[int, Tiles],
     state: tuple[Tensor, ...],
+    scales: tuple[Tensor, ...],
     h: Tensor,
     dy: Tensor,
+    form: Any,
     numbers: tuple[float, ...],
     want_dh: bool,
     found_inf: Tensor | None,
@@ -192,22 +204,24 @@ def _sweep(
 ) -> Tensor | None:
     w = state[0]
     sizes = Sizes(w.shape[0], h.shape[1], *w.shape[1:])
-    P, dh = sizes.P, None
-    if want_dh and P > MAX_ROWS:  # too much for a program to hold: one more read of w
-        dh, want_dh = hidden_gradient(dy, w, P, scale=numbers[0]), False
-    block_p = tile(P, MAX_ROWS)
-    plan = SWEEP[block_p]
+    P, dh, most = sizes.P, None, max(table)
+    if want_dh and P > most:  # too much for a program to hold: one more read of w
+        dh, want_dh = hidden_gradient(dy, w, P, form, scale=numbers[0]), False
+    block_p = tile(P, most)
+    plan = table[block_p]
     block_o, block_m = plan.block_o, tile(sizes.M, plan.block_m)
     tiles = triton.cdiv(sizes.M, block_m) * sizes.G
     rows = rows_of_part(sizes, tiles, block_o, bytes_an_element=sum(2 * t.element_size() for t in state))
     parts = triton.cdiv(sizes.O, rows)
     part = w.new_empty((parts, sizes.G, P, sizes.M) if want_dh else 0)
     kernel[(tiles, parts)](
-        *(*state, h, dy, part, w if found_inf is None else found_inf, *sizes, rows, *numbers),
+        *(*state, *scales, h, dy, part, w if found_inf is None else found_inf, *sizes, heads_d(form), rows, *numbers),
         **flags,
+        D=head_dim(form),
+        LAYOUT=layout(form),
         WANT_DH=want_dh,
         HAS_FOUND_INF=found_inf is not None,
-        ONCE=block_p <= STEP_ROWS,
+        ONCE=block_p <= STEP_ROWS and table is SWEEP,  # beside codes a tile has no registers to keep h in
         BLOCK_P=block_p,
         STEP_P=min(block_p, STEP_ROWS),
         BLOCK_O=block_o,
@@ -235,6 +249,14 @@ def rows_of_part(sizes: Sizes, tiles: int, block_o: int, bytes_an_element: int) 
 def added(part: Tensor) -> Tensor:
     """The sum of parts [n, G, P, M], in the order that their shape alone decides."""
     return part[0] if len(part) == 1 else part.sum(0)
+
+
+def head_dim(form: Any) -> int:
+    return 1 if form is None else int(form.head_dim)
+
+
+def heads_d(form: Any) -> int:
+    return 1 if form is None else int(form.kv_heads * form.head_dim)
 
 
 def layout(form: Any) -> int:

@@ -4,10 +4,10 @@ A *bank* is all prefixes of a model: `[N, 2, Hkv, P, D]`, with N the layers that
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prefixattn.config import PrefixConfig
 from prefixattn.reparam.functional import bank_and_z, bank_onto, reparameterize
 from prefixattn.reparam.reference import ACTIVATIONS, Form, bank_view
+from prefixattn.taken import CHANGED, State, Taken, arrived
 
 Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> [2, Hkv, P, D]
 
@@ -61,24 +62,7 @@ class _Linears(nn.Module):
         return torch.baddbmm(self.bias[:, None], rows, self.weight.mT)
 
 
-class _Known:
-    """What was computed for one state of the parameters."""
-
-    def __init__(self, parameters: tuple[Tensor, ...]) -> None:
-        # an address alone may be that of another tensor later
-        self.of = [(weakref.ref(t), t.data_ptr(), t._version) for t in parameters]
-        self.banks: dict[torch.dtype, Tensor] = {}  # leaves, by type
-        self.z: Tensor | None = None  # [G, P, M]
-        self.name = object()  # for leaves, which must not hold what holds them
-
-    def holds(self, parameters: tuple[Tensor, ...]) -> bool:
-        return all(
-            ref() is t and pointer == t.data_ptr() and version == t._version
-            for (ref, pointer, version), t in zip(self.of, parameters, strict=True)
-        )
-
-
-class DeepShare(nn.Module):
+class DeepShare(Taken):
     """Embedding -> Linear -> activation -> Linear: key and value of a row come from one embedding.
 
     One network makes all layers, as for language models, or each of several makes its own `layers`, those of network g
@@ -127,9 +111,6 @@ class DeepShare(nn.Module):
             self.embedding = _Rows(networks, length, geometry.width)
             self.down = _Linears(networks, geometry.width, hidden)
             self.up = _Linears(networks, hidden, outputs)
-        self._receive: Callable[[], Any] | None = None  # a weak reference
-        self._finalizer: Any = None
-        self._last: _Known | None = None
         self._stand_in: Tensor | None = None
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -177,32 +158,24 @@ class DeepShare(nn.Module):
         A compiled forward pass computes the bank in its graph, each time, and its gradient comes by way of a leaf
         without memory that stands in for the parameters; it does not notice a parameter changed before its backward.
         """
-        self.release()
-        self._receive = weakref.WeakMethod(receive)
-        # compiled code looks at the stand-in alone
-        optimizer = receive.__self__  # type: ignore[attr-defined]
-        self._finalizer = weakref.finalize(optimizer, _release, weakref.ref(self))
+        super().take_over(receive)
         self._make_stand_in()
 
     def release(self) -> None:
         """Undoes `take_over`."""
-        self._receive = self._stand_in = None
-        if self._last is not None:
-            self._last.banks.clear()
-        if self._finalizer is not None:
-            self._finalizer.detach()
-            self._finalizer = None
+        self._stand_in = None
+        super().release()
 
     def _make_stand_in(self) -> None:
         N, P = self.networks * self.form.layers, self.embedding.weight.shape[-2]
         shape = (N, 2, self.form.kv_heads, P, self.form.head_dim)
         self._stand_in = self.embedding.weight.new_zeros(()).expand(shape).requires_grad_()
-        self._stand_in.register_post_accumulate_grad_hook(partial(_deliver, weakref.ref(self), None))
+        self._stand_in.register_post_accumulate_grad_hook(partial(arrived, weakref.ref(self), None))
 
     @property
     def factored(self) -> bool:
         """True if forward passes get a leaf: taken over, and `up.weight` is trained, nothing else put in its place."""
-        return self._receive is not None and self._receive() is not None and self.fused and self._trained()
+        return self.receiver is not None and self.fused and self._trained()
 
     def _trained(self) -> bool:
         # parametrizations and torch.func.functional_call put other tensors there
@@ -211,76 +184,108 @@ class DeepShare(nn.Module):
 
     def leaf(self, dtype: torch.dtype) -> Tensor:
         """The bank in `dtype` as a leaf that wants a gradient, the same one until a parameter changes."""
-        known = self._known()
+        known = self._known(self.parameters_in_order())
         if dtype not in known.banks:
             bank, z = bank_and_z(*self.operands(), self.form, dtype)
             known.z = z if known.z is None else known.z
-            # the hook must not keep the network alive: Python's collector does not see that circle
-            hook = partial(_deliver, weakref.ref(self), known.name)
-            bank.requires_grad_().register_post_accumulate_grad_hook(hook)
-            known.banks[dtype] = bank
+            return self._as_leaf(bank, known)
         return known.banks[dtype]
 
-    def forget(self) -> None:
-        """Frees the leaf, for parameters are about to change; a backward pass through it raises from now on."""
-        self._last = None
-
-    def _known(self) -> "_Known":
-        parameters = self.parameters_in_order()
-        if self._last is None or not self._last.holds(parameters):
-            self._last = _Known(parameters)
-        return self._last
+    def _deliver(self, name: object, dbank: Tensor) -> None:
+        known, receive = self._known(self.parameters_in_order()), self.receiver
+        if name is not None and known.name is not name:
+            raise RuntimeError(CHANGED.format(what="network"))
+        if receive is None:  # the optimizer went away in between
+            with torch.enable_grad():
+                reparameterize(*self.operands(), **self.form._asdict(), dtype=dbank.dtype).backward(dbank)
+            return
+        if known.z is None:
+            known.z = bank_and_z(*self.operands(), self.form, dbank.dtype)[1]
+        receive(self, dbank, known.z)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "DeepShare":
         super()._apply(fn, recurse)
-        self._last = None
         if self._stand_in is not None:
             self._make_stand_in()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy belongs to no optimizer
-        return {**self.__dict__, "_receive": None, "_finalizer": None, "_last": None, "_stand_in": None}
+        return {**super().__getstate__(), "_stand_in": None}
 
 
-def _release(reference: "weakref.ref[DeepShare]") -> None:
-    network = reference()
-    if network is not None:
-        network.release()
+class Projected(NamedTuple):
+    """A bank that frozen projections made of vectors, with the graph between them."""
+
+    vectors: Tensor  # [N, P, E], an alias of the parameter: the parameter's gradient holds this, and must not hold it
+    bank: Tensor  # [N, 2, Hkv, P, D]
+    of: State
+
+    def pull(self, dbank: Tensor) -> Tensor:
+        """The gradient of the vectors; RuntimeError if they or the projections are no longer what they were."""
+        if not self.of.lasts():
+            raise RuntimeError(
+                "the vectors of a prefix, or the model's weights that project them, were changed, moved or sharded "
+                "between a backward pass and the first use of its gradient; call zero_grad() after such a change"
+            )
+        with torch.autocast(dbank.device.type, enabled=False):
+            [grad] = torch.autograd.grad(self.bank, self.vectors, dbank.to(self.bank.dtype), retain_graph=True)
+        return grad
 
 
-def _deliver(reference: "weakref.ref[DeepShare]", name: object, leaf: Tensor) -> None:
-    """What follows a backward pass that reached the leaf: its gradient moves on."""
-    network, dbank = reference(), leaf.grad
-    leaf.grad = None
-    if network is None or dbank is None:
-        return
-    known, dbank = network._known(), dbank.detach()
-    if name is not None and known.name is not name:
-        raise RuntimeError(
-            "a parameter of the network behind the prefix was changed between a forward pass and its backward pass; "
-            "call backward before optimizer.step()"
-        )
-    receive = None if network._receive is None else network._receive()
-    if receive is None:  # the optimizer went away in between
-        with torch.enable_grad():
-            reparameterize(*network.operands(), **network.form._asdict(), dtype=dbank.dtype).backward(dbank)
-        return
-    if known.z is None:
-        known.z = bank_and_z(*network.operands(), network.form, dbank.dtype)[1]
-    receive(network, dbank, known.z)
+class SimpleShare(Taken):
+    """One vector per row and layer; the layer's own norm and frozen projections make key and value of it.
 
-
-class SimpleShare(nn.Module):
-    """One vector per row and layer; the layer's own norm and frozen projections make key and value of it."""
+    An optimizer can take it over as it can `DeepShare`: then the projections run once, forward and backward, for a
+    state of the parameters, however many micro-batches there are. A compiled forward pass projects in its graph, each
+    time.
+    """
 
     def __init__(self, layers: tuple[int, ...], length: int, geometry: Geometry) -> None:
         super().__init__()
         self.layers = layers
         self.vectors = nn.Parameter(torch.randn(len(layers), length, geometry.width))
 
-    def forward(self, project: Project) -> Tensor:
-        return torch.stack([project(layer, vector) for layer, vector in zip(self.layers, self.vectors, strict=True)])
+    def forward(self, project: Project, weights: Iterable[Tensor] = (), dtype: torch.dtype | None = None) -> Tensor:
+        """The bank, in the type that `project` makes or in `dtype`. `weights`: all that `project` computes with."""
+        weights = tuple(weights)
+        if self._factored(weights):
+            return self._leaf(project, weights, dtype)
+        bank = self._projected(project, self.vectors)
+        return bank if dtype is None else bank.to(dtype)
+
+    def _projected(self, project: Project, vectors: Tensor) -> Tensor:
+        return torch.stack([project(layer, vector) for layer, vector in zip(self.layers, vectors, strict=True)])
+
+    def _factored(self, weights: tuple[Tensor, ...]) -> bool:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.receiver is None:
+            return False
+        ordinary = isinstance(self.vectors, nn.Parameter) and not torch._C._are_functorch_transforms_active()
+        # nobody would tell of a change, and a trained weight needs the graph
+        frozen = not any(t.requires_grad or t.is_inference() for t in weights)
+        return bool(weights) and ordinary and frozen and self.vectors.requires_grad
+
+    def _leaf(self, project: Project, weights: tuple[Tensor, ...], dtype: torch.dtype | None) -> Tensor:
+        known = self._known((self.vectors, *weights))
+        if known.made is None:
+            vectors = self.vectors.detach().requires_grad_()
+            known.made = Projected(vectors, self._projected(project, vectors), known.of)
+        bank: Tensor = known.made.bank
+        if dtype is None:
+            dtype = bank.dtype
+        return known.banks[dtype] if dtype in known.banks else self._as_leaf(bank.detach().to(dtype), known)
+
+    def _deliver(self, name: object, dbank: Tensor) -> None:
+        known, receive = self._last, self.receiver
+        if known is None or known.name is not name or not known.of.lasts():
+            raise RuntimeError(CHANGED.format(what="projections"))
+        if receive is None:  # the optimizer went away in between
+            grad = known.made.pull(dbank)
+            self.vectors.grad = grad if self.vectors.grad is None else self.vectors.grad + grad
+            return
+        receive(self, dbank, known.made)
+
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        return (self.vectors,)
 
 
 class FreePrefix(nn.Module):

@@ -61,8 +61,10 @@ def test_sweeps_take_a_bank_or_its_rows(module: ModuleType, name: str, length: i
         made.append(module.sgd_sweep(*made[3:5], h, dy, form=its_form, **sgd))
         found.append(made)
         assert module.sweep_unsupported(*made[:3], h, dy, its_form) == []
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    dh = [module.dh_only(w, dbank, form), module.dh_only(w, rows)]
+    of_bank, of_rows = found
+    assert all(torch.equal(a, b) for a, b in zip(of_bank[:5], of_rows[:5], strict=True))
+    # an interleaved bank's columns have an order of their own, and a sum over them its own roundings
+    dh = [*of_bank[5:], module.dh_only(w, dbank, form)], [*of_rows[5:], module.dh_only(w, rows)]
     torch.testing.assert_close(*dh, rtol=1e-5, atol=1e-4)
 
 
@@ -102,6 +104,33 @@ def test_a_gradient_is_taken_and_not_copied() -> None:
     assert source.dbank.data_ptr() == left[0], "a micro-batch is added in place"
     torch.testing.assert_close(source.dbank, 4 * bank.detach())
     del optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_gradient_of_a_half_bank_stays_so_until_it_is_added_up(dtype: torch.dtype) -> None:
+    """One micro-batch's is swept in its own type, with what float32 copies of its numbers give; sums are float32."""
+    wide, half = network(), network()
+    optimizers = FactoredAdamW(wide, lr=1e-2), FactoredAdamW(half, lr=1e-2)
+    for net in (wide, half):
+        (net(dtype).float() - targets(net)[0]).square().sum().backward()
+        [(source, _)] = net.up.weight.grad.value.parts
+        assert source.dbank.dtype == dtype
+        if net is wide:
+            source.wide()
+            assert source.dbank.dtype == torch.float32
+    norms = [torch.linalg.vector_norm(net.up.weight.grad) for net in (wide, half)]
+    assert torch.equal(*norms)
+    for optimizer in optimizers:
+        optimizer.step()
+    for a, b in zip(wide.parameters(), half.parameters(), strict=True):
+        assert torch.equal(a, b)
+    half.zero_grad()
+    for sample in targets(half)[:2]:
+        (half(dtype).float() - sample).square().sum().backward()
+    [(source, _)] = half.up.weight.grad.value.parts
+    leaf = half(dtype).detach()
+    parts = [(2 * (leaf.float() - sample)).to(dtype).float() for sample in targets(half)[:2]]
+    assert torch.equal(source.dbank, parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("kind", [FactoredAdamW, FactoredSGD])

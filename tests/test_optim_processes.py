@@ -94,7 +94,7 @@ def train_network(rank: int | None, kind: str = "adamw", clip: str = "", micro: 
     return [p.detach() for p in net.parameters()]
 
 
-def train_model(rank: int | None, wrapper: str, share: str = "deep") -> tuple[list[Tensor], list[int]]:
+def train_model(rank: int | None, wrapper: str, share: str = "deep", micro: int = 1) -> list[Tensor]:
     """A frozen GPT-2 with a prefix, and a head that a wrapper around the model reduces."""
     model = tiny_gpt2()
     prefix = attach(model, PrefixConfig(length=4, share=share, hidden=8))
@@ -124,7 +124,8 @@ def train_model(rank: int | None, wrapper: str, share: str = "deep") -> tuple[li
     mine = ids if rank is None else ids[rank * 2 : rank * 2 + 2]
     for _ in range(STEPS):
         optimizer.zero_grad()
-        (torch.Tensor.backward if accelerator is None else accelerator.backward)(whole(mine))
+        for part in mine.chunk(micro):
+            (torch.Tensor.backward if accelerator is None else accelerator.backward)(whole(part) / micro)
         optimizer.step()
     return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in [*prefix.parameters(), *head]]
 
@@ -171,7 +172,8 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fsdp2": (train_model, {"wrapper": "fsdp2"}),
     "accelerate": (train_model, {"wrapper": "accelerate"}),
     "none": (train_model, {"wrapper": "ddp", "share": "none"}),
-    "simple": (train_model, {"wrapper": "ddp", "share": "simple"}),
+    "simple": (train_model, {"wrapper": "ddp", "share": "simple", "micro": 2}),
+    "simple-fsdp2": (train_model, {"wrapper": "fsdp2", "share": "simple"}),
     "lacks": (one_lacks, {}),
     "alone": (one_alone, {}),
 }
@@ -195,6 +197,13 @@ def test_bytes_on_the_wire(results: list[dict[str, Any]], name: str) -> None:
     for result in results:
         assert result[name][1] == [counts, rows] * STEPS
     assert rows < 0.5 * sum(p.numel() * 4 for p in net.parameters())
+
+
+def test_bytes_of_a_simple_share_on_the_wire(results: list[dict[str, Any]]) -> None:
+    """Its vectors' gradient, once for a step."""
+    for result in results:
+        vectors = result["simple"][0][0]
+        assert result["simple"][1] == [2 * 1 * 8, vectors.nbytes] * STEPS
 
 
 def test_gradients_that_one_process_lacks(results: list[dict[str, Any]]) -> None:

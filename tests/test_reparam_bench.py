@@ -9,6 +9,7 @@ import bench_reparam
 import plot_reparam
 import reparam_cases
 import reparam_memory
+import simple_share
 from reparam_cases import CASES, TINY, WAYS, Network
 
 
@@ -91,3 +92,28 @@ def test_what_was_not_measured_says_so() -> None:
     [line] = [text for text in lines if "hidden 4096" in text]
     assert "not measured" in line and "| 4,1" in line  # the matrix alone is 4 GiB
     assert Network(**vars(CASES["vit-b16 P10"])) == CASES["vit-b16 P10"]
+
+
+@pytest.fixture
+def tiny_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LAYERS": 2, "WIDTH": 16, "HEADS": 2, "SQUARE": 16}.items():
+        monkeypatch.setattr(simple_share, name, value)
+
+
+def test_simple_share_is_held_against_its_floor(tiny_layers: None) -> None:
+    row = simple_share.measure(3, seconds=0.0)
+    assert row["case"] == "gpt2-medium P3" and row["rounds"] == 8
+    assert set(row["over_floor"]) == {"layer", "columns"}  # type: ignore[call-overload]
+
+
+def test_a_projection_that_makes_something_else_is_not_timed(
+    tiny_layers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = simple_share.layer
+
+    def columns(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return layer(vectors, weight * 1.01, bias)
+
+    monkeypatch.setattr(simple_share, "columns", columns)
+    with pytest.raises(AssertionError, match="not close"):
+        simple_share.measure(3, seconds=0.0)

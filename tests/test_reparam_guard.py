@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,31 @@ def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypat
             x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
             call = (x, w1, None, w2, None, reference.Form(1, 2, 4, False, "tanh"), torch.float32)
             assert torch.equal(guard.fwd(*call)[0], reference.fwd(*call)[0])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_bank_read_in_another_layout_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefixattn.kernels import launch_reparam
+
+    monkeypatch.setattr(launch_reparam, "layout", lambda form: launch_reparam.BLOCKED)
+    with pytest.warns(RuntimeWarning, match=rf"fail \({kind}\) for torch.float32 on cpu: w, .*differ"):
+        assert guard.verdict((kind, CPU, torch.float32))
+
+
+def test_codes_rounded_by_other_coins_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "moments8", SimpleNamespace(salt=lambda step: step, BLOCK=guard.BLOCK))
+    with pytest.warns(RuntimeWarning, match=r"fail \(adamw8\) for torch.float32 on cpu: m, v differ"):
+        assert guard.verdict(("adamw8", CPU, torch.float32))
+
+
+@pytest.mark.parametrize("forms", [(True, True), (True, False), (False, True)])
+def test_moments_of_8_bits_have_a_trial_of_their_own(forms: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(guard, "_try", lambda *case: tried.append(case) or "")
+    w, h, dy = torch.randn(1, 8, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 8)
+    m, v = (guard._eight(w.abs(), i == 0) if form else torch.zeros_like(w) for i, form in enumerate(forms))
+    guard.adamw_sweep(w, m, v, h, dy, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
+    assert tried == [("adamw8", CPU, torch.float32)]
 
 
 def test_each_case_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

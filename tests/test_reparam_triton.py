@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
 from prefixattn.reparam import triton
+from prefixattn.reparam.reference import Form
 from prefixattn.reparam.testing import Shape, exact, from_module, make_inputs, same_dtype
 from prefixattn.testing import assert_all_as_accurate, assert_as_accurate, rms
 
@@ -103,9 +105,9 @@ def test_refusals() -> None:
     ]
     huge = torch.empty(1, 2**16, 2**15, device="meta")
     assert "2147483648" in triton.unsupported(x, w1, b1, huge, b2, inputs.form, torch.float32)[-1]
-    words = triton.sweep_unsupported(w2, w2.to(torch.uint8), w2.half(), x, torch.zeros(1, 3, 8).mT)
+    words = triton.sweep_unsupported(w2, w2.to(torch.int8), w2.half(), x, torch.zeros(1, 3, 8).mT)
     assert [w.split(";")[0] for w in words] == [
-        "exp_avg is torch.uint8",
+        "exp_avg is torch.int8",
         "exp_avg_sq is torch.float16",
         "dy has strides (24, 1, 8)",
     ]
@@ -209,6 +211,46 @@ def test_sgd_without_momentum() -> None:
     assert_all_as_accurate(run(without(triton.sgd_sweep), tensors, torch.float32, **numbers), same, right)
 
 
+BANKS = {
+    "P5": (5, Form(3, 1, 7, False, "tanh")),  # tiles end within a head
+    "P33": (33, Form(1, 2, 24, False, "tanh")),
+    "P300": (300, Form(2, 1, 5, False, "tanh")),  # dh by a kernel of its own
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["blocked", "interleaved"])
+@pytest.mark.parametrize("name", BANKS)
+def test_sweeps_read_the_gradient_of_a_bank(
+    name: str, interleaved: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it lies and in its own type: what rows of the same numbers give, and nobody makes rows."""
+    P, form = BANKS[name]
+    form = form._replace(interleaved=interleaved)
+    G, O, M = 2, form.layers * 2 * form.kv_heads * form.head_dim, 20
+    generator = torch.Generator().manual_seed(0)
+    w, m, v, h, dy = (torch.randn(G, *s, generator=generator) for s in ((O, M), (O, M), (O, M), (P, M), (P, O)))
+    bank = network.bank_of(dy, form, dtype)
+    dy = network.rows_of(bank, form, G, torch.float32)
+    kinds: list[tuple[str, list[Tensor], dict[str, Any]]] = [
+        ("adamw_sweep", [w, m, v.square()], {**ADAMW, "step": 3}),
+        ("sgd_sweep", [w, m], {**SGD, "first": False}),
+    ]
+    for sweep, state, numbers in kinds:
+        numbers |= {"grad_scale": 0.5, "want_dh": True}
+        by_rows = [t.clone() for t in state]
+        dh_by_rows = getattr(triton, sweep)(*by_rows, h, dy, **numbers)
+        with monkeypatch.context() as patched:
+            patched.setattr(network, "rows_of", None)
+            patched.setattr(network, "as_rows", None)
+            by_bank = [t.clone() for t in state]
+            dh = getattr(triton, sweep)(*by_bank, h, bank, form=form, **numbers)
+        assert all(torch.equal(a, b) for a, b in zip(by_rows, by_bank, strict=True))
+        exact = 0.5 * dy.double() @ w.double()
+        assert_as_accurate("dh", dh, 0.5 * dy @ w, exact)
+        assert interleaved or torch.equal(dh, dh_by_rows)
+
+
 def test_a_new_buffer_is_not_read() -> None:
     (w, buffer), h, dy = matrix("M3", state=1)
     triton.sgd_sweep(w, buffer.fill_(torch.nan), h, dy, **SGD, first=True, grad_scale=1.0, want_dh=False)  # type: ignore[arg-type]
@@ -267,9 +309,10 @@ def test_parts_stay_small() -> None:
 
 
 def test_every_number_of_rows_has_tiles() -> None:
-    for P in range(1, 600):
-        plan = launch_reparam.SWEEP[launch_reparam.tile(P, launch_reparam.MAX_ROWS)]
-        assert isinstance(plan, Tiles)
+    for table in (launch_reparam.SWEEP, launch_reparam.SWEEP8):
+        for P in range(1, 600):
+            plan = table[launch_reparam.tile(P, max(table))]
+            assert isinstance(plan, Tiles)
 
 
 # --- tf32x3, which the interpreter does not have

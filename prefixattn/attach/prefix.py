@@ -49,9 +49,10 @@ class Prefix(Attached):
         with torch.autocast(device_type, enabled=False):
             if isinstance(self.encoder, (DeepShare, DeepShares)):
                 bank = self.encoder(dtype)
+            elif isinstance(self.encoder, SimpleShare):
+                bank = self.encoder(self._attached().project, self._projection_parameters(), dtype)
             else:
-                simple = isinstance(self.encoder, SimpleShare)
-                bank = self.encoder(self._attached().project) if simple else self.encoder()
+                bank = self.encoder()
             if self.gate is not None:
                 bank = bank * self.gate[:, None, None, None, None]
             return bank if dtype is None else bank.to(dtype)
@@ -73,7 +74,7 @@ class Prefix(Attached):
             # An optimizer that writes through `.data` leaves no trace in the version, so training empties the cache.
             self._cache = None
             return self._split(dtype, device)
-        sources = list(self._sources())
+        sources = list(self.sources())
         if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
             return self._split(dtype, device)
         key = (dtype, device, steps(), *((t.data_ptr(), t._version) for t in sources))
@@ -83,12 +84,15 @@ class Prefix(Attached):
                 self._cache = (key, self._split(dtype, device))
         return self._cache[1]
 
-    def _sources(self) -> Iterator[Tensor]:
-        """What the bank is computed from."""
+    def sources(self) -> Iterator[Tensor]:
+        """What the bank is computed from, while the prefix is attached: its parameters, and weights of the model."""
         yield from self.parameters()
-        if isinstance(self.encoder, SimpleShare):
-            for slot in self.slots:
-                yield from self._attached().projection_parameters(slot)
+        if isinstance(self.encoder, SimpleShare) and self._adapter is not None:
+            yield from self._projection_parameters()
+
+    def _projection_parameters(self) -> Iterator[Tensor]:
+        for slot in self.slots:
+            yield from self._attached().projection_parameters(slot)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         bank = self(dtype).to(device)

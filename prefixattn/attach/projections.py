@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 # class of the attention -> the norm before it, an attribute of the module around it; "" if there is none
 NORMS = {
@@ -60,8 +61,13 @@ def project(base: Any, path: str, vectors: Tensor, kv_heads: int, head_dim: int)
     if NORMS[type(attention).__name__]:
         rows = parts.pop(0)(rows)
     if type(attention).__name__ == "GPT2Attention":
-        kv = parts[0](rows).view(-1, 3, kv_heads, head_dim)[:, 1:]  # [P, 2, Hkv, D]
-        return kv.permute(1, 2, 0, 3)
+        E = kv_heads * head_dim
+        c_attn: Any = parts[0]
+        if type(c_attn) is Conv1D:  # and nothing around it: queries are a third of its work
+            kv = torch.addmm(c_attn.bias[E:], rows, c_attn.weight[:, E:])
+        else:
+            kv = c_attn(rows)[:, E:]
+        return kv.view(-1, 2, kv_heads, head_dim).permute(1, 2, 0, 3)
     key, value = (part(rows).view(-1, kv_heads, head_dim) for part in parts[:2])  # [P, Hkv, D]
     if len(parts) == 3:
         key = parts[2](key)

@@ -65,7 +65,7 @@ class Average:
             # set first: reading it must not come back here
             source.changed()
             source.averaged = True
-            self._mean(source.dbank, number)
+            self._mean(source.wide(), number)
         for d in dense:
             if d is not None:
                 self._mean(d, number)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from prefixattn.optim.average import Average
 from prefixattn.optim.deliver import deliver
 from prefixattn.optim.gradient import FactoredGradient, LazyGradient
+from prefixattn.optim.projected import deliver_projected
 from prefixattn.optim.source import B1, W1, W2, X, is_finite, local, stacked
 from prefixattn.optim.sweeps import check_name
 from prefixattn.reparam.reference import Form
@@ -40,7 +41,7 @@ class Factored(torch.optim.Optimizer):
         if not params:
             raise ValueError("params is empty, expected modules, parameters or groups of them")
         self.given = 0  # modules
-        self.networks: weakref.WeakSet[Any] = weakref.WeakSet()  # taken over
+        self.networks: weakref.WeakSet[Any] = weakref.WeakSet()  # taken over, and simple shares
         super().__init__(params if isinstance(params[0], dict) else [{"params": params}], defaults)
         if not self.given:
             warnings.warn(
@@ -67,28 +68,43 @@ class Factored(torch.optim.Optimizer):
             self.take_over(module)
 
     def take_over(self, module: nn.Module) -> None:
-        """Takes over the deep-share networks in `module`, of which this optimizer has the large matrix.
+        """Takes over the prefixes in `module` of which it has the large matrix (deep share) or the vectors (simple).
 
         The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
         optimizer owns no network, and one whose network another optimizer has taken since.
         """
         from prefixattn.plus import Memories
-        from prefixattn.prefix import DeepShare, FreePrefix, SimpleShare
+        from prefixattn.prefix import DeepShare, FreePrefix, PrefixRows, SimpleShare
 
         own = {id(p) for group in self.param_groups for p in group["params"]}
+        # weights of which a process has a part are whole within the model's own passes alone
+        prefixes: list[Any] = [part for part in module.modules() if hasattr(part, "sources")]
+        whole = not any(hasattr(t, "full_tensor") for prefix in prefixes for t in prefix.sources())
+        self.average.add([prefix.gate for prefix in prefixes if prefix.gate is not None and id(prefix.gate) in own])
         for part in module.modules():
-            if isinstance(part, (DeepShare, FreePrefix, Memories, SimpleShare)):
+            if isinstance(part, (DeepShare, FreePrefix, Memories, PrefixRows, SimpleShare)):
                 self.average.add([p for p in part.parameters() if id(p) in own])
             if isinstance(part, DeepShare) and id(part.up.weight) in own:
                 if part.up.weight.dtype in (torch.float32, torch.float64):
                     part.take_over(self._receive)
-                    self.networks.add(part)
-                    _taken.add(part)
+                    self._add(part)
+            if isinstance(part, SimpleShare) and id(part.vectors) in own and whole:
+                part.take_over(self._receive_projected)
+                self._add(part)
+
+    def _add(self, part: Any) -> None:
+        self.networks.add(part)
+        _taken.add(part)
 
     def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
         """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
-        up, down = network.up, network.down
-        parameters = network.embedding.weight, down.weight, down.bias, up.weight, up.bias
+        deliver(network.parameters_in_order(), z, dbank, network.form, self._before_reading(), self.backend)
+
+    def _receive_projected(self, encoder: Any, dbank: Tensor, made: Any) -> None:
+        """The same of a simple share; `made` is what made the bank."""
+        deliver_projected(encoder.vectors, made, dbank, self._before_reading())
+
+    def _before_reading(self) -> Callable[[], None]:
         me = weakref.ref(self)
 
         def before_reading() -> None:
@@ -96,13 +112,13 @@ class Factored(torch.optim.Optimizer):
             if optimizer is not None:
                 optimizer.reduce_gradients()
 
-        deliver(parameters, z, dbank, network.form, before_reading, self.backend)
+        return before_reading
 
     def reduce_gradients(self) -> None:
         """Averages over processes what no wrapper averages: the gradients of prefixes. All processes must call it.
 
         `step` does it, and so does whatever reads the numbers of a network's gradient before: a norm, GradScaler's
-        unscale_. Call it yourself before you read ordinary gradients of a prefix with share="none" or "simple".
+        unscale_. Call it yourself before you read ordinary gradients of a prefix with share="none".
         """
         self.average()
 

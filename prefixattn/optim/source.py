@@ -19,7 +19,8 @@ Scale = float | Tensor  # a tensor of one element where reading it would stop a 
 class Source:
     """The gradient of the bank that a network made, summed over micro-batches, and what it was made with.
 
-    It stays in the bank's layout: rows dy [G, P, O] are for those who cannot do without.
+    It stays in the bank's layout, and of one micro-batch in the bank's type, as it came: sweeps read it so. Sums are of
+    z's type; rows dy [G, P, O] are for those who cannot do without.
     Holds the parameters weakly: their `.grad` holds the source, a circle that Python's collector does not see.
     """
 
@@ -35,7 +36,8 @@ class Source:
         self.parameters = tuple(None if p is None else weakref.ref(p) for p in parameters)
         self.versions = tuple(None if p is None else p._version for p in parameters)
         self.z, self.form, self.backend = z, form, backend
-        self.dbank = dbank.to(z.dtype).contiguous()
+        narrow = dbank.element_size() <= z.element_size()
+        self.dbank = (dbank if narrow else dbank.to(z.dtype)).contiguous()
         self.h = hidden(z, form)  # [G, P, M]
         self.before_reading = before_reading
         self.averaged = False  # over processes
@@ -45,8 +47,13 @@ class Source:
 
     def add(self, dbank: Tensor) -> None:
         """Another micro-batch's gradient."""
-        self.dbank += dbank
+        self.wide().add_(dbank)
         self.changed()
+
+    def wide(self) -> Tensor:
+        """dbank, from now on in the type of z: what is added up or averaged."""
+        self.dbank = self.dbank.to(self.z.dtype)
+        return self.dbank
 
     def changed(self) -> None:
         """dbank is another: what was made of it is made again."""
@@ -69,10 +76,10 @@ class Source:
         return reference.rows_of(self.ready().dbank, self.form, len(self.z), self.z.dtype)
 
     def dbank_in(self, form: Form) -> Tensor:
-        """The gradient as if the bank had another form."""
+        """The gradient as if the bank had another form, in the type of z."""
         if self.form[:4] == form[:4]:
-            return self.ready().dbank
-        return reference.bank_of(self.rows(), form, self.dbank.dtype)
+            return self.ready().dbank.to(self.z.dtype)
+        return reference.bank_of(self.rows(), form, self.z.dtype)
 
     def parameter(self, index: int) -> Tensor:
         """The parameter as it was in the forward pass, with the axis G; RuntimeError if it was changed since."""
@@ -91,7 +98,7 @@ class Source:
     def row(self) -> Tensor:
         """The sum over P, [N, 2, Hkv, 1, D]: a bank of one row."""
         if self._row is None:
-            self._row = self.ready().dbank.sum(3, keepdim=True)
+            self._row = self.ready().dbank.sum(3, keepdim=True, dtype=self.z.dtype)
         return self._row
 
     @property

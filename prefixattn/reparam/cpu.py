@@ -115,7 +115,7 @@ def sweep_unsupported(
         ("exp_avg", exp_avg, list(MOMENT_FORMATS)[: 2 if exp_avg_sq is None else 3]),
         ("exp_avg_sq", exp_avg_sq, list(MOMENT_FORMATS)),
         ("h", h, [torch.float32]),
-        ("dy", dy, [torch.float32]),
+        ("dy", dy, [torch.float32] if form is None else list(DTYPES)),
     ):
         if t is None:
             continue

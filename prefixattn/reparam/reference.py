@@ -153,9 +153,9 @@ def rows_of(bank: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tens
     return out.copy_(rows).view(G, P, n * 2 * Hkv * D)
 
 
-def as_rows(dy: Tensor, form: Form | None, networks: int) -> Tensor:
+def as_rows(dy: Tensor, form: Form | None, w: Tensor) -> Tensor:
     """What the sweeps take for dy as rows [G, P, O]: without a form it is them, with one the gradient of a bank."""
-    return dy if form is None else rows_of(dy, form, networks, dy.dtype)
+    return dy if form is None else rows_of(dy, form, len(w), w.dtype)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ The gradient of w [G, O, M] is `grad_scale * dy.mT @ h`, of rank P at most; a ti
 updated and the whole never. `dh`, the gradient of h, is taken from the old rows in the same visit. The rules are those
 of torch.optim.AdamW and torch.optim.SGD, operation by operation. An element type other than w's (bfloat16, or the 8
 bits of moments8.py) is how a moment is kept, not how it is computed. With a `form`, dy is the gradient of the bank
-[N, 2, Hkv, P, D] that the network made, contiguous in dy's type; without one it is rows [G, P, O].
+[N, 2, Hkv, P, D] that the network made, of any float type; without one it is rows [G, P, O].
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def adamw_sweep(
     def update(g: int, rows: slice, grad: Tensor) -> None:
         adamw_tile(w, exp_avg, exp_avg_sq, g, rows, grad, lr, beta1, beta2, eps, weight_decay, step)
 
-    return _sweep(w, h, as_rows(dy, form, len(w)), grad_scale, want_dh, update)
+    return _sweep(w, h, as_rows(dy, form, w), grad_scale, want_dh, update)
 
 
 def sgd_sweep(
@@ -89,12 +89,12 @@ def sgd_sweep(
             grad = grad.add_(buffer, alpha=momentum) if nesterov else buffer
         row.add_(grad, alpha=-lr)
 
-    return _sweep(w, h, as_rows(dy, form, len(w)), grad_scale, want_dh, update)
+    return _sweep(w, h, as_rows(dy, form, w), grad_scale, want_dh, update)
 
 
 def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:
     """dy @ w, [G, P, M], from w [G, O, M]: what clipping needs before the step."""
-    return as_rows(dy, form, len(w)) @ w
+    return as_rows(dy, form, w) @ w
 
 
 def adamw_tile(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from prefixattn.kernels.table import INTERPRETED
-from prefixattn.reparam import reference
+from prefixattn.reparam import moments8, reference
+from prefixattn.reparam.moments8 import Moment8
 from prefixattn.reparam.reference import Form, Needs, hidden_bwd
+from prefixattn.reparam.sweep import Moment
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 LAST = 2**31 - 1
@@ -91,12 +93,13 @@ def sweep_unsupported(
     form: Form | None = None,
 ) -> list[str]:
     reasons = _not_here("w", w)
+    kept = (torch.float32, torch.bfloat16) if exp_avg_sq is None else (torch.float32, torch.bfloat16, torch.uint8)
     for name, t, dtypes in (
         ("w", w, (torch.float32,)),
-        ("exp_avg", exp_avg, (torch.float32, torch.bfloat16)),
-        ("exp_avg_sq", exp_avg_sq, (torch.float32, torch.bfloat16)),
+        ("exp_avg", exp_avg, kept),
+        ("exp_avg_sq", exp_avg_sq, kept),
         ("h", h, (torch.float32,)),
-        ("dy", dy, (torch.float32,)),
+        ("dy", dy, DTYPES),
     ):
         if t is None:
             continue
@@ -109,8 +112,8 @@ def sweep_unsupported(
 
 def adamw_sweep(
     w: Tensor,  # [G, O, M], in place
-    exp_avg: Tensor,  # [G, O, M], in place
-    exp_avg_sq: Tensor,  # [G, O, M], in place
+    exp_avg: Moment,  # [G, O, M], in place
+    exp_avg_sq: Moment,  # [G, O, M], in place
     h: Tensor,  # [G, P, M]
     dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
     *,
@@ -129,11 +132,15 @@ def adamw_sweep(
     from prefixattn.kernels.launch_reparam import adamw
 
     corrections = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-    numbers = (grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, *corrections)
-    first, second = _emulated(exp_avg), _emulated(exp_avg_sq)
+    salt = moments8.salt(step)
+    salt -= (salt >= 2**31) * 2**32  # one type for every step
+    numbers = (grad_scale, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, *corrections, salt)
+    m, scale_m = _split("exp_avg", exp_avg, True)
+    v, scale_v = _split("exp_avg_sq", exp_avg_sq, False)
+    first, second = _emulated(m), _emulated(v)
     with _on(w):
-        dh = adamw(w, first, second, h, reference.as_rows(dy, form, len(w)), numbers, want_dh, found_inf)
-    for t, emulated in ((exp_avg, first), (exp_avg_sq, second)):
+        dh = adamw(w, first, second, (scale_m, scale_v), h, _emulated(dy), form, numbers, want_dh, found_inf)
+    for t, emulated in ((m, first), (v, second)):
         if emulated is not t:
             t.copy_(emulated)
     return dh
@@ -162,7 +169,7 @@ def sgd_sweep(
     numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)
     buffer = None if momentum_buffer is None else _emulated(momentum_buffer)
     with _on(w):
-        dh = sgd(w, buffer, h, reference.as_rows(dy, form, len(w)), numbers, nesterov, first, want_dh, found_inf)
+        dh = sgd(w, buffer, h, _emulated(dy), form, numbers, nesterov, first, want_dh, found_inf)
     if momentum_buffer is not None and buffer is not None and buffer is not momentum_buffer:
         momentum_buffer.copy_(buffer)
     return dh
@@ -173,7 +180,20 @@ def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G,
     from prefixattn.kernels.launch_reparam import hidden_gradient
 
     with _on(w):
-        return hidden_gradient(dy, w, dy.shape[1 if form is None else 3], form)
+        return hidden_gradient(_emulated(dy), w, dy.shape[1 if form is None else 3], form)
+
+
+def _split(name: str, moment: Moment, signed: bool) -> tuple[Tensor, Tensor | None]:
+    """Numbers and None, or codes and scales."""
+    if not isinstance(moment, Moment8):
+        if moment.dtype == torch.uint8:
+            raise ValueError(f"{name} is uint8, expected a Moment8, codes with their scales")
+        return moment, None
+    expected = [*moment.code.shape[:2], -(-moment.code.shape[2] // moments8.BLOCK)]
+    if moment.signed != signed or list(moment.scale.shape) != expected or not moment.scale.is_contiguous():
+        found = f"signed={moment.signed} with scales {list(moment.scale.shape)}"
+        raise ValueError(f"{name} has {found}, expected signed={signed} with contiguous scales {expected}")
+    return moment.code, moment.scale
 
 
 def _not_here(name: str, t: Tensor) -> list[str]:

@@ -1,0 +1,126 @@
+"""A module that an optimizer has *taken over*: its bank is a leaf, computed once for a state of the parameters."""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class State:
+    """Parameters at a time."""
+
+    def __init__(self, parameters: tuple[Tensor, ...]) -> None:
+        # an address alone may be that of another tensor later
+        self.seen = [(weakref.ref(t), t.data_ptr(), t._version) for t in parameters]
+
+    def is_of(self, parameters: tuple[Tensor, ...]) -> bool:
+        same = [ref() is t for (ref, _, _), t in zip(self.seen, parameters, strict=False)]
+        return len(self.seen) == len(parameters) and all(same) and self.lasts()
+
+    def lasts(self) -> bool:
+        """True if they are there and unchanged."""
+        return all(
+            (t := ref()) is not None and pointer == t.data_ptr() and version == t._version
+            for ref, pointer, version in self.seen
+        )
+
+
+class Known:
+    """What was computed for one state of the parameters."""
+
+    def __init__(self, parameters: tuple[Tensor, ...]) -> None:
+        self.of = State(parameters)
+        self.banks: dict[torch.dtype, Tensor] = {}  # leaves, by type
+        self.z: Tensor | None = None  # of a network, [G, P, M]
+        self.made: Any = None  # of projections, with its graph
+        self.name = object()  # for leaves, which must not hold what holds them
+
+
+class Taken(nn.Module):
+    """What the kinds of prefixes share that an optimizer can take over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._receive: Callable[[], Any] | None = None  # a weak reference
+        self._finalizer: Any = None
+        self._last: Known | None = None
+
+    def take_over(self, receive: Callable[..., None]) -> None:
+        """From now on `receive` gets what arrives; a method of the optimizer, of which a weak reference is kept.
+
+        When the optimizer is gone, forward passes are recorded as before.
+        """
+        self.release()
+        self._receive = weakref.WeakMethod(receive)
+        # compiled code looks at what release() takes away alone
+        optimizer = receive.__self__  # type: ignore[attr-defined]
+        self._finalizer = weakref.finalize(optimizer, _release, weakref.ref(self))
+
+    def release(self) -> None:
+        """Undoes `take_over`."""
+        self._receive = None
+        if self._last is not None:
+            self._last.banks.clear()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
+
+    @property
+    def receiver(self) -> Any:
+        return None if self._receive is None else self._receive()
+
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        """The parameters that a bank is computed from."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Frees the leaf, for parameters are about to change; a backward pass through it raises from now on."""
+        self._last = None
+
+    def _known(self, parameters: tuple[Tensor, ...]) -> Known:
+        if self._last is None or not self._last.of.is_of(parameters):
+            self._last = Known(parameters)
+        return self._last
+
+    def _as_leaf(self, bank: Tensor, known: Known) -> Tensor:
+        """A tensor without a graph becomes the bank of its type."""
+        # the hook must not keep the module alive: Python's collector does not see that circle
+        hook = partial(arrived, weakref.ref(self), known.name)
+        bank.requires_grad_().register_post_accumulate_grad_hook(hook)
+        known.banks[bank.dtype] = bank
+        return bank
+
+    def _deliver(self, name: object, dbank: Tensor) -> None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Taken":
+        super()._apply(fn, recurse)
+        self._last = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy belongs to no optimizer
+        return {**self.__dict__, "_receive": None, "_finalizer": None, "_last": None}
+
+
+CHANGED = (
+    "a parameter of the {what} behind the prefix was changed between a forward pass and its backward pass; call "
+    "backward before optimizer.step()"
+)
+
+
+def _release(reference: "weakref.ref[Taken]") -> None:
+    module = reference()
+    if module is not None:
+        module.release()
+
+
+def arrived(reference: "weakref.ref[Taken]", name: object, leaf: Tensor) -> None:
+    """What follows a backward pass that reached the leaf: its gradient moves on."""
+    module, dbank = reference(), leaf.grad
+    leaf.grad = None
+    if module is not None and dbank is not None:
+        module._deliver(name, dbank.detach())
