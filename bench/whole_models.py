@@ -38,7 +38,7 @@ class Family(ABC):
     name: ClassVar[str]
     library = "transformers"
     training = False  # the mode of the frozen model in a training step
-    positions = "unshifted"
+    positions: str | None = None  # the model's own
     prefix_dropout = 0.0
     hidden: int
     batch: int
