@@ -23,6 +23,7 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ WHAT_TELLS_RUNS_APART = ("device", "threads", "torch", "transformers", "peft", "
 def check(name: str, case: Case, arms: dict[str, Arm]) -> dict[str, dict[str, float]]:
     """Raises where a way computes something else than it should; returns how far apart ways are, by way."""
     if case.P == 0:
+        assert_first_layer(arms["P 1, first layer"])
         return {"no prefix": {"frozen": assert_same(arms["no prefix"], arms["frozen"])}}
     frozen, ours = arms["frozen"], arms["ours"]
     takes = ("peft", "original") if ours.family.task != "SEQ_2_SEQ_LM" else ("original",)  # PEFT's is another function
@@ -61,6 +63,17 @@ def assert_same(arm: Arm, other: Arm) -> float:
     if not (abs(loss - other_loss) <= SAME * abs(other_loss) and error <= SAME):
         raise AssertionError(f"loss {loss:.6f}, expected {other_loss:.6f}; gradients apart by {error:.2e}")
     return error
+
+
+def assert_first_layer(arm: Arm) -> None:
+    """Of all calls those with the layers chosen have a prefix; its numbers are the tests' affair."""
+    with whole_arms.Received() as received:
+        whole_arms.probe(arm)
+    rows = [k.shape[1] for k, _ in received.prefixes]
+    prefix: Any = arm.trained
+    expected = [1] * len(prefix.slots) + [0] * (len(arm.family.attentions(arm.model)) - len(prefix.slots))
+    if sorted(rows, reverse=True) != expected:
+        raise AssertionError(f"prefixes of {rows} rows were attended to, expected {len(prefix.slots)} of 1 row")
 
 
 def measure(name: str, tiny: bool, seconds: float, rounds: tuple[int, int]) -> list[Row]:
