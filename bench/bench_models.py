@@ -10,9 +10,10 @@ the same commit, device, threads and torch; --fresh starts anew.
 "frozen" is the model with SDPA, trained down to a vector at its input embeddings. Every round runs every way once,
 every other round backwards; `extra_ms` are quantiles of a way's step less the frozen model's of the same round, and may
 be negative: our attention may be faster than SDPA, and a prefix on the first layer wants no gradient of that layer's
-projections, which the frozen model's goes through; PEFT and the published ways save that too. Memory is measured in a process of its own (model_memory.py);
-`extra_mib` is the peak beyond the frozen model's. Before a case is timed, ours and the others must agree on loss and
-gradient from the same prefixes; a case that fails ends the command with status 1 and is not written.
+projections, which the frozen model's goes through; PEFT and the published ways save that too. Memory is measured in a
+process of its own (model_memory.py); `extra_mib` is the peak beyond the frozen model's. Before a case is timed, ours
+and the others must agree on loss and gradient from the same prefixes; a case that fails ends the command with status 1
+and is not written.
 """
 
 import argparse
