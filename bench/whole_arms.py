@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from whole_models import GPT2, SEED, Bart, Family, ViT
+from whole_models import GPT2, SEED, Bart, Family
 
 Pair = tuple[Tensor, Tensor]  # key and value of one attention call; [H, P, D] each, or [B, H, P, D] once expanded
 
@@ -108,24 +108,26 @@ class OursLabelled(Ours):
     labelled = True
 
     def __init__(self, family: Family, device: str, dtype: torch.dtype, P: int) -> None:
-        if not isinstance(family, GPT2):
+        if family.task != "CAUSAL_LM":
             raise NotImplementedError(f"{family.name}: no position, or few of them, is without a label")
         super().__init__(family, device, dtype, P)
 
 
 class Peft(Arm):
     def add(self) -> nn.Module:
-        if isinstance(self.family, ViT):
+        if self.family.task is None:
             raise NotImplementedError("PEFT has no prefix-tuning for image models")
         from peft import PrefixTuningConfig, get_peft_model
 
-        task = "CAUSAL_LM" if isinstance(self.family, GPT2) else "SEQ_2_SEQ_LM"
         config = PrefixTuningConfig(
-            task_type=task, num_virtual_tokens=self.P, prefix_projection=True, encoder_hidden_size=self.family.hidden
+            task_type=self.family.task,
+            num_virtual_tokens=self.P,
+            prefix_projection=True,
+            encoder_hidden_size=self.family.hidden,
         )
         self.wrapped = get_peft_model(self.model, config)
         self.wrapped.train(self.family.training)
-        if isinstance(self.family, Bart):
+        if self.family.task == "SEQ_2_SEQ_LM":
             self.note = "a prefix for the decoder's own attention only"
         self.encoder: nn.Module = self.wrapped.prompt_encoder["default"]
         return self.encoder
@@ -135,7 +137,7 @@ class Peft(Arm):
         return self.wrapped
 
     def given(self, prefixes: list[Pair]) -> Any:
-        if not isinstance(self.family, GPT2):
+        if self.family.task != "CAUSAL_LM":
             return super().given(prefixes)
         return _output_replaced(self.encoder, _columns(prefixes, self.rows))
 

@@ -37,8 +37,9 @@ class Family(ABC):
 
     name: ClassVar[str]
     library = "transformers"
+    task: str | None = None  # PEFT's word for it
     training = False  # the mode of the frozen model in a training step
-    positions = "unshifted"
+    positions: str | None = None  # the model's own
     prefix_dropout = 0.0
     hidden: int
     batch: int
@@ -88,7 +89,7 @@ def _template(family: Family) -> nn.Module:
 
 
 class GPT2(Family):
-    name, positions = "gpt2-medium", "shifted"
+    name, task, positions = "gpt2-medium", "CAUSAL_LM", "shifted"
 
     def __init__(self, tiny: bool) -> None:
         self.tiny, self.hidden, self.batch = tiny, 16 if tiny else 512, 3 if tiny else 10
@@ -127,7 +128,8 @@ class GPT2(Family):
 
 
 class Bart(Family):
-    name, training = "bart-large", True  # the published loop leaves BART in training mode: its dropout is on
+    name, task = "bart-large", "SEQ_2_SEQ_LM"
+    training = True  # the published loop leaves BART in training mode: its dropout is on
 
     def __init__(self, tiny: bool, source: int) -> None:
         self.tiny, self.source, self.target = tiny, source // 32 if tiny else source, 7 if tiny else 60

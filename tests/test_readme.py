@@ -9,6 +9,7 @@ import pytest
 import moments
 import plot
 import plot_gpu
+import plot_models
 import plot_reparam
 import plot_runs
 
@@ -69,4 +70,15 @@ def test_gpu_tables_are_the_records() -> None:
         pytest.skip("no GPU was measured yet: there is no record")
     for path in found:
         for line in plot_gpu.targets(record(f"bench/results/{path.name}")):
+            assert line in README
+
+
+def test_the_models_tables_are_the_records() -> None:
+    """`python bench/plot_models.py RECORD` prints them."""
+    found = sorted((ROOT / "bench" / "results").glob("models-*.json"))
+    if not found:
+        pytest.skip("bench/bench_models.py was not run to its end yet: there is no record")
+    for path in found:
+        result = record(f"bench/results/{path.name}")
+        for line in plot_models.steps(result) + plot_models.attached(result):
             assert line in README

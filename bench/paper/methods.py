@@ -50,7 +50,7 @@ class FrozenMethod:
             return token_losses(self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1), targets_of(labels))
         targets = targets_of(labels)
         kept = (targets != IGNORED).nonzero()[:, 0]
-        hidden = self.model.transformer(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, n_embd]
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, n_embd]
         return token_losses(self.model.lm_head(hidden.flatten(0, 1)[kept]), targets[kept])
 
     def generate(self, input_ids: Tensor, num_beams: int, **options: Any) -> Tensor:

@@ -35,13 +35,12 @@ def initialise(encoder: nn.Module, config: PrefixConfig, bound: float, activatio
 
 
 def start(rows: Tensor, init: object, bound: float) -> None:
+    """ "normal" leaves the rows as they were made, so that a seed gives the numbers that it gives torch's modules."""
     with torch.no_grad():
         if init == "uniform":
             rows.uniform_(-bound, bound)
         elif init == "zero":
             rows.zero_()
-        else:
-            rows.normal_()
 
 
 def _rows(part: DeepShare | FreePrefix | PrefixRows | SimpleShare) -> Tensor:
