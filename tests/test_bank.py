@@ -46,6 +46,11 @@ CASES = [
     ("t5", None),
     ("vit", None),
     ("bert", None),
+    ("mistral", None),
+    ("qwen2", None),
+    ("qwen3", None),
+    ("gemma2", None),
+    ("roberta", None),
 ]
 
 

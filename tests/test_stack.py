@@ -87,7 +87,7 @@ def test_compiles_as_one_graph_with_its_backward(family):
     torch.testing.assert_close(gradients(prefix, out), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "vit", "bert"])
+@pytest.mark.parametrize("family", ALL)
 def test_exports(family):
     model, inputs = tiny(family), model_inputs(family)
     prefixattn.attach(model, PrefixConfig(length=4, share="none"))
