@@ -179,3 +179,13 @@ def test_another_optimizer_and_a_half_model() -> None:
             backward(net, ids)
             step.step()
     assert torch.equal(prefix.encoder.vectors, plain.encoder.vectors) and kept.param_groups
+
+
+def test_a_fused_step_of_another_optimizer_is_seen() -> None:
+    """It leaves no trace in the vectors' version."""
+    ids, (model, prefix) = token_ids(), attached()
+    kept, other = FactoredAdamW(prefix), torch.optim.AdamW(prefix.parameters(), lr=0.1, fused=True)
+    backward(model, ids)
+    before = prefix()
+    other.step()
+    assert prefix() is not before and not torch.equal(prefix(), before) and kept.param_groups
