@@ -74,6 +74,7 @@ FEATURES = {
     "memory_relu": {"memory": "shared", "phi": "relu", "prefixes": "bank", "mask": "BHLS", "blind": True},
     "memory_bank": {"memory": "as_prefix", "phi": "none", "prefixes": "bank", "causal": True, "lengths": "T"},
     "memory_per_sample": {"memory": "as_prefix", "prefixes": "per_sample", "mask": "B11S", "mask_dtype": "float"},
+    "softcap": {"softcap": 0.7, "mask": "BHLS", "mask_dtype": "float", "lengths": "B"},
 }
 
 
