@@ -102,16 +102,23 @@ class Prefix(nn.Module):
             # An optimizer that writes through `.data` leaves no trace in the version, so training empties the cache.
             self._cache = None
             return self._split(dtype, device)
-        sources = list(self._sources())
-        if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
+        state = self.state()
+        if state is None:
             return self._split(dtype, device)
-        # the count, because torch's fused optimizers leave no trace in a version
-        key = (dtype, device, _steps, *((t.data_ptr(), t._version) for t in sources))
+        key = (dtype, device, *state)
         if self._cache is None or self._cache[0] != key:
             # Not as inference tensors: a later pass may need to save them for a backward.
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = (key, self._split(dtype, device))
         return self._cache[1]
+
+    def state(self) -> tuple[Any, ...] | None:
+        """What changes when the bank does, or None if nothing tells: of tensors that were made in inference_mode."""
+        sources = list(self._sources())
+        if any(t.is_inference() for t in sources):
+            return None
+        # the count, because torch's fused optimizers leave no trace in a version
+        return (_steps, *((t.data_ptr(), t._version) for t in sources))
 
     def _sources(self) -> Iterator[Tensor]:
         """What the bank is computed from."""
