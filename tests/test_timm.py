@@ -130,28 +130,27 @@ def test_a_bias_added_after_the_projection(family):
         prefix.detach()
 
 
-def test_simple_share_is_a_row_through_the_block():
+NORMS = {"parallel": "norm", "post_norm": ""}
+
+
+@pytest.mark.parametrize("family", ["vit", "normed", "eva", "eva02", "few_kv_heads", "post_norm", "parallel"])
+def test_simple_share_is_a_row_through_the_block(family, monkeypatch):
     """Keys and values of a prefix equal those of a token whose input to the block is the vector."""
-    for family in ("vit", "normed", "eva", "eva02", "few_kv_heads", "post_norm", "parallel"):
-        model, seen = tiny(family), []
-        layers = [m for m in model.modules() if hasattr(m, "attn_drop")]
-        prefix = prefixattn.attach(model, PrefixConfig(length=4, share="simple", layers=[0]))
-        vectors = prefix.encoder.vectors[0]
-        layer, plain = layers[0], torch.nn.functional.scaled_dot_product_attention
-        norm = {"parallel": "norm", "post_norm": None}.get(family, "norm1")
-        around = model.blocks[0].attns[0] if family == "parallel" else model.blocks[0]
-        rows = getattr(around, norm)(vectors) if norm else vectors
-        try:
-            torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: (
-                seen.append((k, v)) or plain(q, k, v)
-            )
-            with prefix.disabled():
-                layer(rows[None])
-        finally:
-            torch.nn.functional.scaled_dot_product_attention = plain
-        group = layer.num_heads // prefix.geometry.kv_heads
-        expected = torch.stack(seen[0])[:, 0, ::group]
-        torch.testing.assert_close(prefix()[0], expected, **CLOSE)
+    model, seen = tiny(family), []
+    prefix = prefixattn.attach(model, PrefixConfig(length=4, share="simple", layers=[0]))
+    around = model.blocks[0].attns[0] if family == "parallel" else model.blocks[0]
+    norm = NORMS.get(family, "norm1")
+    rows = getattr(around, norm)(prefix.encoder.vectors[0]) if norm else prefix.encoder.vectors[0]
+
+    def attention(q, k, v, **_):
+        seen.append(torch.stack([k, v]))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    with prefix.disabled():
+        around.attn(rows[None])
+    group = around.attn.num_heads // prefix.geometry.kv_heads  # timm repeats key heads
+    torch.testing.assert_close(prefix()[0], seen[0][:, 0, ::group], **CLOSE)
 
 
 def test_defaults_are_the_published_ones_for_images():
@@ -206,7 +205,7 @@ def test_a_subclass_is_taken_if_it_computes_the_same():
     prefix.detach()
     assert all(type(block.attn) is Same for block in model.blocks)
     model.blocks[1].attn.forward = lambda x, **_: x
-    with pytest.raises(NotImplementedError, match="blocks.1.attn is a"):
+    with pytest.raises(NotImplementedError, match=r"blocks\.1\.attn is a"):
         prefixattn.attach(model, PrefixConfig(length=3))
 
 

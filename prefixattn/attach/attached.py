@@ -81,6 +81,18 @@ class Attached(nn.Module):
         """The layers that have a prefix, counted through all kinds of attention of the model."""
         return self.config.slots(self._geometry.kinds)
 
+    def sources(self) -> Iterator[Tensor]:
+        """What it is made of: its parameters, and perhaps weights of the model."""
+        yield from self.parameters()
+
+    def state(self) -> tuple[Any, ...] | None:
+        """What changes when that does, or None if nothing tells: of tensors that were made in inference_mode."""
+        sources = list(self.sources())
+        if any(t.is_inference() for t in sources):
+            return None
+        # the count, because torch's fused optimizers leave no trace in a version
+        return (_steps, *((t.data_ptr(), t._version) for t in sources))
+
     def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
         """What a forward pass of `batch` samples gets, for which the caller passed the prefix_ids `ids`."""
         raise NotImplementedError

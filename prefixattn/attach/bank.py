@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.prefix import Chosen, LayerPrefix, Prefix, steps
+from prefixattn.attach.attached import Chosen, LayerPrefix, steps
+from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import PrefixRows
 

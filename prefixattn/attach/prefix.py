@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, Chosen, LayerPrefix, steps
+from prefixattn.attach.attached import Attached, Chosen, LayerPrefix
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, SimpleShare
 
@@ -74,10 +74,10 @@ class Prefix(Attached):
             # An optimizer that writes through `.data` leaves no trace in the version, so training empties the cache.
             self._cache = None
             return self._split(dtype, device)
-        sources = list(self.sources())
-        if any(t.is_inference() for t in sources):  # made in inference_mode: nothing tells when they change
+        state = self.state()
+        if state is None:
             return self._split(dtype, device)
-        key = (dtype, device, steps(), *((t.data_ptr(), t._version) for t in sources))
+        key = (dtype, device, *state)
         if self._cache is None or self._cache[0] != key:
             # Not as inference tensors: a later pass may need to save them for a backward.
             with torch.inference_mode(False), torch.no_grad():

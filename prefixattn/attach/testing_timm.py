@@ -1,9 +1,9 @@
 """What tests and benchmarks of timm's models share: timm without torchvision, small random models, concatenation.
 
-timm imports torchvision when it is imported, for data loading and one kind of batch norm, of which no vision transformer
-makes use. For builds of torch for CPUs there is no torchvision on the package index, and another build's breaks torch's
-operators. Transformers looks for an installed torchvision too and would use what it finds: so the stand-in is in
-sys.modules while timm is imported, and no longer.
+timm imports torchvision when it is imported, for data loading and for a batch norm that no vision transformer has. For
+builds of torch for CPUs the package index has no torchvision, and that of another build breaks torch's operators.
+Transformers looks for torchvision too and would use what it finds: so the stand-in is in sys.modules while timm is
+imported, and no longer.
 """
 
 import importlib
@@ -33,7 +33,9 @@ class _Names(type):
 class _StandIn(ModuleType):
     """A module of torchvision that has every name, each a class without content."""
 
-    __path__: list[str] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -5,7 +5,7 @@ after another, have met theirs.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prefixattn.attach import timm_layers
 from prefixattn.attach.adapter import Adapter, Choice, evaluating
-from prefixattn.attach.attached import PrefixCall
+from prefixattn.attach.attached import Attached, PrefixCall
 from prefixattn.config import INITS, Defaults, PrefixConfig
 from prefixattn.prefix import Geometry
 
@@ -26,21 +26,21 @@ PLAIN = PrefixCall({}, 0.0)
 class _Pass:
     """A forward pass of the model under way. Its layers meet it in their order."""
 
-    def __init__(self, call: PrefixCall, slot: int | None = 0) -> None:
+    def __init__(self, call: PrefixCall, slot: int | None = 0, holds: Callable[[], bool] = lambda: True) -> None:
         self.call = call
         self.slot = slot  # of the layer that comes next; None: any
+        self.holds = holds  # of a pass that nobody will end
 
     def reaches(self, slot: int) -> bool:
-        """False if another layer was next: then this pass was left unfinished, and the layer is run for itself."""
-        expected = self.slot in (None, slot)
-        self.slot = slot + 1
-        return expected
+        """False of a pass that was left unfinished: the layer is run by itself."""
+        return self.slot in (None, slot) and self.holds()
 
 
 class _Passes(threading.local):
     """Of each thread its own: several may run one model."""
 
     running: _Pass | None = None
+    whole = False  # inside the model's own forward
 
 
 class TimmAdapter(Adapter):
@@ -98,12 +98,19 @@ class TimmAdapter(Adapter):
             timm_layers.leave(layer)
 
     def switch(self, on: bool) -> None:
-        """Nothing to do: layers that get no prefix run timm's own forward pass."""
+        # layers that get no prefix run timm's own forward pass
+        self.forget()
+
+    def activate(self, prefix: Attached) -> None:
+        super().activate(prefix)
+        self.forget()
 
     # a forward pass
 
     def before_model(self, module: nn.Module, args: Any) -> None:
         self.forget()
+        if not torch.compiler.is_compiling():
+            self.passes.whole = True
         if not self.embedded:
             self.begin(module, args)
 
@@ -116,13 +123,15 @@ class TimmAdapter(Adapter):
         if torch.compiler.is_compiling():
             self.traced = call
         else:
-            self.passes.running = _Pass(call)
+            state = None if self.passes.whole else self._state()
+            # else, what a pass that stopped early had may not be what the prefix has later
+            self.passes.running = _Pass(call, holds=lambda: state is None or state == self._state())
 
     def forget(self) -> None:
         if torch.compiler.is_compiling():
             self.traced = None
         else:
-            self.passes.running = None
+            self.passes.running, self.passes.whole = None, False
 
     def new_call(self) -> PrefixCall:
         if self.override is not None:
@@ -148,10 +157,16 @@ class TimmAdapter(Adapter):
             return self.new_call() if call is None else call
         running = self.passes.running
         if running is None or not running.reaches(slot):
+            self.passes.running = None
             return self.new_call()
+        running.slot = slot + 1
         if last:
             self.passes.running = None
         return running.call
+
+    def _state(self) -> Any:
+        prefix = self.prefix
+        return None if prefix is None else (torch.is_grad_enabled(), prefix.state())
 
     def before_block(self, block: nn.Module, args: Any) -> None:
         """A hook on each block: one that a checkpoint runs again, in the backward, gets the prefixes it had.
@@ -164,9 +179,10 @@ class TimmAdapter(Adapter):
             return
         node = args[0].grad_fn
         marks: Any = args[0].__dict__ if node is None else node.metadata
-        in_backward = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
-        if in_backward and MARK in marks:
-            self.passes.running = _Pass(marks[MARK], slot=None)
+        backward = torch._C._current_graph_task_id()  # -1 outside; as torch.utils.checkpoint asks
+        if backward != -1 and MARK in marks:
+            holds = lambda: torch._C._current_graph_task_id() == backward  # noqa: E731
+            self.passes.running = _Pass(marks[MARK], None, holds)
         elif self.passes.running is not None:
             marks[MARK] = self.passes.running.call
 

@@ -1,7 +1,6 @@
-"""timm's attention with a prefix: the same parameters and computation, with the prefix's keys and values ahead.
+"""timm's attention with a prefix: the same parameters and computation, with keys and values ahead of the tokens'.
 
-timm says "prefix tokens" for class and register tokens, which are tokens of the sequence; here it is
-`num_prefix_tokens` only where that attribute of a layer is read.
+What timm calls prefix tokens, and counts in `num_prefix_tokens`, are class and register tokens: tokens of the sequence.
 """
 
 from collections.abc import Iterator
@@ -65,13 +64,13 @@ def known(module: nn.Module) -> bool:
 
 
 @cache
-def prefixed(cls: type) -> type:
+def prefixed(cls: Any) -> Any:
     ahead = _Rotated if issubclass(cls, (AttentionRope, EvaAttention)) else _Unrotated
     return type(f"Prefix{cls.__name__}", (ahead, cls), {"plain": cls})
 
 
 def _empty(plain: type) -> Any:
-    cls: Any = prefixed(plain)
+    cls = prefixed(plain)
     return cls.__new__(cls)
 
 
@@ -94,10 +93,7 @@ def attend(
 ) -> Tensor:
     """The forward pass of `layer` on x [B, N, E] with the prefix that `call` has for it."""
     gate = None if layer.gate is None else layer.gate(x).sigmoid()
-    packed = _packed(layer, x)
-    alone = rope is None and isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity)
-    like = x if packed is None else packed
-    slot = layer.prefix_slot
+    packed, slot = _packed(layer, x), layer.prefix_slot
     found, memory = call.prefixes.get(slot), call.memories.get(slot)
     want_mass = call.masses is not None and found is not None
     options: dict[str, Any] = {
@@ -107,24 +103,28 @@ def attend(
         "prefix_dropout_p": call.dropout_p if found is not None else 0.0,
         "return_prefix_mass": want_mass,
     }
-    if memory is not None and memory.inside:
-        options |= {"memory": memory.matrix.to(like.device, like.dtype), "phi": memory.phi}
     inside = memory is None or memory.inside
-    if packed is not None and alone and inside:
+    if memory is not None and inside:
+        options |= {"memory": memory.matrix.to(x.device), "phi": memory.phi}
+    normed = not (isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity))
+    # the projection's gradient is then one tensor
+    together = packed is not None and rope is None and not normed and inside
+    out: Any
+    if packed is not None and together:
         prefix_k, prefix_v = _prefix(found, packed[0, 0, 0])
-        out = prefix_attention_qkvpacked(packed, prefix_k, prefix_v, **options)  # [B, N, H, D]
+        out = prefix_attention_qkvpacked(packed, prefix_k, prefix_v, **options)
     else:
         q, k, v = _separate(layer, x, packed, rope)
         prefix_k, prefix_v = _prefix(found, v[0, :, 0])
-        out = prefix_attention(q, k, v, prefix_k, prefix_v, enable_gqa=q.shape[1] != k.shape[1], **options)
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+        out = prefix_attention(q, k, v, prefix_k, prefix_v, **options)
     if want_mass:
         out, call.masses[slot] = out  # type: ignore[index]
-    assert isinstance(out, Tensor)
     if memory is not None and not inside:
         out = out + memory.added(q)
-    out = out.flatten(2) if packed is not None and alone and inside else out.transpose(1, 2).flatten(2)
-    out = layer.norm(out)
-    return layer.proj_drop(layer.proj(out if gate is None else out * gate))
+    out = layer.norm((out if together else out.transpose(1, 2)).flatten(2))  # [B, N, H D]
+    out = layer.proj(out if gate is None else out * gate)
+    return layer.proj_drop(out)
 
 
 def _prefix(found: LayerPrefix | None, like: Tensor) -> LayerPrefix:
@@ -144,7 +144,7 @@ def _packed(layer: Any, x: Tensor) -> Tensor | None:
     else:  # EvaAttention's; there is no bias for keys, and k_bias is zero
         bias = torch.cat([layer.q_bias, layer.k_bias, layer.v_bias])
         qkv = layer.qkv(x) + bias if layer.qkv_bias_separate else F.linear(x, layer.qkv.weight, bias)
-    return qkv.unflatten(-1, (3, layer.num_heads, -1))
+    return qkv.view(*x.shape[:2], 3, layer.num_heads, -1)
 
 
 def _separate(layer: Any, x: Tensor, packed: Tensor | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ def _separate(layer: Any, x: Tensor, packed: Tensor | None, rope: Tensor | None)
     else:
         heads = layer.num_heads, kv_heads(layer), kv_heads(layer)
         parts = layer.q_proj, layer.k_proj, layer.v_proj
-        q, k, v = (part(x).unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(parts, heads, strict=True))
+        q, k, v = (part(x).view(*x.shape[:2], n, -1).transpose(1, 2) for part, n in zip(parts, heads, strict=True))
     q, k = layer.q_norm(q), layer.k_norm(k)
     if rope is not None:
         q, k = (_rotated(layer, t, rope).type_as(v) for t in (q, k))
@@ -221,5 +221,5 @@ def project(layer: Any, around: Any, vectors: Tensor) -> Tensor:
     if packed is not None:
         key, value = packed[0, :, 1:].unbind(1)  # [P, H, D]
     else:
-        key, value = (part(rows).unflatten(-1, (kv_heads(layer), -1)) for part in (layer.k_proj, layer.v_proj))
+        key, value = (part(rows).view(len(rows), kv_heads(layer), -1) for part in (layer.k_proj, layer.v_proj))
     return torch.stack([layer.k_norm(key), value]).transpose(1, 2)

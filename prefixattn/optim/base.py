@@ -80,7 +80,8 @@ class Factored(torch.optim.Optimizer):
         # weights of which a process has a part are whole within the model's own passes alone
         prefixes: list[Any] = [part for part in module.modules() if hasattr(part, "sources")]
         whole = not any(hasattr(t, "full_tensor") for prefix in prefixes for t in prefix.sources())
-        self.average.add([prefix.gate for prefix in prefixes if prefix.gate is not None and id(prefix.gate) in own])
+        gates = [getattr(prefix, "gate", None) for prefix in prefixes]
+        self.average.add([gate for gate in gates if gate is not None and id(gate) in own])
         for part in module.modules():
             if isinstance(part, (DeepShare, FreePrefix, Memories, PrefixRows, SimpleShare)):
                 self.average.add([p for p in part.parameters() if id(p) in own])

@@ -1,0 +1,398 @@
+"""Prefixes in timm's models through a training's life: passes, checkpoints, threads, copies, compilers, optimizers."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch.utils import checkpoint as torch_checkpoint
+
+import prefixattn
+from prefixattn import PrefixConfig
+from prefixattn.attach.testing_timm import concatenating, images, import_timm, tiny
+
+try:
+    timm = import_timm()
+except ImportError as error:
+    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+
+COMPILES = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo asks it of what an object holds
+)
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+SAME = dict(rtol=0, atol=0)
+FREE = PrefixConfig(length=4, share="none")
+DEEP = PrefixConfig(length=4, hidden=8)
+
+
+def gradients(prefix):
+    found = {name: p.grad.clone() for name, p in prefix.named_parameters()}
+    prefix.zero_grad()
+    return found
+
+
+WAYS = {
+    "forward_features": lambda model, x: model.forward_head(model.forward_features(x)),
+    "intermediates": lambda model, x: model.forward_head(model.forward_intermediates(x)[0]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["vit", "eva02", "naflex"])
+def test_every_way_through_the_model_has_the_prefix(family, way):
+    model, calls = tiny(family), []
+    prefix = prefixattn.attach(model, DEEP)
+    expected = model(images())
+    expected.square().mean().backward()
+    wanted = gradients(prefix)
+    handle = prefix.encoder.register_forward_hook(lambda *_: calls.append(1))
+    out = WAYS[way](model, images())
+    assert len(calls) == 1  # the network runs once for a pass
+    handle.remove()
+    torch.testing.assert_close(out, expected, **SAME)
+    out.square().mean().backward()
+    torch.testing.assert_close(gradients(prefix), wanted, **SAME)
+
+
+def test_a_block_alone_and_a_pass_that_stops_early():
+    model = tiny("vit")
+    prefix = prefixattn.attach(model, FREE)
+    with torch.no_grad():
+        whole = model.get_intermediate_layers(images(), n=3)
+        early = model.forward_intermediates(images(), indices=[0], stop_early=True, intermediates_only=True)
+        assert len(early) == 1 and len(whole) == 3
+        prefix.encoder.bank.add_(1.0)  # what the unfinished pass had is not used again
+        x = torch.randn(2, 10, 32)
+        out = model.blocks[1](x)
+        torch.testing.assert_close(model.blocks[1](x), out, **SAME)
+        last = model.blocks[2](x)
+        model.forward_intermediates(images(), indices=[0], stop_early=True)
+        with prefix.disabled():
+            plain = [block(x) for block in model.blocks[1:]]
+            assert all(not torch.allclose(a, b) for a, b in zip((out, last), plain, strict=True))
+        model.forward_intermediates(images(), indices=[0], stop_early=True)
+        torch.testing.assert_close([block(x) for block in (model.blocks[2], model.blocks[1])], [last, out], **SAME)
+        model.forward_intermediates(images(), indices=[0], stop_early=True)
+    model.blocks[1](x).sum().backward()  # and gradients flow
+    assert prefix.encoder.bank.grad[1].abs().sum() > 0 and prefix.encoder.bank.grad[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("share", ["deep", "simple", "none"])
+@pytest.mark.parametrize("family", ["vit", "eva02", "naflex", "parallel"])
+def test_checkpoints_change_no_gradient(family, share):
+    model = tiny(family)
+    prefix = prefixattn.attach(model, PrefixConfig(length=4, share=share, dropout=0.1))
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        model(images()).square().mean().backward()
+        found.append(gradients(prefix))
+    torch.testing.assert_close(found[1], found[0], **SAME)
+
+
+def test_a_checkpointed_block_meets_the_prefix_of_its_own_pass():
+    model = tiny("vit")
+    first, second = prefixattn.attach(model, FREE), prefixattn.attach(model, FREE)
+    third = prefixattn.attach(model, DEEP)
+
+    def run(in_between):
+        outs = []
+        for prefix in (first, second, third):
+            prefix.activate()
+            outs.append(model(images()).square().mean())
+        with first.disabled():
+            outs.append(model(images()).square().mean())  # no gradient comes of it
+        in_between()
+        sum(outs).backward()
+        return [gradients(prefix) for prefix in (first, second, third)]
+
+    wanted = run(lambda: None)
+    model.set_grad_checkpointing(True)
+    for in_between in (lambda: None, first.activate, second.activate):
+        torch.testing.assert_close(run(in_between), wanted, **SAME)
+    with torch.autograd.graph.save_on_cpu():  # unpacked tensors are others than those that were saved
+        torch.testing.assert_close(run(first.activate), wanted, **SAME)
+    model.set_grad_checkpointing(False)
+    second.activate()
+    model(images()).square().mean().backward()
+    torch.testing.assert_close(gradients(second), wanted[1], **SAME)
+    torch_checkpoint.checkpoint(model, images(), use_reentrant=False).square().mean().backward()
+    torch.testing.assert_close(gradients(second), wanted[1], **SAME)
+    model.set_grad_checkpointing(True)
+    torch_checkpoint.checkpoint(model, images(), use_reentrant=False).square().mean().backward()
+    torch.testing.assert_close(gradients(second), wanted[1], **SAME)
+
+
+def test_a_backward_inside_disabled_keeps_the_prefix_of_its_forward():
+    model = tiny("vit")
+    prefix = prefixattn.attach(model, DEEP)
+    model.set_grad_checkpointing(True)
+    model(images()).square().mean().backward()
+    wanted = gradients(prefix)
+    loss = model(images()).square().mean()
+    with prefix.disabled():
+        loss.backward()
+    torch.testing.assert_close(gradients(prefix), wanted, **SAME)
+
+
+def test_reentrant_checkpoints_are_refused():
+    model = tiny("vit")
+    prefixattn.attach(model, FREE)
+    model.set_grad_checkpointing(True)
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(NotImplementedError, match="set_reentrant_ckpt"):
+            model(images())
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+    model(images()).sum().backward()
+
+
+def test_threads_and_models_do_not_mix():
+    model, other = tiny("vit"), tiny("vit")
+    prefix, neighbour = prefixattn.attach(model, DEEP), prefixattn.attach(other, DEEP)
+    inputs = [images(seed=i) for i in range(8)]
+    expected = [[m(x).detach() for x in inputs] for m in (model, other)]
+    found, failed = {}, []
+
+    def work(i):
+        try:
+            for _ in range(3):
+                found[i] = [(model, other)[(i + j) % 2](inputs[i]).detach() for j in range(2)]
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for i in range(8):
+        torch.testing.assert_close(found[i], [expected[(i + j) % 2][i] for j in range(2)], **CLOSE)
+    assert not torch.allclose(prefix(), neighbour())
+
+
+def test_an_error_in_a_pass_leaves_nothing_behind():
+    model = tiny("vit")
+    prefix = prefixattn.attach(model, FREE)
+    handle = model.blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        model(images())
+    handle.remove()
+    assert prefix._adapter.passes.running is None
+    model(images()).sum().backward()
+
+
+def test_several_prefixes_take_turns():
+    model = tiny("eva02")
+    first, second = prefixattn.attach(model, FREE), prefixattn.attach(model, PrefixConfig(length=7, hidden=8))
+    with torch.no_grad():
+        of_second = model(images())
+        first.activate()
+        of_first = model(images())
+        assert not torch.allclose(of_first, of_second, atol=1e-3) and first.is_active
+        assert first.mass(images()).shape == (3, 3, 4, 10)
+        first.detach()
+        torch.testing.assert_close(model(images()), of_second, **SAME)
+    second.detach()
+    assert not model._forward_pre_hooks
+
+
+def test_mass_is_the_weight_on_the_prefix():
+    for family in ("vit", "eva02"):  # packed, and not
+        model = tiny(family)
+        prefix = prefixattn.attach(model, PrefixConfig(length=4, share="none", layers=[1]))
+        mass = prefix.mass(images())
+        assert mass.shape == (1, 3, 4, 10) and ((mass > 0) & (mass < 1)).all()
+        with torch.no_grad():
+            for block in model.blocks:
+                for parameter in block.attn.parameters():
+                    parameter.zero_()  # every score is 0
+        torch.testing.assert_close(prefix.mass(images()), torch.full((1, 3, 4, 10), 4 / 14), **CLOSE)
+
+
+def test_dropout_is_per_sample_and_of_the_prefix_mode():
+    model = tiny("vit")
+    prefix = prefixattn.attach(model, PrefixConfig(length=4, share="none", dropout=0.5))
+    twice = images(1).expand(2, -1, -1, -1)
+    out = model(twice)
+    assert not torch.allclose(out[0], out[1], atol=1e-3)
+    prefix.eval()
+    out = model(twice)
+    torch.testing.assert_close(out[0], out[1], **CLOSE)
+    assert not model.training
+
+
+def test_the_models_own_dropout():
+    model = tiny("vit", attn_drop_rate=0.5)
+    prefix = prefixattn.attach(model, FREE)
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(images()), model(images())
+    assert not torch.allclose(first, second)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(images()), first, **SAME)
+    model.eval()
+    torch.testing.assert_close(model(images()), model(images()), **SAME)
+    assert prefix.training
+
+
+@pytest.mark.parametrize("family", ["vit", "eva02"])
+def test_bfloat16_and_autocast(family):
+    model = tiny(family)
+    prefix = prefixattn.attach(model, FREE)
+    exact = model(images())
+    exact.square().mean().backward()
+    wanted = gradients(prefix)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(images())
+    assert cast.dtype == torch.bfloat16
+    cast.float().square().mean().backward()
+    of_autocast = gradients(prefix)
+    model.to(torch.bfloat16)
+    whole = model(images().bfloat16())
+    assert whole.dtype == torch.bfloat16 and prefix.encoder.bank.dtype == torch.float32
+    whole.float().square().mean().backward()
+    for out, found in ((cast, of_autocast), (whole, gradients(prefix))):
+        assert (out.float() - exact).norm() < 0.1 * exact.norm()
+        assert (found["encoder.bank"] - wanted["encoder.bank"]).norm() < 0.2 * wanted["encoder.bank"].norm()
+
+
+def test_float64_runs_on_the_reference():
+    model = tiny("eva02").double()
+    twin = copy.deepcopy(model)
+    prefix = prefixattn.attach(model, FREE)
+    prefix.double()
+    with torch.no_grad(), concatenating(prefix):
+        expected = twin(images().double())
+    torch.testing.assert_close(model(images().double()).detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+@COMPILES
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("family", ["vit", "eva02"])
+def test_compile_forward_and_backward_in_one_graph(family, checkpoints):
+    model = tiny(family)
+    prefix = prefixattn.attach(model, DEEP)
+    expected = model(images())
+    expected.square().mean().backward()
+    wanted = gradients(prefix)
+    model.set_grad_checkpointing(checkpoints)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        out = compiled(images())
+        out.square().mean().backward()
+        torch.testing.assert_close(out, expected, **CLOSE)
+        torch.testing.assert_close(gradients(prefix), wanted, **CLOSE)
+    with prefix.disabled(), torch.no_grad():
+        plain = model(images())
+        torch.testing.assert_close(compiled(images()), plain, **CLOSE)
+    assert not torch.allclose(compiled(images()), plain, atol=1e-3)
+    assert prefix._adapter.traced is None
+
+
+@COMPILES
+def test_compile_of_a_part():
+    model = tiny("vit")
+    prefix = prefixattn.attach(model, DEEP)
+    expected = model.forward_features(images())
+    expected.square().mean().backward()
+    wanted = gradients(prefix)
+    out = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")(images())
+    out.square().mean().backward()
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close(gradients(prefix), wanted, **CLOSE)
+    assert prefix._adapter.traced is None
+
+
+@pytest.mark.parametrize("family", ["vit", "eva02"])
+def test_export(family):
+    model = tiny(family)
+    prefixattn.attach(model, FREE)
+    with torch.no_grad():
+        expected = model(images())
+        program = torch.export.export(model, (images(),), strict=False)  # strict: modules alone
+        torch.testing.assert_close(program.module()(images()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("family", ["vit", "eva02"])
+def test_copies_have_prefixes_of_their_own(family, copying):
+    model = tiny(family)
+    prefix = prefixattn.attach(model, DEEP)
+    model.forward_intermediates(images(), indices=[0], stop_early=True)  # a pass that was left has nothing to copy
+    copied = copying(model)
+    theirs = prefixattn.attach.__globals__["attached"](copied)
+    assert theirs is not prefix and theirs._adapter.model is copied
+    torch.testing.assert_close(copied(images()), model(images()), **SAME)
+    with torch.no_grad():
+        theirs.encoder.embedding.weight.add_(1.0)
+    assert not torch.allclose(copied(images()), model(images()), atol=1e-3)
+    theirs.detach()
+    assert not copied._forward_pre_hooks and model._forward_pre_hooks
+    with prefix.disabled():
+        torch.testing.assert_close(copied.requires_grad_(False)(images()), model(images()), **SAME)
+
+
+@pytest.mark.parametrize("choices", [DEEP, PrefixConfig(length=4, share="simple"), FREE])
+def test_saved_and_loaded(tmp_path, choices):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    model = tiny("eva02")
+    prefix = prefixattn.attach(model, choices)
+    expected = model(images())
+    prefix.save_pretrained(tmp_path / "whole")
+    prefix.save_pretrained(tmp_path / "folded", folded=True)
+    prefix.detach()
+    for folder in ("whole", "folded"):
+        loaded = prefixattn.load(model, tmp_path / folder)
+        torch.testing.assert_close(model(images()), expected, **CLOSE)
+        loaded.detach()
+    with pytest.raises(ValueError, match="model_type='Eva', here 'VisionTransformer'"):
+        prefixattn.load(tiny("vit"), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "factored"])
+def test_the_head_trains_beside_the_prefix(optimizer):
+    model = tiny("vit")
+    prefix = prefixattn.attach(model, DEEP)
+    model.head.requires_grad_(True)
+    head = list(model.head.parameters())
+    before = [t.detach().clone() for t in (*head, *prefix.parameters())]
+    labels = torch.tensor([0, 1, 2])
+    if optimizer == "torch":
+        step = torch.optim.SGD([*head, *prefix.parameters()], lr=0.1, momentum=0.9)
+    else:
+        groups = [{"params": prefix}, {"params": head, "lr": 0.05, "weight_decay": 0.0}]
+        step = prefixattn.FactoredSGD(groups, lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        step.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images()), labels)
+        loss.backward()
+        step.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = [*head, *prefix.parameters()]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    others = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    assert all(p.grad is None and not p.requires_grad for p in others)
+
+
+def test_factored_optimizers_equal_torchs_under_checkpoints():
+    finals = []
+    for factored in (False, True):
+        model = tiny("vit")
+        model.set_grad_checkpointing(factored)
+        torch.manual_seed(0)
+        prefix = prefixattn.attach(model, DEEP)
+        step = prefixattn.FactoredSGD(prefix, lr=0.1) if factored else torch.optim.SGD(prefix.parameters(), lr=0.1)
+        for _ in range(3):
+            step.zero_grad()
+            model(images()).square().mean().backward()
+            step.step()
+        finals.append(prefix().detach())
+    torch.testing.assert_close(*finals, **CLOSE)
