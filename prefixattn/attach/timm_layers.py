@@ -76,8 +76,9 @@ def _empty(plain: type) -> Any:
 
 def enter(layer: Any, adapter: Any, slot: int) -> None:
     # The class and not an attribute `forward`, which would bind the layer that a copy was made from.
-    if not isinstance(layer, _Prefixed):
-        layer.__class__ = prefixed(type(layer))
+    plain: Any = type(layer)
+    if not issubclass(plain, _Prefixed):
+        layer.__class__ = prefixed(plain)
     layer.prefix_adapter, layer.prefix_slot = adapter, slot
 
 
