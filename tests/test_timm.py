@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import prefixattn
@@ -241,10 +242,8 @@ def test_simple_share_refuses_a_block_whose_norm_it_does_not_know():
     for i, block in enumerate(model.blocks):
         model.blocks[i] = Around(block)
     prefixattn.attach(model, PrefixConfig(length=3, share="none")).detach()
-    prefix = prefixattn.attach(model, PrefixConfig(length=3, share="simple"))
     with pytest.raises(NotImplementedError, match="which norm stands before the attention of a Around"):
-        model(images())
-    prefix.detach()
+        prefixattn.attach(model, PrefixConfig(length=3, share="simple"))
 
 
 def test_attention_layer_at_creation():
@@ -262,3 +261,36 @@ def test_attention_layer_at_creation():
     prefix.detach()
     assert all(type(block.attn) is prefixattn.timm_attention for block in model.blocks)
     torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("choices", [dict(), dict(phi="gelu"), dict(per="width"), dict(phi="mlp", hidden=5)])
+@pytest.mark.parametrize("family", ["vit", "eva02", "few_kv_heads"])
+def test_prefix_tuning_plus_adds_to_the_attention(family, choices, monkeypatch):
+    model, seen = tiny(family).requires_grad_(False), []
+    plain = F.scaled_dot_product_attention
+
+    def attention(q, k, v, **options):
+        seen.append(q)
+        memory = plus()[len(seen) - 1]
+        features = dict(elu=F.elu, gelu=F.gelu, mlp=lambda t: t)[memory.phi]
+        rows = q if len(memory.matrix) == q.shape[1] else q.transpose(1, 2).flatten(2)[:, None]  # [B, heads, N, D]
+        if memory.weight is not None:
+            rows = torch.relu(rows @ memory.weight.mT + memory.bias[:, None])
+        added = features(rows) @ memory.matrix
+        if len(memory.matrix) != q.shape[1]:
+            added = added[:, 0].unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+        return plain(q, k, v, **options) + added
+
+    torch.manual_seed(0)
+    plus = prefixattn.attach(model, prefixattn.PrefixPlusConfig(init="normal", **choices))
+    out = model(images())
+    out.square().mean().backward()
+    found = {name: p.grad.clone() for name, p in plus.named_parameters()}
+    plus.zero_grad()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with plus.disabled():
+        expected = model(images())
+    expected.square().mean().backward()
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close(found, {name: p.grad for name, p in plus.named_parameters()}, **CLOSE)
+    assert len(seen) == 3 and all(g.abs().sum() > 0 for g in found.values())
