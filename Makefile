@@ -46,11 +46,13 @@ $(PY):
 
 $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	rm -f $(VENV)/installed-*
-	grep -v -e '^torch==' -e '^transformers==' -e '^triton==' $(TESTED) > $(VENV)/requirements.txt
+	grep -v -e '^torch==' -e '^transformers==' -e '^triton==' -e '^timm==' $(TESTED) > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -r $(VENV)/requirements.txt
 	@# torch's builds for CUDA bring their own triton, and no other
 	$(PY) -c 'import triton' 2>/dev/null || \
 	    $(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^triton==' $(TESTED))"
+	@# without torchvision, of which there is none for torch's builds for CPUs; the tests do without it
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^timm==' $(TESTED))"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
