@@ -51,7 +51,7 @@ $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	@# torch's builds for CUDA bring their own triton, and no other
 	$(PY) -c 'import triton' 2>/dev/null || \
 	    $(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^triton==' $(TESTED))"
-	@# without what it asks for: torchvision is not to be had for torch's builds for CPUs, and its tests do without
+	@# without torchvision, of which there is none for torch's builds for CPUs; the tests do without it
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^timm==' $(TESTED))"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@

@@ -105,7 +105,7 @@ def test_tested_versions_satisfy_what_the_package_asks_for() -> None:
     lines = [line for line in (ROOT / "requirements" / "tested.txt").read_text().splitlines() if line[:1] not in "#"]
     tested = {name: version for name, _, version in (line.partition("==") for line in lines)}
     asked = project["dependencies"] + [
-        r for e in ("hf", "bench", "test", "timm", "triton") for r in project["optional-dependencies"][e]
+        r for e in ("hf", "timm", "bench", "test", "triton") for r in project["optional-dependencies"][e]
     ]
     for requirement in map(Requirement, asked):
         if requirement.name != "prefixattn":
