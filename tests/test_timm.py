@@ -241,10 +241,9 @@ def test_simple_share_refuses_a_block_whose_norm_it_does_not_know():
     for i, block in enumerate(model.blocks):
         model.blocks[i] = Around(block)
     prefixattn.attach(model, PrefixConfig(length=3, share="none")).detach()
-    prefix = prefixattn.attach(model, PrefixConfig(length=3, share="simple"))
     with pytest.raises(NotImplementedError, match="which norm stands before the attention of a Around"):
-        model(images())
-    prefix.detach()
+        prefixattn.attach(model, PrefixConfig(length=3, share="simple"))
+    assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks
 
 
 def test_attention_layer_at_creation():
