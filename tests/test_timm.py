@@ -244,6 +244,7 @@ def test_simple_share_refuses_a_block_whose_norm_it_does_not_know():
     prefixattn.attach(model, PrefixConfig(length=3, share="none")).detach()
     with pytest.raises(NotImplementedError, match="which norm stands before the attention of a Around"):
         prefixattn.attach(model, PrefixConfig(length=3, share="simple"))
+    assert all(p.requires_grad for p in model.parameters()) and not model._forward_pre_hooks
 
 
 def test_attention_layer_at_creation():
