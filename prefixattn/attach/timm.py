@@ -72,11 +72,7 @@ class TimmAdapter(Adapter):
         if isinstance(config, PrefixConfig) and config.init not in INITS:
             words = ", ".join(map(repr, INITS))
             raise ValueError(f"init is {config.init!r}, but {self.geometry.model_type} takes images; expected {words}")
-        config = super().resolve(config)
-        if config.share == "simple":
-            for slot in config.slots(self.geometry.kinds):
-                next(self.projection_parameters(slot))  # refuses a block whose norm it does not know
-        return config
+        return super().resolve(config)
 
     def enter(self) -> None:
         for slot, layer in enumerate(self.layers()):
