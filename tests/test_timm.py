@@ -216,6 +216,8 @@ def test_refusals_in_words():
         prefixattn.attach(model, PrefixConfig(share="none", init="a bird"))
     with pytest.raises(ValueError, match="positions is 'shifted'"):
         prefixattn.attach(model, PrefixConfig(positions="shifted"))
+    with pytest.raises(NotImplementedError, match="count is 4: a timm model's forward pass takes no prefix_ids"):
+        prefixattn.attach(model, PrefixConfig(share="none", count=4))
     with pytest.raises(ValueError, match="layers names layer 3, but the model has 3"):
         prefixattn.attach(model, PrefixConfig(layers=[3]))
     model.blocks[2].forward = lambda x, **_: x  # a block that does not attend

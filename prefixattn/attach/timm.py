@@ -72,6 +72,11 @@ class TimmAdapter(Adapter):
         if isinstance(config, PrefixConfig) and config.init not in INITS:
             words = ", ".join(map(repr, INITS))
             raise ValueError(f"init is {config.init!r}, but {self.geometry.model_type} takes images; expected {words}")
+        if isinstance(config, PrefixConfig) and config.count is not None:
+            raise NotImplementedError(
+                f"count is {config.count}: a timm model's forward pass takes no prefix_ids to choose by; attach prefixes one "
+                "by one and activate() the wanted"
+            )
         return super().resolve(config)
 
     def enter(self) -> None:
