@@ -223,10 +223,8 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     order, starts = _by_row(call, T) if by_row else (call.q, call.q)
     samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_row else (1, T)
     half = call.q.dtype in HALF_TYPES or INTERPRETED
-    block_m, block_n = (
-        (64, 64) if half and call.block_d <= 128 else (32, 32) if call.block_d <= 64 or half else (16, 16)
-    )
-    block_n = min(block_n, call.block_d)
+    block_m = 64 if half and call.block_d <= 128 else 32 if half or call.block_d <= 64 else 16
+    block_n = min(64 if block_m * call.block_d <= 4096 else 32, block_m, call.block_d)  # or it spills
     tiles = triton.cdiv(D, block_n)
     # as many programs as make sense, by the rules of _prefix
     most = triton.cdiv(samples * L, 4 * block_m)
