@@ -18,8 +18,9 @@ STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TRANSFORMERS)' | cksum | cut
 demo: build
 	$(PY) bench/paper/e2e.py --preset demo
 
+# a thread for each worker: more would wait for each other, and the tests take twice as long
 test: build
-	$(PY) -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 bench: build
 	$(PY) -m pytest bench/bench_prefix_attn.py
