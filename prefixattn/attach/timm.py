@@ -74,8 +74,8 @@ class TimmAdapter(Adapter):
             raise ValueError(f"init is {config.init!r}, but {self.geometry.model_type} takes images; expected {words}")
         if isinstance(config, PrefixConfig) and config.count is not None:
             raise NotImplementedError(
-                f"count is {config.count}: a timm model's forward pass takes no prefix_ids to choose by; attach prefixes "
-                "one by one and activate() the wanted"
+                f"count is {config.count}: a timm model's forward pass takes no prefix_ids to choose by; attach "
+                "prefixes one by one and activate() the wanted"
             )
         return super().resolve(config)
 
