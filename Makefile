@@ -8,6 +8,8 @@ PYTHON ?= python3
 TESTED := requirements/tested.txt
 TORCH ?= $(shell grep '^torch==' $(TESTED))
 TRANSFORMERS ?= $(shell grep '^transformers==' $(TESTED))
+# tests only: they log what they cannot load, in every process that looks for them
+QUANTISED := torchao bitsandbytes
 VENV := .venv
 PY := $(VENV)/bin/python
 # one stamp for each choice of versions, so that another choice installs and the same one does not
@@ -19,7 +21,7 @@ demo: build
 	$(PY) bench/paper/e2e.py --preset demo
 
 # a thread for each worker: more would wait for each other, and the tests take twice as long
-test: build
+test: build $(VENV)/quantised
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 bench: build
@@ -47,7 +49,7 @@ $(PY):
 
 $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	rm -f $(VENV)/installed-*
-	grep -v -e '^torch==' -e '^transformers==' -e '^triton==' -e '^timm==' $(TESTED) > $(VENV)/requirements.txt
+	grep -v -e '^torch==' -e '^transformers==' -e '^triton==' -e '^timm==' $(QUANTISED:%=-e '^%==') $(TESTED) > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -r $(VENV)/requirements.txt
 	@# torch's builds for CUDA bring their own triton, and no other
 	$(PY) -c 'import triton' 2>/dev/null || \
@@ -55,6 +57,10 @@ $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	@# without torchvision, of which there is none for torch's builds for CPUs; the tests do without it
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^timm==' $(TESTED))"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/quantised: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $$(grep $(QUANTISED:%=-e '^%==') $(TESTED))
 	touch $@
 
 $(VENV)/lint: requirements/lint.txt $(STAMP)

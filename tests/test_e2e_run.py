@@ -186,7 +186,9 @@ def test_a_refused_model_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "r" / "x.json"
     methods = ("frozen", "deep", "none", "--parallel", "2")
     done = call("--data", "generated", "--model", str(path), "--out", str(out), "--methods", *methods)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    # torchao, where it is installed, logs what it cannot load as soon as transformers looks for it
+    own = [line for line in done.stderr.splitlines() if "torchao" not in line and "pytree" not in line]
+    assert done.returncode == 1 and len(own) == 1 and own[0].startswith("e2e.py: --model"), done.stderr
     assert "not a GPT-2 with a tokenizer that can be loaded" in done.stderr
     assert not list(out.parent.iterdir())
 
