@@ -147,5 +147,5 @@ CASES = {
     "bart-base P0": Case(BartBase, 0, ATTACHED),
     "vit-b16 P0": Case(SmallBatchViT, 0, ATTACHED),
 }
-if importlib.util.find_spec("timm"):
+if importlib.util.find_spec("timm") and importlib.util.find_spec("torchvision"):  # which timm imports
     CASES |= {f"vit-b16, timm, P{P}": Case(SmallBatchTimmViT, P, ("frozen", "ours", "original")) for P in (10, 200)}
