@@ -257,7 +257,6 @@ OTHERS = {
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT),
     "electra": ("ElectraModel", "ElectraConfig", TEXT | dict(embedding_size=32)),
     "clip_vision": ("CLIPVisionModel", "CLIPVisionConfig", IMAGE),
-    "dinov2": ("Dinov2Model", "Dinov2Config", IMAGE),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", TEXT | dict(num_local_experts=2, num_key_value_heads=2)),
 }
 

@@ -13,7 +13,7 @@ from prefixattn import PrefixConfig, PrefixPlusConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from prefixattn.attach import attached
-from prefixattn.attach.testing import CONCAT, FAMILIES, model_inputs, tiny, token_ids
+from prefixattn.attach.testing import FAMILIES, concatenate, model_inputs, tiny, token_ids
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 PHI = {"elu": F.elu, "gelu": F.gelu, "relu": torch.relu, "none": lambda t: t}
@@ -44,7 +44,7 @@ def added(memory, q):
 def twin_of(model, plus):
     twin = type(model)(type(model.config).from_dict(model.config.to_dict())).eval()
     twin.load_state_dict(model.state_dict())
-    twin.set_attn_implementation(CONCAT)
+    concatenate(twin)
     base = getattr(twin, twin.base_model_prefix, twin)
     for slot, memory in zip(plus.slots, plus(), strict=True):
         site = base.get_submodule(plus._adapter.sites[slot].path)

@@ -153,6 +153,14 @@ AttentionInterface.register(CONCAT, concat_attention)
 AttentionMaskInterface.register(CONCAT, concat_mask)
 
 
+def concatenate(model: Any) -> None:
+    """Has every layer attend by concatenation; older transformers do not tell T5's stacks, whose configs are copies."""
+    model.set_attn_implementation(CONCAT)
+    for module in model.modules():
+        if "config" in module.__dict__:
+            module.config._attn_implementation = CONCAT
+
+
 def concat_twin(model: Any, prefix: Prefix) -> Any:
     """A copy of the plain model that concatenates the prefix; gradients reach the prefix's parameters."""
     adapter = prefix._adapter
@@ -160,7 +168,7 @@ def concat_twin(model: Any, prefix: Prefix) -> Any:
     twin = type(model)(type(model.config).from_dict(model.config.to_dict())).eval()
     twin.load_state_dict(model.state_dict())
     twin.loss_type = model.loss_type
-    twin.set_attn_implementation(CONCAT)
+    concatenate(twin)
     base = getattr(twin, twin.base_model_prefix, twin)
     for slot, bank, length in zip(prefix.slots, prefix(), prefix.lengths, strict=True):
         base.get_submodule(adapter.sites[slot].path).reference_prefix = bank[:, :, :length]
