@@ -15,6 +15,7 @@ from prefixattn.attach.testing import tiny_gpt2, token_ids
 from prefixattn.config import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.optim.testing import loss, network, targets
+from prefixattn.plus import PrefixPlusConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
@@ -94,10 +95,15 @@ def train_network(rank: int | None, kind: str = "adamw", clip: str = "", micro: 
     return [p.detach() for p in net.parameters()]
 
 
-def train_model(rank: int | None, wrapper: str, share: str = "deep", micro: int = 1) -> list[Tensor]:
+PLUS = PrefixPlusConfig(init="normal")
+
+
+def train_model(
+    rank: int | None, wrapper: str, share: str = "deep", micro: int = 1, config: Any = None, **choices: Any
+) -> list[Tensor]:
     """A frozen GPT-2 with a prefix, and a head that a wrapper around the model reduces."""
     model = tiny_gpt2()
-    prefix = attach(model, PrefixConfig(length=4, share=share, hidden=8))
+    prefix: Any = attach(model, config or PrefixConfig(length=4, share=share, hidden=8, **choices))
     torch.manual_seed(1)
     whole: Any = Headed(model)
     accelerator: Any = None
@@ -174,6 +180,9 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "none": (train_model, {"wrapper": "ddp", "share": "none"}),
     "simple": (train_model, {"wrapper": "ddp", "share": "simple", "micro": 2}),
     "simple-fsdp2": (train_model, {"wrapper": "fsdp2", "share": "simple"}),
+    "gate": (train_model, {"wrapper": "ddp", "gate": True}),
+    "plus": (train_model, {"wrapper": "ddp", "config": PLUS}),
+    "bank": (train_model, {"wrapper": "ddp", "share": "none", "count": 1}),
     "lacks": (one_lacks, {}),
     "alone": (one_alone, {}),
 }
