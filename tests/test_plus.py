@@ -106,9 +106,7 @@ def test_gradient_checkpointing_gives_identical_gradients(reentrant, dtype):
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     model.train()
-    # of a reentrant checkpoint an input has to want a gradient: the first layer's has none of its own
-    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
-    out = model(inputs_embeds=embeds, use_cache=False).logits.float()
+    out = model(**inputs, use_cache=False).logits.float()
     torch.testing.assert_close(gradients(plus, out), wanted, **CLOSE)
 
 

@@ -25,6 +25,21 @@ class Chosen(NamedTuple):
     lengths: Tensor | None = None  # [T], of a bank
     memories: list[Memory] = []  # noqa: RUF012 # of each layer of `slots`, or of none
 
+    def tensors(self) -> list[Tensor]:
+        """Those that may want a gradient."""
+        parts = [t for memory in self.memories for t in memory[1:] if t is not None]
+        return [t for pair in self.prefixes for t in pair] + parts
+
+    def with_tensors(self, tensors: list[Tensor]) -> "Chosen":
+        """The same with others in their place."""
+        rest = iter(tensors)
+        prefixes = [(next(rest), next(rest)) for _ in self.prefixes]
+        memories = [
+            Memory(m.phi, *(None if t is None else next(rest) for t in m[1:]))  # type: ignore[arg-type]
+            for m in self.memories
+        ]
+        return self._replace(prefixes=prefixes, memories=memories)
+
 
 class PrefixCall(NamedTuple):
     """What one forward of the model passes to its attention layers."""

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Pair = tuple[Tensor, Tensor]
-
 
 class _Gate(torch.autograd.Function):
     """Passes the model's inputs on; its backward hands the leaves' gradients to what made the prefixes."""
@@ -38,11 +36,10 @@ def needed(base: nn.Module) -> bool:
     return False
 
 
-def behind(base: Any, found: list[Pair], kwargs: dict[str, Any]) -> list[Pair]:
-    """Leaves in place of the prefixes, with the gate put before the inputs in `kwargs`."""
-    outputs = [t for pair in found for t in pair]
+def behind(base: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Leaves in place of `outputs`, with the gate put before the inputs in `kwargs`."""
     if not any(t.requires_grad for t in outputs):
-        return found
+        return outputs
     leaves = [t.detach().requires_grad_() for t in outputs]
     for ids, embeds in (("input_ids", "inputs_embeds"), ("decoder_input_ids", "decoder_inputs_embeds")):
         if kwargs.get(ids) is not None:
@@ -53,4 +50,4 @@ def behind(base: Any, found: list[Pair], kwargs: dict[str, Any]) -> list[Pair]:
     names = [n for n in ("inputs_embeds", "decoder_inputs_embeds", "pixel_values") if kwargs.get(n) is not None]
     gated = _Gate.apply(leaves, len(names), *(kwargs[n] for n in names), *outputs)
     kwargs.update(zip(names, gated, strict=True))
-    return list(zip(leaves[0::2], leaves[1::2], strict=True))
+    return leaves

@@ -207,7 +207,7 @@ class HuggingFaceAdapter(Adapter):
         if self.defaults.positions == "shifted":
             self._prepare_decoder(first, kwargs, chosen.shift)
         if torch.is_grad_enabled() and gate.needed(self.base):
-            chosen = chosen._replace(prefixes=gate.behind(self.base, chosen.prefixes, kwargs))
+            chosen = chosen.with_tensors(gate.behind(self.base, chosen.tensors(), kwargs))
         kwargs["prefix_call"] = prefix.call(chosen)
         return (), kwargs
 
