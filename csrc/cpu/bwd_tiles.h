@@ -112,13 +112,15 @@ class KeySide {
     int64_t j0 = 0;                   // prefix row or own key
     int n = 0;
     bool prefix = false;
-    float gain = 1;  // what prefix dropout multiplies kept elements by
+    float gain = 1;   // what prefix dropout multiplies kept elements by
+    KeptPrefix kept;  // and which it keeps
 
     void allocate(const BwdParams &p, Arena &arena, int keys) {
         const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
         k_copy_ = arena.take<float>(copies ? keys * p.D : 0);
         v_copy_ = arena.take<float>(copies ? keys * p.D : 0);
         pairs_ = arena.take<uint32_t>(Ops::kPairs ? (keys / 2 + 1) * p.D : 0);
+        if (p.prefix_dropout_p > 0) kept.allocate(arena, keys, p.D);
     }
 
     void load(const BwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_pairs) {
@@ -126,8 +128,9 @@ class KeySide {
         const int D = (int)p.D;
         gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
         if (prefix) {
-            k = Ops::prefix_rows(p, p.prefix_k, b, g, j0, n, 1, k_copy_);
-            v = Ops::prefix_rows(p, p.prefix_v, b, g, j0, n, 2, v_copy_);
+            if (p.prefix_dropout_p > 0) kept.draw(p.seed, p.prefix_dropout_p, b * p.Hkv + g, j0, n, j0 + n);
+            k = Ops::prefix_rows(p, p.prefix_k, kept, b, g, j0, n, 1, k_copy_);
+            v = Ops::prefix_rows(p, p.prefix_v, kept, b, g, j0, n, 2, v_copy_);
         } else {
             k = Ops::rows(p.k, b, g, j0, n, D, k_copy_);
             v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);

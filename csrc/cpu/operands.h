@@ -51,28 +51,28 @@ struct Operands {
 
     // The same for prefix rows under dropout: every sample has its own copy, made here, in which what is dropped is 0;
     // the scale of what is kept is applied in fp32 to what the copy was multiplied into. stream: 1 keys, 2 values.
-    static Rows dropped_prefix(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n,
-                               int stream, void *buffer) {
-        const int D = (int)p.D;
-        const Keep keep(p.prefix_dropout_p);
+    static Rows dropped_prefix(const Strided &t, const KeptPrefix &kept, int64_t row, int64_t head, int64_t j0, int n,
+                               int stream, int D, void *buffer) {
         const int64_t size = kPairs ? 2 : 4;
-        float row[256], multiplier[256];
         for (int r = 0; r < n; ++r) {
-            widen((const Storage *)at(t, prefix_row(p, b), head, j0 + r, kSize), row, D);
-            prefix_dropout_row(p.seed, keep, b * p.Hkv + head, j0 + r, stream, D, multiplier);
-            for (int d = 0; d < D; ++d) row[d] = multiplier[d] > 0 ? row[d] : 0.f;
-            if (kPairs)
-                narrow(row, (bf16 *)buffer + (int64_t)r * D, D);
-            else
-                std::memcpy((float *)buffer + (int64_t)r * D, row, 4 * D);
+            const Storage *src = (const Storage *)at(t, row, head, j0 + r, kSize);
+            const uint64_t *bits = kept.row(j0 + r, stream);
+            if constexpr (kPairs) {
+                keep_elements((const uint16_t *)src, bits, D, (uint16_t *)buffer + (int64_t)r * D);
+            } else {
+                float *dst = (float *)buffer + (int64_t)r * D;
+                if constexpr (kWiden) widen(src, dst, D);
+                keep_elements(kWiden ? dst : (const float *)src, bits, D, dst);
+            }
         }
         return {(const char *)buffer, (ptrdiff_t)(size * D)};
     }
 
-    static Rows prefix_rows(const AttnParams &p, const Strided &t, int64_t b, int64_t head, int64_t j0, int n,
-                            int stream, void *buffer) {
-        if (p.prefix_dropout_p > 0) return dropped_prefix(p, t, b, head, j0, n, stream, buffer);
-        return rows(t, prefix_row(p, b), head, j0, n, (int)p.D, buffer);
+    static Rows prefix_rows(const AttnParams &p, const Strided &t, const KeptPrefix &kept, int64_t b, int64_t head,
+                            int64_t j0, int n, int stream, void *buffer) {
+        const int64_t row = prefix_row(p, b);
+        if (p.prefix_dropout_p > 0) return dropped_prefix(t, kept, row, head, j0, n, stream, (int)p.D, buffer);
+        return rows(t, row, head, j0, n, (int)p.D, buffer);
     }
 
     // dst[r / 2][d] = (row r, row r + 1): rows become the summed index of a product in pairs.

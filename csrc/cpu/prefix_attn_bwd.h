@@ -194,20 +194,10 @@ class Backward {
         float *own_k = dropped_, *own_v = own_k + (int64_t)n * Dp_;
         std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
         all_queries(b, g, own_k, own_v, with_dq);
-        const Keep keep(p_.prefix_dropout_p);
-        float multiplier[256];
-        for (int stream = 1; stream <= 2; ++stream) {
-            const float *from = stream == 1 ? own_k : own_v;
-            float *to = stream == 1 ? dk : dv;
-            for (int r = 0; r < n; ++r) {
-                prefix_dropout_row(p_.seed, keep, b * p_.Hkv + g, p0 + r, stream, D_, multiplier);
-                for (int d = 0; d < D_; ++d) {
-                    const float m = stream == 2         ? multiplier[d]
-                                    : multiplier[d] > 0 ? 1.f
-                                                        : 0.f;  // dk has the gain already
-                    to[(int64_t)r * Dp_ + d] += from[(int64_t)r * Dp_ + d] * m;
-                }
-            }
+        for (int64_t r = 0; r < n; ++r) {
+            // dk has the gain already
+            add_kept(own_k + r * Dp_, 1.f, keys_.kept.row(p0 + r, 1), D_, dk + r * Dp_);
+            add_kept(own_v + r * Dp_, keys_.gain, keys_.kept.row(p0 + r, 2), D_, dv + r * Dp_);
         }
     }
 

@@ -14,19 +14,35 @@ class Forward {
 
   public:
     static void run(const FwdParams &p) {
-        parallel_for(p.B * p.H * query_blocks(p.L), p.threads, unit, const_cast<FwdParams *>(&p));
+        parallel_for(p.B * p.H * (query_blocks(p.L) / blocks_of_unit(p)), p.threads, unit, const_cast<FwdParams *>(&p));
     }
 
   private:
-    static void unit(void *context, int64_t unit) {
-        const auto &p = *(const FwdParams *)context;
-        const int64_t blocks = query_blocks(p.L), bh = unit / blocks;
-        const int64_t bytes = Forward(p, bh, unit % blocks, Arena()).arena_.used();
-        Forward(p, bh, unit % blocks, Arena(thread_scratch(bytes))).work();
+    static constexpr int64_t kKeptRows = 4096;  // most rows of a prefix whose dropout is drawn ahead
+
+    // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
+    static int64_t blocks_of_unit(const FwdParams &p) {
+        return p.prefix_dropout_p > 0 && p.B * p.H >= 4 * p.threads ? query_blocks(p.L) : 1;
     }
 
-    Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena)
-        : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena) {
+    static void unit(void *context, int64_t unit) {
+        const auto &p = *(const FwdParams *)context;
+        const int64_t n = blocks_of_unit(p), first = unit * n, blocks = query_blocks(p.L);
+        KeptPrefix kept;
+        Arena counted;
+        allocate_kept(p, counted, kept);
+        const int64_t bytes = Forward(p, 0, 0, counted, kept).arena_.used();
+        Arena arena(thread_scratch(bytes));
+        allocate_kept(p, arena, kept);
+        for (int64_t i = first; i < first + n; ++i) Forward(p, i / blocks, i % blocks, arena, kept).work();
+    }
+
+    static void allocate_kept(const FwdParams &p, Arena &arena, KeptPrefix &kept) {
+        if (p.prefix_dropout_p > 0) kept.allocate(arena, max_of<int64_t>(kKeys, min_of(p.P, kKeptRows)), p.D);
+    }
+
+    Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena, KeptPrefix &kept)
+        : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena), kept_(kept) {
         gain_ = prefix_gain(p.prefix_dropout_p);
         natural_ = has_float_mask(p);
         queries_ = arena_.take<float>((int64_t)Ops::words(D_) * kLanes);
@@ -39,7 +55,7 @@ class Forward {
         key_copy_ = arena_.take<float>(copies ? (int64_t)kKeys * D_ : 0);
         value_copy_ = arena_.take<float>(copies ? (int64_t)kKeys * D_ : 0);
         mask_ = arena_.take<float>(Masker::scratch_floats(p, kKeys));
-        multipliers_ = arena_.take<float>(drops() ? (int64_t)(kKeys + 2) * kLanes : 0);
+        multipliers_ = arena_.take<float>(p.dropout_p > 0 ? (int64_t)(kKeys + 2) * kLanes : 0);
     }
 
     void work() {
@@ -88,11 +104,10 @@ class Forward {
         float *own_keys = key_copy_ + (int64_t)np * D_, *own_values = value_copy_ + (int64_t)np * D_;
 
         if (np > 0) {
-            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, b_, g, p0, np, 1, key_copy_);
+            if (p_.prefix_dropout_p > 0)
+                kept_.draw(p_.seed, p_.prefix_dropout_p, b_ * p_.Hkv + g, p0, np, prefix_length(p_, b_));
+            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, kept_, b_, g, p0, np, 1, key_copy_);
             gemm<Dot, true>(np, q_.width, Ops::words(D_), k.by_row(0), queries_, q_.width, scores_, q_.width, false);
-            if (gain_ != 1)
-                for (int64_t i = 0; i < (int64_t)np * q_.width; i += VL)
-                    vstore(scores_ + i, vload(scores_ + i) * vset(gain_));
         }
         if (ns > 0) {
             const Rows k = Ops::rows(p_.k, b_, g, s0, ns, D_, own_keys);
@@ -111,16 +126,17 @@ class Forward {
         masker.apply(q_, strips, s0, ns, own_scores);
         if (np_even > np) hide_row(scores_, np);
         if (n > np_even + ns) hide_row(own_scores, ns);
-        if (drops()) fill_multipliers(p0, np, np_even, s0, ns, n);
+        const bool drops = p_.dropout_p > 0;
+        if (drops) fill_multipliers(p0, np, np_even, s0, ns, n);
 
         for (int i = 0; i < q_.width; i += VL)
             if (natural_)
-                drops() ? softmax<true, true>(i, np_even, n, factor) : softmax<false, true>(i, np_even, n, factor);
+                drops ? softmax<true, true>(i, np_even, n, factor) : softmax<false, true>(i, np_even, n, factor);
             else
-                drops() ? softmax<true, false>(i, np_even, n, factor) : softmax<false, false>(i, np_even, n, factor);
+                drops ? softmax<true, false>(i, np_even, n, factor) : softmax<false, false>(i, np_even, n, factor);
 
         if (np > 0) {
-            const Rows v = Ops::prefix_rows(p_, p_.prefix_v, b_, g, p0, np, 2, value_copy_);
+            const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, 2, value_copy_);
             accumulate(v, 0, np, 0, 0);
         }
         if (ns > 0) {
@@ -135,53 +151,57 @@ class Forward {
 
     void fill_multipliers(int64_t p0, int np, int np_even, int64_t s0, int ns, int n) {
         AttentionDropout dropout(p_.seed, p_.dropout_p, b_ * p_.H + h_, q_.l0, q_.width);
-        for (int64_t i = 0; i < (int64_t)n * q_.width; ++i) multipliers_[i] = 1;
-        if (p_.dropout_p > 0) {
-            for (int r = 0; r < np; ++r) dropout.row(p0 + r, multipliers_ + (int64_t)r * q_.width);
-            for (int r = 0; r < ns; ++r) dropout.row(p_.P + s0 + r, multipliers_ + (int64_t)(np_even + r) * q_.width);
-        }
-        for (int64_t i = 0; i < (int64_t)np * q_.width; ++i) multipliers_[i] *= gain_;
+        for (int64_t i = 0; i < (int64_t)n * q_.width; ++i) multipliers_[i] = 1;  // rows that only fill a pair
+        for (int r = 0; r < np; ++r) dropout.row(p0 + r, multipliers_ + (int64_t)r * q_.width);
+        for (int r = 0; r < ns; ++r) dropout.row(p_.P + s0 + r, multipliers_ + (int64_t)(np_even + r) * q_.width);
     }
-    bool drops() const { return p_.dropout_p > 0 || p_.prefix_dropout_p > 0; }
 
     // One vector of queries over the n rows of the block, the prefix's np first; leaves weights for the second product.
     template <bool kDrop, bool kNatural>
     void softmax(int lane, int np, int n, float factor) {
         const int64_t ld = q_.width;
-        const float *S = scores_ + lane;
-        vf max0 = vset(kMinusInf), max1 = max0, max2 = max0, max3 = max0;
-        int r = 0;
-        for (; r + 4 <= n; r += 4) {
-            max0 = vmax(max0, vload(S + r * ld));
-            max1 = vmax(max1, vload(S + (r + 1) * ld));
-            max2 = vmax(max2, vload(S + (r + 2) * ld));
-            max3 = vmax(max3, vload(S + (r + 3) * ld));
-        }
-        for (; r < n; ++r) max0 = vmax(max0, vload(S + r * ld));
+        const float prefix_factor = factor * gain_;
+        const vf highest = vmax(maximum(lane, 0, np) * vset(prefix_factor), maximum(lane, np, n) * vset(factor));
         const vf old_max = vload(row_max_ + lane);
-        const vf new_max = vmax(old_max, vmax(vmax(max0, max1), vmax(max2, max3)) * vset(factor));
+        const vf new_max = vmax(old_max, highest);
         const vf pivot = vmax(new_max, vset(-0x1p126f));  // a query that has met no key: -inf - -inf is nan
         const vf rescale = kNatural ? vexp(old_max - pivot) : vexp2(old_max - pivot);
         vstore(row_max_ + lane, new_max);
 
         vstore(prefix_sum_ + lane,
-               vload(prefix_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, 0, np, factor, pivot));
+               vload(prefix_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, 0, np, prefix_factor, pivot, gain_));
         vstore(own_sum_ + lane,
-               vload(own_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, np, n, factor, pivot));
+               vload(own_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, np, n, factor, pivot, 1.f));
         for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
     }
 
-    // Scores of rows begin .. end to weights; returns their sum, from four chains to keep rounding and latency low.
-    template <bool kDrop, bool kNatural>
-    vf exponentials(int lane, int begin, int end, float factor, vf pivot) {
+    vf maximum(int lane, int begin, int end) const {
         const int64_t ld = q_.width;
-        const vf f = vset(factor), minus_pivot = vzero() - pivot;
+        const float *S = scores_ + lane;
+        vf max0 = vset(kMinusInf), max1 = max0, max2 = max0, max3 = max0;
+        int r = begin;
+        for (; r + 4 <= end; r += 4) {
+            max0 = vmax(max0, vload(S + r * ld));
+            max1 = vmax(max1, vload(S + (r + 1) * ld));
+            max2 = vmax(max2, vload(S + (r + 2) * ld));
+            max3 = vmax(max3, vload(S + (r + 3) * ld));
+        }
+        for (; r < end; ++r) max0 = vmax(max0, vload(S + r * ld));
+        return vmax(vmax(max0, max1), vmax(max2, max3));
+    }
+
+    // Scores of rows begin .. end to weights, times `gain`; returns their sum without it, from four chains to keep
+    // rounding and latency low.
+    template <bool kDrop, bool kNatural>
+    vf exponentials(int lane, int begin, int end, float factor, vf pivot, float gain) {
+        const int64_t ld = q_.width;
+        const vf f = vset(factor), g = vset(gain), minus_pivot = vzero() - pivot;
         vf sum[4] = {vzero(), vzero(), vzero(), vzero()};
         const auto weight = [&](int r, vf &total) {
             const vf score = vfma(vload(scores_ + r * ld + lane), f, minus_pivot);
             const vf x = kNatural ? vexp(score) : vexp2(score);
             total = total + x;
-            return kDrop ? x * vload(multipliers_ + r * ld + lane) : x;
+            return kDrop ? x * (g * vload(multipliers_ + r * ld + lane)) : x * g;
         };
         int r = begin;
         for (; r + 4 <= end; r += 4) {
@@ -269,6 +289,7 @@ class Forward {
     const int D_;
     const QueryBlock q_;
     Arena arena_;
+    KeptPrefix &kept_;
     bool natural_;  // scores are in units of e, not 2: with a float mask both passes must round alike
     float factor_;  // queries_ . keys times this is the score in units of log2
     float gain_;    // what prefix dropout multiplies kept elements by

@@ -83,6 +83,65 @@ inline vf vscale2(vf x, vf n) {
 }
 #endif
 
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+
+inline vu vcount(uint32_t first) {  // first, first + 1, ...
+    vu x{};
+    for (int i = 0; i < VL; ++i) x[i] = first + (uint32_t)i;
+    return x;
+}
+
+// Both halves of x * m, the bits of lanes that are at least a threshold, and x where a bit is set, 0 elsewhere.
+#if defined(PA_AVX512)
+inline void vmul_wide(vu x, uint32_t m, vu &high, vu &low) {
+    const __m512i factor = _mm512_set1_epi64((long long)m);
+    const __m512i even = _mm512_mul_epu32((__m512i)x, factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), factor);
+    high = (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    low = (vu)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+inline uint32_t vat_least(vu x, uint32_t threshold) {
+    return _mm512_cmpge_epu32_mask((__m512i)x, _mm512_set1_epi32((int)threshold));
+}
+inline vf vkeep(vf x, uint64_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, x); }
+#elif defined(PA_AVX2)
+inline void vmul_wide(vu x, uint32_t m, vu &high, vu &low) {
+    const __m256i factor = _mm256_set1_epi64x((long long)m);
+    const __m256i even = _mm256_mul_epu32((__m256i)x, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), factor);
+    high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+inline uint32_t vat_least(vu x, uint32_t threshold) {
+    const __m256i t = _mm256_set1_epi32((int)threshold);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32((__m256i)x, t), (__m256i)x);
+    return (uint32_t)_mm256_movemask_ps((__m256)kept);
+}
+inline vf vkeep(vf x, uint64_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
+    return _mm256_and_ps(x, (__m256)_mm256_cmpeq_epi32(set, lane));
+}
+#else
+inline void vmul_wide(vu x, uint32_t m, vu &high, vu &low) {
+    for (int i = 0; i < VL; ++i) {
+        const uint64_t wide = (uint64_t)m * x[i];
+        high[i] = (uint32_t)(wide >> 32);
+        low[i] = (uint32_t)wide;
+    }
+}
+inline uint32_t vat_least(vu x, uint32_t threshold) {
+    uint32_t bits = 0;
+    for (int i = 0; i < VL; ++i) bits |= (uint32_t)(x[i] >= threshold) << i;
+    return bits;
+}
+inline vf vkeep(vf x, uint64_t bits) {
+    for (int i = 0; i < VL; ++i)
+        if (!(bits >> i & 1)) x[i] = 0;
+    return x;
+}
+#endif
+
 constexpr int kLanes = 64;  // most queries of one block
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMinusInf = -__builtin_inff();
