@@ -87,6 +87,7 @@ struct Common {  // what prefixattn/cpu.py passes as one tuple, in this order
         p.mask = strided(next().template cast<py::tuple>());
         p.mask_stride3 = next().template cast<int64_t>();
         p.scale = next().template cast<float>();
+        p.softcap = next().template cast<float>();
         p.causal = next().template cast<bool>();
         p.dropout_p = next().template cast<double>();
         p.prefix_dropout_p = next().template cast<double>();

@@ -29,6 +29,7 @@ struct AttnParams {
     Strided mask;          // [B, H, L, S], own keys only; a stride of 0 broadcasts
     int64_t mask_stride3;  // along S
     float scale;           // applied to q @ k.T, before the softmax
+    float softcap;         // then scores become softcap * tanh(score / softcap); 0: they do not
     bool causal;           // own key s is visible to query l iff s <= l + S - L
     double dropout_p, prefix_dropout_p;
     uint64_t seed;

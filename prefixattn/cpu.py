@@ -40,8 +40,6 @@ def unsupported(
         reasons.append(f"head_dim={D}; needs a multiple of 8 up to {MAX_HEAD_DIM}")
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype, torch.float32):
         reasons.append(f"attn_mask has dtype {attn_mask.dtype}; needs bool, {q.dtype} or float32")
-    if softcap:
-        reasons.append(f"softcap={softcap}; the reference has it")
     if needs[5]:
         reasons.append("attn_mask requires a gradient, which has the size of the scores; the reference makes it")
     return reasons
@@ -75,7 +73,7 @@ def fwd(
     q, k, v, prefix_k, prefix_v = map(_readable, (q, k, v, prefix_k, prefix_v))
     rows, lengths = _indices(rows), _indices(lengths)
     tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    common = _common(*tensors, dropout_p, prefix_dropout_p, is_causal, scale, phi)
+    common = _common(*tensors, dropout_p, prefix_dropout_p, is_causal, scale, softcap, phi)
     kept = _strided(attended) if want_attended else ABSENT
     _C.prefix_attn_fwd(common, _strided(out), kept, lse.data_ptr(), mass.data_ptr() if want_mass else 0)
     return out, lse, mass, attended
@@ -121,7 +119,7 @@ def bwd(
     rows, lengths = _indices(rows), _indices(lengths)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.float().contiguous()
     tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    common = _common(*tensors, dropout_p, prefix_dropout_p, is_causal, scale, phi)
+    common = _common(*tensors, dropout_p, prefix_dropout_p, is_causal, scale, softcap, phi)
     wanted = tuple(
         _strided(g) if need else ABSENT for g, need in zip((*grads, dmemory), (*needs[:5], needs[6]), strict=True)
     )
@@ -170,6 +168,7 @@ def _common(
     prefix_dropout_p: float,
     is_causal: bool,
     scale: float,
+    softcap: float,
     phi: str,
 ) -> tuple[object, ...]:
     """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
@@ -189,7 +188,7 @@ def _common(
         0 if rows is None else rows.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
         *(kind, (mask, *mask_strides[:3]), mask_strides[3]),
-        *(scale, is_causal, dropout_p, prefix_dropout_p),
+        *(scale, softcap, is_causal, dropout_p, prefix_dropout_p),
         0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),
     )

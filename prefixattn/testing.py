@@ -75,6 +75,8 @@ FEATURES = {
     "memory_bank": {"memory": "as_prefix", "phi": "none", "prefixes": "bank", "causal": True, "lengths": "T"},
     "memory_per_sample": {"memory": "as_prefix", "prefixes": "per_sample", "mask": "B11S", "mask_dtype": "float"},
     "softcap": {"softcap": 0.7, "mask": "BHLS", "mask_dtype": "float", "lengths": "B"},
+    "softcap_causal": {"softcap": 0.7, "causal": True, "prefixes": "bank", "memory": "shared"},
+    "softcap_50": {"softcap": 50.0, "mask": "B11S", "layout": "packed"},  # Gemma 2's
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixattn import backends
+from prefixattn import backends, prefix_attention
 from prefixattn.testing import FEATURES, Shape, assert_all_as_accurate, exact, make_inputs, ours, same_dtype
 
 if reasons := backends.here()["cpu"]:
@@ -31,6 +31,8 @@ CASES = {
     "memory_tails": (Shape(2, 3, 3, 37, 37, 5, 40), "memory_gelu"),
     "wide_memory": (Shape(3, 4, 2, 70, 20, 0, 256), "memory"),
     "memory_bank": (Shape(3, 2, 2, 20, 33, 10, 24), "memory_bank"),
+    "softcap_tails": (Shape(2, 3, 3, 37, 41, 5, 40), "softcap_causal"),
+    "wide_softcap": (Shape(1, 2, 1, 70, 140, 65, 256), "softcap_50"),
 }
 
 
@@ -63,6 +65,36 @@ def test_every_instruction_set(name: str, case: str, dtype: str) -> None:
     with isa(name):
         assert _C.isa() == name
         assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
+
+
+# queries of several blocks that share what is drawn, a head size that fills no word of 64 bits; more rows than are
+# drawn at a time
+@pytest.mark.parametrize("shape", [Shape(3, 4, 2, 70, 20, 140, 72), Shape(2, 4, 4, 70, 40, 1100, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", _C.isas())
+def test_dropout_on_every_instruction_set(name: str, dtype: str, shape: Shape) -> None:
+    inputs = make_inputs(shape, DTYPES[dtype], softcap=2.0)
+    inputs.options |= {"dropout_p": 0.1, "prefix_dropout_p": 0.4}
+    torch.manual_seed(11)
+    seed = torch.randint(2**62, (1,))  # what prefix_attention draws
+    torch.manual_seed(11)
+    with isa(name):
+        assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs, seed), exact(inputs, seed))
+
+
+def test_a_cap_is_accurate_at_every_size_of_score() -> None:
+    """One key beside a prefix of one whose score is 0, so that lse is log(1 + exp(score))."""
+    scores = torch.cat([torch.logspace(-6, 3, 400), -torch.logspace(-6, 3, 400)])
+    q = torch.zeros(1, 1, 800, 8)
+    q[..., 0] = scores
+    one = torch.zeros(1, 1, 1, 8)
+    one[..., 0] = 1
+    zero = torch.zeros(1, 1, 8)
+    for name in _C.isas():
+        with isa(name):
+            _, lse = prefix_attention(q, one, one, zero, zero, scale=1.0, softcap=50.0, backend="cpu", return_lse=True)
+        expected = torch.nn.functional.softplus(50 * torch.tanh(scores.double() / 50))
+        torch.testing.assert_close(lse[0, 0].double(), expected, rtol=3e-7, atol=1.2e-7)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

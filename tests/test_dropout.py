@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefixattn import philox, prefix_attention
-from prefixattn.testing import assert_all_as_accurate, exact, make_inputs, objections, ours, same_dtype, suited
+from prefixattn.testing import Shape, assert_all_as_accurate, exact, make_inputs, objections, ours, same_dtype, suited
 
 WORD = 0xFFFFFFFF
 
@@ -65,13 +65,15 @@ def drawn(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("feature", ["plain", "grouped_causal", "bank"])
+@pytest.mark.parametrize("feature", ["plain", "grouped_causal", "bank", "blocks_of_queries", "softcap"])
 @pytest.mark.parametrize("p", [(0.2, 0.0), (0.0, 0.3), (0.1, 0.4)], ids=["attention", "prefix", "both"])
 def test_dropout(backend: str, p: tuple[float, float], feature: str, dtype: torch.dtype) -> None:
     shape, options = {
         "plain": ("ragged", {"mask": "BHLS", "mask_dtype": "float"}),
         "grouped_causal": ("grouped", {"causal": True}),
         "bank": ("ragged", {"prefixes": "bank", "lengths": "T", "causal": True, "mask": "B11S"}),
+        "blocks_of_queries": (Shape(2, 4, 2, 70, 20, 140, 72), {"causal": True}),  # read one prefix each
+        "softcap": ("ragged", {"softcap": 0.7, "mask": "BHLS"}),
     }[feature]
     inputs = make_inputs(shape, dtype, **options)
     inputs.options |= {"dropout_p": p[0], "prefix_dropout_p": p[1]}

@@ -271,21 +271,10 @@ def test_the_cpu_backend_takes_what_it_promises(dtype: str) -> None:
     """So that the skips above cannot hide a kernel that refuses too much."""
     if reasons := backends.here()["cpu"]:
         pytest.skip("; ".join(reasons))
-    asked = [(shape, "plain") for shape in SHAPES if shape != "odd_width"] + [
-        ("ragged", f) for f in FEATURES if f != "softcap"
-    ]
+    asked = [(shape, "plain") for shape in SHAPES if shape != "odd_width"] + [("ragged", f) for f in FEATURES]
     for shape, feature in asked:
         words = suited("cpu", make_inputs(shape, DTYPES[dtype], **FEATURES[feature]))[1]
         assert not words, (shape, feature, words)
-
-
-def test_softcap_is_the_references_alone(backend: str) -> None:
-    inputs = make_inputs("even", softcap=0.5)
-    if backend == "reference":
-        assert torch.equal(inputs.call("auto"), inputs.call(backend))
-        return
-    with pytest.raises(NotImplementedError, match=r"softcap=0\.5; the reference has it"):
-        inputs.call(backend)
 
 
 def test_the_reference_takes_everything() -> None:

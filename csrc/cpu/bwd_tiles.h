@@ -165,6 +165,7 @@ class BwdTile {
         weight_rows_ = arena.take<bf16>(Ops::kPairs ? size : 0);
         dscore_rows_ = arena.take<bf16>(Ops::kPairs ? size : 0);
         dscore_pairs_ = arena.take<uint32_t>(Ops::kPairs ? size / 2 : 0);
+        slopes_ = arena.take<float>(p.softcap > 0 ? size : 0);
         mask_ = arena.take<float>(Masker::scratch_floats(p, keys));
     }
 
@@ -187,19 +188,23 @@ class BwdTile {
             gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.v.by_row(r0 + r), q.douts + skip, width,
                             dweights_ + at_row, width, false);
         });
-        float factor = p.scale;
-        const Masker masker(p, q.b, q.h, mask_);
-        if (!keys.prefix) {
-            if (has_float_mask(p) || factor <= 0) {  // what a mask hides must stay -inf
-                for (int64_t i = 0; i < (int64_t)n * width; i += VL)
-                    vstore(scores_ + i, vload(scores_ + i) * vset(factor));
-                factor = 1;
-            }
-            masker.apply(q.q, strips, keys.j0 + r0, n, scores_);
+        float factor = p.scale * keys.gain;
+        if (p.softcap > 0) {
+            cap_scores(scores_, (int64_t)n * width, factor, p.softcap, slopes_);
+            factor = 1;
+        } else if (!keys.prefix && (has_float_mask(p) || factor <= 0)) {  // what a mask hides must stay -inf
+            for (int64_t i = 0; i < (int64_t)n * width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(factor));
+            factor = 1;
         }
+        if (!keys.prefix) Masker(p, q.b, q.h, mask_).apply(q.q, strips, keys.j0 + r0, n, scores_);
         const int64_t virtual0 = keys.prefix ? keys.j0 : p.P + keys.j0 + r0;
-        p.dropout_p > 0 ? weights<true>(p, q, virtual0, n, factor, keys.gain)
-                        : weights<false>(p, q, virtual0, n, factor, keys.gain);
+        const bool drops = p.dropout_p > 0;
+        if (p.softcap > 0)
+            drops ? weights<true, true>(p, q, virtual0, n, factor, keys.gain)
+                  : weights<false, true>(p, q, virtual0, n, factor, keys.gain);
+        else
+            drops ? weights<true, false>(p, q, virtual0, n, factor, keys.gain)
+                  : weights<false, false>(p, q, virtual0, n, factor, keys.gain);
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
@@ -270,7 +275,7 @@ class BwdTile {
 
     // scores -> weights after dropout, dweights -> dscores. Keys and values lack the gain of prefix dropout, which
     // enters here, and for dv where the sample's mask is applied.
-    template <bool kDrop>
+    template <bool kDrop, bool kCap>
     void weights(const BwdParams &p, const Queries &q, int64_t j0, int n, float factor, float gain) {
         const int width = q.q.width;
         AttentionDropout dropout(p.seed, p.dropout_p, q.b * p.H + q.h, q.q.l0, width);
@@ -278,7 +283,7 @@ class BwdTile {
         const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
             const int64_t x = (int64_t)r * width + i;
             const vf probability =
-                vexp(vfma(vload(scores_ + x), vset(factor * gain), vzero() - vload(q.pivot + i))) * vload(q.weight + i);
+                vexp(vfma(vload(scores_ + x), vset(factor), vzero() - vload(q.pivot + i))) * vload(q.weight + i);
             vf dweight = vload(dweights_ + x) * vset(gain);
             weight = probability;
             if (kDrop) {
@@ -286,6 +291,7 @@ class BwdTile {
                 dweight = dweight * vload(keep + i);
             }
             dscore = probability * (dweight - vload(q.delta + i)) * vset(gain);
+            if (kCap) dscore = dscore * vload(slopes_ + x);
         };
         for (int r = 0; r < n; r += 2) {
             const bool two = r + 1 < n;
@@ -320,6 +326,7 @@ class BwdTile {
     float *scores_, *dweights_;         // [keys][width]
     bf16 *weight_rows_, *dscore_rows_;  // the same in bfloat16
     uint32_t *dscore_pairs_;            // [keys / 2][width]
+    float *slopes_;                     // [keys][width], of the cap on scores
     float *mask_;
 };
 

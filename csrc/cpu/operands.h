@@ -3,6 +3,7 @@
 #include "geometry.h"
 #include "phi.h"
 #include "philox.h"
+#include "softcap.h"
 
 namespace prefixattn {
 namespace PA_ISA {

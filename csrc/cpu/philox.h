@@ -31,7 +31,8 @@ inline void philox(uint64_t seed, vu x0, vu x1, uint32_t c2, uint32_t c3, vu wor
     words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
 }
 
-// Row by row multipliers (0 or the scale) for the attention weights of keys j, j + 1, ... and queries l0 .. l0 + n, whole vectors.
+// Row by row multipliers (0 or the scale) for the attention weights of keys j, j + 1, ... and queries l0 .. l0 + n,
+// whole vectors.
 class AttentionDropout {
   public:
     AttentionDropout(uint64_t seed, double p, int64_t head, int64_t l0, int n)

@@ -18,7 +18,7 @@ class Forward {
     }
 
   private:
-    static constexpr int64_t kKeptRows = 4096;  // most rows of a prefix whose dropout is drawn ahead
+    static constexpr int64_t kKeptRows = 1024;  // most rows of a prefix whose dropout is drawn ahead
 
     // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
     static int64_t blocks_of_unit(const FwdParams &p) {
@@ -44,7 +44,7 @@ class Forward {
     Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena, KeptPrefix &kept)
         : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena), kept_(kept) {
         gain_ = prefix_gain(p.prefix_dropout_p);
-        natural_ = has_float_mask(p);
+        natural_ = has_float_mask(p) || p.softcap > 0;
         queries_ = arena_.take<float>((int64_t)Ops::words(D_) * kLanes);
         scores_ = arena_.take<float>((int64_t)(kKeys + 2) * kLanes);
         acc_ = arena_.take<float>((int64_t)D_ * kLanes);
@@ -117,11 +117,11 @@ class Forward {
             });
         }
         const Masker masker(p_, b_, h_, mask_);
-        float factor = factor_;
+        float factor = factor_, prefix_factor = factor_ * gain_;
         if (natural_) {
-            for (int64_t i = 0; i < (int64_t)n * q_.width; i += VL)
-                vstore(scores_ + i, vload(scores_ + i) * vset(factor));
-            factor = 1;
+            scale_scores(scores_, np, prefix_factor);
+            scale_scores(own_scores, ns, factor);
+            factor = prefix_factor = 1;
         }
         masker.apply(q_, strips, s0, ns, own_scores);
         if (np_even > np) hide_row(scores_, np);
@@ -131,9 +131,11 @@ class Forward {
 
         for (int i = 0; i < q_.width; i += VL)
             if (natural_)
-                drops ? softmax<true, true>(i, np_even, n, factor) : softmax<false, true>(i, np_even, n, factor);
+                drops ? softmax<true, true>(i, np_even, n, prefix_factor, factor)
+                      : softmax<false, true>(i, np_even, n, prefix_factor, factor);
             else
-                drops ? softmax<true, false>(i, np_even, n, factor) : softmax<false, false>(i, np_even, n, factor);
+                drops ? softmax<true, false>(i, np_even, n, prefix_factor, factor)
+                      : softmax<false, false>(i, np_even, n, prefix_factor, factor);
 
         if (np > 0) {
             const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, 2, value_copy_);
@@ -143,6 +145,12 @@ class Forward {
             const Rows v = Ops::rows(p_.v, b_, g, s0, ns, D_, own_values);
             strips.each([&](int r, int rows, int skip) { accumulate(v, r, rows, skip, np_even); });
         }
+    }
+
+    void scale_scores(float *S, int rows, float factor) {
+        const int64_t count = (int64_t)rows * q_.width;
+        if (p_.softcap > 0) return cap_scores(S, count, factor, p_.softcap, nullptr);
+        for (int64_t i = 0; i < count; i += VL) vstore(S + i, vload(S + i) * vset(factor));
     }
 
     void hide_row(float *S, int r) {
@@ -158,9 +166,8 @@ class Forward {
 
     // One vector of queries over the n rows of the block, the prefix's np first; leaves weights for the second product.
     template <bool kDrop, bool kNatural>
-    void softmax(int lane, int np, int n, float factor) {
+    void softmax(int lane, int np, int n, float prefix_factor, float factor) {
         const int64_t ld = q_.width;
-        const float prefix_factor = factor * gain_;
         const vf highest = vmax(maximum(lane, 0, np) * vset(prefix_factor), maximum(lane, np, n) * vset(factor));
         const vf old_max = vload(row_max_ + lane);
         const vf new_max = vmax(old_max, highest);
@@ -168,8 +175,8 @@ class Forward {
         const vf rescale = kNatural ? vexp(old_max - pivot) : vexp2(old_max - pivot);
         vstore(row_max_ + lane, new_max);
 
-        vstore(prefix_sum_ + lane,
-               vload(prefix_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, 0, np, prefix_factor, pivot, gain_));
+        vstore(prefix_sum_ + lane, vload(prefix_sum_ + lane) * rescale +
+                                       exponentials<kDrop, kNatural>(lane, 0, np, prefix_factor, pivot, gain_));
         vstore(own_sum_ + lane,
                vload(own_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, np, n, factor, pivot, 1.f));
         for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
@@ -290,7 +297,7 @@ class Forward {
     const QueryBlock q_;
     Arena arena_;
     KeptPrefix &kept_;
-    bool natural_;  // scores are in units of e, not 2: with a float mask both passes must round alike
+    bool natural_;  // scores are in units of e, not 2: with a float mask or a cap both passes must round alike
     float factor_;  // queries_ . keys times this is the score in units of log2
     float gain_;    // what prefix dropout multiplies kept elements by
     double to_natural_ = 0.6931471805599453;  // unit of row_max_; also undoes the rounding of factor_
