@@ -7,6 +7,7 @@ from typing import Any
 from prefixattn.attach import attach, load
 from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.combine import combine
+from prefixattn.attach.labelled import labelled_loss
 from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "attach",
     "combine",
+    "labelled_loss",
     "load",
     "prefix_attention",
     "prefix_attention_qkvpacked",

@@ -1,5 +1,6 @@
 """`PrefixTrainer`: transformers' Trainer for the prefix on a frozen model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from prefixattn.attach import attached
 from prefixattn.attach.attached import Attached
+from prefixattn.attach.labelled import is_shifted, labelled_loss
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 
 
@@ -22,25 +24,44 @@ class _ZeroGrad(TrainerCallback):
         self.prefix.zero_grad()
 
 
+def _only_loss(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
+    """What the Trainer takes for a model's output."""
+    return {"loss": labelled_loss(model, **inputs)}
+
+
 class PrefixTrainer(Trainer):
     """Trains the active prefix of `model`, and whatever else of the model requires a gradient (a head, say).
 
     Its checkpoints hold the prefix in place of the model, and the optimizer's state;
     `train(resume_from_checkpoint=...)` goes on from them. The optimizer is FactoredAdamW for each of
     TrainingArguments' plain AdamWs and FactoredSGD for "sgd", with the arguments' rates; any other can be given by
-    `optimizers=`. `max_grad_norm` clips what is trained.
+    `optimizers=`. `max_grad_norm` clips what is trained. Where the model is a language model that `labelled_loss` takes
+    and nothing else is asked of the loss (smoothing, a function of your own), training steps compute logits at labelled
+    positions only; `labelled=False` leaves the loss to the model.
     """
 
     prefix: Attached
     optimizer: Any
 
-    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module | None = None, *args: Any, labelled: bool = True, **kwargs: Any) -> None:
         prefix = None if model is None else attached(model)
         if prefix is None:
             raise ValueError(f"model is {type(model).__name__} without a prefix; call prefixattn.attach before")
         self.prefix = prefix
         super().__init__(model, *args, **kwargs)
+        self.labelled = (
+            labelled
+            and is_shifted(self.model) is not None
+            and not getattr(self.model.config, "output_router_logits", False)
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+        )
         self.add_callback(_ZeroGrad(prefix))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        if self.labelled and not return_outputs and "labels" in inputs:
+            model = partial(_only_loss, model)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
