@@ -30,6 +30,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "Prefix-Tuning+": ("test_plus.py", "test_adds_phi_of_q_times_m_with_its_gradients"),
     "generate": ("test_generate.py", "test_greedy_generation_with_each_cache"),
     "bank": ("test_bank.py", "test_a_mixed_batch_equals_each_prefix_alone_with_its_gradients"),
+    "labelled loss": ("test_labelled.py", "test_it_is_the_models_own_loss"),
     "checkpointing": ("test_stack.py", "test_gradient_checkpointing_gives_identical_gradients"),
     "compile": ("test_stack.py", "test_compiles_as_one_graph_with_its_backward"),
     "export": ("test_stack.py", "test_exports"),
@@ -38,7 +39,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 # what a model has not: images no padding, encoders no generation, PEFT no prefix for a family (or one that we refuse)
 ABSENT = {
-    "vit": {"padding", "generate", "PEFT"},
+    "vit": {"padding", "generate", "labelled loss", "PEFT"},
     "bert": {"generate", "PEFT"},
     "roberta": {"generate", "PEFT"},
     "t5": {"PEFT"},

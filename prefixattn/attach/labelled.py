@@ -21,7 +21,8 @@ def labelled_loss(
     The final hidden states that have a label are picked before the model's head, so logits ``[n, vocabulary]`` of n
     labels are made instead of ``[B, S, vocabulary]``: where a prompt has no labels or samples are padded, they and
     their gradient are most of a step's memory. Works with or without a prefix, and with whatever the model does behind
-    its head (scales, caps, biases). A compiled model is compiled once more for it; ``fullgraph=True`` around it does not work.
+    its head (scales, caps, biases). A compiled model is compiled once more for it; within a function that is compiled
+    it breaks the graph.
 
     Args:
         model: A language model of transformers: causal, masked or encoder-decoder; within DistributedDataParallel too.
