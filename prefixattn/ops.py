@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from prefixattn import backends
 from prefixattn.layout import empty_like_order, unit_stride, unpacked
@@ -243,20 +244,30 @@ torch.library.register_autograd(
 
 def prefix_attn(*args: Any) -> Results:
     """prefixattn::fwd with its gradient rule."""
-    return _apply(_PrefixAttention, _Transformed, args)
+    return _apply(_FWD, _PrefixAttention, _Transformed, args)
 
 
 def prefix_attn_qkvpacked(*args: Any) -> Results:
     """prefixattn::fwd on the three parts of its first argument, qkv, with a gradient rule that makes one tensor."""
-    return _apply(_QkvPacked, _QkvPackedTransformed, args)
+    return _apply(_fwd_qkvpacked, _QkvPacked, _QkvPackedTransformed, args)
 
 
-def _apply(usual: Any, for_transforms: Any, args: tuple[Any, ...]) -> Results:
+def _apply(forward: Any, usual: Any, for_transforms: Any, args: tuple[Any, ...]) -> Results:
     transformed = torch._C._are_functorch_transforms_active()
     if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
         raise NotImplementedError(
             "prefix_attention inside torch.func's transforms does not compile; compile a function that calls "
             "torch.autograd.grad or backward, or leave the transform uncompiled"
         )
+    if not (transformed or torch.compiler.is_compiling() or _records(args)):
+        with torch._C._AutoDispatchBelowAutograd():  # the gradient rule costs 30 us a call, a third of a small one
+            return forward(*args)
     result: Results = (for_transforms if transformed else usual).apply(*args)
     return result
+
+
+def _records(args: tuple[Any, ...]) -> bool:
+    """Whether autograd has anything to note, or, of forward mode, to refuse."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([isinstance(t, Tensor) and t.requires_grad for t in args])

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 
 from prefixattn import backends, prefix_attention
 from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours, suited
@@ -270,6 +271,8 @@ def test_forward_mode_is_refused() -> None:
     q = torch.randn(1, 1, 3, 8)
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda q: prefix_attention(q, q, q, q[0], q[0]), (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        prefix_attention(forward_ad.make_dual(q, q), q, q, q[0], q[0])
 
 
 def test_func_grad(backend: str) -> None:

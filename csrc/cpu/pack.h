@@ -74,6 +74,25 @@ inline void narrow(const float *src, f16 *dst, int n) {
 }
 #endif
 
+// A vector of floats from storage.
+inline vf vload_as(const float *p) { return vload(p); }
+#if defined(PA_AVX512)
+inline vf vload_as(const bf16 *p) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+inline vf vload_as(const f16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+#elif defined(PA_AVX2)
+inline vf vload_as(const bf16 *p) {
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+}
+inline vf vload_as(const f16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+#else
+template <class T>
+inline vf vload_as(const T *p) {
+    return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+#endif
+
 // dst[i] = (low[i], high[i]); a null high is zeros.
 inline void interleave(const bf16 *low, const bf16 *high, uint32_t *dst, int n) {
     if (high)

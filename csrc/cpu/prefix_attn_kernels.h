@@ -1,6 +1,7 @@
 // The functions that one instruction set exports; included last by prefix_attn_<isa>.cpp.
 #pragma once
 #include "prefix_attn_bwd.h"
+#include "prefix_attn_decode.h"
 #include "prefix_attn_fwd.h"
 
 namespace prefixattn {
@@ -12,14 +13,19 @@ using Bf16Arithmetic = Bf16Dot;
 using Bf16Arithmetic = Fp32;
 #endif
 
+template <class Storage, class Dot>
+void fwd_of(const FwdParams &p) {
+    Decode<Storage>::takes(p) ? Decode<Storage>::run(p) : Forward<Storage, Dot>::run(p);
+}
+
 inline void fwd(const FwdParams &p) {
     switch (p.dtype) {
         case DType::kFloat32:
-            return Forward<float, Fp32>::run(p);
+            return fwd_of<float, Fp32>(p);
         case DType::kBFloat16:
-            return Forward<bf16, Bf16Arithmetic>::run(p);
+            return fwd_of<bf16, Bf16Arithmetic>(p);
         case DType::kFloat16:
-            return Forward<f16, Fp32>::run(p);
+            return fwd_of<f16, Fp32>(p);
     }
 }
 
