@@ -11,7 +11,8 @@ from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, RAW, SPLIT, 
 @triton.jit
 def _tile_scores(
     queries, keys, bias, axis, drops, row, seen_end, scale, softcap,
-    FIRST: tl.constexpr, W: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    FIRST: tl.constexpr, W: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     column = FIRST + tl.arange(0, W)
