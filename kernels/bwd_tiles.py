@@ -109,9 +109,9 @@ def pair(
         if DROPOUT:
             dweight *= keep * keep_scale
         taken = tl.load(delta + lse_at, mask=inside, other=0.0)
-        if softcap is not None:
-            weight *= slope
         dscore = weight * (dweight - taken[None, :])
+        if softcap is not None:
+            dscore *= slope
         if PREFIX_DROPOUT and PART != OWN:
             dscore *= gain
         dk = tl.dot(dscore.to(queries.dtype), queries, dk, input_precision=PRECISION)
