@@ -146,8 +146,11 @@ def drawn(seed: int) -> torch.Tensor:
 
 
 CAPPED = {
-    "far_below": {"softcap": 1e4},  # scores keep their own last bits, not the cap's
-    "gemma": {"softcap": 50.0, "causal": True, "layout": "packed"},
+    "far_below": {
+        "softcap": 50.0,
+        "causal": True,
+        "layout": "packed",
+    },  # scores keep their own last bits, not the cap's
     "far_above": {"softcap": 0.3, "scale": 3.0},
     "negative_scale": {"softcap": 1.0, "scale": -0.5, "causal": True},
     "blind_rows": {"softcap": 1.0, "mask": "BHLS", "blind": True, "causal": True},
