@@ -46,6 +46,7 @@ class Case(NamedTuple):
     heads: int = 1  # query heads for a key head
     backward: bool = True
     memory: str = ""  # its phi
+    softcap: float | None = None
     features: bool = False  # a float mask that wants a gradient, a bank, ragged prefixes, both dropouts
 
 
@@ -61,14 +62,18 @@ CASES = {
     "memory": Case(512, 512, 0, True, heads=4, memory="gelu"),
     "features_short": Case(100, 100, 30, False, memory="elu", features=True),
     "features": Case(300, 300, 300, True, heads=2, memory="gelu", features=True),
+    "softcap_short": Case(128, 128, 20, True, heads=2, softcap=50.0),  # Gemma 2's cap and groups
+    "softcap": Case(512, 512, 30, True, heads=2, softcap=50.0),
+    "softcap_fold": Case(1, 512, 2048, True, heads=2, backward=False, softcap=50.0),
 }
+_CAPPED = "softcap_short", "softcap", "softcap_fold"
 # (type, head size): which of them. float32 past 128 is not here: on FMA units alone nothing keeps that in registers
 COMPILED = {
     ("bf16", 64): tuple(CASES),
     ("bf16", 80): ("features",),
-    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory"),
-    ("bf16", 256): ("long", "long_causal", "grouped", "fold", "memory"),
-    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory"),
+    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory", *_CAPPED),
+    ("bf16", 256): ("long", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold"),
+    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold"),
     ("fp32", 128): ("short", "long_causal", "grouped", "fold"),
 }
 
@@ -113,7 +118,8 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
         drops = (0.1, 0.1)
     memory = torch.randn(1, H, D, D, device=device).to(dtype) if case.memory else None
     numbers = (*drops, case.is_causal, D**-0.5)
-    return Call(q[:, :, : case.L], k, v, prefix, prefix, *extra, *numbers, memory, case.memory)
+    inputs = (q[:, :, : case.L], k, v, prefix, prefix)
+    return Call(*inputs, *extra, *numbers, memory, case.memory, case.softcap)
 
 
 def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str = "cpu") -> Iterator[Compiled]:

@@ -15,6 +15,7 @@ from prefixattn.kernels.tiles import (
     PREFIX_K,
     PREFIX_V,
     RAW,
+    capped,
     draw_column,
     drop_prefix,
     kept,
@@ -62,7 +63,7 @@ def drop_both(key, value, axis, drops, column, BLOCK_D: tl.constexpr, PART: tl.c
 
 @triton.jit
 def pair(
-    dk, dv, key, value, sources, places, bias, axis, drops, row, column, scale,
+    dk, dv, key, value, sources, places, bias, axis, drops, row, column, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PREFIX_DROPOUT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
@@ -83,6 +84,8 @@ def pair(
     if PREFIX_DROPOUT and PART != OWN:
         gain = tl.where(column >= S, prefix_gain, 1.0)[:, None]
         score *= gain
+    if softcap is not None:
+        score, slope = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     score = masked(
         score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
@@ -107,6 +110,8 @@ def pair(
             dweight *= keep * keep_scale
         taken = tl.load(delta + lse_at, mask=inside, other=0.0)
         dscore = weight * (dweight - taken[None, :])
+        if softcap is not None:
+            dscore *= slope
         if PREFIX_DROPOUT and PART != OWN:
             dscore *= gain
         dk = tl.dot(dscore.to(queries.dtype), queries, dk, input_precision=PRECISION)
@@ -115,7 +120,7 @@ def pair(
 
 @triton.jit
 def over_queries(
-    dk, dv, key, value, sources, bias, axis, drops, column, first, scale,
+    dk, dv, key, value, sources, bias, axis, drops, column, first, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
     QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: as wide as the others, masked
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -138,7 +143,7 @@ def over_queries(
             row = row0 + tl.arange(0, BLOCK_M)
             places = (row * stride_ql, row * stride_gl, row, row < L)
             dk, dv = pair(
-                dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, D, BLOCK_D,
+                dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, softcap, D, BLOCK_D,
                 MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
             )  # fmt: skip
         start = tl.maximum(start, all_seen)
@@ -146,14 +151,14 @@ def over_queries(
         row = row0 + tl.arange(0, BLOCK_M)
         places = (row * stride_ql, row * stride_gl, row, row < L)
         dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, D, BLOCK_D,
+            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, softcap, D, BLOCK_D,
             MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
         )  # fmt: skip
     if QUERY_TAIL:
         row = end + tl.arange(0, QUERY_TAIL)
         places = (row * stride_ql, row * stride_gl, row, row < L)
         dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, D, BLOCK_D,
+            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, softcap, D, BLOCK_D,
             MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
         )  # fmt: skip
     return dk, dv
@@ -161,7 +166,7 @@ def over_queries(
 
 @triton.jit
 def _columns(
-    dq, given, keys, values, bias, axis, drops, dmask, row, first, scale,
+    dq, given, keys, values, bias, axis, drops, dmask, row, first, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, NEED_Q: tl.constexpr,
     NEED_MASK: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
@@ -182,6 +187,8 @@ def _columns(
         gain = tl.where(column >= S, prefix_gain, 1.0)[None, :]
         score *= gain
         dweight *= gain
+    if softcap is not None:
+        score, slope = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     score = masked(
         score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
@@ -196,6 +203,8 @@ def _columns(
         inside = (column < S)[None, :] & (row < L)[:, None]
         tl.store(dmask + (head * L + row)[:, None] * S + column[None, :], dscore, mask=inside)
     if NEED_Q:
+        if softcap is not None:
+            dscore *= slope
         if PREFIX_DROPOUT and PART != OWN:
             dscore *= gain
         dq = tl.dot(dscore.to(key.dtype), key, dq, input_precision=PRECISION)
@@ -204,7 +213,7 @@ def _columns(
 
 @triton.jit
 def over_keys(
-    dq, given, keys, values, bias, axis, drops, dmask, row, row0, scale,
+    dq, given, keys, values, bias, axis, drops, dmask, row, row0, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -222,14 +231,14 @@ def over_keys(
             own_end = tl.minimum(S, tl.maximum(row0 + M + S - L, 0))
     for first in range(0, open_end, BLOCK_N):
         dq = _columns(
-            dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, D, BLOCK_D, BLOCK_N,
+            dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
             MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, OWN, False,
         )  # fmt: skip
     first_rest = open_end
     if CAUSAL:
         for first in range(open_end, own_end, BLOCK_N):
             dq = _columns(
-                dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, D, BLOCK_D, BLOCK_N,
+                dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
                 MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, OWN, True,
             )  # fmt: skip
         first_rest = S
@@ -241,12 +250,12 @@ def over_keys(
     if REST_LOOP:
         for first in range(first_rest, tail, BLOCK_N):
             dq = _columns(
-                dq, given, keys, values, bias, axis, drops, dmask, row, first, scale, D, BLOCK_D, BLOCK_N,
+                dq, given, keys, values, bias, axis, drops, dmask, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
                 MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, REST, TAIL == 0,
             )  # fmt: skip
     if TAIL:
         dq = _columns(
-            dq, given, keys, values, bias, axis, drops, dmask, row, tail, scale, D, BLOCK_D, TAIL,
+            dq, given, keys, values, bias, axis, drops, dmask, row, tail, scale, softcap, D, BLOCK_D, TAIL,
             MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, REST, True,
         )  # fmt: skip
     return dq

@@ -39,6 +39,7 @@ class Call(NamedTuple):
     scale: float
     memory: Tensor | None = None  # [1 or T, H, D, D], contiguous
     phi: str = "elu"
+    softcap: float | None = None  # to Triton None is a constant: without a cap a kernel has no code for one
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -53,11 +54,12 @@ class Call(NamedTuple):
 
     @property
     def exp(self) -> int:
-        """How weights are computed. RAW: nothing is added to scores, and the largest is the largest scaled one."""
+        """How weights are computed. RAW: scores are products and no more, and the largest is the largest scaled one."""
         if self.q.dtype not in HALF_TYPES:
             return EXACT
         biased = self.mask is not None and self.mask.dtype != torch.bool
-        return RAW if self.scale > 0 and not biased and self.prefix_dropout_p == 0 else NATURAL
+        changed = biased or self.prefix_dropout_p > 0 or self.softcap is not None
+        return RAW if self.scale > 0 and not changed else NATURAL
 
     @property
     def block_d(self) -> int:

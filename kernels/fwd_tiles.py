@@ -18,6 +18,7 @@ from prefixattn.kernels.tiles import (
     PREFIX_V,
     RAW,
     SPLIT,
+    capped,
     draw_column,
     drop_prefix,
     kept,
@@ -29,7 +30,7 @@ from prefixattn.kernels.tiles import (
 
 @triton.jit
 def scores(
-    queries, keys, bias, axis, drops, row, column, scale,
+    queries, keys, bias, axis, drops, row, column, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
@@ -45,6 +46,8 @@ def scores(
         score *= scale
     if PREFIX_DROPOUT and PART != OWN:
         score *= tl.where(column >= S, prefix_gain, 1.0)[None, :]
+    if softcap is not None:
+        score, _ = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     return masked(
         score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND

@@ -37,7 +37,7 @@ def prefix_attn_bwd_keys(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_gb, stride_gh, stride_gl,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    H, L, S, P, scale, threshold, keep_scale,
+    H, L, S, P, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
@@ -68,7 +68,7 @@ def prefix_attn_bwd_keys(
         bias = (mask + b * stride_mb + h * stride_mh, stride_ml, stride_ms)
         drops = (number, head, b * KV + g, threshold, keep_scale, threshold, keep_scale)
         dkeys, dvalues = over_queries(
-            dkeys, dvalues, key, value, sources, bias, axis, drops, column, first, scale,
+            dkeys, dvalues, key, value, sources, bias, axis, drops, column, first, scale, softcap,
             D, BLOCK_D, BLOCK_M, BLOCK_N, 0, MASK, KEY_MASK, CAUSAL, DROPOUT, False, NEED_K, NEED_V,
             PRECISION, EXP, OWN, False,
         )  # fmt: skip
@@ -84,7 +84,7 @@ def prefix_attn_bwd_queries(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_gb, stride_gh, stride_gl, stride_dqb, stride_dqh, stride_dql,
-    B, H, L, S, P, scale, threshold, keep_scale, prefix_threshold, prefix_gain,
+    B, H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
     HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
@@ -121,7 +121,7 @@ def prefix_attn_bwd_queries(
     dqueries = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     dqueries = over_keys(
-        dqueries, given, keys, values, bias, (S, P, S + length, L), drops, dmask, row, row0, scale,
+        dqueries, given, keys, values, bias, (S, P, S + length, L), drops, dmask, row, row0, scale, softcap,
         D, BLOCK_D, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
         NEED_Q, NEED_MASK, PRECISION, EXP,
     )  # fmt: skip

@@ -17,7 +17,7 @@ def prefix_attn_bwd_prefix(
     q, prefix_k, prefix_v, order, starts, lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
     stride_qb, stride_qh, stride_ql, stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl,
-    B, H, L, P, T, scale, threshold, keep_scale, prefix_threshold, prefix_gain,
+    B, H, L, P, T, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DELTA: tl.constexpr,  # compute delta [B, H, L] here, and write it, instead of reading it
     HAS_DLSE: tl.constexpr,
@@ -109,7 +109,7 @@ def prefix_attn_bwd_prefix(
         places = (sample * stride_qb + head * stride_qh + row * stride_ql, dout_at, at, inside)
         more_k, more_v = pair(
             more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0), (0, P, end, L), drops,
-            row, column, scale, D, BLOCK_D, NO_MASK, False, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V,
+            row, column, scale, softcap, D, BLOCK_D, NO_MASK, False, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V,
             PRECISION, EXP, PREFIX, True,
         )  # fmt: skip
         if PREFIX_DROPOUT:

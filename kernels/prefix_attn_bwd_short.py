@@ -15,7 +15,7 @@ from prefixattn.kernels.tiles import OWN, PREFIX, load_rows, prefix_of, store_ro
 
 @triton.jit
 def _keys(
-    queries, keys, values, axis, drops, targets, first, scale,
+    queries, keys, values, axis, drops, targets, first, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
     QUERY_TAIL: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PREFIX_DROPOUT: tl.constexpr, NEED_OWN: tl.constexpr, NEED_PREFIX: tl.constexpr,
@@ -39,8 +39,8 @@ def _keys(
         head_drops = (number, head + member, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
         dk, dv = over_queries(
             dk, dv, key, value, head_sources, (mask + member * stride_mh, stride_ml, stride_ms), axis, head_drops,
-            column, first, scale, D, BLOCK_D, BLOCK_M, W, QUERY_TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-            True, True, PRECISION, EXP, PART, BOUND,
+            column, first, scale, softcap, D, BLOCK_D, BLOCK_M, W, QUERY_TAIL, MASK, KEY_MASK, CAUSAL,
+            DROPOUT, PREFIX_DROPOUT, True, True, PRECISION, EXP, PART, BOUND,
         )  # fmt: skip
     if PREFIX_DROPOUT and PART != OWN:
         dk, dv = drop_both(dk, dv, axis, drops, column, BLOCK_D, PART)
@@ -56,7 +56,7 @@ def _keys(
 
 @triton.jit
 def _queries(
-    dq, stride_dql, sources, memory, keys, values, bias, axis, drops, row0, scale,
+    dq, stride_dql, sources, memory, keys, values, bias, axis, drops, row0, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,
     MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -66,7 +66,7 @@ def _queries(
     row = row0 + tl.arange(0, M)
     given = load_given(sources, row, row < axis[3], D, BLOCK_D)
     acc = over_keys(
-        tl.zeros((M, BLOCK_D), tl.float32), given, keys, values, bias, axis, drops, dq, row, row0, scale,
+        tl.zeros((M, BLOCK_D), tl.float32), given, keys, values, bias, axis, drops, dq, row, row0, scale, softcap,
         D, BLOCK_D, M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
         True, False, PRECISION, EXP,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def prefix_attn_bwd_short(
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl,
     stride_dqb, stride_dqh, stride_dql, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    H, L, S, P, scale, threshold, keep_scale, prefix_threshold, prefix_gain,
+    H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: they fill whole ones
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
@@ -138,7 +138,7 @@ def prefix_attn_bwd_short(
     if NEED_OWN:
         for first in range(0, own_end, BLOCK_N):
             _keys(
-                queries, keys, values, own_axis, drops, targets, first, scale,
+                queries, keys, values, own_axis, drops, targets, first, scale, softcap,
                 GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
                 NEED_OWN, NEED_PREFIX, PRECISION, EXP, OWN, CAUSAL,
             )  # fmt: skip
@@ -151,13 +151,13 @@ def prefix_attn_bwd_short(
         if REST_LOOP:
             for first in range(own_end, tail, BLOCK_N):
                 _keys(
-                    queries, keys, values, axis, drops, targets, first, scale,
+                    queries, keys, values, axis, drops, targets, first, scale, softcap,
                     GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TAIL, MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT,
                     NEED_OWN, NEED_PREFIX, PRECISION, EXP, REST, HAS_LENGTHS or TAIL == 0,
                 )  # fmt: skip
         if TAIL:
             _keys(
-                queries, keys, values, axis, drops, targets, tail, scale,
+                queries, keys, values, axis, drops, targets, tail, scale, softcap,
                 GROUP, D, BLOCK_D, BLOCK_M, TAIL, QUERY_TAIL, MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT,
                 NEED_OWN, NEED_PREFIX, PRECISION, EXP, REST, True,
             )  # fmt: skip
@@ -173,14 +173,14 @@ def prefix_attn_bwd_short(
         for row0 in range(0, L // BLOCK_M * BLOCK_M, BLOCK_M):
             _queries(
                 dq + member * stride_dqh, stride_dql, head_sources, own_memory, keys, values, bias, axis, head_drops,
-                row0, scale,
+                row0, scale, softcap,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
                 PHI, PRECISION, EXP,
             )  # fmt: skip
         if QUERY_TAIL:
             _queries(
                 dq + member * stride_dqh, stride_dql, head_sources, own_memory, keys, values, bias, axis, head_drops,
-                L // BLOCK_M * BLOCK_M, scale,
+                L // BLOCK_M * BLOCK_M, scale, softcap,
                 D, BLOCK_D, QUERY_TAIL, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
                 PHI, PRECISION, EXP,
             )  # fmt: skip

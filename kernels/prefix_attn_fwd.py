@@ -14,7 +14,7 @@ from prefixattn.kernels.tiles import LOG2E, MINUS_INF, NATURAL, OWN, RAW, load_r
 
 @triton.jit
 def _online(
-    state, queries, keys, values, bias, axis, drops, row, first, scale,
+    state, queries, keys, values, bias, axis, drops, row, first, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, MASS: tl.constexpr,
     PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
@@ -23,7 +23,7 @@ def _online(
     acc, top, weight_sum, prefix_sum = state
     column = first + tl.arange(0, W)
     score = scores(
-        queries, keys, bias, axis, drops, row, column, scale,
+        queries, keys, bias, axis, drops, row, column, scale, softcap,
         D, BLOCK_D, MASK, KEY_MASK, CAUSAL, PREFIX_DROPOUT, PRECISION, EXP, PART, BOUND,
     )  # fmt: skip
     factor = scale * LOG2E
@@ -52,7 +52,7 @@ def prefix_attn_fwd(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
-    B, H, L, S, P, scale, threshold, keep_scale, prefix_threshold, prefix_gain,
+    B, H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # what the columns after the tiles of own keys are: OWN, PREFIX or SPLIT
     REST_LOOP: tl.constexpr,  # they may fill whole tiles
@@ -113,14 +113,14 @@ def prefix_attn_fwd(
     axis = (S, P, S, L)
     for first in range(0, open_end, BLOCK_N):
         state = _online(
-            state, queries, keys, values, bias, axis, drops, row, first, scale, D, BLOCK_D, BLOCK_N,
+            state, queries, keys, values, bias, axis, drops, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
             MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, OWN, False,
         )  # fmt: skip
     first_rest = open_end
     if CAUSAL:
         for first in range(open_end, own_end, BLOCK_N):
             state = _online(
-                state, queries, keys, values, bias, axis, drops, row, first, scale, D, BLOCK_D, BLOCK_N,
+                state, queries, keys, values, bias, axis, drops, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
                 MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, OWN, True,
             )  # fmt: skip
         first_rest = S
@@ -134,12 +134,12 @@ def prefix_attn_fwd(
     if REST_LOOP:
         for first in range(first_rest, tail, BLOCK_N):
             state = _online(
-                state, queries, keys, values, bias, axis, drops, row, first, scale, D, BLOCK_D, BLOCK_N,
+                state, queries, keys, values, bias, axis, drops, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
                 MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, REST, TAIL == 0,
             )  # fmt: skip
     if TAIL:
         state = _online(
-            state, queries, keys, values, bias, axis, drops, row, tail, scale, D, BLOCK_D, TAIL,
+            state, queries, keys, values, bias, axis, drops, row, tail, scale, softcap, D, BLOCK_D, TAIL,
             MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, REST, True,
         )  # fmt: skip
     acc, top, weight_sum, prefix_sum = state

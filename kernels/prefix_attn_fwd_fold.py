@@ -11,14 +11,25 @@ share the prefix, also those whose length ends before it: zero times nan.
 import triton
 import triton.language as tl
 
-from prefixattn.kernels.tiles import ATTENTION, LOG2E, MINUS_INF, PREFIX, RAW, kept, load_columns, load_rows, weights
+from prefixattn.kernels.tiles import (
+    ATTENTION,
+    LOG2E,
+    MINUS_INF,
+    PREFIX,
+    RAW,
+    capped,
+    kept,
+    load_columns,
+    load_rows,
+    weights,
+)  # fmt: skip
 
 
 @triton.jit
 def prefix_attn_fwd_fold(
     q, prefix_k, prefix_v, order, rows, lengths, seed, part_out, part_top, part_sum,
     stride_qb, stride_qh, stride_ql, stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
-    B, H, L, P, scale, threshold, keep_scale, part_width,
+    B, H, L, P, scale, softcap, threshold, keep_scale, part_width,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ROWS: tl.constexpr,  # `order` [B] sorts the samples by their row of the bank
     HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
@@ -60,6 +71,8 @@ def prefix_attn_fwd_fold(
             score = tl.dot(queries, tl.trans(key), input_precision=PRECISION)
             if EXP != RAW:
                 score *= scale
+            if softcap is not None:
+                score, _ = capped(score, softcap)
             seen = mine[:, None] & (column[None, :] < tl.minimum(end, part_end)[:, None])
             score = tl.where(seen, score, MINUS_INF)
             new_top = tl.maximum(top, tl.max(score, 1))

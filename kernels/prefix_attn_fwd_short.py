@@ -10,8 +10,9 @@ from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, RAW, SPLIT, 
 
 @triton.jit
 def _tile_scores(
-    queries, keys, bias, axis, drops, row, seen_end, scale, FIRST: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    queries, keys, bias, axis, drops, row, seen_end, scale, softcap,
+    FIRST: tl.constexpr, W: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     column = FIRST + tl.arange(0, W)
@@ -19,13 +20,13 @@ def _tile_scores(
         score = tl.full((M, W), MINUS_INF, tl.float32)
         if seen_end > FIRST:
             score = scores(
-                queries, keys, bias, axis, drops, row, column, scale,
+                queries, keys, bias, axis, drops, row, column, scale, softcap,
                 D, BLOCK_D, MASK, KEY_MASK, True, PREFIX_DROPOUT, PRECISION, EXP, PART, BOUND,
             )  # fmt: skip
         return score
     else:
         return scores(
-            queries, keys, bias, axis, drops, row, column, scale,
+            queries, keys, bias, axis, drops, row, column, scale, softcap,
             D, BLOCK_D, MASK, KEY_MASK, CAUSAL, PREFIX_DROPOUT, PRECISION, EXP, PART, BOUND,
         )  # fmt: skip
 
@@ -62,7 +63,7 @@ def prefix_attn_fwd_short(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
-    H, L, S, P, scale, threshold, keep_scale, prefix_threshold, prefix_gain,
+    H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,  # whole ones
     TAIL: tl.constexpr,  # width of the last tile; 0: the keys fill whole ones
@@ -99,7 +100,7 @@ def prefix_attn_fwd_short(
     top = tl.full((BLOCK_M,), MINUS_INF, tl.float32)
     for i in tl.static_range(TILES + (TAIL > 0)):
         score = _tile_scores(
-            queries, keys, bias, axis, drops, row, seen_end, scale,
+            queries, keys, bias, axis, drops, row, seen_end, scale, softcap,
             i * BLOCK_N, BLOCK_N if i < TILES else TAIL, BLOCK_M, D, BLOCK_D, MASK, KEY_MASK, CAUSAL,
             PREFIX_DROPOUT, PRECISION, EXP,
             OWN if i < OWN_TILES else (SPLIT if SPLIT_TILE and i == OWN_TILES else PREFIX), HAS_LENGTHS or i == TILES,

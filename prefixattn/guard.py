@@ -26,6 +26,7 @@ TRIALS = {
     "bwd": (1, 321, 321, 20),
 }
 TRIALS |= {kind + triton.MEMORY: sizes for kind, sizes in TRIALS.items()}
+TRIALS |= {kind + triton.SOFTCAP: sizes for kind, sizes in TRIALS.items()}
 _HEADS = 2
 
 Case = tuple[str, torch.device, torch.dtype, int]  # kind, device, type, head size
@@ -97,8 +98,8 @@ def _give_up(case: Case, error: Exception) -> None:
 def _try(case: Case) -> str:
     kind, device, dtype, D = case
     B, L, S, P = TRIALS[kind]
-    numbers = (0.0, 0.0, True, D**-0.5, "elu", 0.0)
-    with_memory = kind.endswith(triton.MEMORY)
+    with_memory, softcap = triton.MEMORY in kind, 1.0 if triton.SOFTCAP in kind else 0.0
+    numbers = (0.0, 0.0, True, D**-0.5, "elu", softcap)
     needs: Needs = (True, True, True, True, True, False, with_memory)
     try:
         B = B or triton.least_batch(device, _HEADS)

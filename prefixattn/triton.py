@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
-MEMORY = "_memory"  # how the kinds end that have one compiled in
+MEMORY, SOFTCAP = "_memory", "_softcap"  # how the kinds end that have one compiled in, in this order
 INSTALLED = find_spec("triton") is not None
 
 
@@ -42,8 +42,6 @@ def unsupported(
         reasons.append("triton is not installed")
     if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
         reasons.append(f"q is on {q.device.type}; needs cuda (or cpu with TRITON_INTERPRET=1)")
-    if softcap:
-        reasons.append(f"softcap={softcap}; the reference has it")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
@@ -80,7 +78,7 @@ def fwd(
     from prefixattn.kernels.launch_fwd import forward
 
     tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi))
+    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap))
     with _on(q):
         out, lse, mass, attended = forward(call, want_mass, want_attended)
     return out.to(q.dtype), lse, mass, attended.to(q.dtype)
@@ -113,7 +111,7 @@ def bwd(
     from prefixattn.kernels.launch_bwd import Given, backward
 
     tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi))
+    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap))
     # not read, and perhaps empty, if only the memory's gradient is wanted
     out = _readable(out) if any(needs[:6]) else dout
     given = Given(out, lse.contiguous(), _readable(dout), None if dlse is None else dlse.float().contiguous())
@@ -132,21 +130,25 @@ def bwd(
 
 
 def kind_of_forward(q: Tensor, *inputs: Any) -> str:
-    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd", and MEMORY if there is one."""
+    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd", and what is compiled in."""
     from prefixattn.kernels.launch_fwd import folds, short_plan
 
-    call = _call(q, *inputs[:9], inputs[9:14])  # type: ignore[call-arg]
+    call = _call(q, *inputs[:9], inputs[9:15])  # type: ignore[call-arg]
     kind = "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
-    return kind if call.memory is None else kind + MEMORY
+    return kind + _compiled_in(call)
 
 
 def kind_of_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> str:
     """The same of bwd's inputs: "bwd_short" or "bwd"."""
     from prefixattn.kernels.launch_bwd import short_plan
 
-    call = _call(*inputs[:10], inputs[12:17])  # type: ignore[call-arg]
+    call = _call(*inputs[:10], inputs[12:18])  # type: ignore[call-arg]
     kind = "bwd" if short_plan(call, inputs[18]) is None else "bwd_short"
-    return kind if call.memory is None else kind + MEMORY
+    return kind + _compiled_in(call)
+
+
+def _compiled_in(call: "Call") -> str:
+    return (MEMORY if call.memory is not None else "") + (SOFTCAP if call.softcap is not None else "")
 
 
 def least_batch(device: torch.device, heads: int) -> int:
@@ -167,7 +169,7 @@ def _call(
     rows: Tensor | None,
     lengths: Tensor | None,
     seed: Tensor | None,
-    numbers: tuple[float, float, bool, float, str],
+    numbers: tuple[float, float, bool, float, str, float],
 ) -> "Call":
     from prefixattn.kernels.call import Call
 
@@ -175,8 +177,9 @@ def _call(
     rows, lengths = (None if t is None else t.contiguous() for t in (rows, lengths))
     inputs = map(_readable, (q, k, v, prefix_k, prefix_v))
     memory = None if memory is None else _emulated(memory).contiguous()
-    *drops, is_causal, scale, phi = numbers
-    return Call(*inputs, mask, rows, lengths, seed, *drops, is_causal, scale, memory, phi)  # type: ignore[call-arg, arg-type]
+    *drops, is_causal, scale, phi, softcap = numbers
+    others = (mask, rows, lengths, seed)
+    return Call(*inputs, *others, *drops, is_causal, scale, memory, phi, softcap or None)  # type: ignore[call-arg, arg-type]
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_many_tiles(S: int, short: bool, causal: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("long_kernels")
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f not in ("plain", "causal", "softcap")])
+@pytest.mark.parametrize("feature", [f for f in FEATURES if f not in ("plain", "causal")])
 def test_long_kernels_take_every_feature(feature: str) -> None:
     check(make_inputs(Shape(2, 4, 2, 37, 70, 21, 32), torch.float32, **FEATURES[feature]))
 
@@ -114,6 +114,11 @@ FOLDED = {
     "bank_lengths": (Shape(5, 2, 1, 2, 9, 300, 16), {"prefixes": "bank", "lengths": "T"}),
     "no_keys": (Shape(3, 2, 2, 2, 0, 300, 16), {}),
     "memory": (Shape(5, 2, 2, 1, 40, 300, 16), {"prefixes": "bank", "memory": "as_prefix", "phi": "gelu"}),
+    "softcap": (Shape(5, 2, 2, 1, 40, 300, 32), {"softcap": 1.0, "memory": "shared"}),
+    "softcap_bank": (
+        Shape(4, 2, 1, 2, 9, 300, 16),
+        {"softcap": 50.0, "prefixes": "bank", "lengths": "B", "causal": True},
+    ),
 }
 
 
@@ -125,13 +130,71 @@ def test_few_queries_read_a_long_prefix_once(case: str, dtype: torch.dtype, laun
     assert launches[:2] == ["fwd_fold", "fwd"]
 
 
-def test_folding_drops_as_the_reference_does() -> None:
-    inputs = make_inputs(FOLDED["grouped"][0], causal=True)
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_folding_drops_as_the_reference_does(softcap: float | None) -> None:
+    inputs = make_inputs(FOLDED["grouped"][0], causal=True, softcap=softcap)
     inputs.options["dropout_p"] = 0.3
-    torch.manual_seed(5)
-    seed = torch.randint(2**62, (1,))
-    torch.manual_seed(5)
-    check(inputs, seed)
+    check(inputs, drawn(5))
+
+
+def drawn(seed: int) -> torch.Tensor:
+    """The number that prefix_attention draws after torch.manual_seed."""
+    torch.manual_seed(seed)
+    number = torch.randint(2**62, (1,))
+    torch.manual_seed(seed)
+    return number
+
+
+CAPPED = {
+    "far_below": {
+        "softcap": 50.0,
+        "causal": True,
+        "layout": "packed",
+    },  # scores keep their own last bits, not the cap's
+    "far_above": {"softcap": 0.3, "scale": 3.0},
+    "negative_scale": {"softcap": 1.0, "scale": -0.5, "causal": True},
+    "blind_rows": {"softcap": 1.0, "mask": "BHLS", "blind": True, "causal": True},
+    "bias": {"softcap": 1.0, "mask": "1HLS", "mask_dtype": "float", "causal": True},
+    "key_bias": {"softcap": 1.0, "mask": "B11S", "mask_dtype": "float"},
+    "bank": {"softcap": 1.0, "prefixes": "bank", "lengths": "T", "causal": True},
+    "per_sample": {"softcap": 1.0, "prefixes": "per_sample", "lengths": "B", "mask": "B11S"},
+    "memory": {"softcap": 1.0, "prefixes": "bank", "memory": "as_prefix", "phi": "gelu", "causal": True},
+}
+
+
+@pytest.fixture(params=["short", "long"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    if request.param == "long":
+        request.getfixturevalue("long_kernels")
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", CAPPED)
+def test_a_softcap_with_each_feature(case: str, dtype: torch.dtype, kernels: str, launches: list[str]) -> None:
+    inputs = make_inputs(Shape(2, 4, 2, 37, 41, 21, 24), dtype, **CAPPED[case])
+    if kernels == "short" and "attn_mask" in inputs.tensors:  # whose gradient is for the long kernels
+        inputs.tensors["attn_mask"].requires_grad_(False)
+    check(inputs)
+    short = {"fwd_short", "bwd_short"}
+    assert short <= set(launches) if kernels == "short" else not short & set(launches)
+
+
+@pytest.mark.parametrize("features", [{"causal": True}, {"prefixes": "bank", "mask": "BHLS", "mask_dtype": "float"}])
+def test_a_softcap_comes_after_prefix_dropout(features: dict[str, str | bool], kernels: str) -> None:
+    inputs = make_inputs(Shape(2, 4, 2, 37, 41, 21, 24), softcap=1.0, **features)  # type: ignore[arg-type]
+    inputs.options |= {"dropout_p": 0.2, "prefix_dropout_p": 0.4}
+    if kernels == "short" and "attn_mask" in inputs.tensors:
+        inputs.tensors["attn_mask"].requires_grad_(False)
+    check(inputs, drawn(7))
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 2, 2, 9, 9, 5, 16), FOLDED["decoding"][0]], ids=["short", "folded"])
+def test_a_nan_stays_one_under_a_softcap(shape: Shape) -> None:
+    inputs = make_inputs(shape, grad=False, softcap=1.0)
+    inputs.tensors["prefix_k"][..., 0, 0] = torch.nan
+    assert inputs.call("triton").isnan().any()
 
 
 def test_what_one_row_of_a_bank_holds_reaches_no_other(launches: list[str]) -> None:
