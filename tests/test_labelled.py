@@ -108,6 +108,8 @@ def test_what_it_refuses():
     with pytest.raises(NotImplementedError, match="Linear; labelled_loss takes"):
         labelled_loss(torch.nn.Linear(2, 2), labels)
     model = language_model("llama")
+    with pytest.raises(ValueError, match=r"labels is a list, expected a tensor int64 \[B, S\]"):
+        labelled_loss(model, labels.tolist(), input_ids=ids)
     with pytest.raises(ValueError, match=r"labels is torch\.float32 \[3, 9\]; expected int64 \[B, S\]"):
         labelled_loss(model, labels.float(), input_ids=ids)
     with pytest.raises(ValueError, match=r"labels is \[3, 8\]; the model's states are \[3, 9\]"):

@@ -44,6 +44,8 @@ def labelled_loss(
             f"model is {type(plain).__name__}; labelled_loss takes causal, masked and encoder-decoder language models "
             "of transformers"
         )
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels is a {type(labels).__name__}, expected a tensor int64 [B, S]")
     if labels.dim() != 2 or labels.dtype != torch.int64:
         raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}; expected int64 [B, S]")
     if plain.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
