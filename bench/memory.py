@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -53,19 +54,24 @@ def _status_kib(field: str) -> int:
     return int(line.split()[1])
 
 
+def grown_mib(step: Callable[[], object]) -> float:
+    """Growth of the resident set over one call, from what is resident when all that is free has been given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+    before = _status_kib("VmRSS")
+    held = step()
+    peak = _status_kib("VmHWM")
+    del held
+    return (peak - before) / 1024
+
+
 def _measure(impl: str, shape: Shape, dtype: torch.dtype) -> float:
     attention = OURS[impl] if impl in OURS else PEERS[impl].attention
     small = replace(shape, B=1, H=2, L=16, P=4)
     forward_backward(attention, *make_inputs(small, dtype), small)
     x, dout = make_inputs(shape, dtype)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-    before = _status_kib("VmRSS")
-    held = forward_backward(attention, x, dout, shape)
-    peak = _status_kib("VmHWM")
-    del held
-    return (peak - before) / 1024
+    return grown_mib(lambda: forward_backward(attention, x, dout, shape))
 
 
 if __name__ == "__main__":

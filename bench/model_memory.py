@@ -7,7 +7,6 @@ as bench/memory.py measures it: activations, gradients, prefixes, scratch. The p
 """
 
 import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent / "paper"))
 
-from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, _status_kib
+from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, grown_mib
 from model_cases import CASES, WAYS
 from whole_step import Step
 
@@ -43,12 +42,7 @@ def measure(case: str, way: str, tiny: bool) -> Found:
     for _ in range(2):
         step()
     step.optimizer.zero_grad()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-    before = _status_kib("VmRSS")
-    step()
-    grown = (_status_kib("VmHWM") - before) / 1024
+    grown = grown_mib(step)
     trained = sum(p.nbytes for p in step.arm.trained.parameters()) / 2**20
     state = step.optimizer.state.values()
     moments = sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor)) / 2**20

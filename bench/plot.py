@@ -5,12 +5,13 @@
 Prints the tables as markdown and writes them, and the figure, beside the JSON.
 """
 
-import json
 import sys
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from publish import publish
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -165,14 +166,7 @@ def figure(result: Row, path: Path) -> None:
 def main(arguments: list[str]) -> None:
     # no name given: the run made last; other benchmarks' results lie there too
     last = max(RESULTS.glob("cpu-*.json"), key=lambda p: p.stat().st_mtime, default=None)
-    path = Path(arguments[0]) if arguments else last
-    if path is None or not path.is_file():
-        sys.exit(f"no results: {path or RESULTS}; make bench writes them")
-    result = json.loads(path.read_text())
-    text = tables(result)
-    path.with_suffix(".md").write_text(text)
-    figure(result, path.with_suffix(".png"))
-    print(text)
+    publish(Path(arguments[0]) if arguments else last, "make bench", tables, figure)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@
 Prints the tables as markdown and writes them, and the figure, beside the JSON. Rows where a peer wins stay.
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peers import Shape
 from peers_gpu import TARGETS
 from plot import Row, pair, short
+from publish import publish
 
 NAMES = {"fwd": "forward", "fwd+bwd": "+ backward", "prefix grads": "prefix gradients only"}
 
@@ -107,6 +106,8 @@ def details(result: Row) -> list[str]:
 
 
 def tables(result: Row) -> str:
+    if "copy_gbytes" not in result:
+        sys.exit("this was measured on a CPU; bench/plot.py draws it")
     gemm = ", ".join(f"{short(d)} {rate / 1e3:.0f}" for d, rate in result["gemm_gflops"].items())
     versions = ", ".join(
         f"{name} {result[name]}" for name in ("torch", "triton", "cuda", "cudnn", "driver") if result.get(name)
@@ -156,16 +157,7 @@ def figure(result: Row, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    path = Path(arguments[0]) if arguments else None
-    if path is None or not path.is_file():
-        sys.exit(f"no results: {path or 'name a JSON'}; bench/on_gpu.sh micro writes them")
-    result: dict[str, Any] = json.loads(path.read_text())
-    if "copy_gbytes" not in result:
-        sys.exit(f"{path} was measured on a CPU; bench/plot.py draws it")
-    text = tables(result)
-    path.with_suffix(".md").write_text(text)
-    figure(result, path.with_suffix(".png"))
-    print(text)
+    publish(Path(arguments[0]) if arguments else None, "bench/on_gpu.sh micro", tables, figure)
 
 
 if __name__ == "__main__":

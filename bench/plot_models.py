@@ -3,10 +3,11 @@
 python bench/plot_models.py bench/results/models-<device>.json
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from publish import publish
 
 Row = dict[str, Any]
 # ours, as a share of what the other way adds to the frozen model; of the frozen model's step, for attach alone
@@ -137,14 +138,7 @@ def figure(result: Row, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    path = Path(arguments[0]) if arguments else None
-    if path is None or not path.is_file():
-        sys.exit(f"no results: {path or 'name a JSON'}; python bench/bench_models.py writes them")
-    result = json.loads(path.read_text())
-    text = tables(result)
-    path.with_suffix(".md").write_text(text)
-    figure(result, path.with_suffix(".png"))
-    print(text)
+    publish(Path(arguments[0]) if arguments else None, "python bench/bench_models.py", tables, figure)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 python bench/plot_reparam.py bench/results/reparam-<device>.json
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from publish import publish
 from reparam_cases import CASES, ROWS, Network
 
 Row = dict[str, Any]
@@ -118,14 +118,7 @@ def figure(result: Row, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    path = Path(arguments[0]) if arguments else None
-    if path is None or not path.is_file():
-        sys.exit(f"no results: {path or 'name a JSON'}; python -m pytest bench/bench_reparam.py writes them")
-    result = json.loads(path.read_text())
-    text = tables(result)
-    path.with_suffix(".md").write_text(text)
-    figure(result, path.with_suffix(".png"))
-    print(text)
+    publish(Path(arguments[0]) if arguments else None, "python -m pytest bench/bench_reparam.py", tables, figure)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ as bench/memory.py measures it: gradients, activations, factors and scratch. Mom
 """
 
 import ctypes
-import gc
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, _status_kib
+from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, grown_mib
 from reparam_cases import CASES, WAYS, Step
 
 
@@ -55,13 +53,7 @@ def measure(way: str, case: str) -> dict[str, float]:
     for _ in range(2):
         step()
     step.optimizer.zero_grad()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-    before = _status_kib("VmRSS")
-    step()
-    peak = _status_kib("VmHWM")
-    return {"step_mib": round((peak - before) / 1024, 1), "moments_mib": moments(step)}
+    return {"step_mib": round(grown_mib(step), 1), "moments_mib": moments(step)}
 
 
 if __name__ == "__main__":

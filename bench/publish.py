@@ -1,0 +1,22 @@
+"""From a run's JSON to its table and figure, which lie beside it."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def publish(
+    path: Path | None, maker: str, tables: Callable[[Result], str], figure: Callable[[Result, Path], None]
+) -> None:
+    """Writes the .md and .png of the JSON at `path`, and prints the tables; `maker` is the command that makes such."""
+    if path is None or not path.is_file():
+        sys.exit(f"no results: {path or 'name a JSON'}; {maker} writes them")
+    result: Result = json.loads(path.read_text())
+    text = tables(result)
+    path.with_suffix(".md").write_text(text)
+    figure(result, path.with_suffix(".png"))
+    print(text)
