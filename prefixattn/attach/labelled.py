@@ -81,7 +81,7 @@ def labelled_loss(
     return F.cross_entropy(logits, found, reduction="sum") / num_items_in_batch
 
 
-def is_shifted(model: nn.Module) -> bool | None:
+def is_shifted(model: Any) -> bool | None:
     """Whether position s predicts label s + 1 (causal) or label s; None: no language model of transformers."""
     config = getattr(model, "config", None)
     find_head = getattr(model, "get_output_embeddings", None)
@@ -91,7 +91,7 @@ def is_shifted(model: nn.Module) -> bool | None:
         return False
     if "MaskedLM" in type(model).__name__:
         return False
-    return True if model.can_generate() else None  # type: ignore[operator]
+    return True if model.can_generate() else None
 
 
 def _unwrapped(model: nn.Module) -> Any:

@@ -186,7 +186,10 @@ class TimmAdapter(Adapter):
         marks: Any = args[0].__dict__ if node is None else node.metadata
         backward = torch._C._current_graph_task_id()  # -1 outside; as torch.utils.checkpoint asks
         if backward != -1 and MARK in marks:
-            holds = lambda: torch._C._current_graph_task_id() == backward  # noqa: E731
+
+            def holds() -> bool:
+                return bool(torch._C._current_graph_task_id() == backward)
+
             self.passes.running = _Pass(marks[MARK], None, holds)
         elif self.passes.running is not None:
             marks[MARK] = self.passes.running.call
