@@ -207,9 +207,14 @@ def attention_with_prefix(
     for name in ("s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with a prefix does not take {name}")
+    if key.shape[3] != value.shape[3]:
+        raise NotImplementedError(
+            f"a {type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}; "
+            "attention with a prefix takes one width for both"
+        )
     slot = getattr(module, "prefix_slot", None)
     if slot is not None and prefix_call is None:
-        raise RuntimeError(
+        raise NotImplementedError(
             f"a {type(module).__name__} with a prefix was run without it: the call passed the model's hooks by. Call "
             "the model, or its encoder or decoder, itself: model(...), not model.forward(...) and not a layer alone; "
             "without the prefix: disabled() or detach()"

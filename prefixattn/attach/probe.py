@@ -43,7 +43,8 @@ def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
                 f"{type(model).__name__} takes images, but its config has no image_size, so attach cannot try it"
             )
         height, width = (size, size) if isinstance(size, int) else size
-        return {name: torch.zeros(1, config.num_channels, height, width, device=device, dtype=model.dtype)}
+        channels = getattr(config, "num_channels", 3)
+        return {name: torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
     if name != "input_ids":
         raise NotImplementedError(
             f"{type(model).__name__} takes {name}; attach tries a model with tokens (input_ids) or images "
@@ -126,7 +127,7 @@ def differs(trial: Trial, out: Tensor) -> float | None:
 
 
 def _brief(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = next(iter(str(error).splitlines()), "") or f"a {type(error).__name__} without words"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
