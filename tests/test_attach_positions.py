@@ -94,7 +94,9 @@ def test_a_batch_padded_on_the_left_without_position_ids_gives_what_its_samples_
     padded[1, 1:7], mask[1, 1:7] = ids[1], 1  # on both sides
     found = model(padded, attention_mask=mask).logits
     for row, first in ((0, 3), (1, 1)):
-        torch.testing.assert_close(found[row, first : first + 6], model(ids[row : row + 1]).logits[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[row, first : first + 6], model(ids[row : row + 1]).logits[0], rtol=1e-5, atol=1e-5
+        )
     left = dict(input_ids=padded[:1], attention_mask=mask[:1])
     options = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=1)
     torch.testing.assert_close(model.generate(**left, **options).logits[0], found[:1, -1], rtol=1e-5, atol=1e-5)

@@ -169,7 +169,7 @@ def test_offloaded_weights_are_used_or_refused(share):
 
     model = cpu_offload(build("LlamaForCausalLM", "LlamaConfig", TEXT), execution_device="cpu")
     if share == "simple":
-        with pytest.raises(NotImplementedError, match="share='simple' reads .* whose weights are offloaded"):
+        with pytest.raises(NotImplementedError, match=r"share='simple' reads .* whose weights are offloaded"):
             prefixattn.attach(model, PrefixConfig(length=3, share=share))
         return
     plain = model(token_ids(2, 6)).logits

@@ -32,6 +32,31 @@ class Trial(NamedTuple):
     kept: Tensor | None  # [B, L], bool
 
 
+def refuse(model: nn.Module, base: Any) -> None:
+    """NotImplementedError if a model cannot be tried as it is."""
+    name = type(base).__name__
+    if execution_device(base).type == "meta":
+        raise NotImplementedError(
+            f"the weights of {name} are on the meta device, where attach can try nothing; attach after they are "
+            "loaded, or before they are offloaded"
+        )
+    for module in model.modules():
+        if getattr(module.__dict__.get("config"), "output_attentions", False) is True:
+            raise NotImplementedError(
+                f"config.output_attentions is True in {type(module).__name__}, but attention with a prefix never "
+                "makes its weights; set it to False"
+            )
+
+
+def outermost(model: Any, base: Any) -> Any:
+    """The model through which users go, if it runs on what attach tries a model with; else its base."""
+    try:
+        run(model, example(model))
+    except Exception:  # a head that wants other inputs
+        return base
+    return model
+
+
 def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
     """The inputs of a forward pass of `model` on the tokens `ids`, or on some, or on one black image."""
     config, name, device = model.config, model.main_input_name, execution_device(model)
