@@ -100,7 +100,7 @@ class HuggingFaceAdapter(Adapter):
             numbers = config.num_channels * height * width
             bound = (6 / (numbers + self.geometry.width)) ** 0.5  # VPT's rule
             return Defaults(network="per_layer", hidden=48, positions="unshifted", init="uniform", bound=bound)
-        shiftable = bool(self.positions) and (self.decodes or self.base.config.is_encoder_decoder)
+        shiftable = self.positions.shiftable and (self.decodes or self.base.config.is_encoder_decoder)
         where = "shifted" if shiftable and self.decodes else "unshifted"
         if self.decodes and not shiftable:
             warnings.warn(
@@ -283,18 +283,21 @@ class HuggingFaceAdapter(Adapter):
             call = self._new_call(kwargs)
             if call is not None:
                 kwargs["prefix_call"] = call
-        if self._is_decoding(stack):
-            self._set_shift(0 if call is None else call.shift)
-            if call is not None and self.positions.argument and stack is self.base:
-                kwargs["position_ids"] = self._shifted(kwargs, call.shift)
+        self._set_shift(0 if call is None else self._shift(stack, call, kwargs))
+        if call is not None and self.positions.argument and stack is self.base:
+            kwargs["position_ids"] = self._shifted(kwargs, call.shift)
         return (), kwargs
 
     def after_forward(self, stack: Any, args: Any, out: Any) -> None:
         self._set_shift(0)
 
-    def _is_decoding(self, stack: Any) -> bool:
-        """Whether positions of `stack` are those that a prefix shifts."""
-        return not self.base.config.is_encoder_decoder or stack is self.base.get_decoder()
+    def _shift(self, stack: Any, call: PrefixCall, kwargs: dict[str, Any]) -> int | Tensor:
+        """Of the positions in a part of the model; an encoder and a decoder have each their own padding."""
+        if not self.base.config.is_encoder_decoder:
+            return call.shift
+        if stack is self.base:
+            return 0
+        return self._without_padding(call.shift if stack is self.base.get_decoder() else 0, kwargs)
 
     def _set_shift(self, shift: int | Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -322,26 +325,26 @@ class HuggingFaceAdapter(Adapter):
             if isinstance(ids, Tensor) and ids.shape == first.shape[:1]:
                 ids = ids.repeat_interleave(first.shape[1])
         chosen = prefix.choose(ids, batch, self._dtype(first.device), first.device)
-        if self.decodes:
-            chosen = chosen._replace(shift=self._without_padding(chosen.shift, kwargs, first))
+        if not self.base.config.is_encoder_decoder:
+            chosen = chosen._replace(shift=self._without_padding(chosen.shift, kwargs))
+            if self.decodes and torch.compiler.is_compiling() and not _told(kwargs):
+                # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
+                kwargs["attention_mask"] = first.new_ones(1, 1, dtype=torch.bool).expand(first.shape[:2])
         if torch.is_grad_enabled() and gate.needed(self.base):
             chosen = chosen.with_tensors(gate.behind(self.base, chosen.tensors(), kwargs))
         return prefix.call(chosen)
 
-    def _without_padding(self, shift: int | Tensor, kwargs: dict[str, Any], tokens: Tensor) -> int | Tensor:
+    def _without_padding(self, shift: int | Tensor, kwargs: dict[str, Any]) -> int | Tensor:
         """The shift, less the padding before a sample where positions count it and none are given.
 
         A rotary model does not mind where its tokens begin, as only distances matter; but a prefix has no position.
         """
-        mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids") is not None
-        tracing = torch.compiler.is_compiling()
-        if mask is None and not given and kwargs.get("past_key_values") is None and tracing and tokens.ndim < 4:
-            # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
-            batch, length = tokens.shape[:2]
-            kwargs["attention_mask"] = tokens.new_ones(1, 1, dtype=torch.bool).expand(batch, length)
-        if given or not self.positions.padded or not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.shape[1]:
+        mask = kwargs.get("attention_mask")
+        if not self.positions.padded or kwargs.get("position_ids") is not None:
             return shift
-        if mask.device.type == "cpu" and not tracing and bool(mask[:, 0].all()):
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.shape[1]:
+            return shift
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask[:, 0].all()):
             return shift
         return shift - positions.padding_on_the_left(mask)
 
@@ -398,3 +401,8 @@ class HuggingFaceAdapter(Adapter):
 
 
 _INPUTS = "input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds"
+
+
+def _told(kwargs: dict[str, Any]) -> bool:
+    """Whether a caller says where tokens are."""
+    return any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))

@@ -23,9 +23,7 @@ class Positions(NamedTuple):
     embeddings: tuple[str, ...] = ()  # modules that are called with positions
     argument: bool = False  # there are none, but the model takes `position_ids`, by default 0, 1, ...
     padded: bool = False  # a rotary model whose positions count padding on the left
-
-    def __bool__(self) -> bool:
-        return bool(self.embeddings) or self.argument
+    shiftable: bool = False  # they pass where a decoder, or the only stack, can be told others
 
 
 class Seen(NamedTuple):
@@ -36,32 +34,33 @@ class Seen(NamedTuple):
 
 
 def find(base: Any, layers: list[str], plain: list[probe.Trial], decodes: bool) -> Positions:
-    """Where positions pass in the decoder of `base`, or in its only stack.
+    """Where positions pass in `base`.
 
     Args:
         layers: Paths of the layers that attend.
         plain: What the model makes of some inputs, the last ones padded on the left if it takes such.
         decodes: The only stack is causal.
     """
-    stack = base.get_decoder() if base.config.is_encoder_decoder else base
     found: list[list[Seen]] = []
     for trial in (plain[0], plain[-1]):
-        with watched(base, stack, layers) as seen:
+        with _watched(base, layers) as seen:
             probe.run(base, trial.inputs)
         found.append(seen)
     paths = _innermost(found[0])
-    padded = len(plain) > 1 and decodes
     if paths:
         rotary = all(_is_rotary(base.get_submodule(path)) for path in paths)
         counted = all(_counts_from_zero(call.positions) for call in found[1] if call.path in paths)
-        return Positions(paths, padded=padded and rotary and counted)
+        stack = base.get_decoder() if base.config.is_encoder_decoder else base
+        within = {id(module) for module in stack.modules()}
+        shiftable = any(id(base.get_submodule(path)) in within for path in paths)
+        return Positions(paths, False, len(plain) > 1 and rotary and counted, shiftable)
     argument = decodes and "position_ids" in interface.arguments(base)
     for trial in plain if argument else ():
         tokens = trial.inputs["input_ids"]
         given = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape)
         out, _ = probe.run(base, {**trial.inputs, "position_ids": given})
         argument = argument and probe.differs(trial, out) is None
-    return Positions((), argument, padded and argument and any(map(_is_rotary, base.modules())))
+    return Positions((), argument, len(plain) > 1 and argument and any(map(_is_rotary, base.modules())), argument)
 
 
 def _counts_from_zero(found: Tensor) -> bool:
@@ -70,15 +69,14 @@ def _counts_from_zero(found: Tensor) -> bool:
 
 
 @contextmanager
-def watched(base: nn.Module, stack: nn.Module, layers: list[str]) -> Iterator[list[Seen]]:
-    """Collects the calls of position embeddings in `stack`, a part of `base`, that are outside its `layers`."""
+def _watched(base: nn.Module, layers: list[str]) -> Iterator[list[Seen]]:
+    """Collects the calls of position embeddings that are outside the layers."""
     seen: list[Seen] = []
-    inside = tuple(f"{path}." for path in map(_layer, layers))
-    within = {id(module) for module in stack.modules()}
+    inside = tuple(f"{path}." for path in map(_stack_of_layers, layers))
     with ExitStack() as hooks:
         for path, module in base.named_modules():
             # a layer that a checkpoint runs again would not meet the shift of its pass
-            if id(module) not in within or f"{path}.".startswith(inside) or not _takes_positions(path, module):
+            if f"{path}.".startswith(inside) or not _takes_positions(path, module):
                 continue
 
             def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
@@ -158,7 +156,7 @@ def _takes_positions(path: str, module: nn.Module) -> bool:
     return table or "position_ids" in interface.arguments(module)
 
 
-def _layer(site: str) -> str:
-    """The layer around an attention, an element of a list of layers."""
-    found = re.match(r"(.*?\.\d+)(\.|$)", f".{site}")
+def _stack_of_layers(site: str) -> str:
+    """The list of layers that an attention is in; layers without one, as in hybrid models, are in it too."""
+    found = re.match(r"(.*?)\.\d+(\.|$)", f".{site}")
     return found[1][1:] if found else site

@@ -96,7 +96,7 @@ def execution_device(model: nn.Module) -> torch.device:
 def _ordinary(model: Any) -> list[int]:
     """Tokens that mean nothing to the model, as padding or a place for an image does."""
     config = model.config.get_text_config()
-    tokens = getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    tokens = getattr(config, "vocab_size", None) or getattr(config, "vocabulary_size", None) or 30
     values = [v for c in (model.config, config) for k, v in vars(c).items() if "token" in k]
     special = {i for v in values for i in (v if isinstance(v, list | tuple) else [v]) if isinstance(i, int)}
     free = [i for i in range(min(tokens, 1000)) if i not in special] or list(range(tokens))
@@ -108,7 +108,14 @@ def run(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[interface.Watc
     with evaluating(model), torch.no_grad(), interface.watched() as calls:
         out = model(**inputs)
     hidden = getattr(out, "last_hidden_state", None)
-    return (out[0] if hidden is None else hidden), calls
+    return _tensor(out if hidden is None else hidden), calls
+
+
+def _tensor(out: Any) -> Tensor:
+    """The first tensor of an output."""
+    while not isinstance(out, Tensor):
+        out = out[0]
+    return out
 
 
 def trials(base: Any) -> list[Trial]:
