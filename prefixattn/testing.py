@@ -3,17 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from prefixattn import philox
-from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.functional import _normal_form, prefix_attention, prefix_attention_qkvpacked
 from prefixattn.kernels.table import INTERPRETED
-
-INF = float("inf")
+from prefixattn.testing_plain import INF, Roundings, concat_attention
 
 
 class Shape(NamedTuple):
@@ -185,7 +183,9 @@ def results(inputs: Inputs, out: Tensor, lse: Tensor, mass: Tensor) -> dict[str,
     if wanted:
         # a row that sees nothing has lse -inf, which no loss can use
         dlse = inputs.dlse.to(lse.dtype).masked_fill(lse == -INF, 0.0)
-        grads = torch.autograd.grad((out, lse), list(wanted.values()), (inputs.dout, dlse), materialize_grads=True)
+        pairs = [(t, grad) for t, grad in ((out, inputs.dout), (lse, dlse)) if t.requires_grad]
+        outs, douts = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outs, list(wanted.values()), douts, materialize_grads=True)
         found |= {"d" + name: grad for name, grad in zip(wanted, grads, strict=True)}
     return found
 
@@ -226,92 +226,26 @@ def exact(inputs: Inputs, seed: Tensor | None = None) -> dict[str, Tensor]:
 
 
 def same_dtype(inputs: Inputs, seed: Tensor | None = None) -> dict[str, Tensor]:
-    """Plain PyTorch's answer in the inputs' type: concatenation and scaled_dot_product_attention."""
-    return results(inputs, *inputs.concatenated(seed=seed, fused=True))
+    """Plain PyTorch's answers in the inputs' type, one along a new axis for each way of making it.
 
-
-def concat_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    prefix_ids: Tensor | None = None,
-    prefix_lengths: Tensor | None = None,
-    prefix_dropout_p: float = 0.0,
-    memory: Tensor | None = None,
-    phi: str = "elu",
-    softcap: float | None = None,
-    seed: Tensor | None = None,
-    fused: bool = False,  # out by SDPA, which takes no dropout mask of ours
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and mass of prefix_attention by concatenation: nothing here is shared with reference.py but Philox."""
-    B, H, L, D = q.shape
-    Hkv, S, P = k.shape[1], k.shape[2], prefix_k.shape[-2]
-    T = prefix_k.shape[0] if prefix_k.dim() == 4 else 1
-    scale = D**-0.5 if scale is None else scale
-    bias = q.new_zeros(B, H, L, P + S)
-    if attn_mask is not None and attn_mask.dtype == torch.float32:
-        bias = bias.to(torch.promote_types(q.dtype, torch.float32))  # the mask is added as it is
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        bias[..., P:].masked_fill_(~attn_mask, -INF)
-    elif attn_mask is not None:
-        bias = torch.cat([bias[..., :P], attn_mask.to(bias.dtype).expand(B, H, L, S)], -1)
-    if is_causal:
-        future = q.new_ones(L, S, dtype=torch.bool).triu(S - L + 1)
-        bias = bias.masked_fill(F.pad(future, (P, 0)), -INF)
-    if prefix_lengths is not None:
-        of_bank = prefix_ids is not None and len(prefix_lengths) == T
-        lengths = prefix_lengths[prefix_ids] if of_bank else prefix_lengths.expand(B)
-        for b, n in enumerate(lengths.tolist()):
-            bias[b, ..., n:P] = -INF
-    if prefix_ids is not None:
-        prefix_k, prefix_v = prefix_k[prefix_ids], prefix_v[prefix_ids]
-    prefix_k, prefix_v = (t.expand(B, -1, -1, -1) for t in (prefix_k, prefix_v))
-    if prefix_dropout_p:
-        assert seed is not None
-        prefix_k, prefix_v = (
-            t * philox.keep(seed, prefix_dropout_p, (B, Hkv, P, D), kind).to(t.dtype) / (1 - prefix_dropout_p)
-            for t, kind in ((prefix_k, philox.PREFIX_K), (prefix_v, philox.PREFIX_V))
-        )
-    keys, values = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)  # [B, Hkv, P+S, D]
-    keys, values = (t.repeat_interleave(H // Hkv, 1) for t in (keys, values))
-    # softmax knows no empty row; such a row gets an arbitrary bias here and its defined answer below
-    blind = (bias == -INF).all(-1)  # [B, H, L]
-    bias = bias.masked_fill(blind[..., None], 0.0)
-    scores = q @ keys.mT * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + bias
-    weights = scores.softmax(-1)
-    mass = weights[..., :P].sum(-1).float().masked_fill(blind, 0.0)
-    lse = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32).logsumexp(-1).masked_fill(blind, -INF)
-    if dropout_p:
-        assert seed is not None
-        kept = philox.keep(seed, dropout_p, (B, H, L, P + S), philox.ATTENTION)
-        out = (weights * kept.to(q.dtype) / (1 - dropout_p)).to(q.dtype) @ values
-    elif fused and bias.dtype == q.dtype and not softcap:
-        out = F.scaled_dot_product_attention(q, keys, values, bias, scale=scale)
-    else:
-        out = weights.to(q.dtype) @ values
-    out = out.masked_fill(blind[..., None], 0.0)
-    if memory is not None:
-        if prefix_ids is not None and memory.dim() == 4:
-            memory = memory[prefix_ids]
-        features: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu, "relu": F.relu}
-        out = out + features.get(phi, torch.clone)(q) @ memory
-    return out, lse, mass
+    One alone has the luck of one order of sums in one library. So they are: concatenation and
+    scaled_dot_product_attention, in two orders of its sums; its formula for gradients, with float32 inside; and what is
+    the same on every machine, float64 with the least roundings of float32, twice.
+    """
+    wide = torch.promote_types(inputs.q.dtype, torch.float32)
+    found = [results(inputs, *inputs.concatenated(seed=seed, fused=True, order=i)) for i in range(2)]
+    widened, doubled = inputs.to(wide), inputs.to(torch.float64)
+    found.append(results(widened, *widened.concatenated(seed=seed, by_delta=True, order=2)))
+    for i in range(2):
+        found.append(results(doubled, *doubled.concatenated(seed=seed, roundings=Roundings(wide, i))))
+    return {name: torch.stack([answer[name].double() for answer in found]) for name in found[0]}
 
 
 def objections(backend: str, inputs: Inputs, **options: Any) -> str:
-    """Why a backend refuses these inputs and their gradients, in its own words; empty if it does not."""
+    """Why a backend refuses these inputs and their gradients, in its own words; empty if it does not. Runs nothing."""
+    defaults = {name: p.default for name, p in signature(prefix_attention).parameters.items() if name != "return_lse"}
     try:
-        inputs.call(backend, **options)
+        _normal_form(**{**defaults, **inputs.tensors, **inputs.options, **options, "backend": backend})
     except NotImplementedError as error:
         return str(error).partition("\n")[2].strip()
     return ""
@@ -355,21 +289,30 @@ def rms(t: Tensor) -> float:
     return float(t.double().square().mean().sqrt())
 
 
+def allowed_error(same: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 2.0) -> float:
+    """The rms error that an answer in `dtype` may have: `factor` times plain PyTorch's in the same type.
+
+    `same` is plain PyTorch's answer, or several along a first axis, of which the one that errs most counts; `exact` is
+    float64 and finite.
+    """
+    plain = max(rms(answer.double() - exact) for answer in same.reshape(-1, *exact.shape))
+    # luck (weights that are exactly one) must not ask for more than the last bit: of the type, and of its accumulator
+    accumulator = torch.promote_types(dtype, torch.float32)
+    last_bit = max(rms(exact.to(dtype).double() - exact), torch.finfo(accumulator).eps * rms(exact))
+    # so does the rms of a few numbers; and float64 is compared with its like
+    factor *= 8 if accumulator == torch.float64 else 1
+    return factor * max(plain, last_bit) * (1 + 3 / exact.numel() ** 0.5)
+
+
 def assert_as_accurate(name: str, actual: Tensor, same: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """`actual` errs at most `factor` times as much as plain PyTorch does in the same type; `exact` is float64."""
+    """`actual` errs at most as much as `allowed_error` says."""
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     infinite = exact.isinf()
     assert torch.equal(actual.isinf(), infinite), f"{name}: infinite at other places than the exact answer"
     if infinite.all():
         return
     actual_finite, same, exact = (t.double().masked_fill(infinite, 0.0).cpu() for t in (actual, same, exact))
-    error = rms(actual_finite - exact)
-    # luck (weights that are exactly one) must not ask for more than the last bit: of the type, and of its accumulator
-    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    last_bit = max(rms(exact.to(actual.dtype).double() - exact), torch.finfo(accumulator).eps * rms(exact))
-    # so does the rms of a few numbers; and float64 is compared with its like
-    factor *= 8 if accumulator == torch.float64 else 1
-    allowed = factor * max(rms(same - exact), last_bit) * (1 + 3 / exact.numel() ** 0.5)
+    error, allowed = rms(actual_finite - exact), allowed_error(same, exact, actual.dtype, factor)
     at = tuple(int(i) for i in torch.unravel_index((actual_finite - exact).abs().argmax(), exact.shape))
     assert error <= allowed, (
         f"{name}: rms error {error:.1e}, plain PyTorch in the same dtype allows {allowed:.1e}; "

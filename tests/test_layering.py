@@ -21,7 +21,7 @@ LAYERS = """
     guard
     cpu triton
     kernels
-    reference
+    reference testing_plain
     philox layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

@@ -345,7 +345,7 @@ def tf32x3(a: np.ndarray, b: np.ndarray, block: int) -> np.ndarray:
     return total
 
 
-@pytest.mark.parametrize("terms", [1, 5, 8, 10, 33, 48, 200, 1024])
+@pytest.mark.parametrize("terms", [1, 3, 8, 10, 33, 48, 200, 1024])
 def test_the_precision_of_a_sum_suits_its_length(terms: int) -> None:
     """tf32x3 where it errs at most twice as much as plain float32; shorter sums on FMA units, in float32."""
     rng = np.random.default_rng(terms)

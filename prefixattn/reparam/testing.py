@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefixattn import backends
 from prefixattn.reparam.reference import Form
+from prefixattn.testing_plain import ORDERS, Roundings
 
 
 class Shape(NamedTuple):
@@ -173,19 +174,36 @@ def exact(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def same_dtype(inputs: Inputs) -> dict[str, Tensor]:
-    """Plain PyTorch's answer in the inputs' types: the layers in the parameters' type, their output cast."""
-    return results(inputs, plain_network(inputs))
+    """Plain PyTorch's answers in the inputs' types: the layers in the parameters' type, their output cast.
+
+    One along a new axis for each order of the sums, and two of float64 with the least roundings of the accumulator.
+    """
+    found = [results(inputs, plain_network(inputs, order=i)) for i in range(ORDERS)]
+    doubled = inputs.to(torch.float64)
+    accumulator = torch.promote_types(inputs.tensors["x"].dtype, torch.float32)
+    for i in range(2):
+        found.append(results(doubled, plain_network(doubled, roundings=Roundings(accumulator, i))))
+    return {name: torch.stack([answer[name].double() for answer in found]) for name in found[0]}
 
 
-def plain_network(inputs: Inputs) -> Tensor:
-    """The bank by a Linear, an activation and a Linear for each network, taken apart as the published codes do it."""
+def plain_network(inputs: Inputs, order: int = 0, roundings: Roundings | None = None) -> Tensor:
+    """The bank by a Linear, an activation and a Linear for each network, taken apart as the published codes do it.
+
+    Sums begin `order` ORDERS-ths of the way in; `roundings` happen to each stage, on the way there and back.
+    """
     tensors, form = inputs.tensors, inputs.form
     act: Any = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "none": torch.nn.Identity()}[form.activation]
     n, Hkv, D = form.layers, form.kv_heads, form.head_dim
+    rounded = roundings or torch.clone
+    by = {name: size * order // ORDERS for name, size in zip("PEMO", _sums(inputs), strict=True)}
     layers = []
     for g, x in enumerate(tensors["x"]):
-        b1, b2 = (tensors[name][g] if name in tensors else None for name in ("b1", "b2"))
-        y = F.linear(act(F.linear(x, tensors["w1"][g], b1)), tensors["w2"][g], b2)  # [P, O]
+        # the same sums in another order: rows, features and outputs are moved around, and the outputs moved back
+        x = x.roll((by["P"], by["E"]), (0, 1))
+        w1, w2 = (tensors[name][g].roll((by[o], by[i]), (0, 1)) for name, o, i in (("w1", "M", "E"), ("w2", "O", "M")))
+        b1, b2 = (tensors[n][g].roll(by[o], 0) if n in tensors else None for n, o in (("b1", "M"), ("b2", "O")))
+        y = F.linear(rounded(act(rounded(F.linear(x, w1, b1)))), w2, b2)  # [P, O]
+        y = y.roll((-by["P"], -by["O"]), (0, 1))
         for part in y.split(2 * Hkv * D, 1):  # a layer each
             if form.interleaved:
                 key, value = part[:, 0::2], part[:, 1::2]  # [P, Hkv * D]
@@ -195,3 +213,8 @@ def plain_network(inputs: Inputs) -> Tensor:
             layers.append(torch.stack(pair))
     assert len(layers) == n * len(tensors["x"])
     return torch.stack(layers).to(inputs.dtype)
+
+
+def _sums(inputs: Inputs) -> tuple[int, int, int, int]:
+    """P, E, M, O."""
+    return *inputs.tensors["x"].shape[1:], *inputs.tensors["w2"].mT.shape[1:]
