@@ -19,7 +19,7 @@ class Backward {
     using Ops = Operands<Storage, Dot>;
     using Queries = QuerySide<Storage, Dot>;
     using Keys = KeySide<Storage, Dot>;
-    static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold
+    static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold, KeySums' totals aside
     static constexpr int kMaxSlots = 64;         // query blocks kept packed
     static constexpr int kMemoryRows = 32;       // of a unit: more units than heads
     static constexpr bool kFloat32 = sizeof(Storage) == 4;
@@ -52,7 +52,9 @@ class Backward {
     // Tiles that meet one key of a sample, and one prefix row of all samples that may use it.
     static int64_t tiles(const BwdParams &p) { return query_blocks(p.L) * heads(p); }
     static int64_t prefix_tiles(const BwdParams &p) { return (p.T == 1 || p.rows ? p.B : 1) * tiles(p); }
-    static bool is_long(int64_t tiles) { return kFloat32 && tiles > KeySums::kRun; }
+    static bool totals_own(const BwdParams &p) { return kFloat32 && tiles(p) > 4 * KeySums::kRun; }
+    static bool totals_prefix(const BwdParams &p) { return kFloat32 && prefix_tiles(p) > KeySums::kRun; }
+    static bool totals_memory(const BwdParams &p) { return kFloat32 && p.B * query_blocks(p.L) > KeySums::kRun; }
 
     // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
     Backward(const BwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
@@ -62,13 +64,11 @@ class Backward {
         rows_ = arena_.take<float>((int64_t)kLanes * (D_ + 15));
         const int64_t chunk = (int64_t)keys_max_ * Dp_, blocks = tiles(p);
         chunk_ = arena_.take<float>(2 * chunk);
-        if (is_long(fused ? blocks : p.B * blocks)) chunk_total_ = arena_.take<float>(2 * chunk);
         if (p.prefix_dropout_p > 0) dropped_ = arena_.take<float>(2 * chunk);
         dq_ = arena_.take<float>((fused ? blocks : 1) * D_ * kLanes);
         if (fused) {
             prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
             prefix_added_ = arena_.take<int64_t>(chunks(p, p.P));
-            if (is_long(prefix_tiles(p))) prefix_totals_ = arena_.take<float>(2 * p.P * Dp_);
         }
         slots_ = 1;
         queries_[0].allocate(p, arena_);
@@ -78,9 +78,13 @@ class Backward {
             if (next.used() > kBudget) break;
             arena_ = next;
         }
+        budgeted_ = arena_.used();
+        if (totals_own(p) || (!fused && (totals_prefix(p) || totals_memory(p))))
+            chunk_totals_ = arena_.take<float>(2 * chunk);
+        if (fused && totals_prefix(p)) prefix_totals_ = arena_.take<float>(2 * p.P * Dp_);
     }
 
-    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena()).arena_.used() <= kBudget; }
+    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena()).budgeted_ <= kBudget; }
 
     template <class F>
     static void with_scratch(const Job &job, bool fused, F f) {
@@ -119,7 +123,7 @@ class Backward {
         const int64_t n = chunks(p, p.P), p0 = unit % n * job.keys, g = unit / n % p.Hkv, t = unit / n / p.Hkv;
         with_scratch(job, false, [&](Backward &w) {
             const int count = (int)min_of<int64_t>(job.keys, p.P - p0);
-            const KeySums sums = w.chunk_sums(count);
+            const KeySums sums = w.chunk_sums(count, totals_prefix(p));
             sums.clear();
             for (int64_t b = 0; b < p.B; ++b)
                 if (prefix_row(p, b) == t) w.prefix_chunk(b, g, p0, count, sums, false);
@@ -156,7 +160,7 @@ class Backward {
         with_scratch(job, false, [&](Backward &w) {
             const int rows = (int)min_of<int64_t>(kMemoryRows, p.D - d0);
             Queries &q = w.queries_[0];
-            KeySums sums = w.chunk_sums(rows);
+            KeySums sums = w.chunk_sums(rows, totals_memory(p));
             sums.dv = nullptr;
             sums.clear();
             for (int64_t b = 0; b < p.B; ++b)
@@ -197,7 +201,7 @@ class Backward {
     // Own keys s0 .. s0 + n, loaded.
     void own_chunk(int64_t b, int64_t g, int64_t s0, int n, bool with_dq) {
         if (!(p_.dk.data || p_.dv.data)) return all_queries(b, g, nullptr, nullptr, with_dq, [](int64_t) {});
-        const KeySums sums = chunk_sums(n);
+        const KeySums sums = chunk_sums(n, totals_own(p_));
         sums.clear();
         all_queries(b, g, sums.dk, sums.dv, with_dq, [&](int64_t) { sums.added(); });
         sums.finish();
@@ -242,7 +246,9 @@ class Backward {
         const auto at = [&](float *x, int64_t row) { return x ? x + row * Dp_ : nullptr; };
         return {at(sums, first), at(sums, all + first), at(totals, first), at(totals, all + first), added, n * Dp_};
     }
-    KeySums chunk_sums(int n) { return sums_of(chunk_, chunk_total_, keys_max_, 0, n, &chunk_added_); }
+    KeySums chunk_sums(int n, bool totals) {
+        return sums_of(chunk_, totals ? chunk_totals_ : nullptr, keys_max_, 0, n, &chunk_added_);
+    }
     KeySums prefix_sums(int64_t p0) {
         return sums_of(prefix_sums_, prefix_totals_, p_.P, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0),
                        prefix_added_ + p0 / keys_max_);
@@ -282,9 +288,10 @@ class Backward {
     BwdTile<Storage, Dot> tile_;
     Keys keys_;
     Queries queries_[kMaxSlots];
-    // sums: of keys, then of values
-    float *rows_, *dq_, *chunk_, *chunk_total_ = nullptr, *dropped_ = nullptr, *prefix_sums_ = nullptr,
-                                                        *prefix_totals_ = nullptr;
+    int64_t budgeted_;
+    float *rows_, *dq_, *dropped_ = nullptr;
+    // KeySums': of keys, then of values
+    float *chunk_, *chunk_totals_ = nullptr, *prefix_sums_ = nullptr, *prefix_totals_ = nullptr;
     int64_t chunk_added_ = 0, *prefix_added_ = nullptr;
 };
 

@@ -127,8 +127,12 @@ class Forward {
         if (drops) fill_multipliers(p0, np, np_even, s0, ns, n);
 
         for (int i = 0; i < q_.width; i += VL)
-            drops ? softmax<true>(i, np_even, n, prefix_factor, factor)
-                  : softmax<false>(i, np_even, n, prefix_factor, factor);
+            if (is_power_of_2(prefix_factor) && is_power_of_2(factor))
+                drops ? softmax<true, true>(i, np_even, n, prefix_factor, factor)
+                      : softmax<false, true>(i, np_even, n, prefix_factor, factor);
+            else
+                drops ? softmax<true, false>(i, np_even, n, prefix_factor, factor)
+                      : softmax<false, false>(i, np_even, n, prefix_factor, factor);
 
         if (np > 0) {
             const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, 2, value_copy_);
@@ -158,7 +162,7 @@ class Forward {
     }
 
     // One vector of queries over the n rows of the block, the prefix's np first; leaves weights for the second product.
-    template <bool kDrop>
+    template <bool kDrop, bool kExact>
     void softmax(int lane, int np, int n, float prefix_factor, float factor) {
         const int64_t ld = q_.width;
         const vf highest = vmax(maximum(lane, 0, np) * vset(prefix_factor), maximum(lane, np, n) * vset(factor));
@@ -168,11 +172,11 @@ class Forward {
         const vf rescale = vexp2((old_max - pivot) * vset(kLog2e));
         vstore(row_max_ + lane, new_max);
 
-        const vf prefix = gain_ != 1 ? exponentials<kDrop, true>(lane, 0, np, prefix_factor, pivot)
-                                     : exponentials<kDrop, false>(lane, 0, np, prefix_factor, pivot);
+        const vf prefix = gain_ != 1 ? exponentials<kDrop, kExact, true>(lane, 0, np, prefix_factor, pivot)
+                                     : exponentials<kDrop, kExact, false>(lane, 0, np, prefix_factor, pivot);
         vstore(prefix_sum_ + lane, vload(prefix_sum_ + lane) * rescale + prefix);
         vstore(own_sum_ + lane,
-               vload(own_sum_ + lane) * rescale + exponentials<kDrop, false>(lane, np, n, factor, pivot));
+               vload(own_sum_ + lane) * rescale + exponentials<kDrop, kExact, false>(lane, np, n, factor, pivot));
         for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
     }
 
@@ -193,15 +197,17 @@ class Forward {
 
     // Scores of rows begin .. end to weights, with kGain times the gain of prefix dropout; returns their sum without
     // it, from four chains to keep rounding and latency low. A score is rounded before the pivot, a rounded score, is
-    // taken away: of large ones the difference would be what rounding left. The backward does the same.
-    template <bool kDrop, bool kGain>
+    // taken away: of large ones the difference would be what rounding left. The backward does the same. kExact: there
+    // is nothing to round.
+    template <bool kDrop, bool kExact, bool kGain>
     vf exponentials(int lane, int begin, int end, float factor, vf pivot) {
         const int64_t ld = q_.width;
-        const vf f = vset(factor), g = vset(gain_);
+        const vf f = vset(factor), g = vset(gain_), minus_pivot = vzero() - pivot;
         vf sum[4] = {vzero(), vzero(), vzero(), vzero()};
         const auto weight = [&](int r, vf &total) {
-            const vf score = vrounded(vload(scores_ + r * ld + lane) * f);
-            vf x = vexp2((score - pivot) * vset(kLog2e));
+            const vf product = vload(scores_ + r * ld + lane);
+            const vf score = kExact ? vfma(product, f, minus_pivot) : vrounded(product * f) - pivot;
+            vf x = vexp2(score * vset(kLog2e));
             total = total + x;
             if (kGain) x = x * g;
             return kDrop ? x * vload(multipliers_ + r * ld + lane) : x;
