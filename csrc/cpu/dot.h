@@ -23,7 +23,8 @@ inline vf dot_keys(const float *query, const char *keys, ptrdiff_t stride, int n
     }
     transpose(sums, 4 * VL, n, VL, turned, VL);
     for (int step = VL / 2; step > 0; step /= 2)
-        for (int r = 0; r < step; ++r) vstore(turned + r * VL, vload(turned + r * VL) + vload(turned + (r + step) * VL));
+        for (int r = 0; r < step; ++r)
+            vstore(turned + r * VL, vload(turned + r * VL) + vload(turned + (r + step) * VL));
     return vload(turned);
 }
 

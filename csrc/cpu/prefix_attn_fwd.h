@@ -299,9 +299,9 @@ class Forward {
     const QueryBlock q_;
     Arena arena_;
     KeptPrefix &kept_;
-    bool scaled_;   // scores are scaled before they meet a float mask or a cap, not with the exponential
-    float factor_;  // queries_ . keys times this is the score
-    float gain_;    // what prefix dropout multiplies kept elements by
+    bool scaled_;            // scores are scaled before they meet a float mask or a cap, not with the exponential
+    float factor_;           // queries_ . keys times this is the score
+    float gain_;             // what prefix dropout multiplies kept elements by
     float *queries_;         // [words(D)][width]
     float *scores_;          // [keys][width], then the weights
     float *acc_;             // [D][width], out transposed
