@@ -134,7 +134,7 @@ def test_a_packed_projection_errs_as_little() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("B, L", [(3000, 2), (2, 2000)])
+@pytest.mark.parametrize("B, L", [(3000, 2), (1, 16384)])
 def test_prefix_dropout_errs_as_little(B: int, L: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, p, seed = inputs(B, 1, 1, L, 2, 3, 8), 0.25, torch.tensor([5])
     monkeypatch.setattr(torch, "randint", lambda *_, **__: seed)
@@ -211,19 +211,19 @@ def test_weights_of_both_passes_agree_where_scores_are_large(isa: str, L: int, c
     """The backward's weights of a query have the sum 1, so dv of all keys has that of dout. They are recomputed from lse:
     from another sum of the products, or another rounding, each would be wrong by a part of the score.
     """
-    tensors = inputs(3, 2, 2, L, 90, 7, 80)
+    tensors = inputs(1, 2, 2, L, 90, 7, 80)
     for name in ("q", "k", "prefix_k"):
-        tensors[name] *= 40
-    dout = torch.ones_like(tensors["q"])
+        tensors[name] *= 300
+    dout = torch.eye(L, 80).expand(1, 2, L, 80)  # an element for each query
 
     def ours(*args: Tensor) -> Tensor:
         out: Tensor = prefix_attention(*args, is_causal=causal, backend="cpu")  # type: ignore[assignment]
         return out
 
     found = gradients(ours, tensors, dout)
-    total = found["v"].double().sum((0, 2)) + found["prefix_v"].double().sum(1)
-    # nearly every query sees one key, whose weight is 1 to the bit; lse of the few others rounds as in any float32
-    torch.testing.assert_close(total, torch.full_like(total, 3.0 * L), rtol=5e-5, atol=0)
+    total = (found["v"].double().sum((0, 2)) + found["prefix_v"].double().sum(1))[:, :L]
+    # nearly every query sees one key; lse of the few others rounds as in any float32, here by up to 4e-3
+    assert ((total - 1).abs() < 1e-6).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -243,7 +243,8 @@ def test_scores_of_any_size_give_finite_results(isa: str, L: int, causal: bool, 
         ours, expected = (attend(backend, *tensors.values()) for backend in ("cpu", "reference"))
         assert ours.isfinite().all(), f"out of scores from {size}"
         # one key takes all, and both sides find the same one, but where two are as near as rounding
-        assert ((ours - expected).abs() < 0.1).double().mean() > 0.9
+        near = ((ours - expected).abs() < 0.1).double().mean()
+        assert near > 0.9, f"out of scores from {size}: {near}"
         found = gradients(lambda *t: attend("cpu", *t), tensors, dout)
         for name, t in found.items():
             assert t.isfinite().all(), f"d{name} of scores from {size}"
