@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prefixattn.attach.training import watched
 from prefixattn.config import Defaults, PrefixConfig
 from prefixattn.plus import PrefixPlusConfig
 from prefixattn.prefix import Geometry
@@ -89,6 +90,7 @@ class Adapter:
             self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
             self.model.requires_grad_(False)
             self.enter()
+            self.model.__dict__["zero_grad"] = self.zero_grad
         self.prefixes.append(prefix)
         self.prefix = prefix
         try:
@@ -97,6 +99,7 @@ class Adapter:
             self.remove(prefix)
             self.prefix = before
             raise
+        watched(prefix)
 
     def activate(self, prefix: "Attached") -> None:
         self.prefix = prefix
@@ -109,8 +112,15 @@ class Adapter:
         if self.prefixes:
             return
         self.leave()
+        self.model.__dict__.pop("zero_grad", None)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The model's while it has prefixes: loops that zero the model's gradients mean all that they train."""
+        type(self.model).zero_grad(self.model, set_to_none)
+        for prefix in self.prefixes:
+            prefix.zero_grad(set_to_none)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -203,6 +203,7 @@ class HuggingFaceAdapter(Adapter):
             raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
         if self.override is not None:
             return (), {**kwargs, "prefix_call": self.override}
+        prefix.begin()
         chosen = prefix.choose(ids, first.shape[0], self._dtype(first.device), first.device)
         if self.defaults.positions == "shifted":
             self._prepare_decoder(first, kwargs, chosen.shift)
