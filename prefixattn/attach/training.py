@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from prefixattn.optim.average import Average
 
-CLOSE = 1e-3  # of two norms of one gradient, on processors that may differ
+CLOSE = 1e-5  # of two norms of one gradient, on processors that may differ
 
 
 class Watched:
@@ -73,10 +73,11 @@ def _before_any_step(optimizer: Optimizer, *_: Any) -> None:
             known.looked_at.add(optimizer)
         if several and known.average.processes() > 1 and _holds(optimizer, prefix):
             known.average()
-            known.average.stepped()
             if optimizer not in known.compared:
+                known.average.agree()  # that all are here
                 _compare_others(prefix, optimizer, known.average)
                 known.compared.add(optimizer)
+            known.average.stepped()
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -141,14 +142,15 @@ def _refuse_what_leaves_out(prefix: Any, optimizer: Optimizer) -> None:
 
 
 def _compare_others(prefix: Any, optimizer: Optimizer, average: Average) -> None:
-    """RuntimeError if what is trained beside the prefix is averaged by nobody, at its first step."""
+    """RuntimeError if what is trained beside the prefix is averaged by nobody, at the first step."""
     own = {id(p) for p in prefix.parameters()}
-    names = {id(p): name for name, p in prefix._adapter.model.named_parameters()} if prefix._adapter else {}
-    others = [(i, p) for i, p in enumerate(_parameters(optimizer)) if id(p) not in own and _is_whole(p)]
+    others = {f"parameter {i}": p for i, p in enumerate(_parameters(optimizer))}
+    others |= {} if prefix._adapter is None else dict(prefix._adapter.model.named_parameters())
+    named = {id(p): name for name, p in others.items()}  # the model's names come last
     mine = {
-        names.get(id(p), f"parameter {i}"): float(torch.linalg.vector_norm(p.grad))
-        for i, p in others
-        if p.grad is not None
+        named[id(p)]: float(torch.linalg.vector_norm(p.grad))
+        for p in others.values()
+        if id(p) not in own and p.grad is not None and _is_whole(p)
     }
     found: Any = [None] * average.processes()
     dist.all_gather_object(found, mine, group=average.group)

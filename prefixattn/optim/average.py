@@ -81,7 +81,7 @@ class Average:
         dirty = [p for p in wanted if id(p) in self.dirty and self._dense(p) is not None]
         if not sources and not dirty and all(p.grad is not None for p in wanted):
             return
-        self._agree()
+        self.agree()
         for source in sources:
             # set first: reading it must not come back here
             source.changed()
@@ -101,8 +101,7 @@ class Average:
         """Before the first forward pass of a training: all processes take the numbers of their first."""
         if self.started or self.processes() == 1 or not any(p.requires_grad for p in self.parameters):
             return
-        self._check_shapes(self._differing([list(p.shape) for p in self.parameters]))
-        if self._differing([_bits(p) for p in self.parameters]):
+        if not self._same_numbers("begins a forward pass"):
             warnings.warn(
                 "the prefixes of the processes differ before the first step, and all become that of the first process; "
                 "a process that shall train its own alone needs prefix.process_group = False",
@@ -116,44 +115,42 @@ class Average:
                     p.copy_(whole)
         self.started = True
 
-    def _agree(self) -> None:
+    def agree(self) -> None:
         """RuntimeError on every process if they do not come here with the same."""
-        counts = [self._count(p) for p in self.parameters]
-        shapes = [list(p.shape) for p in self.parameters]
-        start = None if self.started else [_bits(p) for p in self.parameters]
-        found = self._differing((shapes, counts, (self.steps, self.backwards), start))
-        self.started = True
-        if not found:
-            return
-        all_shapes, all_counts, clocks, _ = zip(*found, strict=True)
-        self._check_shapes(list(all_shapes))
-        if any(c != counts for c in all_counts) or any(c != clocks[0] for c in clocks):
+        if not self._same_numbers("asks for gradients"):
             raise RuntimeError(
-                "the processes have gradients of different prefix parameters: process by process they found "
-                f"{list(all_counts)}, after {[c[0] for c in clocks]} steps and {[c[1] for c in clocks]} backward passes "
-                "since; each must run backward through the same prefixes, equally often, before a step"
+                "the prefixes of the processes differ before the first step: each must start with the same numbers; "
+                "seed all alike before attach, or load one file"
             )
-        raise RuntimeError(
-            "the prefixes of the processes differ before the first step: each must start with the same numbers; seed "
-            "all alike before attach, or load one file"
-        )
+        self.started = True
 
-    def _differing(self, mine: Any) -> list[Any]:
-        """What all processes have, if that differs."""
-        number = zlib.crc32(repr(mine).encode())
-        both = torch.tensor([number, -number], device=self.parameters[0].device)
+    def _same_numbers(self, place: str) -> bool:
+        """False if the parameters differ at the start; RuntimeError on every process if anything else does."""
+        shapes = [list(p.shape) for p in self.parameters]
+        counts = [self._count(p) for p in self.parameters]
+        numbers = None if self.started else [_bits(p) for p in self.parameters]
+        mine = (place, shapes, counts, self.steps, self.backwards, numbers)
+        # of one size on all, whatever they have
+        short = zlib.crc32(repr(mine).encode())
+        both = torch.tensor([short, -short], device=self.parameters[0].device)
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         if both[0] == -both[1]:
-            return []
+            return True
         found: list[Any] = [None] * self.processes()
         dist.all_gather_object(found, mine, group=self.group)
-        return found
-
-    def _check_shapes(self, shapes: list[Any]) -> None:
-        if any(s != shapes[0] for s in shapes):
+        places, all_shapes, all_counts, steps, backwards, _ = map(list, zip(*found, strict=True))
+        if any(s != shapes for s in all_shapes):
             raise RuntimeError(
-                f"the processes have prefixes of different sizes: {shapes}, process by process; each must attach the same"
+                f"the processes have prefixes of different sizes: {all_shapes}, process by process; each must attach "
+                "the same"
             )
+        if any(f[:5] != mine[:5] for f in found):
+            raise RuntimeError(
+                "the processes have gradients of different prefix parameters: process by process each "
+                f"{' / '.join(places)}, with gradients {all_counts}, after {steps} steps and {backwards} backward "
+                "passes since; each must run backward through the same prefixes, equally often, before a step"
+            )
+        return False
 
     def _sources(self) -> list[Source]:
         found: dict[int, Source] = {}
