@@ -15,6 +15,8 @@ from prefixattn.optim.testing import loss, network, targets, two_processes
 from prefixattn.plus import PrefixPlusConfig
 
 STEPS = 4
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found: by scenario the result and the bytes of each collective call."""

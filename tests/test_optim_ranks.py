@@ -31,7 +31,9 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def plain(groups: list[Any]) -> list[Any]:
-    return [p for g in groups for p in (g["params"].parameters() if isinstance(g["params"], nn.Module) else g["params"])]
+    return [
+        p for g in groups for p in (g["params"].parameters() if isinstance(g["params"], nn.Module) else g["params"])
+    ]
 
 
 class Headed(nn.Module):

@@ -13,7 +13,7 @@ from prefixattn.optim.testing import two_processes
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed: transformers' Trainer needs it")
-from prefixattn.attach.testing import tiny, token_ids
+from prefixattn.attach.testing import tiny, token_ids  # noqa: E402
 
 NOT_TRAINED = "without its prefix, whose gradients it neither clips nor zeroes"
 IN_NONE = "without the prefix on LlamaForCausalLM, which got a gradient and is in no optimizer"
@@ -76,9 +76,7 @@ class Sequences(prefixattn.PrefixTrainer, transformers.Seq2SeqTrainer):
 
 @pytest.mark.parametrize("cls", [transformers.Trainer, transformers.Seq2SeqTrainer, Theirs])
 @pytest.mark.parametrize("given", ["made by it", "given", "a head too"])
-def test_a_trainer_that_knows_no_prefix_is_stopped_before_its_first_step(
-    cls: Any, given: str, tmp_path: Path
-) -> None:
+def test_a_trainer_that_knows_no_prefix_is_stopped_before_its_first_step(cls: Any, given: str, tmp_path: Path) -> None:
     model, prefix = attached_model()
     model.lm_head.requires_grad_(given == "a head too")
     optimizers = (torch.optim.SGD(prefix.parameters(), lr=0.1), None) if given == "given" else (None, None)

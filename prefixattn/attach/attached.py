@@ -111,7 +111,10 @@ class Attached(nn.Module):
         return (steps(), *((t.data_ptr(), t._version) for t in sources))
 
     def begin(self) -> None:
-        """Before a forward pass of the model chooses: several processes start a training with the same numbers."""
+        """Before a forward pass of the model chooses: several processes begin a training with the same numbers.
+
+        In the first pass with gradients they wait for each other.
+        """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.average.start()
 

@@ -39,6 +39,8 @@ class PrefixTrainer(Trainer):
     `optimizers=`. `max_grad_norm` clips what is trained. Where the model is a language model that `labelled_loss` takes
     and nothing else is asked of the loss (smoothing, a function of your own), training steps compute logits at labelled
     positions only; `labelled=False` leaves the loss to the model.
+
+    It goes before another Trainer among the bases of a class: ``class Mine(PrefixTrainer, SFTTrainer)``.
     """
 
     trains_prefixes = True  # which prefixattn.attach.training asks of a Trainer
@@ -67,7 +69,9 @@ class PrefixTrainer(Trainer):
 
         def prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
             # on CPUs it is not asked whether there is something to reduce, without which that cannot be wrapped
-            if self.accelerator.distributed_type == "MULTI_CPU" and not any(p.requires_grad for p in model.parameters()):
+            if self.accelerator.distributed_type == "MULTI_CPU" and not any(
+                p.requires_grad for p in model.parameters()
+            ):
                 kwargs["evaluation_mode"] = True
             return prepare(model, *args, **kwargs)
 

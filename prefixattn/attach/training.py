@@ -1,4 +1,4 @@
-"""What happens around an optimizer's step: no prefix is left out of training in silence, or trained by each process alone.
+"""What happens around an optimizer's step: no prefix is left out in silence, or trained by each process alone.
 
 torch tells of every optimizer's step, and of no optimizer before it. So whoever trains an attached model is looked at
 when the first step is about to be made.
@@ -27,7 +27,7 @@ class Watched:
     def __init__(self) -> None:
         self.average = Average()
         self.looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self.compared: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose other gradients are equal everywhere
+        self.compared = False  # what is trained beside it, with the other processes'
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, Watched] = weakref.WeakKeyDictionary()
@@ -66,17 +66,18 @@ def _after_any_step(*_: Any) -> None:
 
 def _before_any_step(optimizer: Optimizer, *_: Any) -> None:
     several = dist.is_available() and dist.is_initialized()
-    for prefix, known in list(_watched.items()):
+    for prefix in filter(None, [ref() for ref in _watched.keyrefs()]):
+        known = _watched[prefix]
         if optimizer not in known.looked_at and _waits(prefix):
             _refuse_trainers(prefix)
             _refuse_what_leaves_out(prefix, optimizer)
             known.looked_at.add(optimizer)
         if several and known.average.processes() > 1 and _holds(optimizer, prefix):
             known.average()
-            if optimizer not in known.compared:
+            if not known.compared:
                 known.average.agree()  # that all are here
                 _compare_others(prefix, optimizer, known.average)
-                known.compared.add(optimizer)
+                known.compared = True
             known.average.stepped()
 
 
@@ -97,7 +98,7 @@ def _waits(prefix: Any) -> bool:
 
 
 def _refuse_trainers(prefix: Any) -> None:
-    """transformers' Trainer asks the model for what to train, to clip, to zero and to save; the prefix is none of it."""
+    """transformers' Trainer trains, clips, zeroes and saves what the model has; the prefix is none of it."""
     trainer = _running_trainer()
     if trainer is None or getattr(trainer, "trains_prefixes", False):
         return
@@ -115,8 +116,8 @@ def _refuse_trainers(prefix: Any) -> None:
 
 def _running_trainer() -> Any:
     """The Trainer that called, if one did: none is known here, and none says that it begins."""
-    cls = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    frame = sys._getframe(1) if isinstance(cls, type) else None
+    cls: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame = None if cls is None else sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if issubclass(type(caller), cls):

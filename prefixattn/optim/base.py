@@ -47,8 +47,8 @@ class Factored(torch.optim.Optimizer):
         super().__init__(params if isinstance(params[0], dict) else [{"params": params}], defaults)
         if not self.given:
             warnings.warn(
-                f"{type(self).__name__} got parameters and no module: it knows no network, makes every gradient and "
-                "averages none; give the prefix itself, not prefix.parameters()",
+                f"{type(self).__name__} got parameters and no module: it knows no network and makes whole gradients; "
+                "give the prefix itself, not prefix.parameters()",
                 stacklevel=3,
             )
 
