@@ -43,7 +43,9 @@ def _check_number(name: str, x: object) -> None:
         try:
             float(x)
         except OverflowError:
-            raise ValueError(f"{name} is an integer of {x.bit_length()} bits, expected a number that a float holds") from None
+            raise ValueError(
+                f"{name} is an integer of {x.bit_length()} bits, expected a number that a float holds"
+            ) from None
 
 
 def as_number(x: Any) -> Any:

@@ -24,6 +24,7 @@ from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.reference import PHIS
 
+
 def prefix_attention(
     q: Tensor,  # [B, H, L, D], or without B in q, k and v
     k: Tensor,  # [B, Hkv, S, D]
@@ -355,5 +356,3 @@ def _lengths_per_sample(lengths: Tensor, ids: Tensor | None, B: int, T: int, P: 
     if ids is not None and lengths.shape[0] == T:
         return lengths[ids]
     return lengths.expand(B).contiguous()
-
-

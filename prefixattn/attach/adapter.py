@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prefixattn.attach.training import watched
 from prefixattn.config import Defaults, PrefixConfig
 from prefixattn.plus import PrefixPlusConfig
 from prefixattn.prefix import Geometry
@@ -93,6 +94,7 @@ class Adapter:
                 self.wrapped = _in_peft(self.model)
                 self.model.requires_grad_(False)
                 self.enter()
+                self.model.__dict__["zero_grad"] = self.zero_grad
             try:
                 self.verify(prefix)
             except BaseException:
@@ -101,6 +103,7 @@ class Adapter:
                 raise
             self.prefixes = [*self.prefixes, prefix]
             self.prefix = prefix
+        watched(prefix)
 
     def activate(self, prefix: "Attached") -> None:
         self.prefix = prefix
@@ -116,10 +119,17 @@ class Adapter:
 
     def _undo(self) -> None:
         self.leave()
+        self.model.__dict__.pop("zero_grad", None)
         if _in_peft(self.model) and not self.wrapped:
             return  # PEFT came later and froze the model for itself
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The model's while it has prefixes: loops that zero the model's gradients mean all that they train."""
+        type(self.model).zero_grad(self.model, set_to_none)
+        for prefix in self.prefixes:
+            prefix.zero_grad(set_to_none)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.training import steps, watched
+from prefixattn.optim.average import Average
 from prefixattn.plus import Memory
 from prefixattn.prefix import Geometry
 
@@ -66,21 +67,6 @@ class _Asked(threading.local):
 
 asked = _Asked()
 
-_steps = 0  # of all optimizers of the process
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def steps() -> int:
-    """Of all optimizers so far: torch's fused ones leave no trace in a tensor's version."""
-    return _steps
-
 
 class Attached(nn.Module):
     """Something trainable on a frozen model, with parameters of its own."""
@@ -105,6 +91,23 @@ class Attached(nn.Module):
         """The layers that have a prefix, counted through all kinds of attention of the model."""
         return self.config.slots(self._geometry.kinds)
 
+    @property
+    def process_group(self) -> Any:
+        """Of the processes that train it together and average its gradients.
+
+        None: all, if torch.distributed is initialized; False: this one alone; or a torch ProcessGroup.
+        """
+        return self.average.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.average.group = group
+
+    @property
+    def average(self) -> Average:
+        """What averages its gradients over processes."""
+        return watched(self).average
+
     def sources(self) -> Iterator[Tensor]:
         """What it is made of: its parameters, and perhaps weights of the model."""
         yield from self.parameters()
@@ -115,7 +118,15 @@ class Attached(nn.Module):
         if any(t.is_inference() for t in sources):
             return None
         # the count, because torch's fused optimizers leave no trace in a version
-        return (_steps, *((t.data_ptr(), t._version) for t in sources))
+        return (steps(), *((t.data_ptr(), t._version) for t in sources))
+
+    def begin(self) -> None:
+        """Before a forward pass of the model chooses: several processes begin a training with the same numbers.
+
+        In the first pass with gradients they wait for each other.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.average.start()
 
     def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
         """What a forward pass of `batch` samples gets, for which the caller passed the prefix_ids `ids`."""

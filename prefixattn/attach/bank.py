@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from prefixattn.attach.adapter import Adapter, making
-from prefixattn.attach.attached import Chosen, LayerPrefix, steps
+from prefixattn.attach.attached import Chosen, LayerPrefix
 from prefixattn.attach.prefix import Prefix
+from prefixattn.attach.training import steps
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import PrefixRows
 

@@ -324,6 +324,7 @@ class HuggingFaceAdapter(Adapter):
             batch *= first.shape[1]
             if isinstance(ids, Tensor) and ids.shape == first.shape[:1]:
                 ids = ids.repeat_interleave(first.shape[1])
+        prefix.begin()
         chosen = prefix.choose(ids, batch, self._dtype(first.device), first.device)
         if not self.base.config.is_encoder_decoder:
             chosen = chosen._replace(shift=self._without_padding(chosen.shift, kwargs))

@@ -149,6 +149,7 @@ class TimmAdapter(Adapter):
                 "a prefix with reentrant checkpoints: no input of a frozen model's first block wants a gradient, and "
                 "such checkpoints pass none on; call timm.layers.set_reentrant_ckpt(False)"
             )
+        prefix.begin()
         return prefix.call(prefix.choose(None, 0, self._dtype(), self.device))
 
     def call_for(self, slot: int) -> PrefixCall:
