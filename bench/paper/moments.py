@@ -24,6 +24,7 @@ from methods import load_model, make_method
 from runs import digest, load_state, provenance, read_json, save_state, thinned, write_json
 
 HERE = Path(__file__).resolve().parent
+AGAIN = "the same command goes on with the first way that is not finished"
 WAYS: dict[str, str | tuple[str, str]] = {
     "torch.optim.AdamW": "torch",
     "float32": "float32",
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command("moments.py", main, "the same command goes on with the first way that is not finished"))
+    sys.exit(command("moments.py", main, AGAIN))

@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the scripts of this folder, who all import this file
 
-class Refusal(ValueError):
-    """Bad input that one line explains; the command line prints it and exits with status 1."""
+from command import Refusal
 
 
 @contextmanager

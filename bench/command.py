@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
-from runs import Refusal
-
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 AGAIN = "the same command goes on from the last checkpoint"
 NOTHING = "nothing was written; the same command starts anew"
+interrupted: list[str] = []  # under pytest, where fixtures end as after a whole run: what stopped it
+
+
+class Refusal(ValueError):
+    """Bad input that one line explains; the command line prints it and exits with status 1."""
 
 
 class Stopped(BaseException):
@@ -45,16 +48,16 @@ def command(name: str, work: Callable[[], int | None], again: str = AGAIN) -> in
     except Refusal as error:
         return _say(name, str(error), 1)
     except KeyboardInterrupt:
-        return _say(name, f"stopped; {again}", 130)
+        return _say(name, f"stopped; {again}", 130, "\n")
     except Stopped as stopped:
-        return _say(name, f"stopped by {signal.Signals(stopped.number).name}; {again}", 128 + stopped.number)
+        return _say(name, f"stopped by {signal.Signals(stopped.number).name}; {again}", 128 + stopped.number, "\n")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _say(name: str, words: str, status: int) -> int:
-    print(f"{name}: {words}", file=sys.stderr)
+def _say(name: str, words: str, status: int, ahead: str = "") -> int:
+    print(f"{ahead}{name}: {words}", file=sys.stderr)  # ahead: a line of progress may be unfinished
     return status
 
 
