@@ -138,6 +138,19 @@ def test_a_saver_that_is_killed_leaves_a_whole_state_and_the_next_one_cleans_up(
         assert len(left) == 2 and left > {"prefix.json"}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_saver_left_is_in_nobodys_way(kind: str, savers: dict[str, Any], tmp_path: Path) -> None:
+    work = tmp_path / saving.WORK
+    work.mkdir()
+    for name in ("lock", "prefix.json", "bank.safetensors", "adapter_config.json", "adapter_model.safetensors", "more"):
+        (work / name).write_text("half")
+    with pytest.raises(ValueError, match="holds neither"):
+        prefixattn.load(tiny_gpt2(), tmp_path)
+    savers[kind][0](tmp_path, 1.0)
+    assert not work.exists()
+    assert kind == "folded" or numbers(read(tiny_gpt2(), tmp_path), savers, (kind,)) == [1.0]
+
+
 def test_savers_in_threads_wait_for_each_other(savers: dict[str, Any], tmp_path: Path) -> None:
     errors: list[BaseException] = []
 
