@@ -16,7 +16,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
-MOST = 2**22  # bytes of a JSON file or a safetensors header
+MOST = 2**24  # bytes of a JSON file or a safetensors header: a text's token ids, as many as a prefix may have rows, fit
 WIDEST = 16  # bytes of a number
 WORDS = 1_000  # characters of a message
 
@@ -78,7 +78,8 @@ def described(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        words = str(error) if str(path.parent) in str(error) else f"{path}: {error}"
+        named = tuple(str(path.with_name(start)) for start in (path.name, "prefix-", "adapter_"))
+        words = str(error) if str(error).startswith(named) else f"{path}: {error}"
         raise ValueError(_cut(words, WORDS + 2 * len(str(path))).replace("\n", " ")) from None
     except (TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         words = f"{path} does not describe a prefix ({type(error).__name__}: {error})"

@@ -40,20 +40,26 @@ class Saver:
         os.replace(self._work / name, self.folder / name)
 
     def remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        if (self.folder / name).exists():
+            self._sync()
+            (self.folder / name).unlink()
 
     def tidy(self, stale: Callable[[str], bool]) -> None:
         """Removes what no reader looks at any more, once what replaces it is on the disk; what stays harms nobody."""
+        self._sync()
+        for path in self.folder.iterdir():
+            if stale(path.name):
+                with suppress(OSError):
+                    path.unlink()
+
+    def _sync(self) -> None:
+        """Renames so far reach the disk before what comes next, if its file system can say so."""
         with suppress(OSError):
             directory = os.open(self.folder, os.O_RDONLY)
             try:
                 os.fsync(directory)
             finally:
                 os.close(directory)
-        for path in self.folder.iterdir():
-            if stale(path.name):
-                with suppress(OSError):
-                    path.unlink()
 
 
 @contextmanager

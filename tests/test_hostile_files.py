@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import random
 import shutil
 import struct
@@ -19,7 +20,7 @@ from prefixattn import PrefixBank, PrefixConfig, PrefixPlusConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
-from prefixattn import checkpoint
+from prefixattn import checkpoint, files
 from prefixattn.attach import attached
 from prefixattn.attach.testing import tiny_gpt2
 
@@ -178,3 +179,34 @@ def run(name: str, saved: Path, tmp_path: Path, seeds: range) -> None:
         shutil.rmtree(folder)
     assert refusals > len(seeds) / 2
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_in_the_working_folder_is_named_too(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved / "deep", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "prefix.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "config": {**values["config"], "share": "."}}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^prefix\.json: share is '\.', expected one of"):
+        prefixattn.load(tiny_gpt2(), ".")
+
+
+@pytest.mark.parametrize("name", ["prefix.json", "prefix-*.safetensors", "bank.safetensors", "adapter_*.safetensors"])
+def test_a_file_of_another_size_is_refused_before_it_is_read(name: str, saved: Path, tmp_path: Path) -> None:
+    """Each is a tebibyte that takes no place on the disk."""
+    kind = {"b": "bank", "a": "peft"}.get(name[0], "deep")
+    shutil.copytree(saved / kind, tmp_path, dirs_exist_ok=True)
+    [path] = tmp_path.glob(name)
+    whole = path.read_bytes()
+    for start in (whole, b"", (2**30).to_bytes(8, "little"), b"[" * 100):
+        path.write_bytes(start)
+        os.truncate(path, 2**40)
+        with pytest.raises(ValueError, match=f"^{path} "):
+            prefixattn.load(tiny_gpt2(), tmp_path)
+
+
+def test_as_many_token_ids_as_a_prefix_may_have_rows_are_saved() -> None:
+    ids = [999_999] * 2**20
+    assert len(files.json_bytes({"config": PrefixConfig(share="none", init=ids).to_dict()})) < files.MOST
