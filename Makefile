@@ -54,7 +54,8 @@ $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	@# torch's builds for CUDA bring their own triton, and no other
 	$(PY) -c 'import triton' 2>/dev/null || \
 	    $(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^triton==' $(TESTED))"
-	@# without torchvision, of which there is none for torch's builds for CPUs; the tests do without it
+	@# without torchvision, of which there is none for torch's builds for CPUs: the tests do without it, and "import timm"
+	@# outside of them does not (README, "timm's vision transformers")
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^timm==' $(TESTED))"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@

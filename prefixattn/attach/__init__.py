@@ -153,10 +153,16 @@ def load(model: nn.Module, folder: str | Path) -> Any:
 
 def read(adapter: Adapter, folder: str | Path) -> Prefix | PrefixPlus:
     """What is saved in `folder`, for the adapter's model, to which it is not attached yet."""
-    from prefixattn import checkpoint  # here, for the sake of installations without safetensors
-    from prefixattn.attach import bank_file
+    from prefixattn import checkpoint, saving  # here, for the sake of installations without safetensors
 
     folder = Path(folder)
+    return saving.whole(folder, checkpoint.STATE, lambda: _read(adapter, folder))
+
+
+def _read(adapter: Adapter, folder: Path) -> Prefix | PrefixPlus:
+    from prefixattn import checkpoint
+    from prefixattn.attach import bank_file
+
     file = folder / bank_file.NAME
     if file.is_file():
         config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=False)
@@ -165,8 +171,6 @@ def read(adapter: Adapter, folder: str | Path) -> Prefix | PrefixPlus:
     if isinstance(saved, PrefixPlusConfig):
         assert isinstance(encoder, Memories)
         return PrefixPlus(saved, adapter, encoder)
-    if saved.count is not None:
-        raise ValueError(f"{folder} has count={saved.count} in {checkpoint.JSON}, expected None: a bank is one file")
     prefix = Prefix(saved, adapter, encoder)
     if gate is not None and prefix.gate is not None:
         prefix.gate.data = gate

@@ -162,6 +162,7 @@ class Prefix(Attached):
     def export_peft(self, folder: str | Path) -> None:
         """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only, with the gate in them.
 
+        What `save_pretrained` wrote there stays, and is what `load` reads; an adapter is replaced.
         PEFT shifts positions, has one length for all layers, and of an encoder-decoder a prefix in the decoder's
         self-attention alone; ValueError says what it cannot hold.
         """
