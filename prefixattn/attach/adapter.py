@@ -85,32 +85,45 @@ class Adapter:
     def install(self, prefix: "Attached") -> None:
         """Adds a prefix, which becomes the active one."""
         before = self.prefix
-        if not self.prefixes:
+        first = not self.prefixes
+        if first:
             self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
             self.model.requires_grad_(False)
-            self.enter()
         self.prefixes.append(prefix)
-        self.prefix = prefix
         try:
+            if first:
+                self.enter()
+            self.prefix = prefix
             self.verify()
         except BaseException:
+            self.prefix = before
             self.remove(prefix)
             self.prefix = before
             raise
 
     def activate(self, prefix: "Attached") -> None:
+        """Of one that is here, or a copy of one, which is a guest: `detach` of those that are here waits for no guest."""
+        if not self.prefixes:
+            raise ValueError("the prefix is a copy of one that is detached from its model; attach or load a new one")
         self.prefix = prefix
 
     def remove(self, prefix: "Attached") -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
-        self.prefixes = [p for p in self.prefixes if p is not prefix]
-        if self.prefix is prefix:
+        here = [p for p in self.prefixes if p is not prefix]
+        guest, self.prefixes = len(here) == len(self.prefixes), here
+        if self.prefix is prefix or not self.prefixes:
             self.prefix = self.prefixes[-1] if self.prefixes else None
-        if self.prefixes:
+        if self.prefixes or guest:
             return
         self.leave()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for prefix in self.prefixes:
+            # copied before its model, as when both are in one module, it would still be on the original
+            prefix.__dict__["_adapter"] = self
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from prefixattn.attach import copies
 from prefixattn.attach.adapter import Adapter
 from prefixattn.plus import Memory
 from prefixattn.prefix import Geometry
@@ -86,6 +87,7 @@ class Attached(nn.Module):
         self._adapter: Adapter | None = adapter
         self._geometry = adapter.geometry
         self._masses: dict[int, Tensor] | None = None
+        self._origin: copies.Origin | None = None  # of one that was copied with its model
 
     @property
     def geometry(self) -> Geometry:
@@ -119,6 +121,8 @@ class Attached(nn.Module):
 
     def call(self, chosen: Chosen) -> PrefixCall:
         """What the layers of the model get with a forward pass."""
+        if self._origin is not None and not torch.compiler.is_compiling():
+            self._check_origin(self._origin)
         dropout_p = getattr(self.config, "dropout", 0.0) if self.training else 0.0
         # one of the two is empty
         prefixes, memories = dict(zip(self.slots, chosen.prefixes)), dict(zip(self.slots, chosen.memories))  # noqa: B905
@@ -126,6 +130,7 @@ class Attached(nn.Module):
 
     def activate(self) -> None:
         """Makes this the prefix that the model attends to, of several that are attached to it."""
+        self._origin = None
         self._attached().activate(self)
 
     @property
@@ -171,6 +176,16 @@ class Attached(nn.Module):
             parameter.copy_(found[name])
         if gate is not None and isinstance(own_gate := getattr(self, "gate", None), Tensor):
             own_gate.copy_(gate)
+
+    def _check_origin(self, origin: copies.Origin) -> None:
+        if not origin.check(self, self._attached().model):
+            self._origin = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attached":
+        return copies.copied(self, memo)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_origin": None}
 
     def _attached(self) -> Adapter:
         if self._adapter is None:

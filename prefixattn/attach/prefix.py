@@ -174,4 +174,4 @@ class Prefix(Attached):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**super().__getstate__(), "_cache": None}
