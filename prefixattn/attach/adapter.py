@@ -1,7 +1,8 @@
 """`Adapter`: what a model with prefixes has beside it, from its first `attach` to its last `detach`."""
 
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from prefixattn.attach.attached import Attached
 
 
+_changing = threading.RLock()  # one attach or detach at a time in a process: models may share modules
 Choice = TypeVar("Choice", PrefixConfig, PrefixPlusConfig)
 
 
@@ -36,6 +38,7 @@ class Adapter:
         self.prefix: Attached | None = None  # the active one
         self.active = True
         self.flags: dict[str, bool] = {}
+        self.wrapped = False  # by PEFT, before attach
 
     # what a subclass says
 
@@ -47,8 +50,8 @@ class Adapter:
         """The layers as they were before `enter`."""
         raise NotImplementedError
 
-    def verify(self) -> None:
-        """NotImplementedError if the active prefix does not reach the output. One token or image is run."""
+    def verify(self, prefix: "Attached") -> None:
+        """NotImplementedError if a prefix does not reach the output. Some tokens or one image are run."""
         raise NotImplementedError
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
@@ -83,23 +86,22 @@ class Adapter:
         return config
 
     def install(self, prefix: "Attached") -> None:
-        """Adds a prefix, which becomes the active one."""
-        before = self.prefix
-        first = not self.prefixes
-        if first:
-            self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
-            self.model.requires_grad_(False)
-        self.prefixes.append(prefix)
-        try:
-            if first:
-                self.enter()
+        """Adds a prefix, which becomes the active one: of passes that begin then, if the model serves meanwhile."""
+        with _changing:
+            if not self.prefixes:
+                self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+                self.wrapped = _in_peft(self.model)
+                self.model.requires_grad_(False)
+            try:
+                if not self.prefixes:
+                    self.enter()
+                self.verify(prefix)
+            except BaseException:
+                if not self.prefixes:
+                    self._undo()
+                raise
+            self.prefixes = [*self.prefixes, prefix]
             self.prefix = prefix
-            self.verify()
-        except BaseException:
-            self.prefix = before
-            self.remove(prefix)
-            self.prefix = before
-            raise
 
     def activate(self, prefix: "Attached") -> None:
         """Of one that is here, or a copy of one, which is a guest: `detach` of those that are here waits for no guest."""
@@ -109,13 +111,18 @@ class Adapter:
 
     def remove(self, prefix: "Attached") -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
-        here = [p for p in self.prefixes if p is not prefix]
-        guest, self.prefixes = len(here) == len(self.prefixes), here
-        if self.prefix is prefix or not self.prefixes:
-            self.prefix = self.prefixes[-1] if self.prefixes else None
-        if self.prefixes or guest:
-            return
+        with _changing:
+            here = [p for p in self.prefixes if p is not prefix]
+            guest, self.prefixes = len(here) == len(self.prefixes), here
+            if self.prefix is prefix or not self.prefixes:
+                self.prefix = self.prefixes[-1] if self.prefixes else None
+            if not self.prefixes and not guest:
+                self._undo()
+
+    def _undo(self) -> None:
         self.leave()
+        if _in_peft(self.model) and not self.wrapped:
+            return  # PEFT came later and froze the model for itself
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
 
@@ -139,12 +146,27 @@ class Adapter:
 
 
 @contextmanager
+def making() -> Iterator[None]:
+    """Where a prefix is made: its parameters can be trained and have numbers, wherever the caller is."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules in evaluation mode; each in its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = [module for module in model.modules() if module.training]
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in modes:
+            module.training = True
+
+
+def _in_peft(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())

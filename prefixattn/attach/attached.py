@@ -1,5 +1,6 @@
 """What is attached to a model: the base of `Prefix` and `PrefixPlus`, and what their layers get with a forward pass."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,15 @@ class PrefixCall(NamedTuple):
         return slot in self.prefixes or slot in self.memories
 
 
+class _Asked(threading.local):
+    """The weight on a prefix that this thread asks for, by prefix: slot -> [B, H, L]."""
+
+    def __init__(self) -> None:
+        self.masses: dict[Any, dict[int, Tensor]] = {}
+
+
+asked = _Asked()
+
 _steps = 0  # of all optimizers of the process
 
 
@@ -86,7 +96,6 @@ class Attached(nn.Module):
         # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
         self._adapter: Adapter | None = adapter
         self._geometry = adapter.geometry
-        self._masses: dict[int, Tensor] | None = None
         self._origin: copies.Origin | None = None  # of one that was copied with its model
 
     @property
@@ -126,7 +135,8 @@ class Attached(nn.Module):
         dropout_p = getattr(self.config, "dropout", 0.0) if self.training else 0.0
         # one of the two is empty
         prefixes, memories = dict(zip(self.slots, chosen.prefixes)), dict(zip(self.slots, chosen.memories))  # noqa: B905
-        return PrefixCall(prefixes, dropout_p, chosen.ids, chosen.lengths, self._masses, chosen.shift, memories)
+        masses = None if torch.compiler.is_compiling() else asked.masses.get(self)
+        return PrefixCall(prefixes, dropout_p, chosen.ids, chosen.lengths, masses, chosen.shift, memories)
 
     def activate(self) -> None:
         """Makes this the prefix that the model attends to, of several that are attached to it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, Chosen, LayerPrefix
+from prefixattn.attach.attached import Attached, Chosen, LayerPrefix, asked
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, SimpleShare
 
@@ -30,7 +30,6 @@ class Prefix(Attached):
         dtype = next(encoder.parameters()).dtype  # a checkpoint has one type
         self.gate = nn.Parameter(torch.ones(slots, dtype=dtype)) if config.gate else None  # [N]
         self._cache: tuple[tuple[Any, ...], list[LayerPrefix]] | None = None
-        self._masses: dict[int, Tensor] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -128,12 +127,17 @@ class Prefix(Attached):
         """
         if not self.is_active:
             raise ValueError("the prefix is not the model's active one; call activate() first")
-        self._masses = {}
+        masses = asked.masses.setdefault(self, {})
         try:
             self._attached().model(*args, **inputs)
-            found = [self._masses[slot] for slot in self.slots]
         finally:
-            self._masses = None
+            del asked.masses[self]
+        if missing := [slot for slot in self.slots if slot not in masses]:
+            raise ValueError(
+                f"{len(missing)} of {len(self.slots)} layers with a prefix told no mass: they did not run, or in "
+                "compiled code"
+            )
+        found = [masses[slot] for slot in self.slots]
         if len({t.shape for t in found}) > 1:
             raise ValueError(f"the layers' queries differ in number: {sorted({tuple(t.shape) for t in found})}")
         return torch.stack(found)

@@ -108,10 +108,9 @@ class TimmAdapter(PassingAdapter):
 
     # what attach asks
 
-    def verify(self) -> None:
+    def verify(self, prefix: Attached) -> None:
         """Runs one black image without and with random rows, and looks whether each layer's output moved."""
-        assert self.prefix is not None
-        geometry, slots = self.geometry, self.prefix.slots
+        geometry, slots = self.geometry, prefix.slots
         generator = torch.Generator("cpu").manual_seed(0)
         shape = 2, geometry.kv_heads, 1, geometry.head_dim
         rows = torch.randn(shape, generator=generator, device="cpu").to(self.device)

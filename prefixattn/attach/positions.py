@@ -1,0 +1,130 @@
+"""Where a Hugging Face model's token positions pass, so that a prefix can take the first P of them.
+
+Models make positions in their own ways: counted from 0, from the padding mask, past a padding index, in three axes for
+images. So they are not made anew but shifted where the model hands them on: at its rotary or position embedding
+(`Positions.embeddings`), found by running it. A model that hands them to its layers takes them as an argument.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefixattn.attach import interface
+
+
+class Positions(NamedTuple):
+    """Paths are from the base model on."""
+
+    embeddings: tuple[str, ...] = ()  # modules that are called with positions
+    argument: bool = False  # there are none, but the model takes `position_ids`, by default 0, 1, ...
+    padded: bool = False  # a rotary model whose positions count padding on the left
+
+    def __bool__(self) -> bool:
+        return bool(self.embeddings) or self.argument
+
+
+class Seen(NamedTuple):
+    """A call of a position embedding."""
+
+    path: str
+    positions: Tensor
+
+
+@contextmanager
+def watched(base: nn.Module, stack: nn.Module, layers: list[str]) -> Iterator[list[Seen]]:
+    """Collects the calls of position embeddings in `stack`, a part of `base`, that are outside its `layers`."""
+    seen: list[Seen] = []
+    inside = tuple(f"{path}." for path in map(_layer, layers))
+    within = {id(module) for module in stack.modules()}
+    with ExitStack() as hooks:
+        for path, module in base.named_modules():
+            # a layer that a checkpoint runs again would not meet the shift of its pass
+            if id(module) not in within or f"{path}.".startswith(inside) or not _takes_positions(path, module):
+                continue
+
+            def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                found = named(module, args, kwargs)[argument(module)]
+                if isinstance(found, Tensor) and not found.is_floating_point():
+                    seen.append(Seen(path, found))
+
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        yield seen
+
+
+def embeddings(seen: list[Seen]) -> tuple[str, ...]:
+    """The innermost of those that were called: one hands positions on to the next."""
+    paths = dict.fromkeys(call.path for call in seen)
+    return tuple(path for path in paths if not any(other.startswith(f"{path}.") for other in paths))
+
+
+def is_rotary(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return not isinstance(module, nn.Embedding) and ("rot" in name or "rope" in name)
+
+
+def argument(module: nn.Module) -> str:
+    """The name of the argument that has the positions."""
+    return "position_ids" if "position_ids" in interface.arguments(module) else "input"
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names; positions that are missing are None."""
+    return {argument(module): None, **dict(zip(interface.arguments(module), args, strict=False)), **kwargs}
+
+
+def replaced(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other positions, where the caller gave them."""
+    name = argument(module)
+    if name in kwargs:
+        return args, {**kwargs, name: positions}
+    at = interface.arguments(module).index(name)
+    return (*args[:at], positions, *args[at + 1 :]), kwargs
+
+
+def count(module: nn.Module) -> int | None:
+    """How many positions an embedding has; a rotary or computed one has no end."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    return int(module.num_embeddings) - int(getattr(module, "offset", 0))
+
+
+def padding_on_the_left(mask: Tensor) -> Tensor:  # [B, n] -> [B, 1]
+    return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def shifted(positions: Tensor, shift: int | Tensor, most: int | None) -> Tensor:
+    """Positions after those of the prefix, which must be fewer than `most`.
+
+    Args:
+        shift: The prefix's length, or one for each sample, [B, 1].
+    """
+    positions = positions + shift
+    if most is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        last = int(positions.max()) if positions.numel() else 0
+        if last >= most:
+            raise ValueError(
+                f"position {last} is past the model's {most} positions, {int(torch.as_tensor(shift).max())} of "
+                "which the prefix takes; shorten the input or use positions='unshifted'"
+            )
+    return positions
+
+
+def _takes_positions(path: str, module: nn.Module) -> bool:
+    if isinstance(module, PreTrainedModel):
+        return False
+    name = path.rpartition(".")[2].lower()
+    table = isinstance(module, nn.Embedding) and ("pos" in name or name == "wpe")
+    return table or "position_ids" in interface.arguments(module)
+
+
+def _layer(site: str) -> str:
+    """The layer around an attention, an element of a list of layers."""
+    found = re.match(r"(.*?\.\d+)(\.|$)", f".{site}")
+    return found[1][1:] if found else site
