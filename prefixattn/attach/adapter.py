@@ -74,7 +74,13 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+        """Where the model computes. Weights that accelerate offloads lie on meta in the meantime."""
+        device: torch.device = next(self.base.parameters()).device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.base.modules())
+            known = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(d) for d in known if d is not None), device)
+        return device
 
     def resolve(self, config: Choice) -> Choice:
         """The config with the model's own choices, if a prefix of it fits the model."""

@@ -1,6 +1,7 @@
 """`Prefix`: a prefix of keys and values on a model, from `attach` to `detach`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class Prefix(Attached):
         """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
-        with torch.autocast(device_type, enabled=False):
+        # there is no autocast on meta to switch off, and torch raises
+        with nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
             if isinstance(self.encoder, (DeepShare, DeepShares)):
                 bank = self.encoder(dtype)
             elif isinstance(self.encoder, SimpleShare):

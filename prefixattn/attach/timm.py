@@ -147,14 +147,15 @@ class TimmAdapter(PassingAdapter):
         if size is None:
             size = [4 * n for n in _patch(self.base)]
         parameter = next(self.base.parameters() if embedding is None else embedding.parameters())
-        return torch.zeros(1, self._channels(), *size, device=parameter.device, dtype=parameter.dtype)
+        return torch.zeros(1, self._channels(), *size, device=self.device, dtype=parameter.dtype)
 
     def _channels(self) -> int:
         known = getattr(self.base, "pretrained_cfg", None) or {"input_size": (3, 0, 0)}
         return int(getattr(self.base, "in_chans", known["input_size"][0]))
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
-        return timm_layers.project(self.found[slot], self.around[slot], vectors)
+        # a block that was taken out of the model may have stayed behind when that moved
+        return timm_layers.project(self.found[slot], self.around[slot], vectors, self.device)
 
     def projection_parameters(self, slot: int) -> Iterator[Tensor]:
         return timm_layers.projection_parameters(self.found[slot], self.around[slot])

@@ -98,13 +98,24 @@ def attend(
     layer: Any, call: PrefixCall, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     """The forward pass of `layer` on x [B, N, E] with the prefix that `call` has for it."""
+    fused = layer.fused_attn
+    if is_causal and attn_mask is not None:
+        if fused:
+            raise ValueError("attn_mask and is_causal=True exclude each other; give a mask that contains causality")
+        attn_mask = None  # as timm's own unfused attention has it
+    dropping = layer.attn_drop
+    if not fused and (dropping._forward_hooks or dropping._forward_pre_hooks):
+        raise NotImplementedError(
+            "a hook on attn_drop waits for attention weights, which attention with a prefix never makes; inside "
+            "prefix.disabled() the model makes those that it has without the prefix"
+        )
     gate = None if layer.gate is None else layer.gate(x).sigmoid()
     packed, slot = _packed(layer, x), layer.prefix_slot
     found, memory = call.prefixes.get(slot), call.memories.get(slot)
     want_mass = call.masses is not None and found is not None
     options: dict[str, Any] = {
         "attn_mask": attn_mask,
-        "dropout_p": layer.attn_drop.p if layer.training else 0.0,
+        "dropout_p": dropping.p if (layer if fused else dropping).training else 0.0,
         "is_causal": is_causal,
         "prefix_dropout_p": call.dropout_p if found is not None else 0.0,
         "return_prefix_mass": want_mass,
@@ -217,16 +228,18 @@ def projection_parameters(layer: Any, around: Any) -> Iterator[Tensor]:
     yield from layer.k_norm.parameters()
 
 
-def project(layer: Any, around: Any, vectors: Tensor) -> Tensor:
-    """Keys and values [2, Hkv, P, D] of `vectors` [P, E], which take the place of what the block reads.
+def project(layer: Any, around: Any, vectors: Tensor, device: torch.device) -> Tensor:
+    """Keys and values [2, Hkv, P, D] on `device` of `vectors` [P, E], which take the place of what the block reads.
 
     Keys are not rotated: a prefix has no position.
     """
     weight = layer.proj.weight
-    rows = _norm(layer, around)(vectors.to(device=weight.device, dtype=weight.dtype))
+    # offloaded weights are on meta until their modules run
+    where = device if weight.device.type == "meta" else weight.device
+    rows = _norm(layer, around)(vectors.to(device=where, dtype=weight.dtype))
     packed = _packed(layer, rows[None])
     if packed is not None:
         key, value = packed[0, :, 1:].unbind(1)  # [P, H, D]
     else:
         key, value = (part(rows).view(len(rows), kv_heads(layer), layer.head_dim) for part in (layer.k_proj, layer.v_proj))
-    return torch.stack([layer.k_norm(key), value]).transpose(1, 2)
+    return torch.stack([layer.k_norm(key), value]).transpose(1, 2).to(device)
