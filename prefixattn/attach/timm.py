@@ -129,10 +129,12 @@ class TimmAdapter(PassingAdapter):
         """What each layer makes of a black image."""
         outputs: dict[int, Tensor] = {}
         layers = {layer: slot for slot, layer in enumerate(self.found)}
-        handles = [
-            layer.register_forward_hook(lambda layer, args, out: outputs.__setitem__(layers[layer], out))
-            for layer in layers
-        ]
+
+        def keep(layer: nn.Module, args: Any, out: Tensor) -> None:
+            if self.passes.override is call:  # in this thread
+                outputs[layers[layer]] = out
+
+        handles = [layer.register_forward_hook(keep) for layer in layers]
         try:
             with evaluating(self.base), torch.no_grad(), self.overriding(call):
                 self.base(self._image())
