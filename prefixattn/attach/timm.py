@@ -92,12 +92,13 @@ class TimmAdapter(PassingAdapter):
                 f"{self.paths[here[0]]} has a prefix, but this forward pass of {type(self.base).__name__} did not "
                 f"call it ({len(here)} such layers): its output is without that prefix"
             )
-        ours = {id(layer) for layer in self.found}
-        if (new := [path for path, module, _ in _attentions(self.base) if id(module) not in ours]) and modules:
-            return (
-                f"{new[0]} of {type(self.base).__name__} came after attach and has no prefix, while that of "
-                f"{self.paths[slots[0]]} meets no layer; detach() before layers are replaced, and attach after"
-            )
+        ours, paths = {id(layer) for layer in self.found}, {self.paths[slot] for slot in slots}
+        for path, module, _ in _attentions(self.base):
+            if path in paths and id(module) not in ours:
+                return (
+                    f"{path} of {type(self.base).__name__} came after attach and has no prefix, and the prefix of the "
+                    "one before it meets no layer; detach() before layers are replaced, and attach after"
+                )
         return None
 
     def _compiled(self, slot: int) -> bool:
