@@ -41,14 +41,14 @@ class HuggingFaceAdapter(Adapter):
         self.positions = Positions()
         self.sites: list[probe.Site] = []
         self.paths = self._stacks()
-        self._refuse_weights()
+        probe.refuse(model, base)
         plain = probe.trials(base)
         calls = self._tried(plain)
         self.sites = probe.sites(base, calls)
         self.paths = [p for p in self.paths if not p or any(f"{s.path}.".startswith(f"{p}.") for s in self.sites)]
         with self._entered(), self.overriding(PLAIN):
             self.own = probe.own_attentions(base, plain[0].inputs)
-        self.whole = self._whole()
+        self.whole = probe.outermost(model, base)
         kinds: dict[str, int] = {}
         for site in self.sites:
             kinds[site.kind] = kinds.get(site.kind, 0) + 1
@@ -61,7 +61,7 @@ class HuggingFaceAdapter(Adapter):
         )
         self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
         if base.main_input_name == "input_ids":
-            self.positions = self._positions(plain)
+            self.positions = positions.find(base, [site.path for site in self.sites], plain, self.decodes)
         self.defaults = self._defaults(config)
 
     # what attach finds out
@@ -72,21 +72,6 @@ class HuggingFaceAdapter(Adapter):
         if self.base.config.is_encoder_decoder:
             stacks |= {id(self.base.get_encoder()), id(self.base.get_decoder())}
         return [path for path, module in self.base.named_modules() if not path or id(module) in stacks]
-
-    def _refuse_weights(self) -> None:
-        name = type(self.base).__name__
-        if self.device.type == "meta":
-            raise NotImplementedError(
-                f"the weights of {name} are on the meta device, where attach can try nothing; attach after they are "
-                "loaded, or before they are offloaded"
-            )
-        for module in self.model.modules():
-            config = module.__dict__.get("config")
-            if isinstance(config, PreTrainedConfig) and getattr(config, "output_attentions", False):
-                raise NotImplementedError(
-                    f"config.output_attentions is True in {type(module).__name__}, but attention with a prefix never "
-                    "makes its weights; set it to False"
-                )
 
     def _tried(self, plain: list[probe.Trial]) -> list[interface.Watched]:
         """The calls of attention, with masks in the smallest form in which the model makes what it makes plainly."""
@@ -107,41 +92,6 @@ class HuggingFaceAdapter(Adapter):
             yield
         finally:
             self.leave()
-
-    def _whole(self) -> Any:
-        """The outermost model, through which users go, if it runs on what attach tries a model with."""
-        try:
-            probe.run(self.model, probe.example(self.model))
-        except Exception:  # a head that wants other inputs
-            return self.base
-        return self.model
-
-    def _positions(self, plain: list[probe.Trial]) -> Positions:
-        """Where positions pass in the decoder, or in the only stack."""
-        stack = self.base.get_decoder() if self.base.config.is_encoder_decoder else self.base
-        layers = [site.path for site in self.sites]
-        found: list[list[positions.Seen]] = []
-        for trial in (plain[0], plain[-1]):
-            with positions.watched(self.base, stack, layers) as seen:
-                probe.run(self.base, trial.inputs)
-            found.append(seen)
-        paths = positions.embeddings(found[0])
-        padded = len(plain) > 1 and self.decodes
-        if paths:
-            counted = [s.positions for s in found[1] if s.path in paths]
-            rotary = all(positions.is_rotary(self.base.get_submodule(path)) for path in paths)
-            padded = padded and rotary and all(_counts_from_zero(t) for t in counted)
-            return Positions(paths, padded=padded)
-        argument = self.decodes and "position_ids" in interface.arguments(self.base)
-        if not argument:
-            return Positions()
-        for trial in plain:
-            tokens = trial.inputs["input_ids"]
-            given = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape)
-            out, _ = probe.run(self.base, {**trial.inputs, "position_ids": given})
-            argument = argument and probe.differs(trial, out) is None
-        rotary = any(map(positions.is_rotary, self.base.modules()))
-        return Positions((), argument, padded and argument and rotary)
 
     def _defaults(self, config: Any) -> Defaults:
         if self.base.main_input_name == "pixel_values":
@@ -238,9 +188,8 @@ class HuggingFaceAdapter(Adapter):
         """Runs some tokens with a random prefix of one row, and looks whether the output moved."""
         if self.own and prefix.config.attentions == "all":
             path = self.own[0]
-            others = "" if list(self.geometry.kinds) == ["self"] else (
-                f"; attentions={list(self.geometry.kinds)} leaves such layers out"
-            )
+            kinds = list(self.geometry.kinds)
+            others = "" if kinds == ["self"] else f"; attentions={kinds} leaves such layers out"
             raise NotImplementedError(
                 f"{type(self.base).__name__} has layers with an attention of their own, which would get no prefix: "
                 f"{path} is a {type(self.base.get_submodule(path)).__name__}{others}"
@@ -441,7 +390,6 @@ class HuggingFaceAdapter(Adapter):
         dtype: torch.dtype = self.base.dtype
         return dtype
 
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "thread": None, "traced": 0}
 
@@ -450,8 +398,3 @@ class HuggingFaceAdapter(Adapter):
 
 
 _INPUTS = "input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds"
-
-
-def _counts_from_zero(found: Tensor) -> bool:
-    """Whether positions are 0, 1, ... in each row, padding or not."""
-    return bool((found == torch.arange(found.shape[-1], device=found.device)).all())

@@ -21,7 +21,9 @@ from prefixattn.attach.attached import LayerPrefix, PrefixCall
 from prefixattn.functional import prefix_attention
 
 NAME = "prefixattn"  # with masks in their smallest form
-EXPLICIT = {form: f"{NAME}_{form}_masks" for form in ("sdpa", "eager")}  # in transformers' own, for models that rework them
+EXPLICIT = {
+    form: f"{NAME}_{form}_masks" for form in ("sdpa", "eager")
+}  # in transformers' own, for models that rework them
 NAMES = (NAME, *EXPLICIT.values())
 PLAIN = PrefixCall({}, 0.0)
 
@@ -67,7 +69,10 @@ def arguments(module: nn.Module) -> tuple[str, ...]:
         names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
         kinds = {p.kind for p in parameters}
         # of what only hands all its arguments on, the part behind it knows their names
-        _arguments[cls] = names, inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
+        _arguments[cls] = (
+            names,
+            inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds,
+        )
     return _arguments[cls][0]
 
 
@@ -207,9 +212,14 @@ def attention_with_prefix(
     for name in ("s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with a prefix does not take {name}")
+    if key.shape[3] != value.shape[3]:
+        raise NotImplementedError(
+            f"a {type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}; "
+            "attention with a prefix takes one width for both"
+        )
     slot = getattr(module, "prefix_slot", None)
     if slot is not None and prefix_call is None:
-        raise RuntimeError(
+        raise NotImplementedError(
             f"a {type(module).__name__} with a prefix was run without it: the call passed the model's hooks by. Call "
             "the model, or its encoder or decoder, itself: model(...), not model.forward(...) and not a layer alone; "
             "without the prefix: disabled() or detach()"
@@ -218,7 +228,8 @@ def attention_with_prefix(
     attention_mask, causal = _read(attention_mask, is_causal, module)
     if not torch.compiler.is_compiling() and _watching.calls is not None:
         carried, used = prefix_call is not None, call.has(slot)
-        seen = Watched(module, *query.shape[1:3], key, value, carried, used, causal or _hides_later(attention_mask))
+        _, H, L, _ = query.shape
+        seen = Watched(module, H, L, key, value, carried, used, causal or _hides_later(attention_mask))
         _watching.calls.append(seen)
     if attention_mask is not None and (columns := attention_mask.shape[-1]) != key.shape[2]:
         if not causal or columns > key.shape[2]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixattn.attach import interface
+from prefixattn.attach import interface, probe
 
 
 class Positions(NamedTuple):
@@ -33,6 +33,40 @@ class Seen(NamedTuple):
 
     path: str
     positions: Tensor
+
+
+def find(base: Any, layers: list[str], plain: list[probe.Trial], decodes: bool) -> Positions:
+    """Where positions pass in the decoder of `base`, or in its only stack.
+
+    Args:
+        layers: Paths of the layers that attend.
+        plain: What the model makes of some inputs, the last ones padded on the left if it takes such.
+        decodes: The only stack is causal.
+    """
+    stack = base.get_decoder() if base.config.is_encoder_decoder else base
+    found: list[list[Seen]] = []
+    for trial in (plain[0], plain[-1]):
+        with watched(base, stack, layers) as seen:
+            probe.run(base, trial.inputs)
+        found.append(seen)
+    paths = _innermost(found[0])
+    padded = len(plain) > 1 and decodes
+    if paths:
+        rotary = all(_is_rotary(base.get_submodule(path)) for path in paths)
+        counted = all(_counts_from_zero(call.positions) for call in found[1] if call.path in paths)
+        return Positions(paths, padded=padded and rotary and counted)
+    argument = decodes and "position_ids" in interface.arguments(base)
+    for trial in plain if argument else ():
+        tokens = trial.inputs["input_ids"]
+        given = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape)
+        out, _ = probe.run(base, {**trial.inputs, "position_ids": given})
+        argument = argument and probe.differs(trial, out) is None
+    return Positions((), argument, padded and argument and any(map(_is_rotary, base.modules())))
+
+
+def _counts_from_zero(found: Tensor) -> bool:
+    """Whether positions are 0, 1, ... in each row, padding or not."""
+    return bool((found == torch.arange(found.shape[-1], device=found.device)).all())
 
 
 @contextmanager
@@ -56,13 +90,13 @@ def watched(base: nn.Module, stack: nn.Module, layers: list[str]) -> Iterator[li
         yield seen
 
 
-def embeddings(seen: list[Seen]) -> tuple[str, ...]:
+def _innermost(seen: list[Seen]) -> tuple[str, ...]:
     """The innermost of those that were called: one hands positions on to the next."""
     paths = dict.fromkeys(call.path for call in seen)
     return tuple(path for path in paths if not any(other.startswith(f"{path}.") for other in paths))
 
 
-def is_rotary(module: nn.Module) -> bool:
+def _is_rotary(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     return not isinstance(module, nn.Embedding) and ("rot" in name or "rope" in name)
 

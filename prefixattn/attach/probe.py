@@ -32,6 +32,31 @@ class Trial(NamedTuple):
     kept: Tensor | None  # [B, L], bool
 
 
+def refuse(model: nn.Module, base: Any) -> None:
+    """NotImplementedError if a model cannot be tried as it is."""
+    name = type(base).__name__
+    if execution_device(base).type == "meta":
+        raise NotImplementedError(
+            f"the weights of {name} are on the meta device, where attach can try nothing; attach after they are "
+            "loaded, or before they are offloaded"
+        )
+    for module in model.modules():
+        if getattr(module.__dict__.get("config"), "output_attentions", False) is True:
+            raise NotImplementedError(
+                f"config.output_attentions is True in {type(module).__name__}, but attention with a prefix never "
+                "makes its weights; set it to False"
+            )
+
+
+def outermost(model: Any, base: Any) -> Any:
+    """The model through which users go, if it runs on what attach tries a model with; else its base."""
+    try:
+        run(model, example(model))
+    except Exception:  # a head that wants other inputs
+        return base
+    return model
+
+
 def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
     """The inputs of a forward pass of `model` on the tokens `ids`, or on some, or on one black image."""
     config, name, device = model.config, model.main_input_name, execution_device(model)
@@ -43,7 +68,8 @@ def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
                 f"{type(model).__name__} takes images, but its config has no image_size, so attach cannot try it"
             )
         height, width = (size, size) if isinstance(size, int) else size
-        return {name: torch.zeros(1, config.num_channels, height, width, device=device, dtype=model.dtype)}
+        channels = getattr(config, "num_channels", 3)
+        return {name: torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
     if name != "input_ids":
         raise NotImplementedError(
             f"{type(model).__name__} takes {name}; attach tries a model with tokens (input_ids) or images "
@@ -126,7 +152,7 @@ def differs(trial: Trial, out: Tensor) -> float | None:
 
 
 def _brief(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = next(iter(str(error).splitlines()), "") or f"a {type(error).__name__} without words"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
