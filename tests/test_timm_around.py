@@ -57,7 +57,7 @@ def test_the_plain_model_is_traced_inside_disabled():
 
 @OLD
 def test_an_attention_layer_made_for_prefixes_is_not_scripted():
-    with pytest.raises(NotImplementedError, match="timm's own Attention in place of prefixattn.timm_attention"):
+    with pytest.raises(NotImplementedError, match=r"timm's own Attention, not prefixattn\.timm_attention"):
         torch.jit.script(tiny("vit", attn_layer=prefixattn.timm_attention))
 
 
@@ -70,7 +70,9 @@ def test_functions_of_parameters_and_of_images():
     x.requires_grad_()
     model(x).sum().backward()
     torch.testing.assert_close(torch.func.grad(lambda x: model(x).sum())(images()), x.grad)
-    with pytest.raises(NotImplementedError, match="no rule for torch.func.vmap; fold the mapped axis into the batch"):
+    with pytest.raises(
+        NotImplementedError, match=r"no rule for torch\.func\.vmap; fold the mapped axis into the batch"
+    ):
         torch.vmap(lambda image: model(image[None]))(images())
 
 
@@ -138,7 +140,7 @@ def test_the_model_in_a_wrapper_gets_the_prefix(wrapper):
 
 
 def test_a_class_that_holds_a_model_is_refused():
-    with pytest.raises(NotImplementedError, match="does not know the class Sequential.*give that model"):
+    with pytest.raises(NotImplementedError, match=r"does not know the class Sequential.*give that model"):
         prefixattn.attach(nn.Sequential(tiny("vit")), FREE)
 
 

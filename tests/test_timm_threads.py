@@ -84,7 +84,7 @@ def copying(model, prefix, folder):
 
 
 def tracing(model, prefix, folder):
-    with pytest.raises(NotImplementedError, match="torch.fx"):
+    with pytest.raises(NotImplementedError, match=r"torch\.fx"):
         torch.fx.symbolic_trace(model)
 
 

@@ -110,7 +110,7 @@ class Adapter:
             self.prefix = prefix
 
     def activate(self, prefix: "Attached") -> None:
-        """Of one that is here, or a copy of one, which is a guest: `detach` of those that are here waits for no guest."""
+        """Of one that is here, or of a copy of one: a guest, who goes with the last of those that are here."""
         if not self.prefixes:
             raise ValueError("the prefix is a copy of one that is detached from its model; attach or load a new one")
         self.prefix = prefix

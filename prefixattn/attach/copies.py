@@ -1,7 +1,7 @@
 """Copies of a prefix, and how to tell one that an average of its model left behind.
 
-A copy of a model has a copy of its prefix. What averages models (timm's ModelEmaV3, torch's AveragedModel) copies one and
-then writes to the copy's parameters and buffers, among which no prefix is.
+A copy of a model has a copy of its prefix. What averages models (timm's ModelEmaV3, torch's AveragedModel) copies one
+and then writes to the copy's parameters and buffers, among which no prefix is.
 """
 
 import copy
@@ -43,8 +43,8 @@ class Origin:
         kind = type(copied).__name__
         if trained and written:
             raise ValueError(
-                f"the weights of this copy of a model were averaged or loaded, and its {kind} still is what it was when "
-                f"the model was copied, while the original was trained on: {ADVICE}"
+                f"the weights of this copy of a model were averaged or loaded, and its {kind} still is what it was "
+                f"when the model was copied, while the original was trained on: {ADVICE}"
             )
         # a copy may be meant to stay as it is, as a teacher or the best so far
         if (trained or (original is None and written)) and not self.warned:

@@ -80,8 +80,8 @@ class TimmAdapter(PassingAdapter):
     def _alone(self, what: str) -> None:
         if threads.inside_elsewhere(self.base):
             raise ValueError(
-                f"{what}: another thread is in the middle of a forward pass of this {type(self.base).__name__}, part of "
-                "which would run with the prefix and part without; wait until it is over"
+                f"{what}: another thread is in the middle of a forward pass of this {type(self.base).__name__}, part "
+                "of which would run with the prefix and part without; wait until it is over"
             )
 
     def lost(self, slots: list[int]) -> str | None:

@@ -29,8 +29,8 @@ class _Prefixed(nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         raise NotImplementedError(
-            "torch.jit.script cannot compile attention with a prefix; torch.export.export can. For the model without its "
-            "prefix call prefix.detach() before, and use timm's own Attention in place of prefixattn.timm_attention"
+            "torch.jit.script cannot compile attention with a prefix; torch.export.export can. For the model without "
+            "its prefix call prefix.detach() before, and use timm's own Attention, not prefixattn.timm_attention"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -241,5 +241,7 @@ def project(layer: Any, around: Any, vectors: Tensor, device: torch.device) -> T
     if packed is not None:
         key, value = packed[0, :, 1:].unbind(1)  # [P, H, D]
     else:
-        key, value = (part(rows).view(len(rows), kv_heads(layer), layer.head_dim) for part in (layer.k_proj, layer.v_proj))
+        key, value = (
+            part(rows).view(len(rows), kv_heads(layer), layer.head_dim) for part in (layer.k_proj, layer.v_proj)
+        )
     return torch.stack([layer.k_norm(key), value]).transpose(1, 2).to(device)
