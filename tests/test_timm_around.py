@@ -216,3 +216,51 @@ def test_a_prefix_can_be_trained_wherever_it_was_made(where, method):
     copied = copy.deepcopy(model)
     with torch.inference_mode():
         torch.testing.assert_close(copied(images()), model(images()), **SAME)
+
+
+@pytest.fixture
+def one_process():
+    distributed = pytest.importorskip("torch.distributed", reason="torch has no torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["attach", "shard"])
+@pytest.mark.parametrize("share", ["none", "deep", "simple"])
+def test_a_model_that_is_sharded(share, first, one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model):
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+
+    def attach(model):
+        torch.manual_seed(0)
+        return prefixattn.attach(model, METHODS[share])
+
+    model, whole = tiny("vit"), tiny("vit")
+    reference = attach(whole)
+    expected = whole(images())
+    expected.square().mean().backward()
+    if first == "attach":
+        prefix = attach(model)
+        shard(model)
+    else:
+        shard(model)
+        if share == "simple":
+            with pytest.raises(NotImplementedError, match="those of layer 0 are sharded; fold"):
+                attach(model)
+            return
+        prefix = attach(model)
+    if share == "simple":
+        with pytest.raises(NotImplementedError, match="those of layer 0 are sharded; fold"):
+            model(images())
+        return
+    out = model(images())
+    out.square().mean().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    gradients = [p.grad for p in prefix.parameters()]
+    torch.testing.assert_close(gradients, [p.grad for p in reference.parameters()], rtol=1e-5, atol=1e-5)
