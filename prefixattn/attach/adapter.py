@@ -75,7 +75,13 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+        """Where the model computes. Weights that accelerate offloads lie on meta in the meantime."""
+        device: torch.device = next(self.base.parameters()).device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.base.modules())
+            known = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(d) for d in known if d is not None), device)
+        return device
 
     def resolve(self, config: Choice) -> Choice:
         """The config with the model's own choices, if a prefix of it fits the model."""
@@ -83,8 +89,18 @@ class Adapter:
         slots = config.slots(self.geometry.kinds)
         if isinstance(config, PrefixConfig) and config.share == "simple":
             for slot in slots:
-                list(self.projection_parameters(slot))  # which refuses a layer that it does not know
+                list(self.weights(slot))  # which refuses a layer that it does not know
         return config
+
+    def weights(self, slot: int) -> Iterator[Tensor]:
+        """`projection_parameters`, if they are whole."""
+        for parameter in self.projection_parameters(slot):
+            if hasattr(parameter, "full_tensor"):
+                raise NotImplementedError(
+                    "share='simple' makes keys and values with the model's own weights, and those of layer "
+                    f"{slot} are sharded; fold() the prefix before fully_shard, or take share='deep' or 'none'"
+                )
+            yield parameter
 
     def install(self, prefix: "Attached") -> None:
         """Adds a prefix, which becomes the active one: of passes that begin then, if the model serves meanwhile."""
@@ -93,9 +109,10 @@ class Adapter:
                 self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
                 self.wrapped = _in_peft(self.model)
                 self.model.requires_grad_(False)
-                self.enter()
-                self.model.__dict__["zero_grad"] = self.zero_grad
             try:
+                if not self.prefixes:
+                    self.enter()
+                    self.model.__dict__["zero_grad"] = self.zero_grad
                 self.verify(prefix)
             except BaseException:
                 if not self.prefixes:
@@ -106,15 +123,19 @@ class Adapter:
         watched(prefix)
 
     def activate(self, prefix: "Attached") -> None:
+        """Of one that is here, or of a copy of one: a guest, who goes with the last of those that are here."""
+        if not self.prefixes:
+            raise ValueError("the prefix is a copy of one that is detached from its model; attach or load a new one")
         self.prefix = prefix
 
     def remove(self, prefix: "Attached") -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
         with _changing:
-            self.prefixes = [p for p in self.prefixes if p is not prefix]
-            if self.prefix is prefix:
+            here = [p for p in self.prefixes if p is not prefix]
+            guest, self.prefixes = len(here) == len(self.prefixes), here
+            if self.prefix is prefix or not self.prefixes:
                 self.prefix = self.prefixes[-1] if self.prefixes else None
-            if not self.prefixes:
+            if not self.prefixes and not guest:
                 self._undo()
 
     def _undo(self) -> None:
@@ -130,6 +151,12 @@ class Adapter:
         type(self.model).zero_grad(self.model, set_to_none)
         for prefix in self.prefixes:
             prefix.zero_grad(set_to_none)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for prefix in self.prefixes:
+            # copied before its model, as when both are in one module, it would still be on the original
+            prefix.__dict__["_adapter"] = self
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefixattn.attach import copies
 from prefixattn.attach.adapter import Adapter
 from prefixattn.attach.training import steps, watched
 from prefixattn.optim.average import Average
@@ -81,6 +82,7 @@ class Attached(nn.Module):
         # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
         self._adapter: Adapter | None = adapter
         self._geometry = adapter.geometry
+        self._origin: copies.Origin | None = None  # of one that was copied with its model
 
     @property
     def geometry(self) -> Geometry:
@@ -139,6 +141,8 @@ class Attached(nn.Module):
 
     def call(self, chosen: Chosen) -> PrefixCall:
         """What the layers of the model get with a forward pass."""
+        if self._origin is not None and not torch.compiler.is_compiling():
+            self._check_origin(self._origin)
         dropout_p = getattr(self.config, "dropout", 0.0) if self.training else 0.0
         # one of the two is empty
         prefixes, memories = dict(zip(self.slots, chosen.prefixes)), dict(zip(self.slots, chosen.memories))  # noqa: B905
@@ -147,6 +151,7 @@ class Attached(nn.Module):
 
     def activate(self) -> None:
         """Makes this the prefix that the model attends to, of several that are attached to it."""
+        self._origin = None
         self._attached().activate(self)
 
     @property
@@ -192,6 +197,16 @@ class Attached(nn.Module):
             parameter.copy_(found[name])
         if gate is not None and isinstance(own_gate := getattr(self, "gate", None), Tensor):
             own_gate.copy_(gate)
+
+    def _check_origin(self, origin: copies.Origin) -> None:
+        if not origin.check(self, self._attached().model):
+            self._origin = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attached":
+        return copies.copied(self, memo)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_origin": None}
 
     def _attached(self) -> Adapter:
         if self._adapter is None:

@@ -398,7 +398,7 @@ class HuggingFaceAdapter(Adapter):
         return {**self.__dict__, "thread": None, "traced": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, thread=_Thread())
+        super().__setstate__({**state, "thread": _Thread()})
 
 
 _INPUTS = "input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds"

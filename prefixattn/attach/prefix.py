@@ -1,6 +1,7 @@
 """`Prefix`: a prefix of keys and values on a model, from `attach` to `detach`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class Prefix(Attached):
         """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
-        with torch.autocast(device_type, enabled=False):
+        # there is no autocast on meta to switch off, and torch raises
+        with nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
             if isinstance(self.encoder, (DeepShare, DeepShares)):
                 bank = self.encoder(dtype)
             elif isinstance(self.encoder, SimpleShare):
@@ -91,7 +93,7 @@ class Prefix(Attached):
 
     def _projection_parameters(self) -> Iterator[Tensor]:
         for slot in self.slots:
-            yield from self._attached().projection_parameters(slot)
+            yield from self._attached().weights(slot)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         bank = self(dtype).to(device)
@@ -179,4 +181,4 @@ class Prefix(Attached):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**super().__getstate__(), "_cache": None}
