@@ -285,7 +285,8 @@ class HuggingFaceAdapter(Adapter):
                 kwargs["prefix_call"] = call
         self._set_shift(0 if call is None else self._shift(stack, call, kwargs))
         if call is not None and self.positions.argument and stack is self.base:
-            kwargs["position_ids"] = self._shifted(kwargs, call.shift)
+            found = positions.given(kwargs, next(kwargs[n] for n in _INPUTS if kwargs.get(n) is not None))
+            kwargs["position_ids"] = positions.shifted(found, call.shift, self.max_positions)
         return (), kwargs
 
     def after_forward(self, stack: Any, args: Any, out: Any) -> None:
@@ -367,16 +368,6 @@ class HuggingFaceAdapter(Adapter):
         """Of positions that a model makes for all samples at once, and that a bank's lengths made differ."""
         one = isinstance(out, Tensor) and out.ndim == 4 and out.shape[0] == 1
         return out[0] if one and isinstance(embedding, nn.Embedding) else None
-
-    def _shifted(self, kwargs: dict[str, Any], shift: int | Tensor) -> Tensor:
-        """The argument `position_ids` of a model that hands it to its layers."""
-        found: Tensor | None = kwargs.get("position_ids")
-        if found is None:
-            first = next(kwargs[n] for n in _INPUTS if kwargs.get(n) is not None)
-            cache = kwargs.get("past_key_values")
-            past = cache.get_seq_length() if cache is not None else 0
-            found = (torch.arange(first.shape[1], device=first.device) + past)[None]
-        return positions.shifted(found, shift, self.max_positions)
 
     def _check_implementation(self) -> None:
         implementation = self.base.config._attn_implementation

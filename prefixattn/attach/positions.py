@@ -131,6 +131,16 @@ def padding_on_the_left(mask: Tensor) -> Tensor:  # [B, n] -> [B, 1]
     return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
 
 
+def given(kwargs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """The argument `position_ids` of a model that hands it to its layers, or what it makes without one."""
+    found: Tensor | None = kwargs.get("position_ids")
+    if found is not None:
+        return found
+    cache = kwargs.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(tokens.shape[1], device=tokens.device) + past)[None]
+
+
 def shifted(positions: Tensor, shift: int | Tensor, most: int | None) -> Tensor:
     """Positions after those of the prefix, which must be fewer than `most`.
 
