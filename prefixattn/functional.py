@@ -24,6 +24,7 @@ from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.reference import PHIS
 
+
 def prefix_attention(
     q: Tensor,  # [B, H, L, D], or without B in q, k and v
     k: Tensor,  # [B, Hkv, S, D]
@@ -230,7 +231,9 @@ def _normal_form(
     return *inputs, prefix_ids, lengths, seed, *numbers, return_prefix_mass, _keeps_attended(memory, needs), chosen
 
 
-def _run(op: Any, inputs: tuple[Any, ...], unpacked: tuple[Any, ...], dropout_p: float) -> tuple[Tensor, ...]:
+def _run(
+    op: Any, inputs: tuple[Any, ...], unpacked: tuple[Any, ...], dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass; `unpacked`: the inputs as prefix_attn takes them."""
     out, lse, mass, _ = op(*inputs)
     if dropout_p == 1:  # what is left is the memory's part, and that a call without keys has
@@ -355,5 +358,3 @@ def _lengths_per_sample(lengths: Tensor, ids: Tensor | None, B: int, T: int, P: 
     if ids is not None and lengths.shape[0] == T:
         return lengths[ids]
     return lengths.expand(B).contiguous()
-
-
