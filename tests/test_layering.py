@@ -17,11 +17,11 @@ LAYERS = """
     testing
     functional reparam
     ops
-    backends
+    backends testing_plain
     guard
     cpu triton
     kernels
-    reference testing_plain
+    reference
     philox layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
