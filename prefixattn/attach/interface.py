@@ -101,10 +101,10 @@ def smallest_mask(
     """The mask of a forward, in the smallest form that says it.
 
     Two axes: causal. Four: as it is. `[B, n]` and `[B, 1, 1, n]`, bool, are key padding, where keys from n on are
-    unused slots of a static cache; one number expanded to that says that there is no padding. `generate` makes masks ahead of the model's
-    forward and passes them to it, so this function may meet its own result. Anything else (packed sequences, a prompt
-    longer than one token in a compiled static cache, a mask that the model will rework) is the explicit `[B, 1, L, S]`
-    of transformers, which contains causality.
+    unused slots of a static cache; one number expanded to that says that there is no padding. `generate` makes masks
+    ahead of the model's forward and passes them to it, so this function may meet its own result. Anything else (packed
+    sequences, a prompt longer than one token in a compiled static cache, a mask that the model will rework) is the
+    explicit `[B, 1, L, S]` of transformers, which contains causality.
     """
     windowed = _within_window(kv_length, kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
     causal = mask_function is causal_mask_function or windowed
