@@ -1,6 +1,5 @@
 """A small random model of a class with inputs that it runs on, or the reason why there is none."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -8,9 +7,9 @@ from torch import nn
 
 from . import inputs as examples
 from .catalogue import Unit, config_class, model_class, tensors
-from .small import Special, small
+from .small import PAD, START, Sizes, small
 
-MOST_PARAMETERS = 30_000_000
+MOST_PARAMETERS = 45_000_000
 
 
 class NotBuilt(Exception):
@@ -24,9 +23,9 @@ def build(unit: Unit) -> tuple[Any, examples.Inputs]:
         cls = model_class(unit)
     except Exception as error:
         raise NotBuilt(f"class: {first_line(error)}") from None
-    for make in CONFIGS:
+    for sizes in TRIES:
         try:
-            model = made(cls, make(unit))
+            model = made(cls, config_for(unit, cls, sizes))
         except NotBuilt:
             raise
         except Exception as error:
@@ -35,7 +34,8 @@ def build(unit: Unit) -> tuple[Any, examples.Inputs]:
         found = runs(model, reasons)
         if found is not None:
             return model, found
-    raise NotBuilt(reasons[0] if reasons else "no inputs: " + ", ".join(required(model)))
+        reasons.append("no inputs: " + ", ".join(required(model)))
+    raise NotBuilt(reasons[0])
 
 
 def required(model: Any) -> list[str]:
@@ -43,8 +43,7 @@ def required(model: Any) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def made(cls: Any, config: Any) -> Any:
@@ -92,19 +91,23 @@ def forward(model: Any, inputs: examples.Inputs, call: Any = None, **more: Any) 
 
 @torch.no_grad()
 def spread(model: nn.Module) -> None:
-    """Weights as large as in a trained model, and none that switches a layer off; usual starts hardly move an output."""
+    """Weights as large as in a trained model, and none that switches a layer off; usual starts hardly move anything."""
     generator = torch.Generator().manual_seed(0)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
+        if not p.numel():
+            continue
+        if not p.isfinite().all():  # nobody wrote it
+            p.copy_(0.5 + 0.1 * noise)
         if p.ndim >= 2:
             if id(p) in embeddings:
                 p.copy_(0.7 * noise)
             elif float(p.std()) > 0 or float(p.abs().max()) == 0:  # not what holds one number
-                p.copy_(noise * 1.4 / p[0].numel() ** 0.5)
+                p.copy_(noise / p[0].numel() ** 0.5)
         elif name.endswith("bias"):
             p.copy_(0.1 * noise)
-        elif p.numel() and float(p.abs().mean()) < 1e-2:  # LayerScale, gates
+        elif float(p.abs().mean()) < 1e-2:  # LayerScale, gates
             p.copy_(0.5 + 0.1 * noise)
 
 
@@ -112,41 +115,69 @@ def _composite(unit: Unit) -> Any:
     """Models that are made of two others."""
     import transformers as T
 
-    special = Special()
-    text = small(T.BertConfig, special=special, is_decoder=True, add_cross_attention=True)
-    encoders = {
-        "encoder-decoder": lambda: small(T.BertConfig),
-        "vision-encoder-decoder": lambda: small(T.ViTConfig),
-        "speech-encoder-decoder": lambda: small(T.Wav2Vec2Config),
+    sizes, cls = Sizes(), config_class(unit)
+    if unit.model_type == "vision-text-dual-encoder":
+        return cls.from_vision_text_configs(small(T.ViTConfig, sizes), small(T.BertConfig, sizes))
+    first = {
+        "encoder-decoder": T.BertConfig,
+        "vision-encoder-decoder": T.ViTConfig,
+        "speech-encoder-decoder": T.Wav2Vec2Config,
     }
-    both = {
-        "vision-text-dual-encoder": lambda c: c.from_vision_text_configs(small(T.ViTConfig), small(T.BertConfig)),
-    }
-    cls = config_class(unit)
-    if unit.model_type in both:
-        return both[unit.model_type](cls)
-    config = cls.from_encoder_decoder_configs(encoders[unit.model_type](), text)
-    config.pad_token_id, config.decoder_start_token_id = 0, 3
+    text = small(T.BertConfig, sizes, is_decoder=True, add_cross_attention=True)
+    config = cls.from_encoder_decoder_configs(small(first[unit.model_type], sizes), text)
+    config.pad_token_id, config.decoder_start_token_id = PAD, START
     return config
 
 
 COMPOSITE = ("encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder", "vision-text-dual-encoder")
-# More by model type, where the names alone do not tell; nested fields by "text_config.hidden_size".
-CHOICES: dict[str, dict[str, Any]] = {}
+# By model type, where names alone do not tell; fields of configs inside as "text_config.hidden_size".
+CHOICES: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 80, "IMGIMGBA": 81}},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
+        }
+    },
+    "cohere_compass": {
+        "text_config.rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "emu3": {"vocabulary_map": {"<image>": 80, "<|visual token 000000|>": 81}},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "lilt": {"hidden_size": 48},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    },
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "perceiver": {"qk_channels": 32, "v_channels": 32, "d_latents": 32},
+    "hiera": {"embed_dim": 32},
+}
+TRIES = (
+    Sizes(),
+    Sizes(mrope=4),
+    Sizes(kv_heads=4),
+    Sizes(kv_heads=4, mrope=4),
+    Sizes(given=True),
+    Sizes(given=True, kv_heads=4),
+    Sizes(layers=12),
+    Sizes(layers=12, kv_heads=4, more=False),
+    Sizes(more=False),
+)
 
 
-def _config(more: bool) -> Any:
-    def make(unit: Unit) -> Any:
-        if unit.model_type in COMPOSITE:
-            return _composite(unit)
-        config = small(config_class(unit), more=more, **CHOICES.get(unit.model_type, {}))
-        for task in unit.tasks:
-            if task == "CAUSAL_LM" and "is_decoder" in vars(config) and not config.is_encoder_decoder:
-                config.is_decoder = True
-        return config
-
-    return make
-
-
-CONFIGS = (_config(True), _config(False))
-assert inspect  # noqa: S101
+def config_for(unit: Unit, cls: Any, sizes: Sizes) -> Any:
+    if unit.model_type in COMPOSITE:
+        return _composite(unit)
+    kind = config_class(unit)
+    own = getattr(cls, "config_class", None) or kind
+    config = small(kind if issubclass(kind, own) else own, sizes, **CHOICES.get(unit.model_type, {}))
+    if "CAUSAL_LM" in unit.tasks and "is_decoder" in vars(config) and not config.is_encoder_decoder:
+        config.is_decoder = True
+    return config

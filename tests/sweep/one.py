@@ -29,7 +29,6 @@ def sweep(unit: Unit, note: Note = lambda phase: None) -> dict[str, Any]:
         return {"outcome": "not built", "reason": str(error)}
     note("plain")
     result = Trial(model, inputs).run(note)
-    result["inputs"] = {n: list(v.shape) for n, v in inputs.items()}
     result["seconds"] = round(time.perf_counter() - start, 2)
     return result
 
@@ -47,10 +46,16 @@ class Trial:
         # bits do: attach freezes, and what is compared to the bit while attached is the frozen plain model.
         model.requires_grad_(False)
         self.frozen = forward(model, inputs)
-        self.text = [n for n in ("decoder_input_ids", "input_ids") if n in inputs][:1]
-        self.dependence = {(n, p): proofs.tried(lambda n=n, p=p: proofs.dependence(model, inputs, n, p)) for n in self.text for p in (-1, 0)}
-        ids = "input_ids" in inputs and inputs["input_ids"].ndim == 2 and "attention_mask" in proofs.examples.names_of(model)
-        self.padding = {s: proofs.tried(lambda s=s: proofs.padding_error(model, inputs, s)) for s in (proofs.SIDES if ids else ())}
+        places = [(n, p) for n in ("decoder_input_ids", "input_ids", "pixel_values") if n in inputs for p in (-1, 0)]
+        self.dependence = {k: proofs.tried(lambda k=k: proofs.dependence(model, inputs, *k)) for k in places}
+        ids = (
+            "input_ids" in inputs
+            and inputs["input_ids"].ndim == 2
+            and "attention_mask" in proofs.examples.names_of(model)
+        )
+        self.padding = {
+            s: proofs.tried(lambda s=s: proofs.padding_error(model, inputs, s)) for s in (proofs.SIDES if ids else ())
+        }
         self.widths = {n: not isinstance(self.width(n), Exception) for n in ((-2, 3) if ids else ())}
         self.labels = proofs.choose_labels(model, inputs)
         self.generated = self.steps = self.left = None
@@ -60,7 +65,21 @@ class Trial:
                 self.steps = proofs.tried(lambda: proofs.steps_off(model, inputs, self.generated))
                 if ids and not model.config.is_encoder_decoder:
                     self.left = proofs.tried(lambda: self.left_padded())
-        self.inner = {n: (p, proofs.tried(lambda p=p: proofs.part_inputs(model, inputs, p))) for n, p in proofs.parts_of(model).items()}
+        self.pictured = proofs.choose_image(model)
+        self.seen = None
+        if self.pictured is not None:
+            proofs.forget(model)
+            self.seen = forward(model, self.pictured)
+        self.image_step = (
+            proofs.tried(lambda: proofs.image_step(model, self.pictured))
+            if can_generate(model) and self.pictured
+            else None
+        )
+        proofs.forget(model)
+        self.inner = {
+            n: (p, proofs.tried(lambda p=p: proofs.part_inputs(model, inputs, p)))
+            for n, p in proofs.parts_of(model).items()
+        }
         for p in model.parameters():
             p.requires_grad_(p.is_floating_point())
 
@@ -72,7 +91,22 @@ class Trial:
             return self.refused(error)
         note("attached")
         adapter = self.prefix._adapter
-        for name in ("reaches", "forward", "training", "each layer", "causality", "padding right", "padding left", "mask width", "generation", "parts", "deep", "disabled", "detached"):
+        for name in (
+            "reaches",
+            "forward",
+            "training",
+            "each layer",
+            "causality",
+            "padding right",
+            "padding left",
+            "mask width",
+            "generation",
+            "image",
+            "parts",
+            "deep",
+            "disabled",
+            "detached",
+        ):
             note(name)
             try:
                 self.checks[name] = getattr(self, name.replace(" ", "_"))() or "ok"
@@ -86,14 +120,17 @@ class Trial:
             "reason": "; ".join(failed),
             "kinds": adapter.geometry.kinds,
             "positions": self.prefix.config.positions,
-            "checks": self.checks,
+            "checks": {n: w for n, w in self.checks.items() if w != "ok"},
         }
 
     def refused(self, error: Exception) -> dict[str, Any]:
         reason = first_line(error)
-        if not proofs.in_words(error):
+        if not (proofs.in_words(error) and proofs.names_itself(error)):
             return {"outcome": "failed", "reason": f"attach: {reason}"}
-        if not proofs.equal(forward(self.model, self.inputs), self.plain) or implementations(self.model) != self.implementations:
+        if (
+            not proofs.equal(forward(self.model, self.inputs), self.plain)
+            or implementations(self.model) != self.implementations
+        ):
             return {"outcome": "failed", "reason": f"attach refused and left the model changed: {reason}"}
         return {"outcome": "refused", "reason": reason}
 
@@ -111,7 +148,11 @@ class Trial:
             raise Wrong("another prefix gives the same output")
         if proofs.equal(one, self.plain):
             raise Wrong("the output is the plain model's")
-        if not all(t.isfinite().all() or p.isinf().any() for t, p in zip(tensors(other), tensors(self.plain), strict=True) if not t.is_complex()):
+        if not all(
+            t.isfinite().all() or p.isinf().any()
+            for t, p in zip(tensors(other), tensors(self.plain), strict=True)
+            if not t.is_complex()
+        ):
             raise Wrong("the output is not finite")
         if [t.shape for t in tensors(one)] != [t.shape for t in tensors(self.plain)]:
             raise Wrong("the output has another shape than the plain model's")
@@ -134,6 +175,8 @@ class Trial:
         return None
 
     def training(self) -> str | None:
+        if self.labels is False:
+            return "-"
         self.fill(1)
         with proofs.training(self.model):
             self.prefix.zero_grad()
@@ -146,7 +189,13 @@ class Trial:
             raise Wrong("the prefix got no gradient")
         if not grad.isfinite().all():
             raise Wrong("the gradient is not finite")
-        without = [i for i, g in enumerate(grad) if not g.abs().amax((1, 2, 3)).gt(0).all()] if grad.ndim == 5 else [] if grad.abs().sum() else [0]
+        without = (
+            [i for i, g in enumerate(grad) if not g.abs().amax((1, 2, 3)).gt(0).all()]
+            if grad.ndim == 5
+            else []
+            if grad.abs().sum()
+            else [0]
+        )
         if without:
             raise Wrong(f"layers {without} of {len(grad)} got no gradient")
         if any(p.grad is not None for p in self.model.parameters()):
@@ -175,7 +224,11 @@ class Trial:
                 raise Wrong("the output has other positions")
             differs = [i for i, (a, b) in enumerate(zip(plain, ours, strict=True)) if None not in (a, b) and a != b]
             if differs:
-                what = "depends where the plain model's does not" if ours[differs[0]] else "does not depend where the plain model's does"
+                what = (
+                    "depends where the plain model's does not"
+                    if ours[differs[0]]
+                    else "does not depend where the plain model's does"
+                )
                 raise Wrong(f"output {differs} {what}, on {name}[{place}]")
         return None if known else "-"
 
@@ -228,7 +281,9 @@ class Trial:
             raise Wrong("another prefix generates from the same logits")
         if self.steps is None:
             return "ok, not compared with a forward pass"
-        for step, (plain, ours) in enumerate(zip(self.steps, proofs.steps_off(self.model, self.inputs, one), strict=True)):
+        for step, (plain, ours) in enumerate(
+            zip(self.steps, proofs.steps_off(self.model, self.inputs, one), strict=True)
+        ):
             if plain < proofs.CLOSE < ours:
                 raise Wrong(f"step {step} is off a forward pass by {ours:.0e}, plain {plain:.0e}")
         if self.left is not None and self.left < proofs.CLOSE < (ours := self.left_padded()):
@@ -239,6 +294,30 @@ class Trial:
         whole, alone, _ = proofs.padded_inputs(self.model, self.inputs, "left")
         one, two = (proofs.generated(self.model, i).logits for i in (whole, alone))
         return max(proofs.off(a[:1], b) for a, b in zip(one, two, strict=True))
+
+    def image(self) -> str | None:
+        """The same with an image in the text: positions that are computed from it are those of generation."""
+        if self.pictured is None:
+            return "-"
+        outs = []
+        for seed in (2, 1):
+            self.fill(seed)
+            proofs.forget(self.model)
+            outs.append(forward(self.model, self.pictured))
+        if proofs.equal(*outs):
+            raise Wrong("another prefix gives the same output")
+        if self.image_step is not None and self.image_step < proofs.CLOSE < (
+            ours := proofs.image_step(self.model, self.pictured)
+        ):
+            raise Wrong(
+                f"the first step of generation is off the forward pass by {ours:.0e}, plain {self.image_step:.0e}"
+            )
+        proofs.forget(self.model)
+        with self.prefix.disabled():
+            if not proofs.equal(forward(self.model, self.pictured), self.seen):
+                raise Wrong("disabled: the output is not the plain model's to the bit")
+        proofs.forget(self.model)
+        return None
 
     def parts(self) -> str | None:
         """The base model, the encoder and the decoder, called by themselves with what the model gives them."""
@@ -279,9 +358,13 @@ class Trial:
     def trained(self, deep: Any, before: Any) -> None:
         if proofs.equal(forward(self.model, self.inputs), before):
             raise Wrong("the second prefix gives the first's output")
+        if self.labels is False:
+            return
         with proofs.training(self.model):
             proofs.loss_of(self.model, self.inputs, self.labels).backward()
-        if not all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in deep.parameters()):
+        if not all(
+            p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in deep.parameters()
+        ):
             raise Wrong("a parameter of the network got no gradient")
 
     def disabled(self) -> str | None:
@@ -290,7 +373,9 @@ class Trial:
             text = None if self.generated is None else proofs.generated(self.model, self.inputs)
         if not proofs.equal(out, self.frozen):
             raise Wrong("the output is not the plain model's to the bit")
-        if text is not None and not all(torch.equal(a, b) for a, b in zip(text.logits, self.generated.logits, strict=True)):
+        if text is not None and not all(
+            torch.equal(a, b) for a, b in zip(text.logits, self.generated.logits, strict=True)
+        ):
             raise Wrong("generation is not the plain model's to the bit")
         return None
 
@@ -301,7 +386,9 @@ class Trial:
         if implementations(self.model) != self.implementations:
             raise Wrong("the attention implementation is another than before")
         after = self.model.state_dict()
-        if list(after) != list(self.state) or not all(torch.equal(after[n], v) for n, v in self.state.items() if isinstance(v, torch.Tensor)):
+        if list(after) != list(self.state) or not all(
+            torch.equal(after[n], v) for n, v in self.state.items() if isinstance(v, torch.Tensor)
+        ):
             raise Wrong("the model's weights are others than before")
         if not all(p.requires_grad for p in self.model.parameters() if p.is_floating_point()):
             return "ok, but not all parameters are trainable"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import inputs as examples
-from .building import first_line, forward
+from .building import forward
 from .catalogue import tensors
 from .small import PAD
 
@@ -17,6 +17,8 @@ FAR = 1e-3  # of the largest number: what depends
 WORDS = (NotImplementedError, ValueError)
 INNER = ("AttributeError:", "KeyError:", "TypeError:", "RuntimeError:", "IndexError:", "AssertionError:")
 
+PLAIN_FAILS = "without a prefix it fails: "  # what follows is quoted: the plain model's own error
+
 
 class Wrong(Exception):
     """A proof that fails."""
@@ -24,7 +26,14 @@ class Wrong(Exception):
 
 def in_words(error: BaseException) -> bool:
     """Whether an error is a refusal and no accident."""
-    return type(error) in WORDS and not any(word in str(error) for word in INNER)
+    words = str(error).split(PLAIN_FAILS)[0]
+    known = type(error) in WORDS or (type(error) is RuntimeError and "with a prefix" in words)
+    return known and not any(word in words for word in INNER)
+
+
+def names_itself(error: BaseException) -> bool:
+    """Whether a refusal says that it is one: transformers raises NotImplementedError for reasons of its own."""
+    return any(word in str(error) for word in ("attach", "prefix"))
 
 
 def main_output(out: Any) -> Tensor | None:
@@ -51,7 +60,9 @@ def off(a: Tensor, b: Tensor) -> float:
 
 def equal(a: Any, b: Any) -> bool:
     one, two = list(tensors(a)), list(tensors(b))
-    return len(one) == len(two) and all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(one, two, strict=True))
+    return len(one) == len(two) and all(
+        torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(one, two, strict=True)
+    )
 
 
 def tried(run: Callable[[], Any]) -> Any:
@@ -65,15 +76,33 @@ def tried(run: Callable[[], Any]) -> Any:
 # What the plain model does, and what it does with a prefix: the same functions run for both.
 
 
-def dependence(model: Any, inputs: examples.Inputs, name: str, place: int) -> tuple[list[bool | None], float] | None:
-    """For each position of the output, whether it depends on the token at `place`; None where that is not clear."""
+def dependence(model: Any, inputs: examples.Inputs, name: str, place: int) -> list[bool | None] | None:
+    """For each position of the output, whether it depends on the input at `place`; None where that is not clear.
+
+    Of an image the place is a corner. What depends on the encoder's tokens is looked at where the encoder ends.
+    """
     other = {**inputs, name: inputs[name].clone()}
-    other[name][:, place] = (other[name][:, place] + 17) % 50 + 5
-    one, two = main_output(forward(model, inputs)), main_output(forward(model, other))
-    if one is None or one.ndim < 3 or one.shape[1] != inputs[name].shape[1] or one.shape != two.shape:
+    if inputs[name].is_floating_point():
+        other[name][..., place] += 3.0
+    else:
+        other[name][:, place] = (other[name][:, place] + 17) % 50 + 5
+    one, two = (positions_of(forward(model, i), inputs, name) for i in (inputs, other))
+    if one is None or two is None or one.ndim < 3 or one.shape != two.shape:
+        return None
+    if not inputs[name].is_floating_point() and one.shape[1] != inputs[name].shape[1]:
         return None
     moved = (one - two).abs().flatten(2).amax((0, 2)) / one.abs().max()
     return [True if d > FAR else False if d < 1e-6 else None for d in moved.nan_to_num(1.0).tolist()]
+
+
+def positions_of(out: Any, inputs: examples.Inputs, name: str) -> Tensor | None:
+    if name == "input_ids" and "decoder_input_ids" in inputs:
+        found = getattr(out, "encoder_last_hidden_state", None)
+        return found if isinstance(found, Tensor) else None
+    if name == "pixel_values":
+        found = getattr(out, "last_hidden_state", None)
+        return found if isinstance(found, Tensor) else None
+    return main_output(out)
 
 
 SIDES = ("right", "left")
@@ -112,7 +141,14 @@ def generated(model: Any, inputs: examples.Inputs, new: int = 3, **more: Any) ->
     given = {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
     with torch.no_grad():
         out = model.generate(
-            **given, **more, max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True
+            **given,
+            **more,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
     if not len(out.logits) or len(out.logits[0]) != next(iter(given.values())).shape[0]:
         raise ValueError("no logits for each sample")
@@ -129,6 +165,34 @@ def steps_off(model: Any, inputs: examples.Inputs, out: Any) -> list[float]:
     return [off(out.logits[i], whole[:, i - many - 1]) for i in range(many)]
 
 
+def forget(model: Any) -> None:
+    """What a model keeps of an image from one call to the next."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
+def choose_image(model: Any) -> examples.Inputs | None:
+    """The first inputs with an image on which the plain model runs, and for which the image counts."""
+    for inputs in examples.with_image(model):
+        with contextlib.suppress(Exception):
+            forget(model)
+            one = main_output(forward(model, inputs))
+            forget(model)
+            other = main_output(forward(model, {**inputs, "pixel_values": inputs["pixel_values"] * 0.5 + 1}))
+            if one is not None and one.isfinite().all() and not torch.equal(one, other):
+                return inputs
+    return None
+
+
+def image_step(model: Any, inputs: examples.Inputs) -> float:
+    """How far the first logits that are generated after an image are from the forward pass's."""
+    forget(model)
+    last = forward(model, inputs).logits[:, -1]
+    forget(model)
+    return off(generated(model, inputs, new=1).logits[0], last)
+
+
 def loss_of(model: Any, inputs: examples.Inputs, more: examples.Inputs | None) -> Tensor:
     """The model's own loss, or a sum of its outputs where it has none."""
     torch.manual_seed(0)
@@ -136,21 +200,24 @@ def loss_of(model: Any, inputs: examples.Inputs, more: examples.Inputs | None) -
     if more is not None:
         loss = out.loss
         return loss.sum()
-    weighted = [(t.real * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).nan_to_num(0.0, 0.0, 0.0).sum() for t in tensors(out) if t.requires_grad or not torch.is_grad_enabled()]
+    weighted = [
+        (t.real * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).nan_to_num(0.0, 0.0, 0.0).sum()
+        for t in tensors(out)
+        if t.requires_grad or not torch.is_grad_enabled()
+    ]
     return torch.stack(weighted).sum()
 
 
-def choose_labels(model: Any, inputs: examples.Inputs) -> examples.Inputs | None:
-    """The first labels with which the plain model has a finite loss; None if there are none."""
-    for more in examples.labels(model, inputs):
-        try:
-            with torch.no_grad():
-                loss = loss_of(model, inputs, more)
-        except Exception:
-            continue
-        if loss.isfinite():
-            return more
-    return None
+def choose_labels(model: Any, inputs: examples.Inputs) -> examples.Inputs | bool | None:
+    """The first labels with which the plain model has a finite loss in training.
+
+    None if the outputs have to do for a loss; False if the model does not train on these inputs at all.
+    """
+    for more in (*examples.labels(model, inputs), None):
+        with contextlib.suppress(Exception), training(model), torch.no_grad():
+            if loss_of(model, inputs, more).isfinite():
+                return more
+    return False
 
 
 @contextlib.contextmanager
@@ -181,6 +248,3 @@ def part_inputs(model: Any, inputs: examples.Inputs, part: Any) -> tuple[tuple[A
     finally:
         hook.remove()
     return seen[0] if len(seen) == 1 else None
-
-
-__all__ = ["Wrong", "first_line"]

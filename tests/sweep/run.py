@@ -1,8 +1,9 @@
 """The sweep as a command: every model class of transformers' auto classes, in processes of its own.
 
-    python tests/sweep/run.py --jobs 2 --out results.json [--only REGEX] [--sample] [--fresh] [--seconds 120]
+    python tests/sweep/run.py --jobs 2 --out results.json [--only REGEX] [--fresh] [--seconds 120]
 
-Can be stopped and started again: what stands in --out is not tried again, unless --fresh. Ends with 1 if a proof failed.
+Can be stopped and started again: what stands in --out is not tried again, unless --fresh. Ends with 1 if a proof
+failed.
 """
 
 import argparse
@@ -22,8 +23,9 @@ if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
 GIB = 2**30
+QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 MEMORY = 6 * GIB  # of data, for one process
-PER_PROCESS = 60  # models, then a fresh one
+PER_PROCESS = 200  # models, then a fresh one
 
 
 class Worker:
@@ -32,10 +34,14 @@ class Worker:
     def __init__(self) -> None:
         read, write = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__)), "--worker", str(write)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[write], text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
+            [sys.executable, "-W", "ignore", __file__, "--worker", str(write)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[write],
+            text=True,
+            env=os.environ | QUIET,
+        )
         os.close(write)
         self.pipe = os.fdopen(read)
         os.set_blocking(read, False)
@@ -74,7 +80,10 @@ class Worker:
             return None
         self.end()
         built = self.phase not in ("importing", "building", "plain")
-        return {"outcome": "failed" if built else "not built", "reason": f"more than {seconds:.0f} s while {self.phase}"}
+        return {
+            "outcome": "failed" if built else "not built",
+            "reason": f"more than {seconds:.0f} s while {self.phase}",
+        }
 
     @property
     def gone(self) -> bool:
@@ -141,16 +150,20 @@ def write(path: Path, found: dict[str, Any]) -> None:
     import transformers
 
     counts = dict(sorted(Counter(r["outcome"] for r in found.values()).items()))
-    whole = {"torch": torch.__version__, "transformers": transformers.__version__, "counts": counts, "models": dict(sorted(found.items()))}
+    head = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "counts": counts}
+    lines = [f"  {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]  # a line for each model
+    text = json.dumps(head, indent=1)[:-2] + ',\n "models": {\n' + ",\n".join(lines) + "\n }\n}\n"
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(whole, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path("sweep.json"), help="results; what is in it is not tried again")
+    parser.add_argument(
+        "--out", type=Path, default=Path("sweep.json"), help="results; what is in it is not tried again"
+    )
     parser.add_argument("--only", default="", help="a regular expression for model_type/Class")
     parser.add_argument("--fresh", action="store_true", help="try again what is in --out")
     parser.add_argument("--seconds", type=float, default=120.0, help="for one model")
@@ -172,7 +185,8 @@ def main() -> int:
         nonlocal last
         found[name] = result
         done.append(name)
-        print(f"{len(done)}/{len(chosen)} {time.monotonic() - start:.0f} s  {name}: {result['outcome']}  {result.get('reason', '')[:160]}", flush=True)
+        said = f"{name}: {result['outcome']}  {result.get('reason', '')[:160]}"
+        print(f"{len(done)}/{len(chosen)} {time.monotonic() - start:.0f} s  {said}", flush=True)
         if time.monotonic() - last > 5:
             write(given.out, found)
             last = time.monotonic()
