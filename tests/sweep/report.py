@@ -74,13 +74,14 @@ HEAD = """\
 Made by `make sweep` (tests/sweep) with transformers {transformers} and torch {torch}: every class of transformers' auto
 classes, with each config that it takes, built small and random.
 
-*Proved*: with a prefix attached, another prefix changes the output of `model(...)` and of generation; each layer's prefix
-does so by itself, and gets a gradient in training; `model.forward(...)`, the base model, the encoder and the decoder,
-called by themselves, use the prefix or refuse; an output depends on another token exactly where the plain model's does;
-padding takes no part where it takes none in the plain model (or is refused in words), and a mask of another width is
-refused where the plain model refuses it; steps of generation equal the forward pass; `disabled()` and `detach()` give the
-plain model to the bit. *Refused*: `attach` says why, and leaves the model as it was. *Not built* says nothing about the
-class: a library is missing, or there was no small config for it, or no inputs on which the plain model runs."""
+*Proved*: with a prefix attached, another prefix changes the output of `model(...)` and of generation; each layer's
+prefix does so by itself, and gets a gradient in training; `model.forward(...)`, the base model, the encoder and the
+decoder, called by themselves, use the prefix or refuse; an output depends on another token exactly where the plain
+model's does; padding takes no part where it takes none in the plain model (or is refused in words), and a mask of
+another width is refused where the plain model refuses it; steps of generation equal the forward pass; `disabled()`
+and `detach()` give the plain model to the bit. *Refused*: `attach` says why, and leaves the model as it was. *Not
+built* says nothing about the class: a library is missing, or there was no small config for it, or no inputs on which
+the plain model runs."""
 
 
 def page(read: dict[str, Any], tasks: dict[str, tuple[str, ...]]) -> str:
@@ -116,15 +117,24 @@ def page(read: dict[str, Any], tasks: dict[str, tuple[str, ...]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main() -> int:
+    import os
     import sys
 
     sys.path.insert(0, str(HERE.parents[1]))
     from tests.sweep.catalogue import units
 
+    tasks = {unit.name: unit.tasks for unit in units()}
+    if len(sys.argv) > 1:
+        missing = set(tasks) - set(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["models"])
+        if missing:
+            print(f"{sys.argv[1]} lacks {len(missing)} of {len(tasks)} models: run tests/sweep/run.py to its end")
+            return 1
+        os.replace(sys.argv[1], HERE / "results.json")
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(results(), {u.name: u.tasks for u in units()}), encoding="utf-8")
+    PAGE.write_text(page(results(), tasks), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

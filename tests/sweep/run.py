@@ -2,11 +2,12 @@
 
     python tests/sweep/run.py --jobs 2 --out results.json [--only REGEX] [--fresh] [--seconds 120]
 
-Can be stopped and started again: what stands in --out is not tried again, unless --fresh. Ends with 1 if a proof
-failed.
+Can be stopped and started again: of what stands in --out only failures are tried again, unless --fresh. Ends with 1
+if a proof failed.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -162,10 +163,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--out", type=Path, default=Path("sweep.json"), help="results; what is in it is not tried again"
+        "--out", type=Path, default=Path("sweep.json"), help="results; of what is in it only failures are tried again"
     )
     parser.add_argument("--only", default="", help="a regular expression for model_type/Class")
-    parser.add_argument("--fresh", action="store_true", help="try again what is in --out")
+    parser.add_argument("--fresh", action="store_true", help="try again all that is in --out")
     parser.add_argument("--seconds", type=float, default=120.0, help="for one model")
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -178,7 +179,12 @@ def main() -> int:
     every = [unit.name for unit in units()]
     found = json.loads(given.out.read_text())["models"] if given.out.exists() else {}
     found = {name: r for name, r in found.items() if name in every}
-    chosen = [n for n in every if re.search(given.only, n) and (given.fresh or n not in found)]
+    chosen = [
+        n
+        for n in every
+        if re.search(given.only, n) and (given.fresh or n not in found or found[n]["outcome"] == "failed")
+    ]
+    chosen.sort(key=lambda n: hashlib.sha256(n.encode()).digest())  # so that what was done at any time says something
     start = last = time.monotonic()
 
     def keep(name: str, result: dict[str, Any]) -> None:
