@@ -155,6 +155,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
     },
+    "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "perceiver": {"qk_channels": 32, "v_channels": 32, "d_latents": 32},
     "hiera": {"embed_dim": 32},

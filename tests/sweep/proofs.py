@@ -31,9 +31,12 @@ def in_words(error: BaseException) -> bool:
     return known and not any(word in words for word in INNER)
 
 
-def names_itself(error: BaseException) -> bool:
-    """Whether a refusal says that it is one: transformers raises NotImplementedError for reasons of its own."""
-    return any(word in str(error) for word in ("attach", "prefix"))
+def of_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this library; transformers raises NotImplementedError for reasons of its own."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("prefixattn.")
 
 
 def main_output(out: Any) -> Tensor | None:
@@ -63,6 +66,11 @@ def equal(a: Any, b: Any) -> bool:
     return len(one) == len(two) and all(
         torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(one, two, strict=True)
     )
+
+
+def finite(out: Any) -> bool:
+    """No NaN and no infinity, but those that hide a token's logit."""
+    return all(not t.isnan().any() and not t.isposinf().any() for t in tensors(out) if not t.is_complex())
 
 
 def tried(run: Callable[[], Any]) -> Any:
@@ -134,6 +142,19 @@ def padding_error(model: Any, inputs: examples.Inputs, side: str) -> float:
     if one.shape[1:] != two.shape[1:]:
         one = one[:, place]
     return off(one[:1], two)
+
+
+def masked(model: Any, inputs: examples.Inputs, more: int) -> Any:
+    """The output with a mask of `more` columns than tokens."""
+    rows, columns = inputs["input_ids"].shape
+    return forward(model, {**inputs, "attention_mask": torch.ones(rows, columns + more, dtype=torch.long)})
+
+
+def left_padded(model: Any, inputs: examples.Inputs) -> float:
+    """How far the logits that a left-padded sample generates are from those of the sample alone."""
+    whole, alone, _ = padded_inputs(model, inputs, "left")
+    one, two = (generated(model, i).logits for i in (whole, alone))
+    return max(off(a[:1], b) for a, b in zip(one, two, strict=True))
 
 
 def generated(model: Any, inputs: examples.Inputs, new: int = 3, **more: Any) -> Any:
@@ -222,11 +243,15 @@ def choose_labels(model: Any, inputs: examples.Inputs) -> examples.Inputs | bool
 
 @contextlib.contextmanager
 def training(model: Any) -> Iterator[None]:
+    """In training mode; what that changes of the model, such as a batch norm's statistics, is put back."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     try:
         yield
     finally:
         model.eval()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def parts_of(model: Any) -> dict[str, Any]:
