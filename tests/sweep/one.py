@@ -44,7 +44,11 @@ def sweep(unit: Unit, note: Note = lambda phase: None) -> dict[str, Any]:
     except NotBuilt as error:
         return {"outcome": "not built", "reason": str(error)}
     note("plain")
-    result = Trial(Plain(model, inputs)).run(note)
+    try:
+        plain = Plain(model, inputs)
+    except Exception as error:
+        return {"outcome": "not built", "reason": f"the plain model, after other calls: {first_line(error)}"}
+    result = Trial(plain).run(note)
     return {**result, "seconds": round(time.perf_counter() - start, 2)}
 
 
