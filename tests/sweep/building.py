@@ -1,5 +1,6 @@
 """A small random model of a class with inputs that it runs on, or the reason why there is none."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ def made(cls: Any, config: Any) -> Any:
 
 def runs(model: Any, reasons: list[str]) -> examples.Inputs | None:
     """The first inputs on which the plain model runs, twice to the same finite numbers."""
-    for inputs in examples.candidates(model):
+    cached = "use_cache" in examples.names_of(model)
+    every = examples.candidates(model)
+    without = ({**inputs, "use_cache": False} for inputs in examples.candidates(model)) if cached else ()
+    for inputs in itertools.chain(every, without):
         try:
             one, two = (list(tensors(forward(model, inputs))) for _ in range(2))
         except Exception as error:
@@ -156,6 +160,13 @@ CHOICES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
     },
     "xmod": {"default_language": "en_XX"},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "mistral4": {"qk_nope_head_dim": 8},
+    "sam2": {"vision_config.backbone_config.hidden_size": 96},
+    "sam2_video": {"vision_config.backbone_config.hidden_size": 96},
+    "step3p7": {"text_config.sliding_window": 4},
+    "swin2sr": {"embed_dim": 60},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "perceiver": {"qk_channels": 32, "v_channels": 32, "d_latents": 32},
     "hiera": {"embed_dim": 32},

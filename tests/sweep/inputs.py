@@ -37,6 +37,8 @@ def candidates(model: Any) -> Iterator[Inputs]:
     for extra in ("input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids", "bbox"):
         if extra in names and extra not in first:
             wholes.append([*first, extra])
+    if "spatial_shapes" in names:
+        wholes.append(list(dict.fromkeys([*first, "pixel_values", "pixel_attention_mask", "spatial_shapes"])))
     if "attention_mask" in names:
         wholes += [[*first, "attention_mask"], [*first, "input_ids", "attention_mask"]]
     if {"pixel_values", "input_ids"} <= set(names):
@@ -117,8 +119,12 @@ def _options(name: str, model: Any) -> list[Any]:
         box = torch.tensor([1, 1, 8, 9])
         return [box.expand(BATCH, TOKENS, 4), box.expand(BATCH, TOKENS, 4) / 64, torch.ones(BATCH, TOKENS, 8)]
     if name in ("pixel_values", "pixel_values_videos", "inputs"):
+        if name == "inputs" and getattr(config, "vocab_size", None) and "Image" not in type(model).__name__:
+            return [tokens()]
         frames = getattr(_part(config, "vision_config"), "num_frames", getattr(config, "frames_per_clip", None))
         shapes = list(_images(config))
+        if "spatial_shapes" in names_of(model):  # of patches
+            return [drawn(BATCH, 16, shapes[0][0] * _pair(_part(config, "vision_config").patch_size)[0] ** 2)]
         if frames or name.endswith("videos"):
             return [drawn(BATCH, frames or 4, *s) for s in shapes] + [drawn(BATCH, *s) for s in shapes[:2]]
         return [drawn(BATCH, *s) for s in shapes]
@@ -176,6 +182,10 @@ def _options(name: str, model: Any) -> list[Any]:
         length = (getattr(config, "context_length", None) or 32) + max(getattr(config, "lags_sequence", None) or [0])
         features = getattr(config, "num_time_features", 0)
         return [torch.ones(BATCH, length, features) if name == "past_time_features" else torch.ones(BATCH, length)]
+    if name == "pixel_attention_mask" and "spatial_shapes" in names_of(model):
+        return [torch.ones(BATCH, 16, dtype=torch.long)]
+    if name == "spatial_shapes":
+        return [torch.tensor([[4, 4]]).expand(BATCH, 2)]
     if name == "bool_masked_pos":
         return [(torch.arange(n) % 2 == 0).expand(BATCH, n) for n in (16, 32)]
     if name == "flattened_patches":
