@@ -12,6 +12,7 @@ import json
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,8 @@ class Worker:
         text = self.pipe.read()
         if text == "":
             self.end()
+            if self.process.returncode == -signal.SIGTERM:  # from outside: says nothing about the model
+                raise KeyboardInterrupt
             how = f"the process ended with {self.process.returncode} while {self.phase}"
             built = self.phase not in ("importing", "building", "plain")
             return {"outcome": "failed" if built else "not built", "reason": how}
