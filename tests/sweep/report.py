@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
 PAGE = HERE.parents[1] / "docs" / "families.md"
 SAMPLE = 40
 OUTCOMES = ("proved", "refused", "failed", "not built")
@@ -18,7 +19,7 @@ Models = dict[str, dict[str, Any]]
 
 
 def results() -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+    read: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return read
 
 
@@ -130,7 +131,7 @@ def main() -> int:
         if missing:
             print(f"{sys.argv[1]} lacks {len(missing)} of {len(tasks)} models: run tests/sweep/run.py to its end")
             return 1
-        os.replace(sys.argv[1], HERE / "results.json")
+        os.replace(sys.argv[1], RESULTS)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results(), tasks), encoding="utf-8")
     return 0

@@ -157,6 +157,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
     head = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "counts": counts}
     lines = [f"  {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]  # a line for each model
     text = json.dumps(head, indent=1)[:-2] + ',\n "models": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
