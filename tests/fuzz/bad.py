@@ -73,7 +73,23 @@ def _tensor(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
 def _number(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
     name = draw.choice(("scale", "softcap", "dropout_p", "prefix_dropout_p"))
     nan, inf = float("nan"), float("inf")
-    values = (nan, inf, -inf, -1.0, 1.5, -1e-30, 1e300, 1e-320, "0.5", [0.5], 1j, torch.tensor(0.5), True, 10**400, b"1")
+    values = (
+        nan,
+        inf,
+        -inf,
+        -1.0,
+        1.5,
+        -1e-30,
+        1e300,
+        1e-320,
+        "0.5",
+        [0.5],
+        1j,
+        torch.tensor(0.5),
+        True,
+        10**400,
+        b"1",
+    )
     return name, draw.choice(values)
 
 
@@ -104,7 +120,13 @@ def _flag(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
     H, D = case.sizes["H"], case.sizes["D"]
     values: tuple[Any, ...] = ("", "cuda", None, 3, [], torch.ones(2), "Reference", "no\0such", "x" * 100)
     if name == "memory":
-        values = (torch.zeros(H, D, D + 1), torch.zeros(H + 1, D, D), torch.zeros(D, D), torch.zeros(1, 1, H, D, D), "m")
+        values = (
+            torch.zeros(H, D, D + 1),
+            torch.zeros(H + 1, D, D),
+            torch.zeros(D, D),
+            torch.zeros(1, 1, H, D, D),
+            "m",
+        )
     return name, draw.choice(values)
 
 
