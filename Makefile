@@ -1,4 +1,4 @@
-# make demo | test | fuzz | bench | lint | build | clean. Everything happens in .venv; outside this folder only pip's cache and,
+# make demo | test | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only pip's cache and,
 # where no data folder is named, E2E's CSVs in ~/.cache/prefixattn are written.
 #
 # Versions: requirements/tested.txt, or yours:         make test TORCH=torch==2.15.0 TRANSFORMERS=transformers==5.17.0
@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 # one stamp for each choice of versions, so that another choice installs and the same one does not
 STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test fuzz bench lint build clean
+.PHONY: demo test fuzz sweep bench lint build clean
 
 demo: build
 	$(PY) bench/paper/e2e.py --preset demo
@@ -28,6 +28,12 @@ test: build $(VENV)/quantised
 CALLS ?= 6000
 fuzz: build
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.fuzz --calls $(CALLS) $(FUZZ)
+
+# every model class of transformers' auto classes (tests/sweep); goes on where it was stopped. The counts in docs/ and the
+# sample in the tests follow
+sweep: build
+	$(PY) tests/sweep/run.py --out build/sweep.json
+	$(PY) tests/sweep/report.py build/sweep.json
 
 bench: build
 	$(PY) -m pytest bench/bench_prefix_attn.py
@@ -59,7 +65,8 @@ $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	@# torch's builds for CUDA bring their own triton, and no other
 	$(PY) -c 'import triton' 2>/dev/null || \
 	    $(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^triton==' $(TESTED))"
-	@# without torchvision, of which there is none for torch's builds for CPUs; the tests do without it
+	@# without torchvision, of which there is none for torch's builds for CPUs: the tests do without it, and "import timm"
+	@# outside of them does not (README, "timm's vision transformers")
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^timm==' $(TESTED))"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@

@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).parent / "paper"))
 import model_memory
 import plot_models
 import whole_arms
+from command import command
 from model_cases import CASES, WAYS, Case
 from record import RESULTS, device_slug, header
 from timing import interleave, quantiles
@@ -168,4 +169,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("bench_models.py", main, "the same command goes on with the first case that is not measured"))

@@ -21,6 +21,7 @@ import torch
 import reparam_memory
 import timing
 import timing_gpu
+from command import NOTHING, interrupted
 from platforms import Platform
 from record import RESULTS, device_slug, header
 from reparam_cases import CASES, TINY, WAYS, Network, Step
@@ -49,6 +50,9 @@ def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
     rates = [copy_gbytes(device, 0.1 if quick else 3.0)]
     found: Rows = []
     yield found
+    if interrupted:
+        print(f"\n{interrupted[0]}; {NOTHING}")
+        return
     rates.append(copy_gbytes(device, 0.1 if quick else 3.0))
     if out is None and quick:
         return

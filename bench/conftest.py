@@ -1,10 +1,12 @@
 """Options of the benchmarks and the record that they fill."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from command import NOTHING, SIGNALS, interrupted
 from platforms import Platform
 from record import RESULTS, Record, device_slug
 
@@ -18,6 +20,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ours", help='backend to measure: "cpu" or "reference"; on a GPU "triton" or "reference"')
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # of a case that a signal ends: as an error it would hide what ended the run
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")  # pytest.exit's is an Exception
+
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
+
+
+def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    interrupted.append(str(excinfo.value) or "stopped")
+
+
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest) -> Iterator[Record]:
     quick, out = request.config.getoption("--quick"), request.config.getoption("--out")
@@ -25,6 +43,9 @@ def record(request: pytest.FixtureRequest) -> Iterator[Record]:
     side = Platform.chosen(request.config)
     record = Record(side, cases, quick, 0.05 if quick else request.config.getoption("--minutes"))
     yield record
+    if interrupted:
+        print(f"\n{interrupted[0]}; {NOTHING}")
+        return
     if out is None and not quick:
         if request.config.getoption("keyword") or any("::" in argument for argument in request.config.args):
             print("\nonly some of the cases were asked for: nothing is written without --out")

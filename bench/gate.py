@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 import bench_prefix_attn
 import peers_gpu
+from command import NOTHING, command
 from peers import OURS, Attention, Shape
 from platforms import platform
 
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("gate.py", main, NOTHING))

@@ -19,6 +19,7 @@ of the launches to what the kernels really do.
 import argparse
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from triton import cdiv
 from triton.runtime.jit import KernelInterface
 
+from command import NOTHING, command
 from prefixattn.kernels import launch_reparam
 from prefixattn.optim.source import Source, X
 from prefixattn.reparam import triton as backend
@@ -237,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("reparam_counts.py", main, NOTHING))

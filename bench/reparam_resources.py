@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from command import NOTHING, command
 from prefixattn.kernels import launch_reparam
 from prefixattn.reparam.moments8 import Moment8
 from prefixattn.reparam.reference import Form
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("reparam_resources.py", main, NOTHING))

@@ -12,6 +12,7 @@ one thread it is the thread's processor time that counts, which other load on th
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import timing
+from command import NOTHING, command
 from record import header
 
 LAYERS, WIDTH, HEADS = 24, 1024, 16
@@ -99,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("simple_share.py", main, NOTHING))

@@ -15,6 +15,7 @@ next, and not the rereading of a tensor by many programs). Not counted: exponent
 import argparse
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from torch import Tensor
 from triton import cdiv
 from triton.runtime.jit import KernelInterface
 
+from command import NOTHING, command
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import PREFIX, Call
 from prefixattn.kernels.launch_bwd import Given, backward
@@ -362,4 +364,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("triton_counts.py", main, NOTHING))

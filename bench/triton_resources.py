@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from command import NOTHING, command
 from prefixattn.kernels import table
 from prefixattn.kernels.call import Call
 from prefixattn.kernels.launch_bwd import Given, backward
@@ -192,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("triton_resources.py", main, NOTHING))

@@ -23,6 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel does not compi
 
 import torch
 
+from command import NOTHING, command
 from prefixattn.kernels import table
 from prefixattn.kernels.launch_bwd import Given, backward
 from prefixattn.kernels.launch_fwd import forward
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("tune.py", main, NOTHING))

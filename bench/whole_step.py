@@ -33,6 +33,7 @@ import torch
 sys.path.append(str(Path(__file__).parent / "paper"))
 
 import whole_arms
+from command import command
 from prefixattn import guard
 from record import RESULTS, device_slug, header
 from timing import interleave, quantiles
@@ -374,4 +375,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("whole_step.py", main, "the JSON has the cases that were measured; the same command starts anew"))

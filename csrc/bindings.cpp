@@ -135,6 +135,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", isas, "Instruction sets that were compiled in and run on this CPU, best first.");
     m.def("isa", isa_in_use, "The instruction set in use.");
     m.def("set_isa", set_isa, "Takes another of isas(), for tests and benchmarks.");
+    m.def("limit_scratch", limit_scratch,
+          "Lets a thread's scratch be refused beyond so many bytes (0: never), for tests.");
     m.def("openmp_runtime", openmp_runtime, "File of the OpenMP runtime in use; empty: none found, one thread.");
     bind_reparam(m);
 }

@@ -1,5 +1,8 @@
 // The reparameterization's part of Python's door; prefixattn/reparam/cpu.py says what goes where.
 #include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 #include "bindings.h"
 #include "reparam.h"
@@ -39,8 +42,19 @@ class Reader {  // of a tuple, in its order
 };
 
 void read_moment(const py::tuple &t, KeptMoment &m) { Reader(t).all(m.data, m.scale, m.format); }
-void read_sizes(const py::tuple &t, ReparamSizes &s) { Reader(t).all(s.G, s.P, s.O, s.M, s.threads); }
-void read_form(const py::tuple &t, BankForm &f) { Reader(t).all(f.layers, f.kv_heads, f.head_dim, f.interleaved); }
+
+void require_some(std::initializer_list<int64_t> sizes) {  // the kernels divide by them
+    for (const int64_t n : sizes)
+        if (n < 1) throw std::invalid_argument("a size is " + std::to_string(n) + ", expected 1 or more");
+}
+void read_sizes(const py::tuple &t, ReparamSizes &s) {
+    Reader(t).all(s.G, s.P, s.O, s.M, s.threads);
+    require_some({s.G, s.P, s.O, s.M});
+}
+void read_form(const py::tuple &t, BankForm &f) {
+    Reader(t).all(f.layers, f.kv_heads, f.head_dim, f.interleaved);
+    require_some({f.layers, f.kv_heads, f.head_dim});
+}
 
 int64_t fwd_workspace(const py::tuple &sizes) {
     ReparamSizes s{};
@@ -70,7 +84,10 @@ SweepParams sweep_params(const py::tuple &sizes, const py::tuple &tensors, float
     Reader reader(tensors);
     reader.all(p.h, p.dy, p.w, p.dh, p.workspace);
     p.dy_is_bank = reader.more();
-    if (p.dy_is_bank) reader.all(p.form.layers, p.form.kv_heads, p.form.head_dim, p.form.interleaved, p.dtype);
+    if (p.dy_is_bank) {
+        reader.all(p.form.layers, p.form.kv_heads, p.form.head_dim, p.form.interleaved, p.dtype);
+        require_some({p.form.layers, p.form.kv_heads, p.form.head_dim});
+    }
     p.grad_scale = grad_scale;
     return p;
 }

@@ -1,6 +1,5 @@
 """Prefixes on disk: a JSON file that names a safetensors file. Nothing is ever unpickled."""
 
-import hashlib
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixattn import files, peft
+from prefixattn import files, peft, saving
 from prefixattn.config import Defaults, PrefixConfig
 from prefixattn.plus import Memories, PrefixPlusConfig
 from prefixattn.prefix import FreePrefix, Geometry, make_encoder
@@ -18,6 +17,9 @@ FORMAT = "prefixattn"
 VERSION = 2  # 1 was never released
 JSON = "prefix.json"
 WEIGHTS = re.compile(r"prefix-[0-9a-f]{12}\.safetensors")
+BANK = "bank.safetensors"  # of a `PrefixBank`, in the place of both
+# what a folder is read as depends on these: a bank comes first, then a prefix, then an adapter
+STATE = BANK, JSON, peft.JSON, peft.TENSORS
 METHODS = "prefix", "prefix_plus"
 FIELDS = {
     "format": str,
@@ -35,28 +37,34 @@ Config = PrefixConfig | PrefixPlusConfig
 
 
 def save(folder: Path, config: Config, geometry: Geometry, tensors: dict[str, Tensor], folded: bool) -> None:
-    """Writes a prefix: with `folded`, `tensors` is its bank; otherwise its encoder's `state_dict`, and its gate."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = files.dump(tensors)
-    digest = hashlib.sha256(data).hexdigest()
-    # The tensors' file is named after its content and the JSON, written last, names it: a process killed at any moment
+    """Writes a prefix, in the place of one or of a bank that is there; of an adapter it leaves the files.
+
+    With `folded`, `tensors` is its bank; otherwise its encoder's `state_dict`, and its gate.
+    """
+    chunks = files.tensor_chunks(tensors)
+    digest = files.digest_of(chunks)
+    # The tensors' file is named after its content and the JSON, placed last, names it: a process killed at any moment
     # leaves the old checkpoint or the new one, never a mixture.
     weights = f"prefix-{digest[:12]}.safetensors"
-    files.write(folder / weights, data)
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "method": METHODS[isinstance(config, PrefixPlusConfig)],
-        "config": config.to_dict(),
-        "model": asdict(geometry),
-        "folded": folded,
-        "weights": weights,
-        "sha256": digest,
-    }
-    files.write_json(folder / JSON, description)
-    for stale in folder.iterdir():
-        if WEIGHTS.fullmatch(stale.name) and stale.name != weights:
-            stale.unlink()
+    description = files.json_bytes(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": METHODS[isinstance(config, PrefixPlusConfig)],
+            "config": config.to_dict(),
+            "model": asdict(geometry),
+            "folded": folded,
+            "weights": weights,
+            "sha256": digest,
+        }
+    )
+    with saving.saver(folder) as saver:
+        saver.write(weights, chunks)
+        saver.write(JSON, [description])
+        saver.place(weights)
+        saver.place(JSON)
+        saver.remove(BANK)  # until then the folder is read as the bank that was there
+        saver.tidy(lambda name: WEIGHTS.fullmatch(name) is not None and name != weights)
 
 
 Read = tuple[Config, nn.Module, Tensor | None]
@@ -68,11 +76,19 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     The encoder is trainable if it was saved unfolded. So is that of a PEFT adapter, which holds keys and values only,
     PEFT having dropped the network: it is one of share="none".
     """
+    return saving.whole(folder, STATE, lambda: _read_any(folder, geometry, defaults))
+
+
+def _read_any(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     if (folder / JSON).is_file():
-        return _read(folder, geometry, defaults)
-    if (folder / peft.JSON).is_file():
-        config, bank = peft.read(folder, geometry, defaults)
-        return config, FreePrefix(bank), None
+        with files.described(folder / JSON):
+            return _read(folder, geometry, defaults)
+    if peft.is_there(folder):
+        with files.described(folder / peft.JSON):
+            config, bank = peft.read(folder, geometry, defaults)
+            return config, FreePrefix(bank), None
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder with a saved prefix")
     raise ValueError(f"{folder} holds neither {JSON} nor {peft.JSON}; expected a folder with a saved prefix")
 
 
@@ -81,69 +97,72 @@ def _read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     values = files.read_json(path)
     _check_fields(path, values)
     check_geometry(path, values["model"], geometry)
+    weights, digest = folder / values["weights"], values["sha256"]
     if values["method"] == "prefix_plus":
-        return _read_plus(folder, path, values, geometry)
-    try:
-        config = PrefixConfig.from_dict(values["config"])
-        slots = config.slots(geometry.kinds)
-        resolved = config.resolved(defaults)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        plus = PrefixPlusConfig.from_dict(values["config"])
+        with torch.device("meta"):
+            memories = Memories(plus, geometry)
+        return plus, _filled(memories, files.read_tensors(weights, _shapes(memories), digest)), None
+    config = PrefixConfig.from_dict(values["config"])
+    if config.count is not None:
+        raise ValueError(f"{path} has count={files.shown(config.count, 40)}, expected None: a bank is one file, {BANK}")
+    slots = config.slots(geometry.kinds)
+    resolved = config.resolved(defaults)
     open_ = [name for name, value in config.to_dict().items() if value != resolved.to_dict()[name]]
     if open_:
         raise ValueError(f"{path} leaves {', '.join(open_)} of the prefix to the model; a saved config says it")
-    weights = folder / values["weights"]
-    tensors = files.read_tensors(weights, values["sha256"])
     with torch.device("meta"):  # no memory, and no random numbers drawn
         encoder = make_encoder(config, geometry)
         if values["folded"]:
             encoder = FreePrefix(torch.empty(len(slots), 2, geometry.kv_heads, config.longest, geometry.head_dim))
     gated = {"gate": [len(slots)]} if config.gate and not values["folded"] else {}
-    files.check_tensors(weights, tensors, {name: list(t.shape) for name, t in encoder.state_dict().items()} | gated)
+    tensors = files.read_tensors(weights, _shapes(encoder) | gated, digest)
     gate = tensors.pop("gate") if gated else None
+    return config, _filled(encoder, tensors).requires_grad_(not values["folded"]), gate
+
+
+def _shapes(encoder: nn.Module) -> dict[str, list[int]]:
+    return {name: list(t.shape) for name, t in encoder.state_dict().items()}
+
+
+def _filled(encoder: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     # Assigned, not copied: a float64 prefix does not come back rounded.
     encoder.load_state_dict(tensors, assign=True)
-    return config, encoder.requires_grad_(not values["folded"]), gate
-
-
-def _read_plus(folder: Path, path: Path, values: dict[str, Any], geometry: Geometry) -> Read:
-    try:
-        config = PrefixPlusConfig.from_dict(values["config"])
-        with torch.device("meta"):
-            encoder = Memories(config, geometry)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    weights = folder / values["weights"]
-    tensors = files.read_tensors(weights, values["sha256"])
-    files.check_tensors(weights, tensors, {name: list(t.shape) for name, t in encoder.state_dict().items()})
-    encoder.load_state_dict(tensors, assign=True)
-    return config, encoder, None
+    return encoder
 
 
 def _check_fields(path: Path, values: dict[str, Any]) -> None:
     # what it is, before what is wrong with it
     if values.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {values.get('format')!r}, expected {FORMAT!r}: not a prefixattn checkpoint"
+            f"{path} has format {files.shown(values.get('format'))}, expected {FORMAT!r}: not a prefixattn checkpoint"
         )
     if values.get("version") != VERSION:
-        raise ValueError(f"{path} has version {values.get('version')!r}; this prefixattn reads version {VERSION}")
+        raise ValueError(
+            f"{path} has version {files.shown(values.get('version'))}; this prefixattn reads version {VERSION}"
+        )
     if set(values) != set(FIELDS):
         missing, unknown = sorted(set(FIELDS) - set(values)), sorted(set(values) - set(FIELDS))
-        raise ValueError(f"{path} lacks the fields {missing} and has unknown fields {unknown}")
+        raise ValueError(f"{path} lacks the fields {missing} and has unknown fields {files.shown(unknown)}")
     for name, kind in FIELDS.items():
         if type(values[name]) is not kind:
-            raise ValueError(f"{path} has {name} {values[name]!r}, expected a {kind.__name__}")
+            raise ValueError(f"{path} has {name} {files.shown(values[name])}, expected a {kind.__name__}")
     if values["method"] not in METHODS:
-        raise ValueError(f"{path} has method {values['method']!r}, expected one of {', '.join(map(repr, METHODS))}")
+        raise ValueError(
+            f"{path} has method {files.shown(values['method'])}, expected one of {', '.join(map(repr, METHODS))}"
+        )
     if not WEIGHTS.fullmatch(values["weights"]):
-        raise ValueError(f"{path} names the weights {values['weights']!r}, expected a file {WEIGHTS.pattern} beside it")
+        raise ValueError(
+            f"{path} names the weights {files.shown(values['weights'])}, expected a file {WEIGHTS.pattern} beside it"
+        )
 
 
-def check_geometry(path: Path, saved: dict[str, Any], geometry: Geometry) -> None:
+def check_geometry(path: Path, saved: Any, geometry: Geometry) -> None:
     here = asdict(geometry)
-    if set(saved) != set(here):
-        raise ValueError(f"{path} describes the model as {saved!r}, expected the fields {', '.join(here)}")
-    differing = [f"{name}={saved[name]!r}, here {here[name]!r}" for name in here if saved[name] != here[name]]
+    if not isinstance(saved, dict) or set(saved) != set(here):
+        raise ValueError(f"{path} describes the model as {files.shown(saved)}, expected the fields {', '.join(here)}")
+    differing = [
+        f"{name}={files.shown(saved[name])}, here {here[name]!r}" for name in here if saved[name] != here[name]
+    ]
     if differing:
         raise ValueError(f"{path} is of a prefix for another model: {'; '.join(differing)}")

@@ -1,22 +1,32 @@
 """prefix_attention and its packed form: what a call means, in words and shapes; every refusal of bad input is here."""
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from prefixattn import backends
+from prefixattn.checks import (
+    FLOATS,
+    as_number,
+    check_flags,
+    check_float,
+    check_indices,
+    check_probability,
+    check_range,
+    check_scale,
+    check_softcap,
+    check_tensor,
+    check_types,
+    require_shape,
+)
 from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.reference import PHIS
 
-_FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
 
 def prefix_attention(
-    q: Tensor,  # [B, H, L, D]
+    q: Tensor,  # [B, H, L, D], or without B in q, k and v
     k: Tensor,  # [B, Hkv, S, D]
     v: Tensor,  # [B, Hkv, S, D]
     prefix_k: Tensor,  # [Hkv, P, D] shared | [B, Hkv, P, D] one per sample | [T, Hkv, P, D] a bank, with prefix_ids
@@ -42,14 +52,19 @@ def prefix_attention(
     Equal to ``scaled_dot_product_attention(q, cat(prefix_k, k), cat(prefix_v, v))`` without the two copies and
     without expanding the prefix over the batch.
 
+    q, k and v have one number of samples, or some of them one sample for all; without that axis the results lack it
+    too. v has the width D of q and k. Hidden keys (by a mask, by causality, past prefix_lengths) have the weight zero
+    and never reach lse and mass, whatever they hold. But zero times nan or inf is nan, as in SDPA: what a mask or
+    causality hides should be finite, or out and the gradients may not be. Rows past prefix_lengths may hold anything.
+
     Args:
         attn_mask: As in SDPA (bool: True attends; float: added, in the type of q or float32), for the own keys only.
             Read through its strides; gets a gradient if float. A float of -1e37 or less (float32's and bfloat16's
             `finfo.min`) hides its key as -inf does. A query that sees no own key attends to the prefix alone; with no
             prefix either its output is zero and its lse -inf.
-        dropout_p: Dropout on the softmax weights; lse and mass are those before it.
+        dropout_p: Dropout on the softmax weights; lse and mass are those before it. With 1 out has no softmax's part.
         is_causal: Own key s is visible to query l iff ``s <= l + S - L``. May be combined with attn_mask.
-        scale: Defaults to ``D ** -0.5``.
+        scale: Defaults to ``D ** -0.5``; finite, in float32's range but for float64.
         enable_gqa: Allows H to be a multiple of Hkv; query head h reads key head ``h // (H // Hkv)``.
         prefix_ids: The bank's row for each sample.
         prefix_lengths: Rows of a prefix past its length are ignored. With prefix_ids a tensor of length T belongs to
@@ -60,13 +75,23 @@ def prefix_attention(
             part of the softmax: scale, masks, dropout, lse and mass do not know it, and where no key is seen it is all
             there is. The prefix may have length 0. One memory for each row of prefix_k has prefix_k's first axis.
         phi: "elu", "gelu" (with erf), "relu" or "none", of q as it comes.
-        softcap: Scores of prefix and own keys become ``softcap * tanh(score / softcap)`` before mask and softmax.
+        softcap: Scores of prefix and own keys become ``softcap * tanh(score / softcap)`` before mask and softmax;
+            from 2**-126 to 2**126 but for float64.
         return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.
         return_prefix_mass: Also return the softmax weight that fell on the prefix, float32; carries no gradient.
         backend: "auto", or the name of one backend, which then runs or says why it cannot.
 
     Under autocast the inputs are cast as SDPA's are; a float32 mask stays as it is.
+
+    Raises:
+        ValueError: What was got and what was expected, for any argument.
+        NotImplementedError: No backend, or not the one named, takes the call: why each cannot.
+        MemoryError: A thread of the CPU kernels got no scratch.
     """
+    check_flags(is_causal, enable_gqa, return_lse, return_prefix_mass)
+    one_sample = all(isinstance(t, Tensor) and t.dim() == 3 for t in (q, k, v))
+    if one_sample:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     inputs = _normal_form(
         *(q, k, v, prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, enable_gqa),
@@ -74,8 +99,10 @@ def prefix_attention(
         *(memory, phi, softcap),
         *(return_prefix_mass, backend),
     )
-    out, lse, mass, _ = prefix_attn(*inputs)
-    return _asked_for(out, lse, mass, return_lse, return_prefix_mass)
+    results = _asked_for(*_run(prefix_attn, inputs, inputs, dropout_p), return_lse, return_prefix_mass)
+    if not one_sample:
+        return results
+    return results.squeeze(0) if isinstance(results, Tensor) else tuple([t.squeeze(0) for t in results])
 
 
 def prefix_attention_qkvpacked(
@@ -108,22 +135,23 @@ def prefix_attention_qkvpacked(
 
     The other arguments are those of prefix_attention.
     """
-    _check_tensor("qkv", qkv)
+    check_flags(is_causal, False, return_lse, return_prefix_mass)
+    check_tensor("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {list(qkv.shape)}, expected [B, N, 3, H, D]")
-    _check_float("qkv", qkv)
+    check_float("qkv", qkv)
     # here and not in the parts, so that the gradient of a cast or a copy is of one tensor too
     if _autocasts(qkv):
         (qkv,) = _autocast(qkv)
     qkv = unit_stride(qkv)
-    _, _, _, *others = _normal_form(
+    inputs = _normal_form(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
         *(return_prefix_mass, backend),
     )
-    out, lse, mass, _ = prefix_attn_qkvpacked(qkv, *others)
+    out, lse, mass = _run(prefix_attn_qkvpacked, (qkv, *inputs[3:]), inputs, dropout_p)
     # contiguous as it is, unless qkv's own axes lie in another order
     return _asked_for(out.transpose(1, 2).contiguous(), lse, mass, return_lse, return_prefix_mass)
 
@@ -150,12 +178,14 @@ def _normal_form(
 ) -> tuple[Any, ...]:
     """The arguments of prefix_attn, checked, with a backend that takes them."""
     tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, prefix_lengths)
-    _check_types(*tensors, dropout_p, prefix_dropout_p, scale, softcap)
+    check_types(tensors, (dropout_p, prefix_dropout_p, scale, softcap))
+    dropout_p, prefix_dropout_p, scale, softcap = map(as_number, (dropout_p, prefix_dropout_p, scale, softcap))
     if _autocasts(q):
         q, k, v, prefix_k, prefix_v = _autocast(q, k, v, prefix_k, prefix_v)
         memory = None if memory is None else _autocast(memory)[0]
         if attn_mask is not None and attn_mask.dtype != torch.float32:
             (attn_mask,) = _autocast(attn_mask)
+    q, k, v = _one_batch(q, k, v)
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if memory is not None:
         memory = _normal_memory(memory, prefix_k, q)
@@ -170,8 +200,8 @@ def _normal_form(
     B, H, L, D = q.shape
     S, T, P = k.shape[2], prefix_k.shape[0], prefix_k.shape[2]
     if prefix_ids is not None:
-        _check_indices("prefix_ids", prefix_ids, (B,), "[B]", q)
-        _check_range("prefix_ids", prefix_ids, T - 1, "T", T)
+        check_indices("prefix_ids", prefix_ids, (B,), "[B]", q)
+        check_range("prefix_ids", prefix_ids, T - 1, "T", T)
     elif T not in (1, B):
         raise ValueError(f"prefix_k holds T={T} prefixes for B={B} samples; pass prefix_ids to choose among them")
     lengths = None
@@ -179,13 +209,13 @@ def _normal_form(
         lengths = _lengths_per_sample(prefix_lengths, prefix_ids, B, T, P, q)
     if attn_mask is not None:
         attn_mask = _normal_mask(attn_mask, B, H, L, S, q)
-    for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"{name} is {p}; expected a probability in [0, 1)")
+    check_probability("dropout_p", dropout_p, one=True)
+    check_probability("prefix_dropout_p", prefix_dropout_p, one=False)
+    dropout_p = 0.0 if dropout_p == 1 else dropout_p  # see _run
     if scale is None:
         scale = D**-0.5 if D else 1.0
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        raise ValueError(f"softcap is {softcap}; expected None or a positive number")
+    check_scale(scale, q.dtype)
+    check_softcap(softcap, q.dtype)
     seed = None
     if dropout_p or prefix_dropout_p:
         seed = torch.randint(2**62, (1,), device=q.device)
@@ -199,6 +229,18 @@ def _normal_form(
     chosen = backends.choose(backend, *inputs, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, cap, needs)
     numbers = (dropout_p, prefix_dropout_p, is_causal, scale, phi, cap)
     return *inputs, prefix_ids, lengths, seed, *numbers, return_prefix_mass, _keeps_attended(memory, needs), chosen
+
+
+def _run(
+    op: Any, inputs: tuple[Any, ...], unpacked: tuple[Any, ...], dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and mass; `unpacked`: the inputs as prefix_attn takes them."""
+    out, lse, mass, _ = op(*inputs)
+    if dropout_p == 1:  # what is left is the memory's part, and that a call without keys has
+        q, *others, _mask, memory, ids, _lengths = unpacked[:9]
+        nothing = [t[:, :, :0] for t in others]
+        out = prefix_attn(q, *nothing, None, memory, ids, None, *unpacked[9:])[0]
+    return out, lse, mass
 
 
 def _asked_for(
@@ -217,7 +259,7 @@ def _autocasts(t: Tensor) -> bool:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the type of autocast; float64 stays, as for SDPA, and so does what is no float."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t.to(dtype) if t.dtype in _FLOATS[:3] else t for t in tensors]
+    return [t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors]
 
 
 def _distinct(*tensors: Any) -> list[Any]:
@@ -241,39 +283,13 @@ def _keeps_attended(memory: Tensor | None, needs: tuple[bool, ...]) -> bool:
     return memory is not None and wanted
 
 
-def _require_shape(name: str, t: Tensor, **dims: int) -> None:
-    if t.shape != tuple(dims.values()):
-        spelled = ", ".join(f"{d}={n}" for d, n in dims.items())
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected [{spelled}]")
-
-
-_NAMES = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory", "prefix_ids", "prefix_lengths"
-_NUMBERS = "dropout_p", "prefix_dropout_p", "scale", "softcap"
-
-
-def _check_types(*arguments: object) -> None:
-    for i, (name, t) in enumerate(zip(_NAMES, arguments, strict=False)):
-        if t is None and i >= 5:
-            continue
-        _check_tensor(name, t)
-    for name, x in zip(_NUMBERS, arguments[len(_NAMES) :], strict=True):
-        if x is None and name in ("scale", "softcap"):
-            continue
-        # a tensor would lose its gradient on the way to a number
-        if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
-            raise ValueError(f"{name} is {(x if isinstance(x, str) else type(x).__name__)!r}, expected a number")
-
-
-def _check_tensor(name: str, t: object) -> None:
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{name} is a {type(t).__name__}, expected a tensor")
-    if t.is_nested or t.layout != torch.strided:
-        raise NotImplementedError(f"{name} is a nested or sparse tensor, expected a dense one")
-
-
-def _check_float(name: str, t: Tensor) -> None:
-    if t.dtype not in _FLOATS:
-        raise ValueError(f"{name} is {t.dtype}, expected float32, bfloat16, float16 or float64")
+def _one_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """A single sample of q, k or v is that of all samples."""
+    sizes = [t.shape[0] if t.dim() == 4 else 0 for t in tensors]
+    many = [n for n in sizes if n != 1]
+    if not many or len(many) == len(sizes):
+        return tensors
+    return tuple([t.expand(many[0], -1, -1, -1) if n == 1 else t for n, t in zip(sizes, tensors, strict=True)])
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, enable_gqa: bool) -> None:
@@ -286,17 +302,17 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
         )
     B, H, _, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
-    _require_shape("k", k, B=B, Hkv=Hkv, S=S, D=D)
-    _require_shape("v", v, B=B, Hkv=Hkv, S=S, D=D)
+    require_shape("k", k, B=B, Hkv=Hkv, S=S, D=D)
+    require_shape("v", v, B=B, Hkv=Hkv, S=S, D=D)
     several = {"T": prefix_k.shape[0]} if prefix_k.dim() == 4 else {}
-    _require_shape("prefix_k", prefix_k, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
-    _require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
+    require_shape("prefix_k", prefix_k, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
+    require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
     if H != Hkv:
         if not enable_gqa:
             raise ValueError(f"q has H={H} heads and k has Hkv={Hkv}; expected as many, or enable_gqa=True")
         if Hkv == 0 or H % Hkv:
             raise ValueError(f"q has H={H} heads, expected a multiple of the Hkv={Hkv} heads of k")
-    _check_float("q", q)
+    check_float("q", q)
     dtype, device = q.dtype, q.device
     for name, t in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         if t.dtype != dtype:
@@ -337,30 +353,8 @@ def _normal_mask(mask: Tensor, B: int, H: int, L: int, S: int, q: Tensor) -> Ten
 
 def _lengths_per_sample(lengths: Tensor, ids: Tensor | None, B: int, T: int, P: int, q: Tensor) -> Tensor:
     """[T] or [B] to [B]."""
-    _check_indices("prefix_lengths", lengths, (T, B), "[T] or [B]", q)
-    _check_range("prefix_lengths", lengths, P, "P", P)
+    check_indices("prefix_lengths", lengths, (T, B), "[T] or [B]", q)
+    check_range("prefix_lengths", lengths, P, "P", P)
     if ids is not None and lengths.shape[0] == T:
         return lengths[ids]
     return lengths.expand(B).contiguous()
-
-
-def _check_indices(name: str, t: Tensor, sizes: tuple[int, ...], axes: str, q: Tensor) -> None:
-    if t.dim() != 1 or all(t.shape[0] != n for n in sizes):
-        wanted = " or ".join(f"[{n}]" for n in dict.fromkeys(sizes))
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {axes}, here {wanted}")
-    if t.dtype != torch.int64:
-        raise ValueError(f"{name} is {t.dtype}, expected torch.int64")
-    if t.device != q.device:
-        raise ValueError(f"{name} is on {t.device}, expected {q.device} as q")
-
-
-def _check_range(name: str, t: Tensor, last: int, letter: str, size: int) -> None:
-    """0 <= t <= last. On a CPU the error names the value; a GPU and a compiled graph assert without waiting for it."""
-    values_known = t.device.type == "cpu" and not torch.compiler.is_compiling() and detect_fake_mode(t) is None
-    if values_known:
-        bad = ((t < 0) | (t > last)).nonzero()
-        if bad.numel():
-            i = int(bad[0])
-            raise ValueError(f"{name}[{i}] is {int(t[i])}, expected 0 to {last} ({letter}={size})")
-    else:
-        torch._assert_async(((t >= 0) & (t <= last)).all(), f"{name} has a value outside 0 to {last} ({letter}={size})")

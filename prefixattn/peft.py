@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn import files
+from prefixattn import files, saving
 from prefixattn.config import MOST, Defaults, PrefixConfig
 from prefixattn.prefix import Geometry
 
@@ -24,6 +24,20 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 NAME = "prompt_embeddings"  # [P, layers * 2 * Hkv * D]: of a token, layer after layer, key before value
 TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+# what a model is used for says nothing of its prefix, but through the number of stacks, which a field of its own gives
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None)
+EMBEDDED = "adapter_config"  # in the header of the tensors' file, so that it can stand alone
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / JSON).is_file() or _embedded(folder / TENSORS) is not None
+
+
+def _embedded(weights: Path) -> str | None:
+    try:
+        return files.read_header(weights).metadata.get(EMBEDDED)
+    except ValueError:
+        return None
 
 
 def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixConfig, Tensor]:
@@ -31,11 +45,14 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
 
     All rows can be trained, those that a CARTRIDGE freezes (`num_frozen_tokens`) too.
     """
-    path, weights = folder / JSON, folder / TENSORS
-    values = files.read_json(path)
+    weights = folder / TENSORS
+    before = saving.stamp(folder, (JSON, TENSORS))
+    path, values = _description(folder)
     if values.get("peft_type") not in TYPES:
         words = " or ".join(map(repr, TYPES))
-        raise ValueError(f"{path} has peft_type {values.get('peft_type')!r}, expected {words}: keys and values")
+        raise ValueError(
+            f"{path} has peft_type {files.shown(values.get('peft_type'))}, expected {words}: keys and values"
+        )
     if not defaults.can_shift:
         raise NotImplementedError(
             f"{path}: PEFT counts a prefix among the positions, and {geometry.model_type} has none that a prefix could "
@@ -44,13 +61,14 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
     _check_model(path, values, geometry)
     length: Any = values.get("num_virtual_tokens")
     if type(length) is not int or not 1 <= length <= MOST:
-        raise ValueError(f"{path} has num_virtual_tokens {length!r}, expected an integer from 1 to {MOST}")
+        raise ValueError(f"{path} has num_virtual_tokens {files.shown(length)}, expected an integer from 1 to {MOST}")
     _check_frozen(path, values, length)
     if not weights.is_file() and (folder / PICKLE).is_file():
         raise ValueError(f"{folder} holds {PICKLE}, a pickle, and is not read: save the adapter as {TENSORS} with PEFT")
-    tensors = files.read_tensors(weights)
     layers, Hkv, D = _layers(geometry), geometry.kv_heads, geometry.head_dim
-    files.check_tensors(weights, tensors, {NAME: [length, layers * 2 * Hkv * D]})
+    tensors = files.read_tensors(weights, {NAME: [length, layers * 2 * Hkv * D]})
+    if saving.stamp(folder, (JSON, TENSORS)) != before:
+        raise ValueError(f"{folder} was written to while it was read")
     kinds: Any = ("decoder",) if _seq2seq(geometry) else "all"
     config = PrefixConfig(length=length, share="none", attentions=kinds, positions="shifted").resolved(defaults)
     pairs = tensors[NAME].view(length, layers, 2, Hkv, D).permute(1, 2, 3, 0, 4)
@@ -58,7 +76,12 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
 
 
 def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor) -> None:
-    """Writes a PREFIX_TUNING adapter with the keys and values of `bank`, [N, 2, Hkv, P, D]."""
+    """Writes a PREFIX_TUNING adapter with the keys and values of `bank`, [N, 2, Hkv, P, D].
+
+    Where an adapter with another JSON file is there, that file goes first and the new one comes last: to PEFT the
+    folder is the old adapter, none for a moment, or the new one. `read` meets the old or the new one at any time, if
+    this function wrote the old one, as the tensors' file holds the description too.
+    """
     if config.positions != "shifted":
         raise ValueError(f"positions is {config.positions!r}; PEFT always shifts positions by the prefix's length")
     if _seq2seq(geometry) and set(config.counts(geometry.kinds)) != {"decoder"}:
@@ -78,7 +101,6 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor)
         )
     pairs = torch.zeros_like(bank)
     pairs[_pairs(geometry)] = bank
-    data = files.dump({NAME: pairs.permute(3, 0, 1, 2, 4).reshape(config.longest, -1)}, metadata={"format": "pt"})
     description = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -90,11 +112,29 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor)
         "peft_type": "PREFIX_TUNING",
         "prefix_projection": False,
         "revision": None,
+        "task_type": "SEQ_2_SEQ_LM" if _seq2seq(geometry) else "CAUSAL_LM",
         **_sizes(geometry),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / TENSORS, data)
-    files.write_json(folder / JSON, description)
+    text = files.json_bytes(description)
+    rows = pairs.permute(3, 0, 1, 2, 4).reshape(config.longest, -1)
+    chunks = files.tensor_chunks({NAME: rows}, {"format": "pt", EMBEDDED: text.decode()})
+    with saving.saver(folder) as saver:
+        saver.write(TENSORS, chunks)
+        saver.write(JSON, [text])
+        other = not (folder / JSON).is_file() or (folder / JSON).read_bytes() != text
+        if other:
+            saver.remove(JSON)
+        saver.place(TENSORS)
+        if other:
+            saver.place(JSON)
+
+
+def _description(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The adapter's config and the file that it is in."""
+    text = None if (folder / JSON).is_file() else _embedded(folder / TENSORS)
+    if text is None:
+        return folder / JSON, files.read_json(folder / JSON)
+    return folder / TENSORS, files.parsed(folder / TENSORS, text)
 
 
 def _seq2seq(geometry: Geometry) -> bool:
@@ -118,22 +158,29 @@ def _sizes(geometry: Geometry) -> dict[str, Any]:
         "num_attention_heads": geometry.kv_heads,
         "token_dim": geometry.kv_heads * geometry.head_dim,
         "num_transformer_submodules": 2 if _seq2seq(geometry) else 1,
-        "task_type": "SEQ_2_SEQ_LM" if _seq2seq(geometry) else "CAUSAL_LM",
     }
 
 
 def _check_model(path: Path, values: dict[str, Any], geometry: Geometry) -> None:
+    task, modules = values.get("task_type"), values.get("modules_to_save")
+    if task not in TASKS:
+        raise ValueError(f"{path} has task_type {files.shown(task)}, expected one of {', '.join(map(repr, TASKS))}")
+    if modules:
+        raise ValueError(
+            f"{path} has modules_to_save {files.shown(modules)} (task_type {task!r}): beside a prefix the adapter "
+            "holds weights of the model's own modules, trained with it, and here a prefix alone is read"
+        )
     here = _sizes(geometry)
-    differing = [f"{name}={values.get(name)!r}, here {here[name]!r}" for name in here if values.get(name) != here[name]]
+    differing = [
+        f"{name}={files.shown(values.get(name))}, here {here[name]!r}"
+        for name in here
+        if values.get(name) != here[name]
+    ]
     if differing:
         raise ValueError(f"{path} is of a prefix for another model: {'; '.join(differing)}")
-    if values.get("modules_to_save"):
-        raise ValueError(
-            f"{path} has modules_to_save {values['modules_to_save']!r}: the adapter changes the model's own modules too"
-        )
 
 
 def _check_frozen(path: Path, values: dict[str, Any], length: int) -> None:
     frozen = values.get("num_frozen_tokens", 0)
     if type(frozen) is not int or not 0 <= frozen <= length:
-        raise ValueError(f"{path} has num_frozen_tokens {frozen!r}, expected an integer from 0 to {length}")
+        raise ValueError(f"{path} has num_frozen_tokens {files.shown(frozen)}, expected an integer from 0 to {length}")

@@ -279,8 +279,7 @@ class SimpleShare(Taken):
         if known is None or known.name is not name or not known.of.lasts():
             raise RuntimeError(CHANGED.format(what="projections"))
         if receive is None:  # the optimizer went away in between
-            grad = known.made.pull(dbank)
-            self.vectors.grad = grad if self.vectors.grad is None else self.vectors.grad + grad
+            self.vectors.backward(known.made.pull(dbank))
             return
         receive(self, dbank, known.made)
 

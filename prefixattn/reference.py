@@ -247,9 +247,20 @@ def _over_batch(grad: Tensor, kept: Tensor | float, rows: Tensor | None, T: int)
     if rows is not None:
         total = grad.new_zeros(T, *grad.shape[1:])
         for row in rows.unique().tolist():  # in a fixed order on every device, which index_add_ is not
-            total[row] = grad[rows == row].sum(0)
+            total[row] = _pairwise(grad[rows == row])
         return total
-    return grad.sum(0, keepdim=True) if T == 1 else grad.contiguous()
+    return _pairwise(grad)[None] if T == 1 else grad.contiguous()
+
+
+def _pairwise(terms: Tensor) -> Tensor:
+    """The sum over the first axis, of halves: a chain of additions errs with its length."""
+    if terms.shape[0] == 0:
+        return terms.sum(0)
+    while (n := terms.shape[0]) > 1:
+        half = n // 2
+        sums = terms[:half] + terms[half : 2 * half]
+        terms = torch.cat([sums, terms[2 * half :]]) if n % 2 else sums
+    return terms[0]
 
 
 def _precision(q: Tensor) -> torch.dtype:

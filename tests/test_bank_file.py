@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import prefixattn
-from prefixattn import PrefixBank, PrefixConfig
+from prefixattn import PrefixBank, PrefixConfig, saving
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
-from prefixattn.attach import attached, bank_file  # noqa: E402
+from prefixattn.attach import attached  # noqa: E402
 from prefixattn.attach.testing import tiny_gpt2, token_ids  # noqa: E402
 
 IDS = torch.tensor([2, 0, 2])
@@ -162,7 +162,7 @@ def test_a_save_that_dies_leaves_the_bank_before_it(tmp_path, monkeypatch):
     def dies(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(bank_file.os, "replace", dies)
+    monkeypatch.setattr(saving.os, "replace", dies)
     with pytest.raises(OSError, match="no space left"):
         bank.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import prefixattn
-from prefixattn import FactoredAdamW, PrefixConfig
+from prefixattn import FactoredAdamW, PrefixConfig, saving
 
 pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -171,9 +171,7 @@ def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path, monkeypatch)
     wanted = model(IDS).logits
     with torch.no_grad():
         prefix.encoder.up.bias.add_(1.0)
-    from prefixattn import files
-
-    replace, calls = files.os.replace, []
+    replace, calls = saving.os.replace, []
 
     def dies_at_the_second(source: Path, target: Path) -> None:
         calls.append(target)
@@ -181,7 +179,7 @@ def test_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path, monkeypatch)
             raise OSError("no space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", dies_at_the_second)
+    monkeypatch.setattr(saving.os, "replace", dies_at_the_second)
     with pytest.raises(OSError, match="no space left"):
         prefix.save_pretrained(tmp_path)
     other = tiny_gpt2()

@@ -139,16 +139,35 @@ def test_the_table_says_what_is_not_like_for_like(tmp_path: Path, capsys: pytest
     assert plot_runs.main([record(path, ("deep", "none", "original"), logits="labelled", parallel=2)]) == 0
     shown = capsys.readouterr().out
     for words in (
-        "at every position for original, at labelled",
-        "ran side by side",
+        "logits (they weigh on peak MiB): at every position for original, at labelled",
+        "no ms/step: methods ran side by side",
         "none: random, P = 5; the published",
     ):
+        assert words in shown
+    assert "| ms/step |" not in shown and "100.0" not in shown and "| peak MiB |" in shown
+    assert plot_runs.main([record(path, ("deep", "original"), logits="labelled", parallel=1)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("| ms/step |", "100.0", "they weigh on ms/step and peak MiB", "ms/step: one method after another"):
         assert words in shown
     for methods, config in ((("deep", "original"), {}), (("deep",), {"logits": "labelled", "parallel": 2})):
         assert plot_runs.main([record(path, methods, **config)]) == 0  # {}: a record older than both keys
         shown = capsys.readouterr().out
         assert "| deep " in shown
         assert not any(words in shown for words in ("at every position", "side by side", "No-share"))
+
+
+def test_a_run_by_twos_is_no_run_one_by_one() -> None:
+    """Resumed, its methods would have been timed in both ways."""
+    data = e2e_data.load(e2e_data.GENERATED)
+    keys = {e2e.run_key(e2e.Config("demo", parallel=n, threads=1), data) for n in (1, 2)}
+    assert len(keys) == 2
+
+
+def test_json_nested_too_deeply_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path := tmp_path / "r.json").write_text("[" * 100_000)
+    assert plot_runs.main([str(path)]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"{path}: not readable as JSON") and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [[], 3, {}, {"methods": 3}, {"methods": [1]}])

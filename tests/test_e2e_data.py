@@ -72,6 +72,45 @@ def test_sets_punctuation_apart(text: str, expected: str) -> None:
     assert e2e_data.tokenise(text) == expected
 
 
+FIELD = 131_000  # characters: csv takes no longer field
+
+
+@pytest.mark.parametrize(
+    "word, tokens",
+    [
+        ("!" * FIELD, ["!"] * FIELD),
+        ("'" * FIELD + "a", ["'"] * FIELD + ["a"]),
+        ("a" + "'s" * (FIELD // 2), ["a"] + ["'s"] * (FIELD // 2)),
+        ("." * FIELD + "a" + "." * FIELD, ["." * FIELD, "a", "." * FIELD]),
+        ("a" * FIELD + "n't", ["a" * FIELD, "n't"]),
+        ("..!" * (FIELD // 3), ["..", "!"] * (FIELD // 3)),
+    ],
+    ids=["marks", "quotes", "genitives", "dots", "contraction", "dots_and_marks"],
+)
+def test_the_longest_word_that_a_field_holds_is_walked_once(word: str, tokens: list[str]) -> None:
+    """A walk for each of its marks takes many minutes."""
+    assert e2e_data.tokenise(word).split() == tokens
+
+
+@pytest.mark.parametrize("blank", [" ", "\u00a0"])
+def test_the_longest_record_that_a_field_holds_is_walked_once(blank: str) -> None:
+    record = "name[A]," + blank * FIELD + "near" + blank * FIELD + "[B]" + blank * FIELD
+    assert e2e_data.linearise(record) == "name : A | near : B"
+    with pytest.raises(ValueError, match=r"the record does not parse at 'a *'; expected key\[value\], \.\.\."):
+        e2e_data.linearise("a" + " " * FIELD)
+    with pytest.raises(ValueError, match="does not parse"):
+        e2e_data.linearise(blank * FIELD + "[B]")
+    slots = FIELD // 5
+    assert e2e_data.linearise("a[b]," * (slots - 1) + "a[b]").count(" | ") == slots - 1
+
+
+def test_a_file_of_another_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (file := tmp_path / "trainset.csv").touch()
+    os.truncate(file, 2**40)  # takes no place on the disk
+    with pytest.raises(Refusal, match=rf"{file}: has 1,099,511,627,776 bytes, expected at most 268,435,456; E2E is at"):
+        e2e_data.read_csv(file)
+
+
 def test_accepts_a_quoted_header_and_a_reference_over_two_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text('"mr","ref"\n"name[A]","One\ntwo."\n' + ROW, encoding="utf-8")
@@ -93,6 +132,9 @@ BAD_ROWS = {
     "no_record": (",text\n", "the record is empty"),
     "open_bracket": ("name[A,text\n", "the record does not parse at 'name[A'; expected key[value], ..."),
     "no_value": ("name[],text\n", "the record does not parse at 'name[]'"),
+    "no_key": ("  [a],text\n", "the record does not parse at '  [a]'"),
+    "key_with_a_bracket": ("a]b[c],text\n", "the record does not parse at 'a]b[c]'"),
+    "text_between": ('"a[b] c, d[e]",text\n', "the record does not parse at 'a[b] c, d[e]'"),
     "trailing_comma": ('"name[A], ",text\n', "the record does not parse at"),
 }
 

@@ -338,6 +338,7 @@ def test_the_whole_run_leaves_a_record(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("no E2E data (asked for): ")
     assert "generator" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[-1] == "results: tiny.json and tiny.png; of generated records, not of E2E"
     results = json.loads(out.read_text())
     assert [run["method"] for run in results["methods"]] == ["frozen", "deep"]
     deep = results["methods"][1]

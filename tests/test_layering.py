@@ -13,7 +13,7 @@ PACKAGE = ROOT / "prefixattn"
 
 # a module may import those in lines below its own; those of one line do not know each other, except the first ones
 LAYERS = """
-    __main__ __init__ attach checkpoint config files optim peft plus prefix taken
+    __main__ __init__ attach checkpoint config files optim peft plus prefix saving taken
     testing
     functional reparam
     ops
@@ -21,8 +21,8 @@ LAYERS = """
     guard
     cpu triton
     kernels
-    reference
-    philox layout _C
+    reference testing_plain
+    checks philox layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 

@@ -1,6 +1,8 @@
 """What happens around a step of ours: other optimizers, changed parameters, replaced gradients; no half steps."""
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -171,3 +173,11 @@ def test_a_refused_group_leaves_no_trace() -> None:
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         optimizer.add_param_group({"params": network().requires_grad_(False)})
     assert len(optimizer.param_groups) == 1
+
+
+def test_importing_watches_no_optimizer() -> None:
+    code = (
+        "import torch.optim.optimizer as o; import prefixattn;"
+        "assert not o._global_optimizer_pre_hooks and not o._global_optimizer_post_hooks"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,8 +1,5 @@
 """Two processes on gloo: results equal to one process with the whole batch, and little on the wire."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +11,16 @@ from prefixattn.attach import attach
 from prefixattn.attach.testing import tiny_gpt2, token_ids
 from prefixattn.config import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredSGD
-from prefixattn.optim.testing import loss, network, targets
+from prefixattn.optim.testing import loss, network, targets, two_processes
 from prefixattn.plus import PrefixPlusConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
-WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
-import test_optim_processes as scenarios
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=2)
-sent, found = [], {{}}
-def counted(name):
-    plain = getattr(dist, name)
-    def call(t, *args, **kwargs):
-        sent.append(t.numel() * t.element_size())
-        return plain(t, *args, **kwargs)
-    setattr(dist, name, call)
-counted("all_reduce")
-for name, (run, options) in scenarios.SCENARIOS.items():
-    sent.clear()
-    result = run(rank, **options)
-    found[name] = result, list(sent)
-torch.save(found, f"{{folder}}/{{rank}}.pt")
-dist.destroy_process_group()
-"""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found: by scenario the result and the bytes of each collective call."""
-    folder = tmp_path_factory.mktemp("processes")
-    program = WORKER.format(tests=str(ROOT / "tests"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(folder)],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_processes(Path(__file__), tmp_path_factory.mktemp("processes"))
 
 
 def train_network(rank: int | None, kind: str = "adamw", clip: str = "", micro: int = 1) -> list[Tensor]:
@@ -202,9 +154,9 @@ def test_equal_to_one_process(results: list[dict[str, Any]], name: str) -> None:
 def test_bytes_on_the_wire(results: list[dict[str, Any]], name: str) -> None:
     net = network("three")
     rows = 3 * 4 * net.up.weight.shape[1] * 4  # G * P * O numbers of float32
-    counts = 2 * 5 * 8
+    agreed = 2 * 8
     for result in results:
-        assert result[name][1] == [counts, rows] * STEPS
+        assert result[name][1] == [agreed, rows] * STEPS
     assert rows < 0.5 * sum(p.numel() * 4 for p in net.parameters())
 
 
@@ -212,7 +164,7 @@ def test_bytes_of_a_simple_share_on_the_wire(results: list[dict[str, Any]]) -> N
     """Its vectors' gradient, once for a step."""
     for result in results:
         vectors = result["simple"][0][0]
-        assert result["simple"][1] == [2 * 1 * 8, vectors.nbytes] * STEPS
+        assert result["simple"][1] == [16] + [16, vectors.nbytes] * STEPS  # one at the start
 
 
 def test_gradients_that_one_process_lacks(results: list[dict[str, Any]]) -> None:

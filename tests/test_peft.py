@@ -127,6 +127,46 @@ def test_past_the_window_peft_loses_the_prefix_and_we_keep_it(tmp_path):
     assert (ours[inside:] - expected[inside:]).abs().amax(1).min() > 1e-3
 
 
+# what a model is used for is no part of its prefix
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None, "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"])
+def test_an_adapter_that_is_a_prefix_alone_is_read_whatever_its_task(tmp_path, rows, task):
+    edited(rows, tmp_path, task_type=task)
+    assert torch.equal(prefixattn.load(tiny_gpt2(), tmp_path)(), prefixattn.load(tiny_gpt2(), rows)())
+
+
+def test_an_adapter_for_features_gives_those_of_peft(tmp_path):
+    torch.manual_seed(5)
+    config = peft().PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)
+    theirs = peft().get_peft_model(tiny("llama").model, config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, inputs = tiny("llama").model, model_inputs("llama")
+    prefixattn.load(model, tmp_path)
+    with torch.no_grad():
+        expected = theirs(**inputs).last_hidden_state
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected, **CLOSE)
+
+
+HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "score", "QUESTION_ANS": "qa_outputs"}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_an_adapter_with_a_trained_head_is_refused_for_its_head(tmp_path, task):
+    import transformers
+
+    kind = {"SEQ_CLS": "Sequence", "TOKEN_CLS": "Token"}.get(task)
+    name = f"LlamaFor{kind}Classification" if kind else "LlamaForQuestionAnswering"
+    config = transformers.LlamaConfig(**{**tiny("llama").config.to_dict(), "pad_token_id": 0})
+    make = lambda: getattr(transformers, name)(config)  # noqa: E731
+    theirs = peft().get_peft_model(make(), peft().PrefixTuningConfig(task_type=task, num_virtual_tokens=P))
+    theirs.save_pretrained(tmp_path)
+    model = make()
+    with pytest.raises(ValueError, match=rf"modules_to_save \[.*'{HEADS[task]}'.*\] \(task_type '{task}'\): beside"):
+        prefixattn.load(model, tmp_path)
+    assert attached(model) is None
+
+
 # the decoder of an encoder-decoder makes its positions itself
 
 
@@ -227,8 +267,12 @@ WRONG_CONFIGS = {
     "heads": (dict(num_attention_heads=4), "num_attention_heads=4, here 2"),
     "width": (dict(token_dim=64), "token_dim=64, here 32"),
     "stacks": (dict(num_transformer_submodules=2), "num_transformer_submodules=2, here 1"),
-    "task": (dict(task_type="SEQ_CLS"), "task_type='SEQ_CLS', here 'CAUSAL_LM'"),
-    "modules": (dict(modules_to_save=["lm_head"]), r"has modules_to_save \['lm_head'\]"),
+    "task": (dict(task_type="IMAGE_CLS"), "has task_type 'IMAGE_CLS', expected one of 'CAUSAL_LM', 'SEQ_2_SEQ_LM',"),
+    "task_list": (dict(task_type=["SEQ_CLS"]), r"has task_type \['SEQ_CLS'\], expected one of"),
+    "modules": (
+        dict(modules_to_save=["lm_head"]),
+        r"has modules_to_save \['lm_head'\] \(task_type 'CAUSAL_LM'\): beside a prefix the adapter holds weights",
+    ),
     "length": (dict(num_virtual_tokens=7), r"expected \{'prompt_embeddings': \[7, 128\]\}"),
     "no_length": (dict(num_virtual_tokens=None), "num_virtual_tokens None, expected an integer from 1 to"),
     "length_list": (dict(num_virtual_tokens=[P, P]), r"num_virtual_tokens \[5, 5\], expected an integer"),

@@ -32,6 +32,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backbone_data import DataError, load_texts, train_tokenizer, training_blocks
 from backbone_score import held_out_scores, quick_score, samples
+from command import command
+from runs import save_tensors
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ def batch_at(blocks: np.ndarray, config: Config, step: int) -> Tensor:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    save_tensors(path, state)
 
 
 def load_checkpoint(path: Path, config: Config, data: dict[str, Any]) -> dict[str, Any]:
@@ -280,19 +281,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--restart", action="store_true", help="ignore a checkpoint or a finished run in --out")
     args = parser.parse_args(argv)
     config = Config(tokens=args.tokens, seed=args.seed, compiled=not args.no_compile)
-    try:
+
+    def work() -> None:
         if args.data is None:
             raise DataError("no data folder: give --data or set PREFIXATTN_DATA")
         if not math.isfinite(args.tokens) or args.tokens <= 0 or args.every < 1:
             raise DataError(f"--tokens and --every must be positive, got {args.tokens} and {args.every}")
         run(Path(args.data), args.out, config, args.every, args.restart)
-    except DataError as e:
-        print(e, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {args.out / 'checkpoint.pt'}", file=sys.stderr)
-        return 130
-    return 0
+
+    return command("backbone.py", work, f"the same command goes on from {args.out / 'checkpoint.pt'}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from runs import Refusal
+
 EOS = "<|endoftext|>"
 ENGLISH, WEBNLG_TRAIN, WEBNLG_DEV = "text/english.jsonl.gz", "webnlg/train.json", "webnlg/dev.json"
 HELD_OUT_SOURCE = "wikitext-2-test"
 
 
-class DataError(Exception):
+class DataError(Refusal):
     """A data file is missing or does not parse; the message is one line with file and row."""
 
 

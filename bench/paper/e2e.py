@@ -26,16 +26,14 @@ import os
 import random
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import e2e_data
+from command import command, environment, leave_signals_to_the_parent, together
 from plot_runs import METRICS, figure, table
 from runs import (
     Refusal,
@@ -89,7 +87,7 @@ class Config:
     beams: int = 5
     max_new: int = 100
     threads: int = 2
-    parallel: int = 1  # methods at a time; their seconds a step then include what they cost each other
+    parallel: int = 1  # methods at a time; from 2 their times tell nothing of them, and the table leaves them out
     checkpoint_every: int = 200
 
     def rate(self, method: str) -> float:
@@ -188,22 +186,16 @@ def selected(data: e2e_data.Data, config: Config) -> tuple[list[e2e_data.Pair], 
 
 def run_key(config: Config, data: e2e_data.Data) -> str:
     """Names all that the numbers of one method depend on; not which methods were asked for."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("methods", "data", "preset", "model", "parallel")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("methods", "data", "preset", "model")}
     folder = Path(config.model)
     files = [path for path in sorted(folder.glob("*")) if path.suffix in WEIGHTS or path.stem in MODEL_FILES]
     return digest(settings, data.sha256, *(files or [config.model]))
 
 
-def spawn(method: str, config: Config, run: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = (sys.executable, str(Path(__file__).resolve()), "--worker", method, "--run", str(run),
-               "--parent", str(os.getpid()))  # fmt: skip
-    code = subprocess.run(command, env=environment).returncode
-    if code < 0:
-        name = signal.Signals(-code).name
-        raise Refusal(f"{method}: its process was ended by {name}; the same command goes on from the last checkpoint")
-    if code:
-        raise SystemExit(1)  # the worker has said why
+def job(method: str, run: Path) -> list[str]:
+    """The command of the process that does `method`."""
+    return [sys.executable, str(Path(__file__).resolve()), "--worker", method, "--run", str(run),
+            "--parent", str(os.getpid())]  # fmt: skip
 
 
 def score_all(runs: list[dict[str, Any]], references: list[list[str]]) -> list[str]:
@@ -242,16 +234,16 @@ def shown_command(arguments: list[str]) -> str:
     return f"python bench/paper/e2e.py {shlex.join(shown)}".rstrip()
 
 
-def run_all(config: Config, out: Path, data: e2e_data.Data, command: str) -> dict[str, Any]:
+def run_all(config: Config, out: Path, data: e2e_data.Data, shown: str) -> dict[str, Any]:
     key = run_key(config, data)
     run = out.with_name(f"{out.stem}.{key[:10]}.run")
     with locked(run):
-        results = run_locked(config, out, data, command, run, key)
+        results = run_locked(config, out, data, shown, run, key)
         shutil.rmtree(run)
     return results
 
 
-def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run: Path, key: str) -> dict[str, Any]:
+def run_locked(config: Config, out: Path, data: e2e_data.Data, shown: str, run: Path, key: str) -> dict[str, Any]:
     write_json(run / "config.json", asdict(config))
     begun_with = provenance()  # before results, which may be tracked, make the tree dirty
     train, sources, references = selected(data, config)
@@ -260,9 +252,8 @@ def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run
     for method in set(files) - set(todo):  # before the hours that the others take
         finished(files[method], key, method, len(sources))
     if todo:  # so that a bad model is refused once, and not by each method
-        spawn(CHECK, config, run)
-    with ThreadPoolExecutor(config.parallel) as pool:
-        list(pool.map(lambda method: spawn(method, config, run), todo))
+        together({CHECK: job(CHECK, run)}, 1, environment(config.threads))
+    together({method: job(method, run) for method in todo}, config.parallel, environment(config.threads))
     runs = [finished(path, key, method, len(sources)) for method, path in files.items()]
     if len({found["weights_sha256"] for found in runs}) > 1:
         raise Refusal(f"{run}: its methods ran on different weights of {config.model}; delete it and start again")
@@ -278,7 +269,7 @@ def run_locked(config: Config, out: Path, data: e2e_data.Data, command: str, run
             write_text(out.with_name(f"{out.stem}.{found['method']}.txt"), "\n".join(texts) + "\n")
     results = {
         "name": out.stem,
-        "command": command,
+        "command": shown,
         "config": {**asdict(config), "model": model_name(config.model), "data": data.source},
         "data": {"where": data.where, "sha256": data.sha256, "trained_on": len(train), "decoded": len(sources)},
         "provenance": begun_with,
@@ -372,27 +363,26 @@ def checked_out(given: Path | None, preset: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        given, config = parse(arguments)
-        if given.worker:
-            saved = read_json(given.run / "config.json")
-            work(given.worker, Config(**{**saved, "methods": tuple(saved["methods"])}), given.run, given.parent)
-            return 0
-        config, out = replace(config, model=checked_model(config)), checked_out(given.out, config.preset)
-        data = e2e_data.load(config.data)
-        print(data.where, flush=True)
-        # the workers must not look for the data again, and may find other than these
-        config = replace(config, data=str(data.root) if data.root else data.source)
-        print("\n" + table(run_all(config, out, data, shown_command(arguments))))
-        print(f"results: {out.name} and {out.stem}.png")
-    except (Refusal, OSError) as error:
-        print(f"e2e.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("e2e.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return command("e2e.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: list[str]) -> None:
+    given, config = parse(arguments)
+    if given.worker:
+        leave_signals_to_the_parent()
+        saved = read_json(given.run / "config.json")
+        return work(given.worker, Config(**{**saved, "methods": tuple(saved["methods"])}), given.run, given.parent)
+    config, out = replace(config, model=checked_model(config)), checked_out(given.out, config.preset)
+    data = e2e_data.load(config.data)
+    print(data.where, flush=True)
+    # the workers must not look for the data again, and may find other than these
+    config = replace(config, data=str(data.root) if data.root else data.source)
+    print("\n" + table(run_all(config, out, data, shown_command(arguments))))
+    print(f"results: {out.name} and {out.stem}.png{remark_on(data)}")
+
+
+def remark_on(data: e2e_data.Data) -> str:
+    return "; of generated records, not of E2E" if data.source == e2e_data.GENERATED else ""
 
 
 if __name__ == "__main__":

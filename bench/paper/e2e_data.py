@@ -27,6 +27,7 @@ SHA256 = {
     "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
 }
 GENERATED = "generated"
+MOST = 2**28  # bytes of a file: E2E's largest has 9 million
 
 Pair = tuple[str, str]  # source, target
 
@@ -91,6 +92,9 @@ def read_csv(path: Path) -> list[Pair]:
 def _text(path: Path) -> str:
     """The file's text, decoded at once: a reader of lines would decode ahead and name the wrong one."""
     try:
+        size = path.stat().st_size
+        if size > MOST:
+            raise Refusal(f"{path}: has {size:,} bytes, expected at most {MOST:,}; E2E is at {URL}")
         content = path.read_bytes()
     except OSError as error:
         raise Refusal(f"{path}: cannot be read ({error.strerror}); E2E is at {URL}") from None
@@ -121,28 +125,37 @@ def _downloaded() -> Path:
 
 KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 VALUES = {"less than £20": "less than £ 20", "£20-25": "£ 20 - 25", "more than £30": "more than £ 30"}
-_SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]+)\]\s*(,|$)")
 
 
 def linearise(mr: str) -> str:
     """``name[X], eatType[pub]`` as ``name : X | Type : pub``, in the order of the record."""
     slots, at = [], 0
-    while at < len(mr):
-        slot = _SLOT.match(mr, at)
-        if slot is None or (slot[3] and slot.end() == len(mr)):
-            raise ValueError(f"the record does not parse at {mr[at : at + 40]!r}; expected key[value], ...")
-        slots.append(f"{KEYS.get(slot[1], slot[1])} : {VALUES.get(slot[2], slot[2])}")
-        at = slot.end()
+    while at < len(mr):  # each character is looked at a few times, however long the record is
+        opening = mr.find("[", at)
+        closing = mr.find("]", opening)
+        key, value = mr[at : max(opening, at)].strip(), mr[opening + 1 : max(closing, opening)]
+        if opening < 0 or closing < 0 or not key or not value or "[" in value or "," in key or "]" in key:
+            raise _unparsed(mr, at)
+        slots.append(f"{KEYS.get(key, key)} : {VALUES.get(value, value)}")
+        comma = mr.find(",", closing)
+        if mr[closing + 1 : comma if comma >= 0 else None].strip() or comma == len(mr) - 1:
+            raise _unparsed(mr, at)
+        at = comma + 1 if comma >= 0 else len(mr)
     if not slots:
         raise ValueError("the record is empty")
     return " | ".join(slots)
 
 
+def _unparsed(mr: str, at: int) -> ValueError:
+    return ValueError(f"the record does not parse at {mr[at : at + 40]!r}; expected key[value], ...")
+
+
 _LETTER = r"[^\W\d_]"
 _OPENING = re.compile(r"\.\.+|[£$€\"'(\[,;:!?&*]")
-_CLOSING = re.compile(r"(?:\.\.+|'[sS]|[\",;:!?'\])]|(?<=[a-zé0-9%'\")\]])\.|(?<=[A-Z][A-Z])\.|(?<=\d)[£$€])$")
+# of the last three characters; a run of dots is looked for by hand
+_CLOSING = re.compile(r"(?:'[sS]|[\",;:!?'\])]|(?<=[a-zé0-9%'\")\]])\.|(?<=[A-Z][A-Z])\.|(?<=\d)[£$€])$")
 _INNER = re.compile(rf"\.\.+|(?<={_LETTER})(?:--|[-\u2013,:/])(?={_LETTER})|(?<=[a-z])\.(?=[A-Z])|(?<=\d)[-+*^](?=\d)")
-_CONTRACTION = re.compile(r"(.+?)(n't|'re|'ll|'ve|'d|'m)$", re.IGNORECASE)
+_CONTRACTIONS = ("n't", "'re", "'ll", "'ve", "'d", "'m")
 
 
 def tokenise(text: str) -> str:
@@ -152,21 +165,26 @@ def tokenise(text: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def _split(word: str) -> tuple[str, ...]:
+    """What is left of the word between `at` and `end` shrinks from both ends: its length is walked once."""
     opening: list[str] = []
-    closing: list[str] = []
-    contraction = None
-    while word and not (contraction := _CONTRACTION.match(word)):
-        if edge := _OPENING.match(word):
+    closing: list[str] = []  # the last one first
+    at, end = 0, len(word)
+    while at < end:
+        tail = word[max(at + 1, end - 3) : end]  # at least a character stays before a contraction
+        if size := next((len(mark) for mark in _CONTRACTIONS if tail.lower().endswith(mark)), 0):
+            closing.append(word[end - size : end])
+            end -= size
+            break
+        if edge := _OPENING.match(word, at, end):
             opening.append(edge[0])
-            word = word[edge.end() :]
-        elif edge := _CLOSING.search(word):
-            closing.insert(0, edge[0])
-            word = word[: edge.start()]
+            at = edge.end()
+        elif size := _closing(word, at, end):
+            closing.append(word[end - size : end])
+            end -= size
         else:
             break
-    if contraction:
-        word = contraction[1]
-        closing.insert(0, contraction[2])
+    closing.reverse()
+    word = word[at:end]
     if word.lower() == "cannot":
         return (*opening, word[:3], word[3:], *closing)
     middle, at = [], 0
@@ -174,6 +192,17 @@ def _split(word: str) -> tuple[str, ...]:
         middle += [word[at : mark.start()], mark[0]]
         at = mark.end()
     return tuple(token for token in (*opening, *middle, word[at:], *closing) if token)
+
+
+def _closing(word: str, at: int, end: int) -> int:
+    """The length of the mark that ends ``word[at:end]``, 0 if none does."""
+    dots = end
+    while dots > at and word[dots - 1] == ".":
+        dots -= 1
+    if end - dots > 1:
+        return end - dots
+    mark = _CLOSING.search(word[max(at, end - 3) : end])
+    return len(mark[0]) if mark else 0
 
 
 def grouped(pairs: list[Pair]) -> tuple[list[str], list[list[str]]]:

@@ -10,6 +10,7 @@ the first way that is not finished.
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 
 import e2e_data
 import table_to_text as t2t
+from command import command
 from methods import load_model, make_method
-from runs import provenance, read_json, thinned, write_json
+from runs import digest, load_state, provenance, read_json, save_state, thinned, write_json
 
 HERE = Path(__file__).resolve().parent
+AGAIN = "the same command goes on with the first way that is not finished"
 WAYS: dict[str, str | tuple[str, str]] = {
     "torch.optim.AdamW": "torch",
     "float32": "float32",
@@ -83,10 +86,8 @@ def main() -> None:
     torch.set_num_threads(1)
     data = e2e_data.load(options.data)
     setting = {"steps": options.steps, "dev": options.dev, "data": data.where, "lr": LR, "length": LENGTH}
-    unfinished = options.out.with_suffix(".part.pt")
-    state = torch.load(unfinished, weights_only=True) if unfinished.is_file() else {}
-    if state.get("setting") != setting:
-        state = {"setting": setting, "rows": [], "banks": {}}
+    unfinished, fingerprint = options.out.with_suffix(".part.pt"), digest(setting)
+    state = load_state(unfinished, fingerprint, {"rows", "banks"}) or {"rows": [], "banks": {}}
     for way in WAYS:
         if way in state["banks"]:
             continue
@@ -95,8 +96,7 @@ def main() -> None:
         end = state["banks"][way][1]
         row["distance"] = float((end - right).norm() / (right - start).norm())
         state["rows"].append(row)
-        torch.save(state, unfinished.with_suffix(".new"))
-        unfinished.with_suffix(".new").replace(unfinished)
+        save_state(unfinished, fingerprint, state)
         print(f"{way}: dev loss {row['dev_loss']:.4f}, distance {row['distance']:.1%}", flush=True)
     write_json(options.out, {"setting": setting, "provenance": provenance(), "rows": state["rows"]})
     unfinished.unlink()
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("moments.py", main, AGAIN))

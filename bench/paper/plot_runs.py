@@ -24,15 +24,17 @@ def shown(metric: str, value: float | None) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """One row for each method, as a Markdown table; then what a reader must know of the numbers."""
-    rows = [("method", "trained / kept", *(m.replace("_", "-") for m in METRICS), "dev loss", "ms/step", "peak MiB")]
+    alone = timed_alone(results["config"], results["methods"])
+    costs = ("ms/step", "peak MiB") if alone else ("peak MiB",)
+    rows = [("method", "trained / kept", *(m.replace("_", "-") for m in METRICS), "dev loss", *costs)]
     for run in results["methods"]:
         trained = f"{run['trained']:,} / {run['kept']:,}" if run["trained"] else "- / -"
         scores = [shown(metric, (run.get("scores") or {}).get(metric)) for metric in METRICS]
         step = f"{1000 * run['seconds_per_step']:.1f}" if run["seconds_per_step"] else "-"
         peak = f"{run['peak_mib']:.0f}" if run["peak_mib"] is not None else "-"
-        rows.append((run["method"], trained, *scores, f"{run['dev_loss']:.3f}", step, peak))
+        rows.append((run["method"], trained, *scores, f"{run['dev_loss']:.3f}", *((step, peak) if alone else (peak,))))
     for name, scores in (results.get("paper") or {}).items():
-        rows.append((name, "", *(shown(metric, scores[metric]) for metric in METRICS), "", "", ""))
+        rows.append((name, "", *(shown(metric, scores[metric]) for metric in METRICS), "", *("" for _ in costs)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -54,17 +56,29 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def timed_alone(config: dict[str, Any], methods: list[Any]) -> bool:
+    """False if methods ran side by side: what a step took then tells what ran beside it, not what the method costs."""
+    return min(config.get("parallel", 1), len(methods)) <= 1
+
+
 def remarks(config: dict[str, Any], methods: list[str]) -> list[str]:
     """What keeps rows from being compared like for like; a key that an older record lacks says nothing."""
-    lines = []
+    lines, alone = [], timed_alone(config, methods)
     everywhere = [method for method in EVERYWHERE if method in methods]
     if config.get("logits") == "labelled" and everywhere:
+        weighs = "ms/step and peak MiB" if alone else "peak MiB"
         lines.append(
-            f"logits (they weigh on ms/step and peak MiB): at every position for {' and '.join(everywhere)}, at "
-            "labelled positions only for the others; like for like: deep-all and original, or all with --logits all"
+            f"logits (they weigh on {weighs}): at every position for {' and '.join(everywhere)}, at labelled positions "
+            "only for the others; like for like: deep-all and original, or all with --logits all"
         )
-    if min(config.get("parallel", 1), len(methods)) > 1:
-        lines.append("methods ran side by side: ms/step include what they cost each other")
+    if not alone:
+        lines.append(
+            "no ms/step: methods ran side by side and cost each other time; --parallel 1 runs them one after another"
+        )
+    elif len(methods) > 1 and "parallel" in config:
+        lines.append(
+            "ms/step: one method after another; what else the machine did meanwhile weighs on some of them only"
+        )
     if "none" in methods:
         lines.append(
             f"none: random, P = {config['length']}; the published No-share runs are none-word: from the activations of "

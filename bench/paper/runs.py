@@ -1,5 +1,6 @@
 """What lets a run survive a kill and be told from another: atomic files, fingerprints, provenance, memory."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the scripts of this folder, who all import this file
 
-class Refusal(ValueError):
-    """Bad input that one line explains; the command line prints it and exits with status 1."""
+from command import Refusal
 
 
 @contextmanager
@@ -31,6 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"{path}: not written, and what was there is as it was ({why})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,6 +54,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise Refusal(f"{folder}: another run is at work here; wait for it or choose another --out") from None
         if not path.exists():  # that other run finished, and removed the folder, since it was opened
             raise Refusal(f"{folder}: another run has just ended here; start again")
+        for left in folder.glob(".*.tmp"):  # of processes that were killed
+            left.unlink()
         try:
             yield
         except BaseException:
@@ -74,15 +80,26 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not readable as JSON ({error}); delete it and start again") from None
 
 
 def save_state(path: Path, fingerprint: str, state: dict[str, Any]) -> None:
+    save_tensors(path, {"fingerprint": fingerprint, **state})
+
+
+def save_tensors(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save`, whole or not at all; a disk that takes no more is an OSError, as of any other file."""
     import torch
 
     with replacing(path) as temporary:  # not through a buffer, which would count as the run's memory
-        torch.save({"fingerprint": fingerprint, **state}, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's writer tells what it noticed last, not what happened
+            if not any(word in str(error) for word in ("inline_container", "iostream", "writing file")):
+                raise
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise OSError(errno.ENOSPC, f"cut short; the disk has {free:,.0f} MiB left") from error
 
 
 def load_state(path: Path, fingerprint: str, keys: set[str]) -> dict[str, Any] | None:

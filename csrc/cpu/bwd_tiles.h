@@ -1,5 +1,6 @@
 // Backward of one block of queries against one chunk of keys: weights from lse, then up to three products.
 #pragma once
+#include "dot.h"
 #include "operands.h"
 
 namespace prefixattn {
@@ -20,6 +21,7 @@ class QuerySide {
     // keeps its last bits. Where a query has no key, or a lane no query, pivot is inf, so that the weight is 0 whatever
     // a mask adds to the score.
     float *pivot, *weight, *delta;
+    float *single;  // [D], the query as floats, where the forward is prefix_attn_decode.h's; else null
 
     void allocate(const BwdParams &p, Arena &arena) {
         D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
@@ -32,6 +34,7 @@ class QuerySide {
         pivot = arena.take<float>(kLanes);
         weight = arena.take<float>(kLanes);
         delta = arena.take<float>(kLanes);
+        single = one_query(p) ? arena.take<float>(D_) : nullptr;
     }
 
     void pack(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows) {
@@ -39,6 +42,7 @@ class QuerySide {
         b = b_new, h = h_new, block = block_new;
         q = query_block(p.L, block);
         turn(p.q, rows, 0, D_, queries);
+        if (single) widen((const Storage *)at(p.q, b, h, 0, Ops::kSize), single, D_);
         by_rows(p.q, query_copy_, &query_rows, &query_ld);
         turn(p.dout, rows, 0, D_, douts);
         by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
@@ -179,12 +183,15 @@ class BwdTile {
         }
         if (rows.begin >= rows.end) return;
         const int r0 = (int)rows.begin, n = (int)(rows.end - rows.begin), width = q.q.width;
-        const Strips strips(p.causal && !keys.prefix, p.S - p.L, q.q, keys.j0 + r0, n);
+        const Strips strips(p.causal && !keys.prefix, p.S - p.L, q.q, keys.j0 + r0, n, Ops::kRowAlign);
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
-            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.k.by_row(r0 + r), q.queries + skip, width,
-                            scores_ + at_row, width, false);
+            if (q.single)
+                score_one(q, keys, r0 + r, count, scores_ + at_row);
+            else
+                gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.k.by_row(r0 + r), q.queries + skip, width,
+                                scores_ + at_row, width, false);
             gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.v.by_row(r0 + r), q.douts + skip, width,
                             dweights_ + at_row, width, false);
         });
@@ -259,6 +266,21 @@ class BwdTile {
     }
 
   private:
+    // Scores [count][VL] of the only query, in the first lane; the others hold no query.
+    void score_one(const Queries &q, const Keys &keys, int r0, int count, float *scores) const {
+        alignas(64) float found[VL];
+        std::memset(scores, 0, sizeof(float) * count * VL);
+        for (int r = 0; r < count; r += VL) {
+            const int n = min_of(VL, count - r);
+            const char *first = keys.k.data + (r0 + r) * keys.k.stride;
+            if constexpr (Ops::kPairs)
+                vstore(found, dot_keys<Storage>(q.single, first, keys.k.stride, n, D_));
+            else
+                vstore(found, dot_keys<float>(q.single, first, keys.k.stride, n, D_));
+            for (int i = 0; i < n; ++i) scores[(r + i) * VL] = found[i];
+        }
+    }
+
     // [rows][width] as the operand whose sum runs over the lanes.
     static Operand rows_of(const bf16 *half, const float *full, int width) {
         return Ops::kPairs ? Operand{(const char *)half, 2 * width, 4} : Operand{(const char *)full, 4 * width, 4};
@@ -283,7 +305,7 @@ class BwdTile {
         const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
             const int64_t x = (int64_t)r * width + i;
             const vf probability =
-                vexp(vfma(vload(scores_ + x), vset(factor), vzero() - vload(q.pivot + i))) * vload(q.weight + i);
+                vexp(vrounded(vload(scores_ + x) * vset(factor)) - vload(q.pivot + i)) * vload(q.weight + i);
             vf dweight = vload(dweights_ + x) * vset(gain);
             weight = probability;
             if (kDrop) {

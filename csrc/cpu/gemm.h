@@ -14,6 +14,7 @@ struct Fp32 {
         return vset(x);
     }
     static inline vf dot(vf a, vf b, vf c) { return vfma(a, b, c); }
+    static constexpr bool kShortRuns = true;
 };
 
 #if defined(PA_BF16DOT)
@@ -24,6 +25,7 @@ struct Bf16Dot {
         return (vf)_mm512_set1_epi32(x);
     }
     static inline vf dot(vf a, vf b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+    static constexpr bool kShortRuns = false;
 };
 #endif
 
@@ -36,8 +38,10 @@ struct Operand {       // words of A
 template <class Dot, int MR, int NV, bool kStepIsWord>
 inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, int K, bool accumulate) {
     // Every call sums on its own and adds to C once: a long sum is made of short ones, and errs as little. A narrow
-    // tile has registers to spare and goes further, to runs such as a dot product along vectors would have.
-    constexpr int kRun = NV == 1 ? 16 : 1 << 30;
+    // tile has registers to spare and goes further, to runs such as a dot product along vectors would have. With pairs
+    // of bfloat16 that gains nothing.
+    constexpr bool kRuns = Dot::kShortRuns && NV == 1;
+    constexpr int kRun = kRuns ? 16 : 1 << 30;
     vf acc[MR][NV], total[MR];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
@@ -60,7 +64,7 @@ inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t l
             pa += kStepIsWord ? 4 : a.step;
             b += ldb;
         }
-        if (NV > 1) continue;
+        if (!kRuns) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
             total[m] = total[m] + acc[m][0];
@@ -71,7 +75,7 @@ inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t l
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < NV; ++n) {
-            const vf sum = NV > 1 ? acc[m][n] : total[m];
+            const vf sum = kRuns ? total[m] : acc[m][n];
             vstore(c + m * ldc + n * VL, accumulate ? vload(c + m * ldc + n * VL) + sum : sum);
         }
 }

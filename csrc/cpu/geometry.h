@@ -92,30 +92,34 @@ inline Range visible_keys(const AttnParams &p, Range padded, const QueryBlock &q
 }
 
 // Own keys s0 .. s0 + n in strips: the first is seen by the whole block, those on the diagonal lack their first `skip`
-// lanes altogether (and may need single lanes hidden).
+// lanes altogether (and may need single lanes hidden). Where a strip begins depends on its keys alone, not on s0: the
+// order in which a product sums depends on how many lanes it has, and both passes must compute the same score.
 struct Strips {
-    // Key s is visible to query l iff s <= l + offset.
-    Strips(bool causal, int64_t offset, const QueryBlock &q, int64_t s0, int n) : n_(n), end0_(n), diagonal_(0) {
-        if (!causal) return;
-        diagonal_ = q.l0 + offset - s0;                                           // row seen by lanes >= row - diagonal
-        end0_ = (int)max_of<int64_t>(0, min_of<int64_t>(n, diagonal_ + 1)) & ~1;  // even: rows are paired in bf16
-        if (diagonal_ + 1 >= n) end0_ = n;
-    }
+    // Key s is visible to query l iff s <= l + offset. align: strips begin at a multiple of so many rows.
+    Strips(bool causal, int64_t offset, const QueryBlock &q, int64_t s0, int n, int align)
+        : n_(n), align_(align), diagonal_(causal ? q.l0 + offset - s0 : n) {}  // row seen by lanes >= row - diagonal
     template <class F>
     void each(F f) const {  // f(first row, rows, lanes to skip)
-        if (end0_ > 0) f(0, end0_, 0);
-        for (int r = end0_; r < n_; r += kStrip) {
-            const int64_t hidden = r - diagonal_;
-            f(r, min_of(kStrip, n_ - r), hidden > 0 ? (int)(hidden / VL * VL) : 0);
+        for (int r = 0; r < n_;) {
+            const int64_t strip = r > diagonal_ ? (r - diagonal_) / kStrip : 0;
+            const int64_t next = (diagonal_ + (strip + 1) * kStrip + align_ - 1) / align_ * align_;
+            const int rows = (int)min_of<int64_t>(n_, next) - r;
+            f(r, rows, (int)(strip * kStrip));
+            r += rows;
         }
     }
-    int first_hidden_row() const { return end0_; }
+    int first_hidden_row() const { return (int)max_of<int64_t>(0, min_of<int64_t>(n_, diagonal_ + 1)); }
     int hidden_lanes(int row) const { return (int)max_of<int64_t>(0, row - diagonal_); }
 
   private:
-    int n_, end0_;
+    int n_, align_;
     int64_t diagonal_;
 };
+
+// Calls whose forward is prefix_attn_decode.h's, so that the backward computes scores as it does.
+inline bool one_query(const AttnParams &p) {
+    return p.L == 1 && p.D % VL == 0 && p.dropout_p == 0 && p.prefix_dropout_p == 0 && !p.memory.data;
+}
 
 }  // namespace PA_ISA
 }  // namespace prefixattn

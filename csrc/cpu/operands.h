@@ -144,7 +144,7 @@ class Masker {
             const float bias = mask_value(p_, base_ + (s0 + r) * p_.mask_stride3 * size_);
             if (bias == 0) continue;
             for (int i = 0; i < q.width; i += VL)
-                vstore(S + (int64_t)r * q.width + i, vload(S + (int64_t)r * q.width + i) + vset(bias));
+                vstore(S + (int64_t)r * q.width + i, vmasked(vload(S + (int64_t)r * q.width + i), vset(bias)));
         }
     }
 
@@ -160,7 +160,7 @@ class Masker {
                 for (int r = 0; r < n; ++r) dst[r] = mask_value(p_, row + r * p_.mask_stride3 * size_);
         }
         transpose(tile, 4 * ld, q.lanes, n, turned, q.width);
-        for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vload(S + i) + vload(turned + i));
+        for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vmasked(vload(S + i), vload(turned + i)));
     }
 
     static void causal(const QueryBlock &q, const Strips &strips, int n, float *S) {
@@ -169,7 +169,7 @@ class Masker {
             const int hidden = strips.hidden_lanes(r);
             int i = 0;
             for (; i + VL <= min_of(hidden, q.width); i += VL) vstore(row + i, vset(kMinusInf));
-            if (i < hidden && i < q.width) vstore(row + i, vload(row + i) + vhide_first(hidden - i));
+            if (i < hidden && i < q.width) vstore(row + i, vmasked(vload(row + i), vhide_first(hidden - i)));
         }
     }
 

@@ -23,6 +23,8 @@ inline uint32_t float_to_bits(float x) {
     return u;
 }
 
+inline bool is_power_of_2(float x) { return x > 0 && !(float_to_bits(x) & 0x7fffff); }
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
 inline float to_float(f16 x) {

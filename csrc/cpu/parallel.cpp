@@ -5,6 +5,8 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -63,12 +65,19 @@ struct Loop {
     int64_t units;
     void (*body)(void *, int64_t);
     void *context;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first
 };
 
 void run_loop(void *data) {
     auto *loop = static_cast<Loop *>(data);
-    for (int64_t unit; (unit = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->units;)
-        loop->body(loop->context, unit);
+    try {
+        for (int64_t unit; (unit = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->units;)
+            loop->body(loop->context, unit);
+    } catch (...) {  // an exception that leaves a thread of the runtime ends the process
+        if (!loop->failed.exchange(true)) loop->error = std::current_exception();
+        loop->next.store(loop->units, std::memory_order_relaxed);
+    }
 }
 
 struct Scratch {
@@ -76,6 +85,18 @@ struct Scratch {
     size_t bytes = 0;
     ~Scratch() { std::free(data); }
 };
+
+class NoScratch : public std::bad_alloc {
+  public:
+    explicit NoScratch(size_t bytes)
+        : words_("no memory for " + std::to_string(bytes) + " bytes of scratch of one thread of the CPU kernels") {}
+    const char *what() const noexcept override { return words_.c_str(); }
+
+  private:
+    std::string words_;
+};
+
+std::atomic<size_t> scratch_limit{0};
 
 }  // namespace
 
@@ -89,17 +110,23 @@ void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), voi
         runtime().parallel(run_loop, &loop, static_cast<unsigned>(threads), 0);
     else
         run_loop(&loop);
+    if (loop.error) std::rethrow_exception(loop.error);
 }
 
 void *thread_scratch(size_t bytes) {
     thread_local Scratch scratch;
-    if (scratch.bytes < bytes) {
+    const size_t limit = scratch_limit.load(std::memory_order_relaxed);
+    if (limit && bytes > limit) throw NoScratch(bytes);
+    if (!scratch.data || scratch.bytes < bytes) {
         std::free(scratch.data);
-        scratch.data = std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
+        scratch.data = std::aligned_alloc(64, bytes / 4096 * 4096 + 4096);
         scratch.bytes = scratch.data ? bytes : 0;
+        if (!scratch.data) throw NoScratch(bytes);
     }
     return scratch.data;
 }
+
+void limit_scratch(size_t bytes) { scratch_limit.store(bytes, std::memory_order_relaxed); }
 
 const char *openmp_runtime() { return runtime().file.c_str(); }
 

@@ -4,9 +4,11 @@
 //   split  when that scratch would pass its budget, or there are too few units, or no dq is wanted: passes over own
 //          keys, over the prefix, and over queries, each with as many units as it has chunks (7 products in all).
 // Either way a sum runs over samples, heads, queries and keys in the order of their indices, so the bits depend neither
-// on the number of threads nor on which gradients are wanted.
+// on the number of threads nor on which gradients are wanted. In float32 sums over many tiles are KeySums'; that of
+// 16-bit types would lose nothing that their rounding leaves.
 #pragma once
 #include "bwd_tiles.h"
+#include "key_sums.h"
 #include "parallel.h"
 
 namespace prefixattn {
@@ -17,12 +19,14 @@ class Backward {
     using Ops = Operands<Storage, Dot>;
     using Queries = QuerySide<Storage, Dot>;
     using Keys = KeySide<Storage, Dot>;
-    static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold
+    static constexpr int64_t kBudget = 1 << 20;  // bytes of scratch a thread may hold, KeySums' totals aside
     static constexpr int kMaxSlots = 64;         // query blocks kept packed
     static constexpr int kMemoryRows = 32;       // of a unit: more units than heads
+    static constexpr bool kFloat32 = sizeof(Storage) == 4;
 
   public:
     static void run(const BwdParams &p) {
+        if (p.Hkv == 0) return;  // every gradient is empty
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
         Job job{p, chunk_keys(p)};
         if (p.dmemory.data) parallel_for(p.memories * p.H * memory_chunks(p), p.threads, memory_unit, &job);
@@ -45,6 +49,12 @@ class Backward {
     static int64_t memory_chunks(const BwdParams &p) { return (p.D + kMemoryRows - 1) / kMemoryRows; }
     static int64_t padded(const BwdParams &p) { return (p.D + VL - 1) / VL * VL; }
     static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
+    // Tiles that meet one key of a sample, and one prefix row of all samples that may use it.
+    static int64_t tiles(const BwdParams &p) { return query_blocks(p.L) * heads(p); }
+    static int64_t prefix_tiles(const BwdParams &p) { return (p.T == 1 || p.rows ? p.B : 1) * tiles(p); }
+    static bool totals_own(const BwdParams &p) { return kFloat32 && tiles(p) > 4 * KeySums::kRun; }
+    static bool totals_prefix(const BwdParams &p) { return kFloat32 && prefix_tiles(p) > KeySums::kRun; }
+    static bool totals_memory(const BwdParams &p) { return kFloat32 && p.B * query_blocks(p.L) > KeySums::kRun; }
 
     // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
     Backward(const BwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
@@ -52,12 +62,14 @@ class Backward {
         tile_.allocate(p, arena_, keys_max_);
         keys_.allocate(p, arena_, keys_max_);
         rows_ = arena_.take<float>((int64_t)kLanes * (D_ + 15));
-        dk_ = arena_.take<float>((int64_t)keys_max_ * Dp_);
-        dv_ = arena_.take<float>((int64_t)keys_max_ * Dp_);
-        if (p.prefix_dropout_p > 0) dropped_ = arena_.take<float>((int64_t)2 * keys_max_ * Dp_);
-        const int64_t blocks = query_blocks(p.L) * heads(p);
+        const int64_t chunk = (int64_t)keys_max_ * Dp_, blocks = tiles(p);
+        chunk_ = arena_.take<float>(2 * chunk);
+        if (p.prefix_dropout_p > 0) dropped_ = arena_.take<float>(2 * chunk);
         dq_ = arena_.take<float>((fused ? blocks : 1) * D_ * kLanes);
-        if (fused) prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
+        if (fused) {
+            prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
+            prefix_added_ = arena_.take<int64_t>(chunks(p, p.P));
+        }
         slots_ = 1;
         queries_[0].allocate(p, arena_);
         for (; fused && slots_ < blocks && slots_ < kMaxSlots; ++slots_) {  // keep as many packed as fit
@@ -66,9 +78,13 @@ class Backward {
             if (next.used() > kBudget) break;
             arena_ = next;
         }
+        budgeted_ = arena_.used();
+        if (totals_own(p) || (!fused && (totals_prefix(p) || totals_memory(p))))
+            chunk_totals_ = arena_.take<float>(2 * chunk);
+        if (fused && totals_prefix(p)) prefix_totals_ = arena_.take<float>(2 * p.P * Dp_);
     }
 
-    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena()).arena_.used() <= kBudget; }
+    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena()).budgeted_ <= kBudget; }
 
     template <class F>
     static void with_scratch(const Job &job, bool fused, F f) {
@@ -82,11 +98,11 @@ class Backward {
         const BwdParams &p = job.p;
         const int64_t g = unit % p.Hkv, t = unit / p.Hkv;
         with_scratch(job, true, [&](Backward &w) {
-            float *sums = w.prefix_sums_;
-            std::memset(sums, 0, sizeof(float) * 2 * p.P * w.Dp_);
+            for (int64_t p0 = 0; p0 < p.P; p0 += job.keys) w.prefix_sums(p0).clear();
             for (int64_t b = 0; b < p.B; ++b)
-                if (prefix_row(p, b) == t) w.sample(b, g, sums);
-            w.store_prefix(t, g, 0, (int)p.P, sums, sums + p.P * w.Dp_);
+                if (prefix_row(p, b) == t) w.sample(b, g);
+            for (int64_t p0 = 0; p0 < p.P; p0 += job.keys)
+                w.store_prefix(t, g, p0, (int)min_of<int64_t>(job.keys, p.P - p0), w.prefix_sums(p0));
         });
     }
 
@@ -97,9 +113,7 @@ class Backward {
         with_scratch(job, false, [&](Backward &w) {
             const int count = (int)min_of<int64_t>(job.keys, p.S - s0);
             w.keys_.load(p, b, g, false, s0, count, false);
-            w.clear(count);
-            w.all_queries(b, g, w.dk_, w.dv_, false);
-            w.store_own(b, g, s0, count);
+            w.own_chunk(b, g, s0, count, false);
         });
     }
 
@@ -109,10 +123,11 @@ class Backward {
         const int64_t n = chunks(p, p.P), p0 = unit % n * job.keys, g = unit / n % p.Hkv, t = unit / n / p.Hkv;
         with_scratch(job, false, [&](Backward &w) {
             const int count = (int)min_of<int64_t>(job.keys, p.P - p0);
-            w.clear(count);
+            const KeySums sums = w.chunk_sums(count, totals_prefix(p));
+            sums.clear();
             for (int64_t b = 0; b < p.B; ++b)
-                if (prefix_row(p, b) == t) w.prefix_chunk(b, g, p0, count, w.dk_, w.dv_, false);
-            w.store_prefix(t, g, p0, count, w.dk_, w.dv_);
+                if (prefix_row(p, b) == t) w.prefix_chunk(b, g, p0, count, sums, false);
+            w.store_prefix(t, g, p0, count, sums);
         });
     }
 
@@ -145,31 +160,31 @@ class Backward {
         with_scratch(job, false, [&](Backward &w) {
             const int rows = (int)min_of<int64_t>(kMemoryRows, p.D - d0);
             Queries &q = w.queries_[0];
-            w.clear(rows);
+            KeySums sums = w.chunk_sums(rows, totals_memory(p));
+            sums.dv = nullptr;
+            sums.clear();
             for (int64_t b = 0; b < p.B; ++b)
                 for (int64_t i = 0; memory_row(p, b) == t && i < query_blocks(p.L); ++i) {
                     q.pack_for_memory(p, b, h, i, w.rows_, (int)d0, rows);
-                    with_phi(p.phi, [&](auto phi) { w.tile_.template memory_rows<decltype(phi)>(q, rows, w.dk_); });
+                    with_phi(p.phi, [&](auto phi) { w.tile_.template memory_rows<decltype(phi)>(q, rows, sums.dk); });
+                    sums.added();
                 }
-            w.store_rows(p.dmemory, t, h, d0, rows, w.dk_, 1);
+            sums.finish();
+            w.store_rows(p.dmemory, t, h, d0, rows, sums.dk, 1);
         });
     }
 
     // One sample of a fused unit.
-    void sample(int64_t b, int64_t g, float *prefix_sums) {
-        const int64_t blocks = query_blocks(p_.L) * heads(p_);
+    void sample(int64_t b, int64_t g) {
+        const int64_t blocks = tiles(p_);
         std::memset(dq_, 0, sizeof(float) * blocks * D_ * kLanes);
         const int64_t length = prefix_length(p_, b);
-        for (int64_t p0 = 0; p0 < length; p0 += keys_max_) {
-            float *dk = prefix_sums + p0 * Dp_;
-            prefix_chunk(b, g, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0), dk, dk + p_.P * Dp_, true);
-        }
+        for (int64_t p0 = 0; p0 < length; p0 += keys_max_)
+            prefix_chunk(b, g, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0), prefix_sums(p0), true);
         for (int64_t s0 = 0; s0 < p_.S; s0 += keys_max_) {
             const int n = (int)min_of<int64_t>(keys_max_, p_.S - s0);
             keys_.load(p_, b, g, false, s0, n, true);
-            clear(n);
-            all_queries(b, g, wants_own() ? dk_ : nullptr, wants_own() ? dv_ : nullptr, true);
-            store_own(b, g, s0, n);
+            own_chunk(b, g, s0, n, true);
         }
         for (int64_t i = 0; i < blocks; ++i)
             store_dq(b, g * heads(p_) + i / query_blocks(p_.L), query_block(p_.L, i % query_blocks(p_.L)),
@@ -183,36 +198,60 @@ class Backward {
         return q;
     }
 
+    // Own keys s0 .. s0 + n, loaded.
+    void own_chunk(int64_t b, int64_t g, int64_t s0, int n, bool with_dq) {
+        if (!(p_.dk.data || p_.dv.data)) return all_queries(b, g, nullptr, nullptr, with_dq, [](int64_t) {});
+        const KeySums sums = chunk_sums(n, totals_own(p_));
+        sums.clear();
+        all_queries(b, g, sums.dk, sums.dv, with_dq, [&](int64_t) { sums.added(); });
+        sums.finish();
+        store_rows(p_.dk, b, g, s0, n, sums.dk, p_.scale);
+        store_rows(p_.dv, b, g, s0, n, sums.dv, 1);
+    }
+
     // Adds one sample's share of prefix rows p0 .. p0 + n, of which it uses those below its length.
-    void prefix_chunk(int64_t b, int64_t g, int64_t p0, int n, float *dk, float *dv, bool with_dq) {
+    void prefix_chunk(int64_t b, int64_t g, int64_t p0, int n, const KeySums &sums, bool with_dq) {
         n = (int)min_of<int64_t>(n, prefix_length(p_, b) - p0);
         if (n <= 0) return;
         keys_.load(p_, b, g, true, p0, n, with_dq);
-        if (!wants_prefix()) return all_queries(b, g, nullptr, nullptr, with_dq);
-        if (p_.prefix_dropout_p == 0) return all_queries(b, g, dk, dv, with_dq);
+        if (!(p_.dprefix_k.data || p_.dprefix_v.data))
+            return all_queries(b, g, nullptr, nullptr, with_dq, [](int64_t) {});
+        if (p_.prefix_dropout_p == 0)
+            return all_queries(b, g, sums.dk, sums.dv, with_dq, [&](int64_t) { sums.added(); });
         // the sample's own mask: its gradients are made apart, then added through the mask
         float *own_k = dropped_, *own_v = own_k + (int64_t)n * Dp_;
         std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
-        all_queries(b, g, own_k, own_v, with_dq);
-        for (int64_t r = 0; r < n; ++r) {
-            // dk has the gain already
-            add_kept(own_k + r * Dp_, 1.f, keys_.kept.row(p0 + r, 1), D_, dk + r * Dp_);
-            add_kept(own_v + r * Dp_, keys_.gain, keys_.kept.row(p0 + r, 2), D_, dv + r * Dp_);
+        all_queries(b, g, own_k, own_v, with_dq, [&](int64_t tile) {
+            if ((tile + 1) % KeySums::kRun && tile + 1 < tiles(p_)) return;
+            for (int64_t r = 0; r < n; ++r) {
+                // dk has the gain already
+                add_kept(own_k + r * Dp_, 1.f, keys_.kept.row(p0 + r, 1), D_, sums.dk + r * Dp_);
+                add_kept(own_v + r * Dp_, keys_.gain, keys_.kept.row(p0 + r, 2), D_, sums.dv + r * Dp_);
+            }
+            std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
+            sums.added();
+        });
+    }
+
+    template <class F>
+    void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq, F added) {
+        for (int64_t i = 0; i < tiles(p_); ++i) {
+            tile_.run(p_, packed(b, g, i), keys_, dk, dv, with_dq ? dq_ + i * D_ * kLanes : nullptr);
+            added(i);
         }
     }
 
-    void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq) {
-        const int64_t blocks = query_blocks(p_.L);
-        for (int64_t i = 0; i < blocks * heads(p_); ++i)
-            tile_.run(p_, packed(b, g, i), keys_, dk, dv, with_dq ? dq_ + i * D_ * kLanes : nullptr);
+    // Those of n rows, of which the sums of all are in scratch together.
+    KeySums sums_of(float *sums, float *totals, int64_t all, int64_t first, int n, int64_t *added) const {
+        const auto at = [&](float *x, int64_t row) { return x ? x + row * Dp_ : nullptr; };
+        return {at(sums, first), at(sums, all + first), at(totals, first), at(totals, all + first), added, n * Dp_};
     }
-
-    bool wants_own() const { return p_.dk.data || p_.dv.data; }
-    bool wants_prefix() const { return p_.dprefix_k.data || p_.dprefix_v.data; }
-
-    void clear(int n) {
-        std::memset(dk_, 0, sizeof(float) * n * Dp_);
-        std::memset(dv_, 0, sizeof(float) * n * Dp_);
+    KeySums chunk_sums(int n, bool totals) {
+        return sums_of(chunk_, totals ? chunk_totals_ : nullptr, keys_max_, 0, n, &chunk_added_);
+    }
+    KeySums prefix_sums(int64_t p0) {
+        return sums_of(prefix_sums_, prefix_totals_, p_.P, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0),
+                       prefix_added_ + p0 / keys_max_);
     }
 
     void store_rows(const Strided &t, int64_t i0, int64_t i1, int64_t j0, int n, float *src, float factor) {
@@ -224,14 +263,10 @@ class Backward {
         }
     }
 
-    void store_own(int64_t b, int64_t g, int64_t s0, int n) {
-        store_rows(p_.dk, b, g, s0, n, dk_, p_.scale);
-        store_rows(p_.dv, b, g, s0, n, dv_, 1);
-    }
-
-    void store_prefix(int64_t t, int64_t g, int64_t p0, int n, float *dk, float *dv) {
-        store_rows(p_.dprefix_k, t, g, p0, n, dk, p_.scale);
-        store_rows(p_.dprefix_v, t, g, p0, n, dv, 1);
+    void store_prefix(int64_t t, int64_t g, int64_t p0, int n, const KeySums &sums) {
+        sums.finish();
+        store_rows(p_.dprefix_k, t, g, p0, n, sums.dk, p_.scale);
+        store_rows(p_.dprefix_v, t, g, p0, n, sums.dv, 1);
     }
 
     // `from`: the block, packed; read only where there is a memory.
@@ -253,7 +288,11 @@ class Backward {
     BwdTile<Storage, Dot> tile_;
     Keys keys_;
     Queries queries_[kMaxSlots];
-    float *rows_, *dk_, *dv_, *dq_, *dropped_ = nullptr, *prefix_sums_ = nullptr;
+    int64_t budgeted_;
+    float *rows_, *dq_, *dropped_ = nullptr;
+    // KeySums': of keys, then of values
+    float *chunk_, *chunk_totals_ = nullptr, *prefix_sums_ = nullptr, *prefix_totals_ = nullptr;
+    int64_t chunk_added_ = 0, *prefix_added_ = nullptr;
 };
 
 }  // namespace PA_ISA

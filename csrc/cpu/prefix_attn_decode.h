@@ -1,7 +1,8 @@
 // Forward of one query a head: decoding. A vector of queries would be one query and padding, so here vectors run along
 // the head size. A unit is one key head of a sample with all the query heads that share it: each key and value is
-// fetched once. Scores are in natural units; without dropout and memory.
+// fetched once. Without dropout and memory.
 #pragma once
+#include "dot.h"
 #include "operands.h"
 #include "parallel.h"
 
@@ -14,10 +15,6 @@ class Decode {
     static constexpr int64_t kSize = sizeof(Storage);
 
   public:
-    static bool takes(const FwdParams &p) {
-        return p.L == 1 && p.D % VL == 0 && p.dropout_p == 0 && p.prefix_dropout_p == 0 && !p.memory.data;
-    }
-
     static void run(const FwdParams &p) { parallel_for(p.B * p.Hkv, p.threads, unit, const_cast<FwdParams *>(&p)); }
 
   private:
@@ -62,38 +59,18 @@ class Decode {
 
     int64_t head(int i) const { return g_ * heads_ + i; }
 
-    // n keys and values, whose rows are strides apart; s0: the first own key, or -1 for the prefix.
+    // n keys and values, whose rows are so many elements apart; s0: the first own key, or -1 for the prefix.
     void block(const char *k, int64_t k_stride, const char *v, int64_t v_stride, int n, int64_t s0) {
         for (int i = 0; i < heads_; ++i) {
             for (int r = 0; r < n; r += VL)
-                score(rows_[i], (const Storage *)k + r * k_stride, k_stride, min_of(VL, n - r), r);
+                vstore(rows_[i].weights + r, dot_keys<Storage>(rows_[i].query, k + r * k_stride * kSize,
+                                                               k_stride * kSize, min_of(VL, n - r), D_));
             finish_scores(head(i), rows_[i], n, s0);
             softmax(rows_[i], n, s0 < 0);
             int d = 0;
             for (; d + 4 * VL <= D_; d += 4 * VL) accumulate<4>(rows_[i], (const Storage *)v + d, v_stride, n, d);
             for (; d < D_; d += VL) accumulate<1>(rows_[i], (const Storage *)v + d, v_stride, n, d);
         }
-    }
-
-    // Dot products of up to VL keys with the query: sums along vectors, a key each, then across them.
-    void score(Head &x, const Storage *k, int64_t stride, int n, int r0) {
-        alignas(64) float sums[VL * VL], turned[VL * VL];
-        for (int r = 0; r < n; ++r) {
-            const Storage *key = k + r * stride;
-            vf even = vzero(), odd = vzero();
-            int d = 0;
-            for (; d + 2 * VL <= D_; d += 2 * VL) {
-                even = vfma(vload_as(key + d), vload(x.query + d), even);
-                odd = vfma(vload_as(key + d + VL), vload(x.query + d + VL), odd);
-            }
-            if (d < D_) even = vfma(vload_as(key + d), vload(x.query + d), even);
-            vstore(sums + r * VL, even + odd);
-        }
-        transpose(sums, 4 * VL, n, VL, turned, VL);
-        for (int step = VL / 2; step > 0; step /= 2)
-            for (int r = 0; r < step; ++r)
-                vstore(turned + r * VL, vload(turned + r * VL) + vload(turned + (r + step) * VL));
-        vstore(x.weights + r0, vload(turned));
     }
 
     void finish_scores(int64_t h, Head &x, int n, int64_t s0) {
@@ -105,7 +82,10 @@ class Decode {
         if (s0 >= 0 && p_.mask_kind != MaskKind::kNone) {
             const int64_t size = mask_element(p_);
             const char *mask = at(p_.mask, b_, h, 0, size) + s0 * p_.mask_stride3 * size;
-            for (int r = 0; r < n; ++r) x.weights[r] += mask_value(p_, mask + r * p_.mask_stride3 * size);
+            for (int r = 0; r < n; ++r) {
+                const float value = mask_value(p_, mask + r * p_.mask_stride3 * size);
+                x.weights[r] = value == kMinusInf ? kMinusInf : x.weights[r] + value;  // a nan that is hidden is gone
+            }
         }
         for (int r = n; r < padded; ++r) x.weights[r] = kMinusInf;
     }

@@ -14,6 +14,7 @@ class Forward {
 
   public:
     static void run(const FwdParams &p) {
+        if (p.L == 0) return;
         parallel_for(p.B * p.H * (query_blocks(p.L) / blocks_of_unit(p)), p.threads, unit, const_cast<FwdParams *>(&p));
     }
 
@@ -44,7 +45,7 @@ class Forward {
     Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena, KeptPrefix &kept)
         : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena), kept_(kept) {
         gain_ = prefix_gain(p.prefix_dropout_p);
-        natural_ = has_float_mask(p) || p.softcap > 0;
+        scaled_ = has_float_mask(p) || p.softcap > 0;
         queries_ = arena_.take<float>((int64_t)Ops::words(D_) * kLanes);
         scores_ = arena_.take<float>((int64_t)(kKeys + 2) * kLanes);
         acc_ = arena_.take<float>((int64_t)D_ * kLanes);
@@ -78,13 +79,9 @@ class Forward {
     }
 
     void pack_queries() {
-        factor_ = natural_ ? p_.scale : p_.scale * kLog2e;
-        if (natural_)
-            to_natural_ = 1;
-        else if (factor_ != 0)
-            to_natural_ = __builtin_fabs((double)p_.scale / factor_);
+        factor_ = p_.scale;
         Ops::pack_queries(query_rows(), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
-        if (factor_ > 0 || natural_) return;
+        if (factor_ > 0 || scaled_) return;
         // The maximum of scores is taken before they are scaled, so the sign goes into the queries.
         uint32_t *words = (uint32_t *)queries_;
         for (int64_t i = 0; i < (int64_t)Ops::words(D_) * q_.width; ++i)
@@ -99,7 +96,7 @@ class Forward {
         const int64_t g = h_ / (p_.H / p_.Hkv);
         const int np_even = (np + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
         const int n = np_even + (ns + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
-        const Strips strips(p_.causal, p_.S - p_.L, q_, s0, ns);
+        const Strips strips(p_.causal, p_.S - p_.L, q_, s0, ns, Ops::kRowAlign);
         float *own_scores = scores_ + (int64_t)np_even * q_.width;
         float *own_keys = key_copy_ + (int64_t)np * D_, *own_values = value_copy_ + (int64_t)np * D_;
 
@@ -118,7 +115,7 @@ class Forward {
         }
         const Masker masker(p_, b_, h_, mask_);
         float factor = factor_, prefix_factor = factor_ * gain_;
-        if (natural_) {
+        if (scaled_) {
             scale_scores(scores_, np, prefix_factor);
             scale_scores(own_scores, ns, factor);
             factor = prefix_factor = 1;
@@ -130,7 +127,7 @@ class Forward {
         if (drops) fill_multipliers(p0, np, np_even, s0, ns, n);
 
         for (int i = 0; i < q_.width; i += VL)
-            if (natural_)
+            if (is_power_of_2(prefix_factor) && is_power_of_2(factor))
                 drops ? softmax<true, true>(i, np_even, n, prefix_factor, factor)
                       : softmax<false, true>(i, np_even, n, prefix_factor, factor);
             else
@@ -165,20 +162,21 @@ class Forward {
     }
 
     // One vector of queries over the n rows of the block, the prefix's np first; leaves weights for the second product.
-    template <bool kDrop, bool kNatural>
+    template <bool kDrop, bool kExact>
     void softmax(int lane, int np, int n, float prefix_factor, float factor) {
         const int64_t ld = q_.width;
         const vf highest = vmax(maximum(lane, 0, np) * vset(prefix_factor), maximum(lane, np, n) * vset(factor));
         const vf old_max = vload(row_max_ + lane);
         const vf new_max = vmax(old_max, highest);
         const vf pivot = vmax(new_max, vset(-0x1p126f));  // a query that has met no key: -inf - -inf is nan
-        const vf rescale = kNatural ? vexp(old_max - pivot) : vexp2(old_max - pivot);
+        const vf rescale = vexp2((old_max - pivot) * vset(kLog2e));
         vstore(row_max_ + lane, new_max);
 
-        vstore(prefix_sum_ + lane, vload(prefix_sum_ + lane) * rescale +
-                                       exponentials<kDrop, kNatural>(lane, 0, np, prefix_factor, pivot, gain_));
+        const vf prefix = gain_ != 1 ? exponentials<kDrop, kExact, true>(lane, 0, np, prefix_factor, pivot)
+                                     : exponentials<kDrop, kExact, false>(lane, 0, np, prefix_factor, pivot);
+        vstore(prefix_sum_ + lane, vload(prefix_sum_ + lane) * rescale + prefix);
         vstore(own_sum_ + lane,
-               vload(own_sum_ + lane) * rescale + exponentials<kDrop, kNatural>(lane, np, n, factor, pivot, 1.f));
+               vload(own_sum_ + lane) * rescale + exponentials<kDrop, kExact, false>(lane, np, n, factor, pivot));
         for (int d = 0; d < D_; ++d) vstore(acc_ + d * ld + lane, vload(acc_ + d * ld + lane) * rescale);
     }
 
@@ -197,18 +195,22 @@ class Forward {
         return vmax(vmax(max0, max1), vmax(max2, max3));
     }
 
-    // Scores of rows begin .. end to weights, times `gain`; returns their sum without it, from four chains to keep
-    // rounding and latency low.
-    template <bool kDrop, bool kNatural>
-    vf exponentials(int lane, int begin, int end, float factor, vf pivot, float gain) {
+    // Scores of rows begin .. end to weights, with kGain times the gain of prefix dropout; returns their sum without
+    // it, from four chains to keep rounding and latency low. A score is rounded before the pivot, a rounded score, is
+    // taken away: of large ones the difference would be what rounding left. The backward does the same. kExact: there
+    // is nothing to round.
+    template <bool kDrop, bool kExact, bool kGain>
+    vf exponentials(int lane, int begin, int end, float factor, vf pivot) {
         const int64_t ld = q_.width;
-        const vf f = vset(factor), g = vset(gain), minus_pivot = vzero() - pivot;
+        const vf f = vset(factor), g = vset(gain_), minus_pivot = vzero() - pivot;
         vf sum[4] = {vzero(), vzero(), vzero(), vzero()};
         const auto weight = [&](int r, vf &total) {
-            const vf score = vfma(vload(scores_ + r * ld + lane), f, minus_pivot);
-            const vf x = kNatural ? vexp(score) : vexp2(score);
+            const vf product = vload(scores_ + r * ld + lane);
+            const vf score = kExact ? vfma(product, f, minus_pivot) : vrounded(product * f) - pivot;
+            vf x = vexp2(score * vset(kLog2e));
             total = total + x;
-            return kDrop ? x * (g * vload(multipliers_ + r * ld + lane)) : x * g;
+            if (kGain) x = x * g;
+            return kDrop ? x * vload(multipliers_ + r * ld + lane) : x;
         };
         int r = begin;
         for (; r + 4 <= end; r += 4) {
@@ -257,7 +259,7 @@ class Forward {
             inverse[i] = sum[i] != 0 ? 1 / sum[i] : 0;  // a nan stays one
         }
         for (int i = 0; i < q_.lanes; ++i) {
-            p_.lse[row0 + i] = sum[i] != 0 ? (float)(row_max_[i] * to_natural_ + __builtin_log(sum[i])) : kMinusInf;
+            p_.lse[row0 + i] = sum[i] != 0 ? (float)(row_max_[i] + __builtin_log((double)sum[i])) : kMinusInf;
             if (p_.mass) p_.mass[row0 + i] = prefix_sum_[i] * inverse[i];
         }
         for (int d = 0; d < D_; ++d)
@@ -297,16 +299,15 @@ class Forward {
     const QueryBlock q_;
     Arena arena_;
     KeptPrefix &kept_;
-    bool natural_;  // scores are in units of e, not 2: with a float mask or a cap both passes must round alike
-    float factor_;  // queries_ . keys times this is the score in units of log2
-    float gain_;    // what prefix dropout multiplies kept elements by
-    double to_natural_ = 0.6931471805599453;  // unit of row_max_; also undoes the rounding of factor_
-    float *queries_;                          // [words(D)][width]
-    float *scores_;                           // [keys][width], then the weights
-    float *acc_;                              // [D][width], out transposed
-    float *rows_;                             // [lanes][D]
-    uint32_t *pairs_;                         // [keys / 2][width], weights in pairs of keys
-    uint32_t *value_pairs_;                   // [keys / 2][D]
+    bool scaled_;            // scores are scaled before they meet a float mask or a cap, not with the exponential
+    float factor_;           // queries_ . keys times this is the score
+    float gain_;             // what prefix dropout multiplies kept elements by
+    float *queries_;         // [words(D)][width]
+    float *scores_;          // [keys][width], then the weights
+    float *acc_;             // [D][width], out transposed
+    float *rows_;            // [lanes][D]
+    uint32_t *pairs_;        // [keys / 2][width], weights in pairs of keys
+    uint32_t *value_pairs_;  // [keys / 2][D]
     float *key_copy_, *value_copy_, *mask_, *multipliers_;
     alignas(64) float row_max_[kLanes], own_sum_[kLanes], prefix_sum_[kLanes];
 };

@@ -15,7 +15,7 @@ using Bf16Arithmetic = Fp32;
 
 template <class Storage, class Dot>
 void fwd_of(const FwdParams &p) {
-    Decode<Storage>::takes(p) ? Decode<Storage>::run(p) : Forward<Storage, Dot>::run(p);
+    one_query(p) ? Decode<Storage>::run(p) : Forward<Storage, Dot>::run(p);
 }
 
 inline void fwd(const FwdParams &p) {

@@ -22,9 +22,9 @@ inline vf vtanh(vf x) {
 // Scores S [count], whole vectors, times `factor`, then capped. `slopes` gets the derivative of what is capped, if not
 // null.
 inline void cap_scores(float *S, int64_t count, float factor, float cap, float *slopes) {
-    const vf f = vset(factor / cap);
+    const vf f = vset(factor), inverse = vset(1 / cap);  // apart: factor / cap may lie outside float's range
     for (int64_t i = 0; i < count; i += VL) {
-        const vf bent = vtanh(vload(S + i) * f);
+        const vf bent = vtanh(vload(S + i) * f * inverse);
         vstore(S + i, bent * vset(cap));
         if (slopes) vstore(slopes + i, vset(1.f) - bent * bent);
     }

@@ -148,6 +148,23 @@ constexpr float kMinusInf = -__builtin_inff();
 
 inline vf vzero() { return vset(0.f); }
 
+// x as it is, rounded: the compiler may not fuse the product that made it into a sum.
+inline vf vrounded(vf x) {
+#if defined(PA_AVX512)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
+// What a mask makes of a score: -inf where the mask is -inf, whatever the score, a nan too; else their sum.
+inline vf vmasked(vf score, vf mask) { return vpositive(mask + vset(-kMinusInf), score + mask, mask); }
+
 // What 2^x and e^x share: the result's power of two is applied. Without scalef, what would be subnormal or nearly
 // becomes 0.
 inline vf vfinish(vf fraction, vf n, vf x, float smallest) {

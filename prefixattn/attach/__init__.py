@@ -1,5 +1,6 @@
 """`attach` and `load`: a prefix into a model. What is particular to a model class is in the modules beside this one."""
 
+import inspect
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.adapter import Adapter, making
 from prefixattn.attach.attached import Attached
 from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.init import initialise
@@ -22,14 +23,39 @@ from prefixattn.prefix import PrefixRows, make_encoder
 ADAPTERS = {"transformers": ("huggingface", "HuggingFaceAdapter"), "timm": ("timm", "TimmAdapter")}
 
 
+def _library(model: nn.Module) -> str | None:
+    """The library of ADAPTERS whose model it is; what wraps one, as PEFT's classes do, is none."""
+    for cls in type(model).__mro__:
+        library = cls.__module__.split(".")[0]
+        if library == "timm" or (library == "transformers" and cls.__name__ == "PreTrainedModel"):
+            return library
+    return None
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model of a known library in a wrapper of PEFT, of torch.compile or for several processes."""
+    if isinstance(model, nn.Module) and _library(model) is None:
+        for name in ("_orig_mod", "module", "base_model", "model"):
+            inner = model._modules.get(name)
+            if inner is not None and (name in ("_orig_mod", "module") or type(model).__module__.startswith("peft.")):
+                return _inner(inner)
+    return model
+
+
 def _base(model: nn.Module) -> nn.Module:
     """The part that runs the layers."""
-    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    found = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    if found is model or _library(found) is None:
+        return model
+    taken = inspect.signature(type(found).forward).parameters
+    name = getattr(model, "main_input_name", "")
+    # a part that takes hidden states has what makes them before it
+    return found if name in taken or any(p.kind is p.VAR_POSITIONAL for p in taken.values()) else model
 
 
 def _adapter_of(model: nn.Module) -> Adapter | None:
     """The adapter of a model that has prefixes; of a copied or unpickled one too."""
-    for hook in _base(model)._forward_pre_hooks.values():
+    for hook in _base(_inner(model))._forward_pre_hooks.values():
         adapter = getattr(hook, "__self__", None)
         if isinstance(adapter, Adapter):
             return adapter
@@ -46,18 +72,18 @@ def make_adapter(model: nn.Module) -> Adapter:
     """The adapter for `model`, which is the one it has already if there are prefixes on it."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected a torch module")
-    base = _base(model)
-    known = [name for cls in type(base).__mro__ for name in ADAPTERS if cls.__module__.split(".")[0] == name]
-    if not known:
+    model = _inner(model)
+    library = _library(model)
+    if library is None:
         raise NotImplementedError(
             f"attach does not know the class {type(model).__name__}; it knows models of Hugging Face's transformers "
-            "and of timm"
+            "and of timm (of a class that holds one, give that model)"
         )
     adapter = _adapter_of(model)
     if adapter is not None:
         return adapter
-    module, cls = ADAPTERS[known[0]]
-    made: Adapter = getattr(import_module(f".{module}", __name__), cls)(model, base)
+    module, cls = ADAPTERS[library]
+    made: Adapter = getattr(import_module(f".{module}", __name__), cls)(model, _base(model))
     return made
 
 
@@ -69,6 +95,7 @@ def attach(model: nn.Module, config: PrefixConfig, tokenizer: Any = None) -> Pre
 def attach(model: nn.Module, config: PrefixPlusConfig, tokenizer: Any = None) -> PrefixPlus: ...
 
 
+@making()
 def attach(model: nn.Module, config: PrefixConfig | PrefixPlusConfig, tokenizer: Any = None) -> Prefix | PrefixPlus:
     """Puts a trainable prefix into `model` and freezes the model.
 
@@ -109,6 +136,7 @@ def attach(model: nn.Module, config: PrefixConfig | PrefixPlusConfig, tokenizer:
     return prefix
 
 
+@making()
 def load(model: nn.Module, folder: str | Path) -> Any:
     """Attaches what is saved in `folder` to `model`: a prefix or bank of `save_pretrained`'s, or a PEFT adapter.
 
@@ -125,10 +153,16 @@ def load(model: nn.Module, folder: str | Path) -> Any:
 
 def read(adapter: Adapter, folder: str | Path) -> Prefix | PrefixPlus:
     """What is saved in `folder`, for the adapter's model, to which it is not attached yet."""
-    from prefixattn import checkpoint  # here, for the sake of installations without safetensors
-    from prefixattn.attach import bank_file
+    from prefixattn import checkpoint, saving  # here, for the sake of installations without safetensors
 
     folder = Path(folder)
+    return saving.whole(folder, checkpoint.STATE, lambda: _read(adapter, folder))
+
+
+def _read(adapter: Adapter, folder: Path) -> Prefix | PrefixPlus:
+    from prefixattn import checkpoint
+    from prefixattn.attach import bank_file
+
     file = folder / bank_file.NAME
     if file.is_file():
         config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=False)
@@ -137,8 +171,6 @@ def read(adapter: Adapter, folder: str | Path) -> Prefix | PrefixPlus:
     if isinstance(saved, PrefixPlusConfig):
         assert isinstance(encoder, Memories)
         return PrefixPlus(saved, adapter, encoder)
-    if saved.count is not None:
-        raise ValueError(f"{folder} has count={saved.count} in {checkpoint.JSON}, expected None: a bank is one file")
     prefix = Prefix(saved, adapter, encoder)
     if gate is not None and prefix.gate is not None:
         prefix.gate.data = gate

@@ -1,12 +1,14 @@
 """`Adapter`: what a model with prefixes has beside it, from its first `attach` to its last `detach`."""
 
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from prefixattn.attach.training import watched
 from prefixattn.config import Defaults, PrefixConfig
 from prefixattn.plus import PrefixPlusConfig
 from prefixattn.prefix import Geometry
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from prefixattn.attach.attached import Attached
 
 
+_changing = threading.RLock()  # one attach or detach at a time in a process: models may share modules
 Choice = TypeVar("Choice", PrefixConfig, PrefixPlusConfig)
 
 
@@ -36,6 +39,7 @@ class Adapter:
         self.prefix: Attached | None = None  # the active one
         self.active = True
         self.flags: dict[str, bool] = {}
+        self.wrapped = False  # by PEFT, before attach
 
     # what a subclass says
 
@@ -47,8 +51,8 @@ class Adapter:
         """The layers as they were before `enter`."""
         raise NotImplementedError
 
-    def verify(self) -> None:
-        """NotImplementedError if the active prefix does not reach the output. One token or image is run."""
+    def verify(self, prefix: "Attached") -> None:
+        """NotImplementedError if a prefix does not reach the output. Some tokens or one image are run."""
         raise NotImplementedError
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
@@ -71,7 +75,13 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+        """Where the model computes. Weights that accelerate offloads lie on meta in the meantime."""
+        device: torch.device = next(self.base.parameters()).device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.base.modules())
+            known = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(d) for d in known if d is not None), device)
+        return device
 
     def resolve(self, config: Choice) -> Choice:
         """The config with the model's own choices, if a prefix of it fits the model."""
@@ -79,38 +89,74 @@ class Adapter:
         slots = config.slots(self.geometry.kinds)
         if isinstance(config, PrefixConfig) and config.share == "simple":
             for slot in slots:
-                list(self.projection_parameters(slot))  # which refuses a layer that it does not know
+                list(self.weights(slot))  # which refuses a layer that it does not know
         return config
 
+    def weights(self, slot: int) -> Iterator[Tensor]:
+        """`projection_parameters`, if they are whole."""
+        for parameter in self.projection_parameters(slot):
+            if hasattr(parameter, "full_tensor"):
+                raise NotImplementedError(
+                    "share='simple' makes keys and values with the model's own weights, and those of layer "
+                    f"{slot} are sharded; fold() the prefix before fully_shard, or take share='deep' or 'none'"
+                )
+            yield parameter
+
     def install(self, prefix: "Attached") -> None:
-        """Adds a prefix, which becomes the active one."""
-        before = self.prefix
-        if not self.prefixes:
-            self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
-            self.model.requires_grad_(False)
-            self.enter()
-        self.prefixes.append(prefix)
-        self.prefix = prefix
-        try:
-            self.verify()
-        except BaseException:
-            self.remove(prefix)
-            self.prefix = before
-            raise
+        """Adds a prefix, which becomes the active one: of passes that begin then, if the model serves meanwhile."""
+        with _changing:
+            if not self.prefixes:
+                self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+                self.wrapped = _in_peft(self.model)
+                self.model.requires_grad_(False)
+            try:
+                if not self.prefixes:
+                    self.enter()
+                    self.model.__dict__["zero_grad"] = self.zero_grad
+                self.verify(prefix)
+            except BaseException:
+                if not self.prefixes:
+                    self._undo()
+                raise
+            self.prefixes = [*self.prefixes, prefix]
+            self.prefix = prefix
+        watched(prefix)
 
     def activate(self, prefix: "Attached") -> None:
+        """Of one that is here, or of a copy of one: a guest, who goes with the last of those that are here."""
+        if not self.prefixes:
+            raise ValueError("the prefix is a copy of one that is detached from its model; attach or load a new one")
         self.prefix = prefix
 
     def remove(self, prefix: "Attached") -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
-        self.prefixes = [p for p in self.prefixes if p is not prefix]
-        if self.prefix is prefix:
-            self.prefix = self.prefixes[-1] if self.prefixes else None
-        if self.prefixes:
-            return
+        with _changing:
+            here = [p for p in self.prefixes if p is not prefix]
+            guest, self.prefixes = len(here) == len(self.prefixes), here
+            if self.prefix is prefix or not self.prefixes:
+                self.prefix = self.prefixes[-1] if self.prefixes else None
+            if not self.prefixes and not guest:
+                self._undo()
+
+    def _undo(self) -> None:
         self.leave()
+        self.model.__dict__.pop("zero_grad", None)
+        if _in_peft(self.model) and not self.wrapped:
+            return  # PEFT came later and froze the model for itself
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The model's while it has prefixes: loops that zero the model's gradients mean all that they train."""
+        type(self.model).zero_grad(self.model, set_to_none)
+        for prefix in self.prefixes:
+            prefix.zero_grad(set_to_none)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for prefix in self.prefixes:
+            # copied before its model, as when both are in one module, it would still be on the original
+            prefix.__dict__["_adapter"] = self
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -126,12 +172,27 @@ class Adapter:
 
 
 @contextmanager
+def making() -> Iterator[None]:
+    """Where a prefix is made: its parameters can be trained and have numbers, wherever the caller is."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules in evaluation mode; each in its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = [module for module in model.modules() if module.training]
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in modes:
+            module.training = True
+
+
+def _in_peft(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())

@@ -1,5 +1,6 @@
 """What is attached to a model: the base of `Prefix` and `PrefixPlus`, and what their layers get with a forward pass."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from prefixattn.attach import copies
 from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.training import steps, watched
+from prefixattn.optim.average import Average
 from prefixattn.plus import Memory
 from prefixattn.prefix import Geometry
 
@@ -56,20 +59,14 @@ class PrefixCall(NamedTuple):
         return slot in self.prefixes or slot in self.memories
 
 
-_steps = 0  # of all optimizers of the process
+class _Asked(threading.local):
+    """The weight on a prefix that this thread asks for, by prefix: slot -> [B, H, L]."""
+
+    def __init__(self) -> None:
+        self.masses: dict[Any, dict[int, Tensor]] = {}
 
 
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def steps() -> int:
-    """Of all optimizers so far: torch's fused ones leave no trace in a tensor's version."""
-    return _steps
+asked = _Asked()
 
 
 class Attached(nn.Module):
@@ -85,7 +82,7 @@ class Attached(nn.Module):
         # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
         self._adapter: Adapter | None = adapter
         self._geometry = adapter.geometry
-        self._masses: dict[int, Tensor] | None = None
+        self._origin: copies.Origin | None = None  # of one that was copied with its model
 
     @property
     def geometry(self) -> Geometry:
@@ -95,6 +92,23 @@ class Attached(nn.Module):
     def slots(self) -> tuple[int, ...]:
         """The layers that have a prefix, counted through all kinds of attention of the model."""
         return self.config.slots(self._geometry.kinds)
+
+    @property
+    def process_group(self) -> Any:
+        """Of the processes that train it together and average its gradients.
+
+        None: all, if torch.distributed is initialized; False: this one alone; or a torch ProcessGroup.
+        """
+        return self.average.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.average.group = group
+
+    @property
+    def average(self) -> Average:
+        """What averages its gradients over processes."""
+        return watched(self).average
 
     def sources(self) -> Iterator[Tensor]:
         """What it is made of: its parameters, and perhaps weights of the model."""
@@ -106,7 +120,15 @@ class Attached(nn.Module):
         if any(t.is_inference() for t in sources):
             return None
         # the count, because torch's fused optimizers leave no trace in a version
-        return (_steps, *((t.data_ptr(), t._version) for t in sources))
+        return (steps(), *((t.data_ptr(), t._version) for t in sources))
+
+    def begin(self) -> None:
+        """Before a forward pass of the model chooses: several processes begin a training with the same numbers.
+
+        In the first pass with gradients they wait for each other.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.average.start()
 
     def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
         """What a forward pass of `batch` samples gets, for which the caller passed the prefix_ids `ids`."""
@@ -119,13 +141,17 @@ class Attached(nn.Module):
 
     def call(self, chosen: Chosen) -> PrefixCall:
         """What the layers of the model get with a forward pass."""
+        if self._origin is not None and not torch.compiler.is_compiling():
+            self._check_origin(self._origin)
         dropout_p = getattr(self.config, "dropout", 0.0) if self.training else 0.0
         # one of the two is empty
         prefixes, memories = dict(zip(self.slots, chosen.prefixes)), dict(zip(self.slots, chosen.memories))  # noqa: B905
-        return PrefixCall(prefixes, dropout_p, chosen.ids, chosen.lengths, self._masses, chosen.shift, memories)
+        masses = None if torch.compiler.is_compiling() else asked.masses.get(self)
+        return PrefixCall(prefixes, dropout_p, chosen.ids, chosen.lengths, masses, chosen.shift, memories)
 
     def activate(self) -> None:
         """Makes this the prefix that the model attends to, of several that are attached to it."""
+        self._origin = None
         self._attached().activate(self)
 
     @property
@@ -171,6 +197,16 @@ class Attached(nn.Module):
             parameter.copy_(found[name])
         if gate is not None and isinstance(own_gate := getattr(self, "gate", None), Tensor):
             own_gate.copy_(gate)
+
+    def _check_origin(self, origin: copies.Origin) -> None:
+        if not origin.check(self, self._attached().model):
+            self._origin = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attached":
+        return copies.copied(self, memo)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_origin": None}
 
     def _attached(self) -> Adapter:
         if self._adapter is None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Chosen, LayerPrefix, steps
+from prefixattn.attach.adapter import Adapter, making
+from prefixattn.attach.attached import Chosen, LayerPrefix
 from prefixattn.attach.prefix import Prefix
+from prefixattn.attach.training import steps
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import PrefixRows
 
@@ -49,6 +50,7 @@ class PrefixBank(Prefix):
         self._source: tuple[Path, Tensor] | None = None  # of a mapped bank: its file, and which rows were looked at
 
     @classmethod
+    @making()
     def of(cls, model: nn.Module, prefixes: Sequence[Prefix | str | Path]) -> "PrefixBank":
         """A bank of prefixes that exist, as frozen keys and values, attached to `model` as its active prefix.
 
@@ -75,6 +77,7 @@ class PrefixBank(Prefix):
         return bank
 
     @classmethod
+    @making()
     def open(cls, model: nn.Module, path: str | Path) -> "PrefixBank":
         """Attaches a saved bank without reading it: its rows stay in the file, and those that are used are paged in.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.attach import make_adapter
+from prefixattn.attach.adapter import making
 from prefixattn.attach.prefix import Prefix
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import FreePrefix, Geometry
@@ -15,6 +16,7 @@ from prefixattn.prefix import FreePrefix, Geometry
 HOWS = ("concatenate", "average")
 
 
+@making()
 def combine(
     model: nn.Module,
     prefixes: Sequence[Prefix],

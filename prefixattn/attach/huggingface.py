@@ -1,19 +1,30 @@
 """`HuggingFaceAdapter`: prefixes into a model whose layers call transformers' attention interface."""
 
 import copy
+import threading
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefixattn.attach import gate, interface, probe, projections, quantised
+from prefixattn.attach import gate, interface, positions, probe, projections, quantised
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import PrefixCall
-from prefixattn.attach.interface import NAME
+from prefixattn.attach.attached import Attached, PrefixCall
+from prefixattn.attach.interface import EXPLICIT, NAME, NAMES, PLAIN
+from prefixattn.attach.positions import Positions
 from prefixattn.config import Defaults
 from prefixattn.prefix import Geometry
+
+
+class _Thread(threading.local):
+    """What of a forward pass belongs to the thread that runs it."""
+
+    override: PrefixCall | None = None  # of attach's own passes
+    shift: int | Tensor = 0  # of the positions in the stack that is running
 
 
 class HuggingFaceAdapter(Adapter):
@@ -21,18 +32,23 @@ class HuggingFaceAdapter(Adapter):
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         super().__init__(model, base)
-        self.names = interface.arguments(base)  # for callers that pass them by position
         self.handles: list[Any] = []
+        self.implementation = NAME
         self.implementations: list[tuple[Any, str | None]] = []
         self.unpacked: list[nn.Module] = []
-        self.override: PrefixCall | None = None
-        self.shift: int | Tensor = 0  # of the decoder's forward pass that is running
-        self.enter()
-        try:
-            _, calls = probe.run(base, {**probe.example(base, [1]), "prefix_call": PrefixCall({}, 0.0)})
-            self.sites = probe.sites(base, calls)
-        finally:
-            self.leave()
+        self.thread = _Thread()
+        self.traced: int | Tensor = 0  # the shift in code that is compiled: threads are none of its concern
+        self.positions = Positions()
+        self.sites: list[probe.Site] = []
+        self.paths = self._stacks()
+        probe.refuse(model, base)
+        plain = probe.trials(base)
+        calls = self._tried(plain)
+        self.sites = probe.sites(base, calls)
+        self.paths = [p for p in self.paths if not p or any(f"{s.path}.".startswith(f"{p}.") for s in self.sites)]
+        with self._entered(), self.overriding(PLAIN):
+            self.own = probe.own_attentions(base, plain[0].inputs)
+        self.whole = probe.outermost(model, base)
         kinds: dict[str, int] = {}
         for site in self.sites:
             kinds[site.kind] = kinds.get(site.kind, 0) + 1
@@ -43,7 +59,39 @@ class HuggingFaceAdapter(Adapter):
         self.geometry = Geometry(
             config.model_type, len(self.sites), first.kv_heads, first.head_dim, config.hidden_size, kinds, first.heads
         )
+        self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
+        if base.main_input_name == "input_ids":
+            self.positions = positions.find(base, [site.path for site in self.sites], plain, self.decodes)
         self.defaults = self._defaults(config)
+
+    # what attach finds out
+
+    def _stacks(self) -> list[str]:
+        """Paths of the parts of the model that can be called by themselves, the base model first."""
+        stacks = {id(m) for m in self.base.modules() if isinstance(m, PreTrainedModel)}
+        if self.base.config.is_encoder_decoder:
+            stacks |= {id(self.base.get_encoder()), id(self.base.get_decoder())}
+        return [path for path, module in self.base.named_modules() if not path or id(module) in stacks]
+
+    def _tried(self, plain: list[probe.Trial]) -> list[interface.Watched]:
+        """The calls of attention, with masks in the smallest form in which the model makes what it makes plainly."""
+        form = "eager" if self.base.config._attn_implementation == "eager" else "sdpa"
+        for implementation in (NAME, EXPLICIT[form]):
+            self.implementation = implementation
+            try:
+                with self._entered(), self.overriding(PLAIN):
+                    return probe.check(self.base, plain)
+            except NotImplementedError as objection:
+                last = objection
+        raise last
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     def _defaults(self, config: Any) -> Defaults:
         if self.base.main_input_name == "pixel_values":
@@ -52,17 +100,17 @@ class HuggingFaceAdapter(Adapter):
             numbers = config.num_channels * height * width
             bound = (6 / (numbers + self.geometry.width)) ** 0.5  # VPT's rule
             return Defaults(network="per_layer", hidden=48, positions="unshifted", init="uniform", bound=bound)
-        attention = self.base.get_submodule(self.sites[0].path)
-        decodes = list(self.geometry.kinds) == ["self"] and getattr(attention, "is_causal", False)
-        positions = "shifted" if decodes and "position_ids" in self.names else "unshifted"
-        shiftable = self._decoder_positions() is not None
-        return Defaults(positions=positions, bound=(3 / self.geometry.width) ** 0.5, shiftable=shiftable)
+        shiftable = self.positions.shiftable and (self.decodes or self.base.config.is_encoder_decoder)
+        where = "shifted" if shiftable and self.decodes else "unshifted"
+        if self.decodes and not shiftable:
+            warnings.warn(
+                f"{type(self.base).__name__} hands its positions on nowhere that a prefix could shift them: "
+                "positions='unshifted'",
+                stacklevel=4,
+            )
+        return Defaults(positions=where, bound=(3 / self.geometry.width) ** 0.5, shiftable=shiftable)
 
-    def _decoder_positions(self) -> Any:
-        """The position embedding in the decoder of an encoder-decoder, if it can be told positions."""
-        decoder = self.base.get_decoder() if self.base.config.is_encoder_decoder else None
-        embedding = getattr(decoder, "embed_positions", None)
-        return embedding if embedding is not None and "position_ids" in interface.arguments(embedding) else None
+    # in and out
 
     def enter(self) -> None:
         # Models built from one config object share it; the attention implementation is this model's alone.
@@ -76,16 +124,19 @@ class HuggingFaceAdapter(Adapter):
         self.implementations = [(config, config._attn_implementation) for config in known]
         self.switch(True)
         self.unpacked = quantised.keep_differentiable(self.model)
-        for slot, site in enumerate(getattr(self, "sites", [])):
+        for slot, site in enumerate(self.sites):
             self.base.get_submodule(site.path).prefix_slot = slot
-        # generate runs the encoder of an encoder-decoder by itself
-        stacks = [self.base, self.base.get_encoder()] if self.base.config.is_encoder_decoder else [self.base]
-        self.handles = [stack.register_forward_pre_hook(self.before_forward, with_kwargs=True) for stack in stacks]
-        if (embedding := self._decoder_positions()) is not None:
-            decoder = self.base.get_decoder()
+        for path in self.paths:
+            stack = self.base.get_submodule(path)
             self.handles += [
-                decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+                stack.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+                stack.register_forward_hook(self.after_forward, always_call=True),
+            ]
+        for path in self.positions.embeddings:
+            embedding = self.base.get_submodule(path)
+            self.handles += [
                 embedding.register_forward_pre_hook(self.before_positions, with_kwargs=True),
+                embedding.register_forward_hook(self.after_positions),
             ]
         for name, ours in self.replaced.items():
             if hasattr(self.model, name):
@@ -97,7 +148,7 @@ class HuggingFaceAdapter(Adapter):
         self.handles = []
         self.switch(False)
         quantised.restore(self.unpacked)
-        for site in getattr(self, "sites", []):
+        for site in self.sites:
             self.base.get_submodule(site.path).__dict__.pop("prefix_slot", None)
         for name in self.replaced:
             self.model.__dict__.pop(name, None)
@@ -111,35 +162,70 @@ class HuggingFaceAdapter(Adapter):
         }
 
     def switch(self, on: bool) -> None:
-        for config, implementation in self.implementations:
-            config._attn_implementation = NAME if on else implementation
+        # a part of the model without such layers, as one for images beside the text's, keeps its own attention
+        ours = {id(c) for c, _ in self.implementations}
+        if self.sites:
+            above = [self.base.get_submodule(path) for path in self._above_sites()]
+            ours = {id(m.config) for m in [self.model, *above] if "config" in m.__dict__}
+        for config, implementation in self.implementations:  # outer ones first: a config sets those inside it
+            config._attn_implementation = self.implementation if on and id(config) in ours else implementation
 
-    def verify(self) -> None:
-        """Runs one token with a random prefix of one row, and looks whether the output moved."""
-        assert self.prefix is not None
-        slots, (_, _, Hkv, _, D) = self.prefix.slots, (0, 0, self.geometry.kv_heads, 0, self.geometry.head_dim)
-        generator = torch.Generator("cpu").manual_seed(0)
-        rows = torch.randn(2, Hkv, 1, D, generator=generator, device="cpu").to(self.base.device)
-        inputs = probe.example(self.base, [1])
-        plain, _ = probe.run(self.base, {**inputs, "prefix_call": PrefixCall({}, 0.0)})
-        self.override = PrefixCall({slot: (rows[0], rows[1]) for slot in slots}, 0.0)
+    def _above_sites(self) -> set[str]:
+        """Paths of the layers and of all that is around them."""
+        parts = [site.path.split(".") for site in self.sites]
+        return {".".join(names[:n]) for names in parts for n in range(len(names) + 1)}
+
+    @contextmanager
+    def overriding(self, call: PrefixCall) -> Iterator[None]:
+        """In this thread every pass gets `call`."""
+        self.thread.override = call
         try:
-            moved, calls = probe.run(self.base, inputs)
+            yield
         finally:
-            self.override = None
-        used = sum(call.used for call in calls)
-        if used != len(slots) or (plain.device.type != "meta" and torch.equal(plain, moved)):
+            self.thread.override = None
+
+    def verify(self, prefix: Attached) -> None:
+        """Runs some tokens with a random prefix of one row, and looks whether the output moved."""
+        if self.own and prefix.config.attentions == "all":
+            path = self.own[0]
+            kinds = list(self.geometry.kinds)
+            others = "" if kinds == ["self"] else f"; attentions={kinds} leaves such layers out"
             raise NotImplementedError(
-                f"a prefix does not reach the output of {type(self.base).__name__}: {used} of {len(slots)} layers "
-                "attended to it, and the model is left as it was"
+                f"{type(self.base).__name__} has layers with an attention of their own, which would get no prefix: "
+                f"{path} is a {type(self.base.get_submodule(path)).__name__}{others}"
             )
+        slots, (Hkv, D) = prefix.slots, (self.geometry.kv_heads, self.geometry.head_dim)
+        generator = torch.Generator("cpu").manual_seed(0)
+        rows = torch.randn(2, Hkv, 1, D, generator=generator, device="cpu").to(self.device)
+        inputs = probe.example(self.whole)
+        with self.overriding(PLAIN):
+            plain, _ = probe.run(self.whole, inputs)
+        with self.overriding(PrefixCall({slot: (rows[0], rows[1]) for slot in slots}, 0.0)):
+            moved, calls = probe.run(self.whole, inputs)
+        used = {call.module.prefix_slot for call in calls if call.used}
+        if used != set(slots) or torch.equal(plain, moved):
+            raise NotImplementedError(
+                f"a prefix does not reach the output of {type(self.whole).__name__}: {len(used)} of {len(slots)} "
+                "layers attended to it, and the model is left as it was"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return probe.execution_device(self.base)
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
         geometry = self.geometry
         return projections.project(self.base, self.sites[slot].path, vectors, geometry.kv_heads, geometry.head_dim)
 
     def projection_parameters(self, slot: int) -> Iterator[Tensor]:
-        yield from projections.parameters(self.base, self.sites[slot].path)
+        path = self.sites[slot].path
+        for parameter in projections.parameters(self.base, path):
+            if parameter.device.type == "meta":
+                raise NotImplementedError(
+                    f"share='simple' reads the projections of {path}, whose weights are offloaded; share='none' and "
+                    "share='deep' read no weights of the model"
+                )
+            yield parameter
 
     def activations(self, ids: list[int]) -> Tensor:
         if self.base.main_input_name != "input_ids":
@@ -153,8 +239,8 @@ class HuggingFaceAdapter(Adapter):
         if not inside:
             self.enter()
         try:
-            call = PrefixCall({}, 0.0)
-            _, calls = probe.run(self.base, {**probe.example(self.base, ids), "prefix_call": call})
+            with self.overriding(PLAIN):
+                _, calls = probe.run(self.base, probe.example(self.base, ids))
         finally:
             if not inside:
                 self.leave()
@@ -185,85 +271,112 @@ class HuggingFaceAdapter(Adapter):
             )
         return type(self.model).init_continuous_batching(self.model, *args, **kwargs)  # type: ignore[attr-defined]
 
+    # a forward pass
+
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward pre-hook: computes the prefixes and shifts the positions."""
-        prefix = self.prefix
-        if prefix is None or kwargs.get("prefix_call") is not None:
+        """The hook on each part that can be called: the first that is met computes the prefixes and hands them on."""
+        if not interface.passes_on(stack):
             return None
-        ids = kwargs.pop("prefix_ids", None)
-        if not self.active:
-            return args, kwargs
-        self._check_implementation()
-        names = self.names if stack is self.base else interface.arguments(stack)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        first = next((kwargs[n] for n in _INPUTS if kwargs.get(n) is not None), None)
-        if first is None:
-            return None  # the model itself says what is missing
-        if kwargs.get("output_attentions"):
-            raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
-        if self.override is not None:
-            return (), {**kwargs, "prefix_call": self.override}
-        chosen = prefix.choose(ids, first.shape[0], self._dtype(first.device), first.device)
-        if self.defaults.positions == "shifted":
-            self._prepare_decoder(first, kwargs, chosen.shift)
-        if torch.is_grad_enabled() and gate.needed(self.base):
-            chosen = chosen.with_tensors(gate.behind(self.base, chosen.tensors(), kwargs))
-        kwargs["prefix_call"] = prefix.call(chosen)
+        kwargs = {**dict(zip(interface.arguments(stack), args, strict=False)), **kwargs}
+        call = kwargs.get("prefix_call")
+        if call is None:
+            call = self._new_call(kwargs)
+            if call is not None:
+                kwargs["prefix_call"] = call
+        self._set_shift(0 if call is None else self._shift(stack, call, kwargs))
+        if call is not None and self.positions.argument and stack is self.base:
+            found = positions.given(kwargs, next(kwargs[n] for n in _INPUTS if kwargs.get(n) is not None))
+            kwargs["position_ids"] = positions.shifted(found, call.shift, self.max_positions)
         return (), kwargs
 
-    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = kwargs.get("prefix_call")
-        self.shift = 0 if call is None else call.shift
+    def after_forward(self, stack: Any, args: Any, out: Any) -> None:
+        self._set_shift(0)
+
+    def _shift(self, stack: Any, call: PrefixCall, kwargs: dict[str, Any]) -> int | Tensor:
+        """Of the positions in a part of the model; an encoder and a decoder have each their own padding."""
+        if not self.base.config.is_encoder_decoder:
+            return call.shift
+        if stack is self.base:
+            return 0
+        return self._without_padding(call.shift if stack is self.base.get_decoder() else 0, kwargs)
+
+    def _set_shift(self, shift: int | Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = shift
+        else:
+            self.thread.shift = shift
+
+    def _new_call(self, kwargs: dict[str, Any]) -> PrefixCall | None:
+        """What the layers get, of a pass with the arguments `kwargs`; None if it is not to have a prefix."""
+        if not torch.compiler.is_compiling() and self.thread.override is not None:
+            return self.thread.override
+        prefix, ids = self.prefix, kwargs.pop("prefix_ids", None)
+        if not self.active:
+            return None
+        self._check_implementation()
+        known = (kwargs[name] for name in _INPUTS if kwargs.get(name) is not None)
+        first = next((t for t in (*known, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if prefix is None or first is None:
+            return PLAIN  # of an input that is missing the model itself speaks
+        if kwargs.get("output_attentions"):
+            raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
+        batch = first.shape[0]
+        if first.ndim == 3 and not first.is_floating_point():  # samples, choices, tokens
+            batch *= first.shape[1]
+            if isinstance(ids, Tensor) and ids.shape == first.shape[:1]:
+                ids = ids.repeat_interleave(first.shape[1])
+        prefix.begin()
+        chosen = prefix.choose(ids, batch, self._dtype(first.device), first.device)
+        if not self.base.config.is_encoder_decoder:
+            chosen = chosen._replace(shift=self._without_padding(chosen.shift, kwargs))
+            if self.decodes and torch.compiler.is_compiling() and not _told(kwargs):
+                # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
+                kwargs["attention_mask"] = first.new_ones(1, 1, dtype=torch.bool).expand(first.shape[:2])
+        if torch.is_grad_enabled() and gate.needed(self.base):
+            chosen = chosen.with_tensors(gate.behind(self.base, chosen.tensors(), kwargs))
+        return prefix.call(chosen)
+
+    def _without_padding(self, shift: int | Tensor, kwargs: dict[str, Any]) -> int | Tensor:
+        """The shift, less the padding before a sample where positions count it and none are given.
+
+        A rotary model does not mind where its tokens begin, as only distances matter; but a prefix has no position.
+        """
+        mask = kwargs.get("attention_mask")
+        if not self.positions.padded or kwargs.get("position_ids") is not None:
+            return shift
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.shape[1]:
+            return shift
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask[:, 0].all()):
+            return shift
+        return shift - positions.padding_on_the_left(mask)
 
     def before_positions(self, embedding: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Shifts the positions that the decoder of an encoder-decoder makes itself, and takes from nobody."""
-        if isinstance(self.shift, int) and self.shift == 0:
+        """The hook on what is called with positions: shifts those that the model made or was given."""
+        shift = self.traced if torch.compiler.is_compiling() else self.thread.shift
+        if isinstance(shift, int) and shift == 0:
             return None
-        kwargs = {**dict(zip(interface.arguments(embedding), args, strict=False)), **kwargs}
-        return (), {**kwargs, "position_ids": self._after_prefix(kwargs["position_ids"], self.shift)}
+        name = positions.argument(embedding)
+        found = positions.named(embedding, args, kwargs)[name]
+        if found is None:
+            raise RuntimeError(
+                f"{type(embedding).__name__} makes its positions itself in this call, and a prefix cannot shift them; "
+                "attach with positions='unshifted'"
+            )
+        return positions.replaced(embedding, args, kwargs, positions.shifted(found, shift, positions.count(embedding)))
+
+    def after_positions(self, embedding: Any, args: Any, out: Any) -> Any:
+        """Of positions that a model makes for all samples at once, and that a bank's lengths made differ."""
+        one = isinstance(out, Tensor) and out.ndim == 4 and out.shape[0] == 1
+        return out[0] if one and isinstance(embedding, nn.Embedding) else None
 
     def _check_implementation(self) -> None:
         implementation = self.base.config._attn_implementation
-        if implementation != NAME:
+        if implementation not in NAMES:
             raise ValueError(
                 f"the model's attention implementation was set to {implementation!r} after attach, and would leave out "
-                f"the prefix; expected {NAME!r}: call set_attn_implementation before attach, or detach() the prefix"
+                f"the prefix; expected {self.implementation!r}: call set_attn_implementation before attach, or "
+                "detach() the prefix"
             )
-
-    def _prepare_decoder(self, tokens: Tensor, kwargs: dict[str, Any], shift: int | Tensor) -> None:
-        """What a decoder's inputs need: a mask of the tokens alone, positions after the prefix's."""
-        assert self.prefix is not None
-        batch, length = tokens.shape[0], tokens.shape[1]
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if cache is None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != length:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns for {length} tokens; a prefix takes no column of it"
-            )
-        if mask is None and cache is None and kwargs.get("position_ids") is None and torch.compiler.is_compiling():
-            # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
-            kwargs["attention_mask"] = tokens.new_ones(1, 1, dtype=torch.bool).expand(batch, length)
-        if not isinstance(shift, int) or shift:
-            kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, length, tokens.device, shift)
-
-    def _shifted(
-        self, positions: Tensor | None, cache: Any, length: int, device: torch.device, shift: int | Tensor
-    ) -> Tensor:
-        if positions is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            positions = (torch.arange(length, device=device) + past)[None]
-        return self._after_prefix(positions, shift)
-
-    def _after_prefix(self, positions: Tensor, shift: int | Tensor) -> Tensor:
-        positions = positions + shift
-        most = self.max_positions
-        if most is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            last = int(positions.max()) if positions.numel() else 0
-            if last >= most:
-                raise ValueError(
-                    f"position {last} is past the model's {most} positions, {int(torch.as_tensor(shift).max())} of "
-                    "which the prefix takes; shorten the input or use positions='unshifted'"
-                )
-        return positions
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         # torch's question has no answer for meta, and raises
@@ -272,5 +385,16 @@ class HuggingFaceAdapter(Adapter):
         dtype: torch.dtype = self.base.dtype
         return dtype
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "thread": None, "traced": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "thread": _Thread()})
+
 
 _INPUTS = "input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds"
+
+
+def _told(kwargs: dict[str, Any]) -> bool:
+    """Whether a caller says where tokens are."""
+    return any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))

@@ -1,4 +1,4 @@
-"""Hugging Face models through their registered attention and mask functions, both named "prefixattn".
+"""Hugging Face models through registered attention and mask functions.
 
 The prefixes of a forward travel as a keyword argument (`prefix_call`) through the model's layers to the attention
 function: no cache and no mask knows of them, nothing is kept on the modules between calls, and a layer that gradient
@@ -6,19 +6,25 @@ checkpointing runs again meets the tensors it met the first time.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 from prefixattn.attach.attached import LayerPrefix, PrefixCall
 from prefixattn.functional import prefix_attention
 
-NAME = "prefixattn"
+NAME = "prefixattn"  # with masks in their smallest form
+EXPLICIT = {
+    form: f"{NAME}_{form}_masks" for form in ("sdpa", "eager")
+}  # in transformers' own, for models that rework them
+NAMES = (NAME, *EXPLICIT.values())
 PLAIN = PrefixCall({}, 0.0)
 
 
@@ -27,32 +33,59 @@ class Watched(NamedTuple):
 
     module: nn.Module
     heads: int
+    queries: int  # L
     key: Tensor  # [B, Hkv, S, D]
     value: Tensor
     carried: bool  # the prefixes came along
     used: bool  # and there was one for this layer
+    causal: bool
 
 
-_watching: list[Watched] | None = None
+class _Watching(threading.local):
+    calls: list[Watched] | None = None  # of this thread alone
+
+
+_watching = _Watching()
 
 
 @contextmanager
 def watched() -> Iterator[list[Watched]]:
-    """Collects the calls of the attention function inside."""
-    global _watching
-    before, _watching = _watching, []
+    """Collects this thread's calls of the attention function inside; for who watches around it too."""
+    before, calls = _watching.calls, list[Watched]()
+    _watching.calls = calls
     try:
-        yield _watching
+        yield calls
     finally:
-        _watching = before
+        _watching.calls = before
+        if before is not None:
+            before += calls
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:
     """The names of a forward's arguments."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    cls = type(module)
+    if cls not in _arguments:  # written out: functools.cache is nothing that torch.compile looks through
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+        names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        kinds = {p.kind for p in parameters}
+        # of what only hands all its arguments on, the part behind it knows their names
+        _arguments[cls] = (
+            names,
+            inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds,
+        )
+    return _arguments[cls][0]
 
 
-def padding_and_causality(
+def passes_on(module: nn.Module) -> bool:
+    """Whether a forward takes keyword arguments that it does not know, which it may hand to its layers."""
+    arguments(module)
+    return _arguments[type(module)][1]
+
+
+_arguments: dict[type, tuple[tuple[str, ...], bool]] = {}
+
+
+def smallest_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -61,20 +94,29 @@ def padding_and_causality(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,  # [B, tokens seen]
     device: torch.device | str = "cpu",
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of a forward, in the smallest form that says it.
 
-    None: no padding. `[B, n]`, bool: key padding; keys from n on are unused slots of a static cache. For both,
-    causality is the attention's own affair. `generate` makes masks ahead of the model's forward and passes them to it,
-    so this function may meet its own result. Anything else (packed sequences, a prompt longer than one token in a
-    compiled static cache) is the explicit `[B, 1, L, S]` of transformers, which contains causality.
+    Two axes: causal. Four: as it is. `[B, n]` and `[B, 1, 1, n]`, bool, are key padding, where keys from n on are
+    unused slots of a static cache; one number expanded to that says that there is no padding. `generate` makes masks
+    ahead of the model's forward and passes them to it, so this function may meet its own result. Anything else (packed
+    sequences, a prompt longer than one token in a compiled static cache, a mask that the model will rework) is the
+    explicit `[B, 1, L, S]` of transformers, which contains causality.
     """
-    causal = mask_function is causal_mask_function or _within_window(kv_length, kv_offset, **kwargs)
-    plain = causal or mask_function is bidirectional_mask_function
+    windowed = _within_window(kv_length, kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+    causal = mask_function is causal_mask_function or windowed
     tracing = torch.compiler.is_compiling()
-    if not plain or kv_offset or (causal and isinstance(q_offset, Tensor) and q_length > 1 and tracing):
-        explicit = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    on_device = isinstance(q_offset, Tensor)
+    attention_mask = _checked(attention_mask, kv_length, kv_offset, q_length, q_offset, mask_function)
+    if causal:
+        # a compiled decoding step may not skip a mask, and gets one all the same
+        plain = (allow_is_causal_skip or q_length == 1) and not (on_device and q_length > 1 and tracing)
+    else:
+        plain = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
+    if not plain or kv_offset:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -84,9 +126,11 @@ def padding_and_causality(
             mask_function=mask_function,
             attention_mask=attention_mask,
             device=device,
-            **explicit,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **kwargs,
         )
-    if causal and isinstance(q_offset, Tensor) and q_length == 1:
+    if causal and on_device and q_length == 1:
         # One query at a position only the device knows: the filled slots are those up to it.
         filled = torch.arange(kv_length, device=device)[None] <= q_offset  # [1, S]
         if attention_mask is None:
@@ -94,18 +138,49 @@ def padding_and_causality(
         missing = max(kv_length - attention_mask.shape[-1], 0)
         return filled & nn.functional.pad(attention_mask[:, :kv_length], (0, missing))
     end = int(q_offset) + q_length if causal else kv_length
-    if attention_mask is None:
-        return None if end == kv_length else torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch_size, end)
-    if attention_mask.shape[-1] < end:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[-1]} columns, expected {end}: one for each token in the cache "
-            f"and in the input (a prefix has none)"
-        )
-    padding = attention_mask[:, :end]
     # Looking for padding would stop a GPU until its queue is empty; there the mask is simply read.
-    if end == kv_length and padding.device.type == "cpu" and not tracing and bool(padding.all()):
+    looked_at = attention_mask is not None and attention_mask.device.type == "cpu" and not tracing
+    if attention_mask is None or (looked_at and bool(attention_mask[:, :end].all())):
+        padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, end)
+    else:
+        padding = attention_mask[:, :end]
+    return padding if causal else padding[:, None, None, :]
+
+
+def _checked(
+    attention_mask: Tensor | None,
+    kv_length: int,
+    kv_offset: int,
+    q_length: int,
+    q_offset: int | Tensor,
+    mask_function: Callable[..., Any],
+) -> Tensor | None:
+    """The caller's padding `[B, n]`, if it has a column for each token; None if nothing is padded."""
+    if attention_mask is None:
         return None
-    return padding
+    columns, keys = attention_mask.shape[-1], kv_length + kv_offset  # slots of a cache, filled or not
+    # of bidirectional attention the attention itself knows how many keys there are
+    known = mask_function is not bidirectional_mask_function and not isinstance(q_offset, Tensor)
+    if columns != int(q_offset) + q_length if known else columns > keys:
+        raise ValueError(_columns(columns, int(q_offset) + q_length if known else keys))
+    return attention_mask
+
+
+def _columns(found: int, expected: int) -> str:
+    return (
+        f"attention_mask has {found} columns, expected {expected}: one for each token in the cache and in the input (a "
+        "prefix has none)"
+    )
+
+
+def _explicit_mask(form: Callable[..., Any], **kwargs: Any) -> Tensor | None:
+    """The mask in the form that transformers' own attention `form` gets, never left out."""
+    function = kwargs.get("mask_function", causal_mask_function)
+    offsets = kwargs.get("kv_offset", 0), kwargs["q_length"], kwargs.get("q_offset", 0)
+    mask = _checked(kwargs.get("attention_mask"), kwargs["kv_length"], *offsets, function)
+    never = {"attention_mask": mask, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    made: Tensor | None = form(**{**kwargs, **never})
+    return made
 
 
 def _within_window(
@@ -133,18 +208,32 @@ def attention_with_prefix(
     for name in ("s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with a prefix does not take {name}")
+    if key.shape[3] != value.shape[3]:
+        raise NotImplementedError(
+            f"a {type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}; "
+            "attention with a prefix takes one width for both"
+        )
     slot = getattr(module, "prefix_slot", None)
+    if slot is not None and prefix_call is None:
+        raise NotImplementedError(
+            f"a {type(module).__name__} with a prefix was run without it: the call passed the model's hooks by. Call "
+            "the model, or its encoder or decoder, itself: model(...), not model.forward(...) and not a layer alone; "
+            "without the prefix: disabled() or detach()"
+        )
     call = prefix_call or PLAIN
-    if _watching is not None:
-        _watching.append(Watched(module, query.shape[1], key, value, prefix_call is not None, call.has(slot)))
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    attention_mask, causal = _read(attention_mask, is_causal, module)
+    if not torch.compiler.is_compiling() and _watching.calls is not None:
+        carried, used = prefix_call is not None, call.has(slot)
+        _, H, L, _ = query.shape
+        seen = Watched(module, H, L, key, value, carried, used, causal or _hides_later(attention_mask))
+        _watching.calls.append(seen)
     if attention_mask is not None:
-        if attention_mask.ndim == 2:
-            width = attention_mask.shape[1]
-            key, value = key[:, :, :width], value[:, :, :width]
-            attention_mask = attention_mask[:, None, None, :]
-        else:
-            causal = False
+        if (columns := attention_mask.shape[-1]) != key.shape[2]:
+            if not causal or columns > key.shape[2]:
+                raise ValueError(_columns(columns, key.shape[2]))
+            key, value = key[:, :, :columns], value[:, :, :columns]  # without unused slots of a static cache
+        if not any(attention_mask.stride()):
+            attention_mask = None  # one number, which says that all are visible
     if position_bias is not None:
         attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
     options: dict[str, Any] = {}
@@ -179,6 +268,25 @@ def attention_with_prefix(
     return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
 
 
+def _read(mask: Tensor | None, is_causal: bool | None, module: nn.Module) -> tuple[Tensor | None, bool]:
+    """What a mask says: which keys are visible (None: all), and causality besides.
+
+    The mask was made by the function that the model asked for, so it knows. Where a model asked for none, the layer
+    says it, as it says it to transformers' own attention.
+    """
+    if mask is None:
+        return None, bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    return (mask[:, None, None, :], True) if mask.ndim == 2 else (mask, False)
+
+
+def _hides_later(mask: Tensor | None) -> bool:
+    """Whether an explicit mask hides every later token from an earlier one."""
+    if mask is None or mask.shape[-2] < 2 or mask.shape[-2] != mask.shape[-1] or mask.device.type == "meta":
+        return False
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return not bool(visible.triu(1).any())
+
+
 def _placed(found: LayerPrefix, call: PrefixCall, query: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The prefixes in the query's type and on its device, with the keyword arguments that go with them."""
     key, value = found
@@ -205,4 +313,7 @@ def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
 
 
 AttentionInterface.register(NAME, attention_with_prefix)
-AttentionMaskInterface.register(NAME, padding_and_causality)
+AttentionMaskInterface.register(NAME, smallest_mask)
+for _form, _make in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(EXPLICIT[_form], attention_with_prefix)
+    AttentionMaskInterface.register(EXPLICIT[_form], partial(_explicit_mask, _make))

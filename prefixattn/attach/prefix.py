@@ -1,6 +1,7 @@
 """`Prefix`: a prefix of keys and values on a model, from `attach` to `detach`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, Chosen, LayerPrefix
+from prefixattn.attach.attached import Attached, Chosen, LayerPrefix, asked
 from prefixattn.config import PrefixConfig
 from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, SimpleShare
 
@@ -30,7 +31,6 @@ class Prefix(Attached):
         dtype = next(encoder.parameters()).dtype  # a checkpoint has one type
         self.gate = nn.Parameter(torch.ones(slots, dtype=dtype)) if config.gate else None  # [N]
         self._cache: tuple[tuple[Any, ...], list[LayerPrefix]] | None = None
-        self._masses: dict[int, Tensor] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -46,7 +46,8 @@ class Prefix(Attached):
         """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
-        with torch.autocast(device_type, enabled=False):
+        # there is no autocast on meta to switch off, and torch raises
+        with nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
             if isinstance(self.encoder, (DeepShare, DeepShares)):
                 bank = self.encoder(dtype)
             elif isinstance(self.encoder, SimpleShare):
@@ -92,7 +93,7 @@ class Prefix(Attached):
 
     def _projection_parameters(self) -> Iterator[Tensor]:
         for slot in self.slots:
-            yield from self._attached().projection_parameters(slot)
+            yield from self._attached().weights(slot)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         bank = self(dtype).to(device)
@@ -128,12 +129,17 @@ class Prefix(Attached):
         """
         if not self.is_active:
             raise ValueError("the prefix is not the model's active one; call activate() first")
-        self._masses = {}
+        masses = asked.masses.setdefault(self, {})
         try:
             self._attached().model(*args, **inputs)
-            found = [self._masses[slot] for slot in self.slots]
         finally:
-            self._masses = None
+            del asked.masses[self]
+        if missing := [slot for slot in self.slots if slot not in masses]:
+            raise ValueError(
+                f"{len(missing)} of {len(self.slots)} layers with a prefix told no mass: they did not run, or in "
+                "compiled code"
+            )
+        found = [masses[slot] for slot in self.slots]
         if len({t.shape for t in found}) > 1:
             raise ValueError(f"the layers' queries differ in number: {sorted({tuple(t.shape) for t in found})}")
         return torch.stack(found)
@@ -158,6 +164,7 @@ class Prefix(Attached):
     def export_peft(self, folder: str | Path) -> None:
         """Writes a PEFT prefix-tuning adapter to `folder`; it holds keys and values only, with the gate in them.
 
+        What `save_pretrained` wrote there stays, and is what `load` reads; an adapter is replaced.
         PEFT shifts positions, has one length for all layers, and of an encoder-decoder a prefix in the decoder's
         self-attention alone; ValueError says what it cannot hold.
         """
@@ -174,4 +181,4 @@ class Prefix(Attached):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**super().__getstate__(), "_cache": None}

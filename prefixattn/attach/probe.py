@@ -1,5 +1,6 @@
 """Which layers of a Hugging Face model attend, and with what sizes: found by running one token or one image."""
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor, nn
 from prefixattn.attach import interface
 from prefixattn.attach.adapter import evaluating
 
-_CROSS = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn")
+SOURCE, TARGET = 5, 3  # tokens of a trial, by which attention over another sequence shows
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # half types round as much as a wrong mask moves
+HALF = 0.3
+NO_ATTENTION = "pool", "linear", "lightning", "output"  # in names of what has no softmax over keys of its own
 
 
 class Site(NamedTuple):
@@ -17,51 +21,209 @@ class Site(NamedTuple):
     heads: int  # H
     kv_heads: int
     head_dim: int
+    causal: bool
 
 
-def example(base: Any, ids: list[int]) -> dict[str, Tensor | bool]:
-    """The inputs of a forward pass of `base` on the tokens `ids`, or on one black image."""
-    config, name, device = base.config, base.main_input_name, base.device
+class Trial(NamedTuple):
+    """Inputs, what the plain model makes of them, and what of that is not padding."""
+
+    inputs: dict[str, Any]
+    out: Tensor  # [B, L, ...]
+    kept: Tensor | None  # [B, L], bool
+
+
+def refuse(model: nn.Module, base: Any) -> None:
+    """NotImplementedError if a model cannot be tried as it is."""
+    name = type(base).__name__
+    if execution_device(base).type == "meta":
+        raise NotImplementedError(
+            f"the weights of {name} are on the meta device, where attach can try nothing; attach after they are "
+            "loaded, or before they are offloaded"
+        )
+    for module in model.modules():
+        if getattr(module.__dict__.get("config"), "output_attentions", False) is True:
+            raise NotImplementedError(
+                f"config.output_attentions is True in {type(module).__name__}, but attention with a prefix never "
+                "makes its weights; set it to False"
+            )
+
+
+def outermost(model: Any, base: Any) -> Any:
+    """The model through which users go, if it runs on what attach tries a model with; else its base."""
+    try:
+        run(model, example(model))
+    except Exception:  # a head that wants other inputs
+        return base
+    return model
+
+
+def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
+    """The inputs of a forward pass of `model` on the tokens `ids`, or on some, or on one black image."""
+    config, name, device = model.config, model.main_input_name, execution_device(model)
     if name == "pixel_values":
         config = getattr(config, "vision_config", config)
-        size = config.image_size
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise NotImplementedError(
+                f"{type(model).__name__} takes images, but its config has no image_size, so attach cannot try it"
+            )
         height, width = (size, size) if isinstance(size, int) else size
-        return {name: torch.zeros(1, config.num_channels, height, width, device=device, dtype=base.dtype)}
+        channels = getattr(config, "num_channels", 3)
+        return {name: torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
     if name != "input_ids":
         raise NotImplementedError(
-            f"{type(base).__name__} takes {name}; attach tries a model with tokens (input_ids) or images (pixel_values)"
+            f"{type(model).__name__} takes {name}; attach tries a model with tokens (input_ids) or images "
+            "(pixel_values)"
         )
-    tokens = torch.tensor([ids], device=device)
-    inputs: dict[str, Tensor | bool] = {name: tokens}
+    tokens = torch.tensor([_ordinary(model) if ids is None else ids], device=device)
+    inputs: dict[str, Any] = {name: tokens}
     if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    if "use_cache" in interface.arguments(base):
+        inputs["decoder_input_ids"] = tokens[:, :TARGET] if ids is None else tokens
+    if "use_cache" in interface.arguments(model):
         inputs["use_cache"] = False
     return inputs
 
 
-def run(base: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[interface.Watched]]:
-    """A forward pass in evaluation mode: the last hidden states, and the calls of attention."""
-    with evaluating(base), torch.no_grad(), interface.watched() as calls:
-        try:
-            out = base(**inputs)
-        except NotImplementedError:
-            raise
-        except Exception as error:  # whatever a model does that has never met another attention
-            raise NotImplementedError(
-                f"{type(base).__name__} does not run with the attention that reads a prefix: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model computes: of weights that accelerate keeps elsewhere, where it brings them."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if (device := getattr(hook, "execution_device", None)) is not None:
+            return torch.device(device if isinstance(device, str | torch.device) else f"cuda:{device}")
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("meta"))
+
+
+def _ordinary(model: Any) -> list[int]:
+    """Tokens that mean nothing to the model, as padding or a place for an image does."""
+    config = model.config.get_text_config()
+    tokens = getattr(config, "vocab_size", None) or getattr(config, "vocabulary_size", None) or 30
+    values = [v for c in (model.config, config) for k, v in vars(c).items() if "token" in k]
+    special = {i for v in values for i in (v if isinstance(v, list | tuple) else [v]) if isinstance(i, int)}
+    free = [i for i in range(min(tokens, 1000)) if i not in special] or list(range(tokens))
+    return [free[(i + 1) * len(free) // (SOURCE + 1) % len(free)] for i in range(SOURCE)]
+
+
+def run(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[interface.Watched]]:
+    """A forward pass in evaluation mode: the first of its outputs, and the calls of attention."""
+    with evaluating(model), torch.no_grad(), interface.watched() as calls:
+        out = model(**inputs)
     hidden = getattr(out, "last_hidden_state", None)
-    return (out[0] if hidden is None else hidden), calls
+    return _tensor(out if hidden is None else hidden), calls
+
+
+def _tensor(out: Any) -> Tensor:
+    """The first tensor of an output."""
+    while not isinstance(out, Tensor):
+        out = out[0]
+    return out
+
+
+def trials(base: Any) -> list[Trial]:
+    """Runs the plain model: a sample, and, where a mask of padding is taken, a batch that is padded on both sides."""
+    inputs = example(base)
+    try:
+        made = [Trial(inputs, run(base, inputs)[0], None)]
+    except Exception as error:  # whatever a model does that wants other inputs
+        raise NotImplementedError(
+            f"attach tries {type(base).__name__} with {' and '.join(n for n in inputs if n != 'use_cache')} alone, and "
+            f"without a prefix it fails: {_brief(error)}"
+        ) from error
+    if "attention_mask" not in interface.arguments(base) or base.main_input_name != "input_ids":
+        return made
+    tokens = inputs["input_ids"].expand(2, SOURCE)
+    mask = tokens.new_ones(2, SOURCE)
+    mask[0, :2], mask[1, -2:] = 0, 0
+    inputs = {**inputs, "input_ids": tokens.contiguous(), "attention_mask": mask}
+    kept: Tensor | None = mask.bool()
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"].expand(2, TARGET).contiguous()
+        kept = None
+    try:
+        out = run(base, inputs)[0]
+    except Exception:  # it takes no such mask, and will say so
+        return made
+    return [*made, Trial(inputs, out, kept)] if kept is None or out.shape[:2] == kept.shape else made
+
+
+def differs(trial: Trial, out: Tensor) -> float | None:
+    """How far `out` is from the plain model's, if that is more than rounding: the median over the tokens."""
+    if out.device.type == "meta":
+        return None
+    if out.shape != trial.out.shape:
+        return float("inf")
+    mine, plain = (t.double().reshape(*t.shape[:2], -1) for t in (out, trial.out))  # [B, L, width]
+    apart = (mine - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-30)
+    apart = apart[plain.isfinite().all(-1) if trial.kept is None else plain.isfinite().all(-1) & trial.kept]
+    middle = float(apart.nan_to_num(float("inf")).median()) if apart.numel() else 0.0
+    return middle if middle > TOLERANCE.get(trial.out.dtype, HALF) else None
+
+
+def _brief(error: BaseException) -> str:
+    text = next(iter(str(error).splitlines()), "") or f"a {type(error).__name__} without words"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check(base: Any, plain: list[Trial]) -> list[interface.Watched]:
+    """The calls of attention in a model whose layers attend by way of the interface, with no prefix.
+
+    NotImplementedError if it does not run so, or does not make what the plain model makes.
+    """
+    found: list[interface.Watched] = []
+    for trial in plain:
+        with interface.watched() as calls:
+            try:
+                out = run(base, trial.inputs)[0]
+            except NotImplementedError:
+                raise
+            except Exception as error:  # whatever a model does that has never met another attention
+                if not calls:
+                    raise unknown(base) from error
+                raise NotImplementedError(
+                    f"{type(base).__name__} does not run with the attention that reads a prefix: {_brief(error)}"
+                ) from error
+        found = found or calls
+        if calls and (apart := differs(trial, out)) is not None:
+            raise NotImplementedError(
+                f"{type(base).__name__} computes something else with the attention that reads a prefix, even without "
+                f"one: its output differs by {apart:.1e} of its size"
+            )
+    return found
+
+
+def own_attentions(base: nn.Module, inputs: dict[str, Any]) -> list[str]:
+    """Paths of the attention layers that run without calling the interface."""
+    calling, silent = set[str](), set[str]()
+    with ExitStack() as hooks, interface.watched() as calls:
+        before: list[int] = []
+        for path, module in base.named_modules():
+            name = type(module).__name__.lower()
+            if not path or "attention" not in name or any(word in name for word in NO_ATTENTION):
+                continue
+
+            def enter(module: nn.Module, args: Any) -> None:
+                before.append(len(calls))
+
+            def leave(module: nn.Module, args: Any, out: Any, path: str = path) -> None:
+                (calling if len(calls) > before.pop() else silent).add(path)
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        with evaluating(base), torch.no_grad():
+            base(**inputs)
+    return sorted(path for path in silent - calling if not any(path.startswith(f"{other}.") for other in calling))
+
+
+def unknown(base: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"attach does not know {type(base).__name__}: it has an attention of its own, and none of its layers calls "
+        "transformers' attention interface"
+    )
 
 
 def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
     """The layers of `calls`, those of each kind together."""
     if not calls:
-        raise NotImplementedError(
-            f"attach does not know {type(base).__name__}: none of its layers calls transformers' attention interface"
-        )
+        raise unknown(base)
     paths = {module: path for path, module in base.named_modules()}
     if lost := [paths[call.module] for call in calls if not call.carried]:
         raise NotImplementedError(
@@ -70,10 +232,10 @@ def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
         )
     found: dict[str, list[Site]] = {}
     for call in calls:
-        path = paths[call.module]
-        site = Site(path, _kind(path, base), call.heads, call.key.shape[1], call.key.shape[3])
-        if all(site.path != known.path for known in found.setdefault(site.kind, [])):
-            found[site.kind].append(site)
+        kind = _kind(call, base)
+        site = Site(paths[call.module], kind, call.heads, call.key.shape[1], call.key.shape[3], call.causal)
+        if all(site.path != known.path for known in found.setdefault(kind, [])):
+            found[kind].append(site)
     flat = [site for kind in ("self", "encoder", "decoder", "cross") for site in found.get(kind, [])]
     sizes = {(site.heads, site.kv_heads, site.head_dim) for site in flat}
     if len(sizes) > 1:
@@ -84,10 +246,9 @@ def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
     return flat
 
 
-def _kind(path: str, base: nn.Module) -> str:
-    config: Any = base.config
-    if not config.is_encoder_decoder:
+def _kind(call: interface.Watched, base: Any) -> str:
+    if not base.config.is_encoder_decoder:
         return "self"
-    if any(word in path for word in _CROSS):
+    if call.queries != call.key.shape[2]:
         return "cross"
-    return "encoder" if "encoder" in path.split(".") else "decoder"
+    return "encoder" if call.queries == SOURCE else "decoder"

@@ -1,72 +1,34 @@
-"""`TimmAdapter`: prefixes into a vision transformer of timm.
+"""`TimmAdapter`: prefixes into a vision transformer of timm."""
 
-timm's blocks pass no keyword arguments on, so the prefixes of a forward pass lie in the adapter until the layers, one
-after another, have met theirs.
-"""
-
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 
-from prefixattn.attach import timm_layers
-from prefixattn.attach.adapter import Adapter, Choice, evaluating
+from prefixattn.attach import threads, timm_layers
+from prefixattn.attach.adapter import Choice, evaluating
 from prefixattn.attach.attached import Attached, PrefixCall
+from prefixattn.attach.timm_passes import PLAIN, PassingAdapter
 from prefixattn.config import INITS, Defaults, PrefixConfig
 from prefixattn.prefix import Geometry
 
-MARK = "prefixattn"
-PLAIN = PrefixCall({}, 0.0)
 
-
-class _Pass:
-    """A forward pass of the model under way. Its layers meet it in their order."""
-
-    def __init__(self, call: PrefixCall, slot: int | None = 0, holds: Callable[[], bool] = lambda: True) -> None:
-        self.call = call
-        self.slot = slot  # of the layer that comes next; None: any
-        self.holds = holds  # of a pass that nobody will end
-
-    def reaches(self, slot: int) -> bool:
-        """False of a pass that was left unfinished: the layer is run by itself."""
-        return self.slot in (None, slot) and self.holds()
-
-
-class _Passes(threading.local):
-    """Of each thread its own: several may run one model."""
-
-    running: _Pass | None = None
-    whole = False  # inside the model's own forward
-
-
-class TimmAdapter(Adapter):
+class TimmAdapter(PassingAdapter):
     """Any model of timm whose attention is `Attention`, `AttentionRope` or `EvaAttention` throughout."""
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         super().__init__(model, base)
         self.paths = _paths(base)
         self.handles: list[Any] = []
-        self.embedded = False  # the passes begin at the embedding of patches; else at the model
-        self.passes = _Passes()
-        self.traced: PrefixCall | None = None  # the pass that is being compiled, which knows no threads
-        self.override: PrefixCall | None = None
-        heads, kv_heads, head_dim, width = _sizes(base, self.layers())
+        # kept as they are: what a user does with the model's blocks afterwards changes what their paths lead to
+        self.found = [base.get_submodule(path) for path in self.paths]
+        self.around = [base.get_submodule(path.rpartition(".")[0]) for path in self.paths]  # the block, or a part of it
+        heads, kv_heads, head_dim, width = _sizes(base, self.found)
         self.geometry = Geometry(type(base).__name__, len(self.paths), kv_heads, head_dim, width, heads=heads)
         channels, height, width_of_patch = self._channels(), *_patch(base)
         bound = (6 / (channels * height * width_of_patch + width)) ** 0.5  # VPT's rule
         self.defaults = Defaults(network="per_layer", hidden=48, positions="unshifted", init="uniform", bound=bound)
-
-    def layers(self) -> list[Any]:
-        return [self.base.get_submodule(path) for path in self.paths]
-
-    def around(self, slot: int) -> nn.Module:
-        """The block of a layer, or what in it is around the layer."""
-        module: nn.Module = self.base.get_submodule(self.paths[slot].rpartition(".")[0])
-        return module
 
     def resolve(self, config: Choice) -> Choice:
         if isinstance(config, PrefixConfig) and config.init not in INITS:
@@ -80,7 +42,7 @@ class TimmAdapter(Adapter):
         return super().resolve(config)
 
     def enter(self) -> None:
-        for slot, layer in enumerate(self.layers()):
+        for slot, layer in enumerate(self.found):
             timm_layers.enter(layer, self, slot)
         base, embedding = self.base, _embedding(self.base)
         self.embedded = embedding is not None
@@ -91,122 +53,65 @@ class TimmAdapter(Adapter):
         if self.embedded:
             # forward_features, forward_intermediates and get_intermediate_layers run no hook of the model, but this
             self.handles.append(embedding.register_forward_pre_hook(self.begin))
-        blocks = {id(block): block for block in map(self.around, range(len(self.paths)))}
+        blocks = {id(block): block for block in self.around}
         self.handles += [block.register_forward_pre_hook(self.before_block) for block in blocks.values()]
+        # a pass that began before ends without a prefix, for there is none yet
+        self._alone("attach")
 
     def leave(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
         self.forget()
-        for layer in self.layers():
+        for layer in self.found:
             timm_layers.leave(layer)
 
-    def switch(self, on: bool) -> None:
-        # layers that get no prefix run timm's own forward pass
-        self.forget()
+    def remove(self, prefix: Attached) -> None:
+        active = self.prefix
+        if active is not None and all(p is prefix for p in self.prefixes):
+            self.prefix = None  # a pass that begins now has none
+            try:
+                self._alone("detach")
+            except ValueError:
+                self.prefix = active
+                raise
+        super().remove(prefix)
 
-    def activate(self, prefix: Attached) -> None:
-        super().activate(prefix)
-        self.forget()
-
-    # a forward pass
-
-    def before_model(self, module: nn.Module, args: Any) -> None:
-        self.forget()
-        if not torch.compiler.is_compiling():
-            self.passes.whole = True
-        if not self.embedded:
-            self.begin(module, args)
-
-    def after_model(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.forget()
-
-    def begin(self, module: nn.Module, args: Any) -> None:
-        """A hook on what every forward pass runs first: computes the prefixes."""
-        call = self.new_call()
-        if torch.compiler.is_compiling():
-            self.traced = call
-        else:
-            state = None if self.passes.whole else self._state()
-            # else, what a pass that stopped early had may not be what the prefix has later
-            self.passes.running = _Pass(call, holds=lambda: state is None or state == self._state())
-
-    def forget(self) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = None
-        else:
-            self.passes.running, self.passes.whole = None, False
-
-    def new_call(self) -> PrefixCall:
-        if self.override is not None:
-            return self.override
-        prefix = self.prefix
-        if prefix is None or not self.active:
-            return PLAIN
-        if torch.is_grad_enabled() and getattr(self.base, "grad_checkpointing", False) and use_reentrant_ckpt():
-            raise NotImplementedError(
-                "a prefix with reentrant checkpoints: no input of a frozen model's first block wants a gradient, and "
-                "such checkpoints pass none on; call timm.layers.set_reentrant_ckpt(False)"
+    def _alone(self, what: str) -> None:
+        if threads.inside_elsewhere(self.base):
+            raise ValueError(
+                f"{what}: another thread is in the middle of a forward pass of this {type(self.base).__name__}, part "
+                "of which would run with the prefix and part without; wait until it is over"
             )
-        return prefix.call(prefix.choose(None, 0, self._dtype(), self.device))
 
-    def call_for(self, slot: int) -> PrefixCall:
-        """What a layer gets with its forward pass."""
-        last = slot == len(self.paths) - 1
-        if torch.compiler.is_compiling():
-            call = self.traced
-            # a compiled checkpoint may change nothing outside it
-            if last and not getattr(self.base, "grad_checkpointing", False):
-                self.traced = None
-            return self.new_call() if call is None else call
-        running = self.passes.running
-        if running is None or not running.reaches(slot):
-            self.passes.running = None
-            return self.new_call()
-        running.slot = slot + 1
-        if last:
-            self.passes.running = None
-        return running.call
+    def lost(self, slots: list[int]) -> str | None:
+        modules = {id(module) for module in self.base.modules()}
+        here = [slot for slot in slots if id(self.found[slot]) in modules and not self._compiled(slot)]
+        if here:
+            return (
+                f"{self.paths[here[0]]} has a prefix, but this forward pass of {type(self.base).__name__} did not "
+                f"call it ({len(here)} such layers): its output is without that prefix"
+            )
+        ours, paths = {id(layer) for layer in self.found}, {self.paths[slot] for slot in slots}
+        for path, module, _ in _attentions(self.base):
+            if path in paths and id(module) not in ours:
+                return (
+                    f"{path} of {type(self.base).__name__} came after attach and has no prefix, and the prefix of the "
+                    "one before it meets no layer; detach() before layers are replaced, and attach after"
+                )
+        return None
 
-    def _state(self) -> Any:
-        prefix = self.prefix
-        return None if prefix is None else (torch.is_grad_enabled(), prefix.state())
-
-    def before_block(self, block: nn.Module, args: Any) -> None:
-        """A hook on each block: one that a checkpoint runs again, in the backward, gets the prefixes it had.
-
-        A checkpoint keeps what a block was given and gives it again. So the pass is written on that tensor or, where it
-        has one, on its node in the graph, which outlives it if saved tensors are packed. The prefixes were computed
-        outside the checkpoint, and their gradients flow through the graph of the first run.
-        """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not args:
-            return
-        node = args[0].grad_fn
-        marks: Any = args[0].__dict__ if node is None else node.metadata
-        backward = torch._C._current_graph_task_id()  # -1 outside; as torch.utils.checkpoint asks
-        if backward != -1 and MARK in marks:
-
-            def holds() -> bool:
-                return bool(torch._C._current_graph_task_id() == backward)
-
-            self.passes.running = _Pass(marks[MARK], None, holds)
-        elif self.passes.running is not None:
-            marks[MARK] = self.passes.running.call
-
-    def _dtype(self) -> torch.dtype:
-        device_type = self.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        dtype: torch.dtype = self.base.get_submodule(self.paths[0]).proj.weight.dtype
-        return dtype
+    def _compiled(self, slot: int) -> bool:
+        """True if the layer is in a part that is compiled by itself, which counts no calls."""
+        parts = self.paths[slot].split(".")
+        around = [self.base.get_submodule(".".join(parts[:n])) for n in range(1, len(parts))]
+        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in around)
 
     # what attach asks
 
-    def verify(self) -> None:
+    def verify(self, prefix: Attached) -> None:
         """Runs one black image without and with random rows, and looks whether each layer's output moved."""
-        assert self.prefix is not None
-        geometry, slots = self.geometry, self.prefix.slots
+        geometry, slots = self.geometry, prefix.slots
         generator = torch.Generator("cpu").manual_seed(0)
         shape = 2, geometry.kv_heads, 1, geometry.head_dim
         rows = torch.randn(shape, generator=generator, device="cpu").to(self.device)
@@ -224,26 +129,20 @@ class TimmAdapter(Adapter):
     def _outputs(self, call: PrefixCall) -> dict[int, Tensor]:
         """What each layer makes of a black image."""
         outputs: dict[int, Tensor] = {}
-        layers = {layer: slot for slot, layer in enumerate(self.layers())}
-        handles = [
-            layer.register_forward_hook(lambda layer, args, out: outputs.__setitem__(layers[layer], out))
-            for layer in layers
-        ]
+        layers = {layer: slot for slot, layer in enumerate(self.found)}
+
+        def keep(layer: nn.Module, args: Any, out: Tensor) -> None:
+            if self.passes.override is call:  # in this thread
+                outputs[layers[layer]] = out
+
+        handles = [layer.register_forward_hook(keep) for layer in layers]
         try:
-            with evaluating(self.base), torch.no_grad(), self._overriding(call):
+            with evaluating(self.base), torch.no_grad(), self.overriding(call):
                 self.base(self._image())
         finally:
             for handle in handles:
                 handle.remove()
         return outputs
-
-    @contextmanager
-    def _overriding(self, call: PrefixCall) -> Iterator[None]:
-        self.override = call
-        try:
-            yield
-        finally:
-            self.override = None
 
     def _image(self) -> Tensor:
         embedding: Any = _embedding(self.base)
@@ -251,39 +150,43 @@ class TimmAdapter(Adapter):
         if size is None:
             size = [4 * n for n in _patch(self.base)]
         parameter = next(self.base.parameters() if embedding is None else embedding.parameters())
-        return torch.zeros(1, self._channels(), *size, device=parameter.device, dtype=parameter.dtype)
+        return torch.zeros(1, self._channels(), *size, device=self.device, dtype=parameter.dtype)
 
     def _channels(self) -> int:
         known = getattr(self.base, "pretrained_cfg", None) or {"input_size": (3, 0, 0)}
         return int(getattr(self.base, "in_chans", known["input_size"][0]))
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
-        return timm_layers.project(self.base.get_submodule(self.paths[slot]), self.around(slot), vectors)
+        # a block that was taken out of the model may have stayed behind when that moved
+        return timm_layers.project(self.found[slot], self.around[slot], vectors, self.device)
 
     def projection_parameters(self, slot: int) -> Iterator[Tensor]:
-        return timm_layers.projection_parameters(self.base.get_submodule(self.paths[slot]), self.around(slot))
+        return timm_layers.projection_parameters(self.found[slot], self.around[slot])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "passes": None, "traced": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, passes=_Passes())
+def _attentions(base: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Where something attends, in the modules' order; True if it computes as we know."""
+    for path, module in base.named_modules():
+        name = type(module).__name__
+        if timm_layers.known(module):
+            yield path, module, True
+        elif "AttentionPool" not in name and (hasattr(module, "fused_attn") or "Attention" in name or "Attn" in name):
+            yield path, module, False
 
 
 def _paths(base: nn.Module) -> list[str]:
     """Where the attention layers are, in the modules' order."""
     found = []
-    for path, module in base.named_modules():
-        name = type(module).__name__
-        if timm_layers.known(module):
-            found.append(path)
-        elif "AttentionPool" not in name and (hasattr(module, "fused_attn") or "Attention" in name or "Attn" in name):
+    for path, module, known in _attentions(base):
+        if not known:
             cls = type(module)
+            replaced = ", whose forward was replaced" if "forward" in module.__dict__ else ""
             raise NotImplementedError(
                 f"attach does not know the attention of {type(base).__name__}: its {path} is a "
-                f"{cls.__module__}.{cls.__qualname__}; it knows timm's Attention, AttentionRope and EvaAttention, and "
-                "what computes as they do"
+                f"{cls.__module__}.{cls.__qualname__}{replaced}; it knows timm's Attention, AttentionRope and "
+                "EvaAttention, and what computes as they do"
             )
+        found.append(path)
     if not found:
         raise NotImplementedError(f"attach finds no attention in {type(base).__name__}")
     return found

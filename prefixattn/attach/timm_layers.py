@@ -23,9 +23,15 @@ class _Prefixed(nn.Module):
     prefix_adapter: Any = None
     prefix_slot = -1
 
-    def _found(self) -> PrefixCall | None:
-        call = None if self.prefix_adapter is None else self.prefix_adapter.call_for(self.prefix_slot)
+    def _found(self, x: Any) -> PrefixCall | None:
+        call = None if self.prefix_adapter is None else self.prefix_adapter.call_for(self.prefix_slot, x)
         return call if call is not None and call.has(self.prefix_slot) else None
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile attention with a prefix; torch.export.export can. For the model without "
+            "its prefix call prefix.detach() before, and use timm's own Attention, not prefixattn.timm_attention"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # classes made by `prefixed` have no name to be imported by
@@ -35,7 +41,7 @@ class _Prefixed(nn.Module):
 
 class _Unrotated(_Prefixed):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        call = self._found()
+        call = self._found(x)
         if call is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return attend(self, call, x, None, attn_mask, is_causal)
@@ -45,7 +51,7 @@ class _Rotated(_Prefixed):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        call = self._found()
+        call = self._found(x)
         if call is None:
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return attend(self, call, x, rope, attn_mask, is_causal)
@@ -92,13 +98,24 @@ def attend(
     layer: Any, call: PrefixCall, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     """The forward pass of `layer` on x [B, N, E] with the prefix that `call` has for it."""
+    fused = layer.fused_attn
+    if is_causal and attn_mask is not None:
+        if fused:
+            raise ValueError("attn_mask and is_causal=True exclude each other; give a mask that contains causality")
+        attn_mask = None  # as timm's own unfused attention has it
+    dropping = layer.attn_drop
+    if not fused and (dropping._forward_hooks or dropping._forward_pre_hooks):
+        raise NotImplementedError(
+            "a hook on attn_drop waits for attention weights, which attention with a prefix never makes; inside "
+            "prefix.disabled() the model makes those that it has without the prefix"
+        )
     gate = None if layer.gate is None else layer.gate(x).sigmoid()
     packed, slot = _packed(layer, x), layer.prefix_slot
     found, memory = call.prefixes.get(slot), call.memories.get(slot)
     want_mass = call.masses is not None and found is not None
     options: dict[str, Any] = {
         "attn_mask": attn_mask,
-        "dropout_p": layer.attn_drop.p if layer.training else 0.0,
+        "dropout_p": dropping.p if (layer if fused else dropping).training else 0.0,
         "is_causal": is_causal,
         "prefix_dropout_p": call.dropout_p if found is not None else 0.0,
         "return_prefix_mass": want_mass,
@@ -111,11 +128,11 @@ def attend(
     together = packed is not None and rope is None and not normed and inside
     out: Any
     if packed is not None and together:
-        prefix_k, prefix_v = _prefix(found, packed[0, 0, 0])
+        prefix_k, prefix_v = _prefix(found, packed, packed.shape[3])
         out = prefix_attention_qkvpacked(packed, prefix_k, prefix_v, **options)
     else:
         q, k, v = _separate(layer, x, packed, rope)
-        prefix_k, prefix_v = _prefix(found, v[0, :, 0])
+        prefix_k, prefix_v = _prefix(found, v, v.shape[1])
         options["enable_gqa"] = q.shape[1] != k.shape[1]
         out = prefix_attention(q, k, v, prefix_k, prefix_v, **options)
     if want_mass:
@@ -127,10 +144,10 @@ def attend(
     return layer.proj_drop(out)
 
 
-def _prefix(found: LayerPrefix | None, like: Tensor) -> LayerPrefix:
-    """Keys and values of the type and on the device of `like` [Hkv, D]; no rows if there are none."""
+def _prefix(found: LayerPrefix | None, like: Tensor, heads: int) -> LayerPrefix:
+    """Keys and values of the type and on the device of `like` [..., D]; no rows if there are none."""
     if found is None:
-        empty = like.new_empty(like.shape[0], 0, like.shape[1])
+        empty = like.new_empty(heads, 0, like.shape[-1])
         return empty, empty
     return found[0].to(like.device, like.dtype), found[1].to(like.device, like.dtype)
 
@@ -144,7 +161,7 @@ def _packed(layer: Any, x: Tensor) -> Tensor | None:
     else:  # EvaAttention's; there is no bias for keys, and k_bias is zero
         bias = torch.cat([layer.q_bias, layer.k_bias, layer.v_bias])
         qkv = layer.qkv(x) + bias if layer.qkv_bias_separate else F.linear(x, layer.qkv.weight, bias)
-    return qkv.view(*x.shape[:2], 3, layer.num_heads, -1)
+    return qkv.view(*x.shape[:2], 3, layer.num_heads, layer.head_dim)
 
 
 def _separate(layer: Any, x: Tensor, packed: Tensor | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +171,8 @@ def _separate(layer: Any, x: Tensor, packed: Tensor | None, rope: Tensor | None)
     else:
         heads = layer.num_heads, kv_heads(layer), kv_heads(layer)
         parts = layer.q_proj, layer.k_proj, layer.v_proj
-        q, k, v = (part(x).view(*x.shape[:2], n, -1).transpose(1, 2) for part, n in zip(parts, heads, strict=True))
+        shapes = [(*x.shape[:2], n, layer.head_dim) for n in heads]
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True))
     q, k = layer.q_norm(q), layer.k_norm(k)
     if rope is not None:
         q, k = (_rotated(layer, t, rope).type_as(v) for t in (q, k))
@@ -210,16 +228,20 @@ def projection_parameters(layer: Any, around: Any) -> Iterator[Tensor]:
     yield from layer.k_norm.parameters()
 
 
-def project(layer: Any, around: Any, vectors: Tensor) -> Tensor:
-    """Keys and values [2, Hkv, P, D] of `vectors` [P, E], which take the place of what the block reads.
+def project(layer: Any, around: Any, vectors: Tensor, device: torch.device) -> Tensor:
+    """Keys and values [2, Hkv, P, D] on `device` of `vectors` [P, E], which take the place of what the block reads.
 
     Keys are not rotated: a prefix has no position.
     """
     weight = layer.proj.weight
-    rows = _norm(layer, around)(vectors.to(device=weight.device, dtype=weight.dtype))
+    # offloaded weights are on meta until their modules run
+    where = device if weight.device.type == "meta" else weight.device
+    rows = _norm(layer, around)(vectors.to(device=where, dtype=weight.dtype))
     packed = _packed(layer, rows[None])
     if packed is not None:
         key, value = packed[0, :, 1:].unbind(1)  # [P, H, D]
     else:
-        key, value = (part(rows).view(len(rows), kv_heads(layer), -1) for part in (layer.k_proj, layer.v_proj))
-    return torch.stack([layer.k_norm(key), value]).transpose(1, 2)
+        key, value = (
+            part(rows).view(len(rows), kv_heads(layer), layer.head_dim) for part in (layer.k_proj, layer.v_proj)
+        )
+    return torch.stack([layer.k_norm(key), value]).transpose(1, 2).to(device)

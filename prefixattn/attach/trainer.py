@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from prefixattn.attach import attached
 from prefixattn.attach.attached import Attached
+from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.labelled import is_shifted, labelled_loss
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 
@@ -38,8 +39,11 @@ class PrefixTrainer(Trainer):
     `optimizers=`. `max_grad_norm` clips what is trained. Where the model is a language model that `labelled_loss` takes
     and nothing else is asked of the loss (smoothing, a function of your own), training steps compute logits at labelled
     positions only; `labelled=False` leaves the loss to the model.
+
+    It goes before another Trainer among the bases of a class: ``class Mine(PrefixTrainer, SFTTrainer)``.
     """
 
+    trains_prefixes = True  # which prefixattn.attach.training asks of a Trainer
     prefix: Attached
     optimizer: Any
 
@@ -55,8 +59,28 @@ class PrefixTrainer(Trainer):
             and not getattr(self.model.config, "output_router_logits", False)
             and self.label_smoother is None
             and self.compute_loss_func is None
+            and super().compute_loss.__func__ is Trainer.compute_loss  # another's reads more than the loss
         )
         self.add_callback(_ZeroGrad(prefix))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+
+        def prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            # on CPUs it is not asked whether there is something to reduce, without which that cannot be wrapped
+            if self.accelerator.distributed_type == "MULTI_CPU" and not any(
+                p.requires_grad for p in model.parameters()
+            ):
+                kwargs["evaluation_mode"] = True
+            return prepare(model, *args, **kwargs)
+
+        self.accelerator.prepare_model = prepare_model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.prefix, PrefixBank) and "prefix_ids" not in self._signature_columns:
+            self._signature_columns.append("prefix_ids")  # the model's forward does not name it
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.labelled and not return_outputs and "labels" in inputs:

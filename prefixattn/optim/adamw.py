@@ -33,9 +33,9 @@ class FactoredAdamW(Factored):
     step. Another optimizer that steps them gets ordinary gradients. Parameters given bare, those of other
     modules and of a prefix that is neither float32 nor float64 take torch's ordinary step.
 
-    Over several processes a step averages the gradients of prefixes, of networks as those of their banks; those of
-    parameters that a wrapper (DistributedDataParallel, fully_shard) reduces are left to it, and so are parameters given
-    bare.
+    Over several processes the gradients of prefixes are averaged, whatever the optimizer (`Prefix.process_group`), of
+    networks taken over as those of their banks; those of other parameters are left to the wrapper that reduces them
+    (DistributedDataParallel, fully_shard).
 
     Args:
         params: A `Prefix` or another module, an iterable of modules and parameters, or groups whose "params" is such.
@@ -46,8 +46,8 @@ class FactoredAdamW(Factored):
             bit. Take ("bfloat16", "float32") there; "8bit" rounds by a coin and has no such trouble.
         max_norm: Clips the gradient of all parameters together to this Euclidean norm, which is left in `grad_norm`.
             It costs another read of w2.
-        process_group: Of the processes that train together; None: all, if torch.distributed is initialized; False: this
-            one alone.
+        process_group: What the prefixes' `process_group` becomes: the processes that train together, or False: this one
+            alone. None leaves it as it is: all, if torch.distributed is initialized.
         backend: Of the sweep: "auto", or the name of one, which then runs or says why it cannot.
     """
 

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,8 @@ class Factored(torch.optim.Optimizer):
         check_name(backend)
         self.max_norm, self.backend = max_norm, backend
         self.grad_norm: Tensor | None = None  # before clipping, of the last step with max_norm
-        self.average = Average(process_group)
+        self.average = Average(process_group)  # of networks that are no part of a prefix on a model
+        self.prefixes: weakref.WeakSet[Any] = weakref.WeakSet()  # those on models, which average by themselves
         if isinstance(params, Tensor):
             raise TypeError("params is a tensor, expected a module, or an iterable of modules, parameters or groups")
         params = [params] if isinstance(params, nn.Module) else list(params)
@@ -45,8 +47,8 @@ class Factored(torch.optim.Optimizer):
         super().__init__(params if isinstance(params[0], dict) else [{"params": params}], defaults)
         if not self.given:
             warnings.warn(
-                f"{type(self).__name__} got parameters and no module: it knows no network, makes every gradient and "
-                "averages none; give the prefix itself, not prefix.parameters()",
+                f"{type(self).__name__} got parameters and no module: it knows no network and makes whole gradients; "
+                "give the prefix itself, not prefix.parameters()",
                 stacklevel=3,
             )
 
@@ -80,11 +82,15 @@ class Factored(torch.optim.Optimizer):
         # weights of which a process has a part are whole within the model's own passes alone
         prefixes: list[Any] = [part for part in module.modules() if hasattr(part, "sources")]
         whole = not any(hasattr(t, "full_tensor") for prefix in prefixes for t in prefix.sources())
-        gates = [getattr(prefix, "gate", None) for prefix in prefixes]
-        self.average.add([gate for gate in gates if gate is not None and id(gate) in own])
+        for prefix in prefixes:
+            if self.average.group is not None:
+                prefix.process_group = self.average.group
+            self.prefixes.add(prefix)
+        elsewhere = {id(part) for prefix in prefixes for part in prefix.modules()}
         for part in module.modules():
             if isinstance(part, (DeepShare, FreePrefix, Memories, PrefixRows, SimpleShare)):
-                self.average.add([p for p in part.parameters() if id(p) in own])
+                if id(part) not in elsewhere:
+                    self.average.add([p for p in part.parameters() if id(p) in own])
             if isinstance(part, DeepShare) and id(part.up.weight) in own:
                 if part.up.weight.dtype in (torch.float32, torch.float64):
                     part.take_over(self._receive)
@@ -96,6 +102,7 @@ class Factored(torch.optim.Optimizer):
     def _add(self, part: Any) -> None:
         self.networks.add(part)
         _taken.add(part)
+        watch_steps()
 
     def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
         """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
@@ -118,10 +125,11 @@ class Factored(torch.optim.Optimizer):
     def reduce_gradients(self) -> None:
         """Averages over processes what no wrapper averages: the gradients of prefixes. All processes must call it.
 
-        `step` does it, and so does whatever reads the numbers of a network's gradient before: a norm, GradScaler's
-        unscale_. Call it yourself before you read ordinary gradients of a prefix with share="none".
+        Nobody needs to: ordinary gradients are averaged when a backward pass ends, and those of a network by whatever
+        reads their numbers first, a norm, GradScaler's unscale_ or `step`.
         """
-        self.average()
+        for average in [prefix.average for prefix in self.prefixes] + [self.average]:
+            average()
 
     @property
     def skipped_steps(self) -> int:
@@ -137,6 +145,7 @@ class Factored(torch.optim.Optimizer):
                 loss = closure()
         with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
             self.reduce_gradients()
+            self.average.stepped()
             if self._finite():
                 if self.max_norm is not None:
                     self.grad_norm = self.clip_grad_norm_(self.max_norm)
@@ -194,6 +203,7 @@ class Factored(torch.optim.Optimizer):
             ("average", None),
             ("given", 0),
             ("networks", weakref.WeakSet()),
+            ("prefixes", weakref.WeakSet()),
         ):
             self.__dict__.setdefault(name, value)
         self.average = self.average or Average(None)
@@ -325,8 +335,11 @@ def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 network.forget()
 
 
-register_optimizer_step_pre_hook(_before_any_step)
-register_optimizer_step_post_hook(_after_any_step)
+@cache
+def watch_steps() -> None:
+    """Once, and not before there is a network that has been taken over: the hooks are of all optimizers."""
+    register_optimizer_step_pre_hook(_before_any_step)
+    register_optimizer_step_post_hook(_after_any_step)
 
 
 def _factored(grad: Tensor | None) -> bool:

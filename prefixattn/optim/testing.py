@@ -1,6 +1,10 @@
 """What tests of the optimizers share: small networks, their twins trained by torch, and a step."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,3 +99,54 @@ class Largest(TorchDispatchMode):
             if type(t) is Tensor and t.untyped_storage().data_ptr() not in given and t.numel() > self.numbers:
                 self.numbers, self.by = t.numel(), str(func)
         return out
+
+
+WORKER = """
+import importlib, sys, torch, torch.distributed as dist
+torch.set_num_threads(1)
+rank, folder, tests, name = int(sys.argv[1]), *sys.argv[2:]
+sys.path.insert(0, tests)
+scenarios = importlib.import_module(name)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+sent, found = [], {}
+plain = dist.all_reduce
+def counted(t, *args, **kwargs):
+    sent.append(t.numel() * t.element_size())
+    return plain(t, *args, **kwargs)
+dist.all_reduce = counted
+for name, (run, options) in scenarios.SCENARIOS.items():
+    sent.clear()
+    result = run(rank, **options)
+    found[name] = result, list(sent)
+torch.save(found, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def two_processes(file: Path, folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes on gloo found, by scenario: the result, and the bytes of each collective call.
+
+    Args:
+        file: Of the tests, which has SCENARIOS: name -> (function, options), called as function(rank, **options).
+        folder: For what they leave.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(folder), str(file.parent), file.stem],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

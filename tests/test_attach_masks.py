@@ -1,0 +1,124 @@
+"""Masks of models of transformers with a prefix: causality is what the model asked for, a mask has a column a token."""
+
+import pytest
+import torch
+import transformers
+
+import prefixattn
+from prefixattn import PrefixConfig
+from prefixattn.attach import interface
+from prefixattn.attach.testing import token_ids
+
+TEXT = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+TEXT |= dict(max_position_embeddings=64, pad_token_id=1, initializer_range=0.2)
+BART = dict(vocab_size=60, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4)
+BART |= dict(decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64)
+BART |= dict(init_std=0.3, pad_token_id=1)
+T5 = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+CLIP = {name: value for name, value in TEXT.items() if name != "initializer_range"}
+FREE = PrefixConfig(length=3, share="none")
+
+
+def build(name, sizes, config=None, **more):
+    torch.manual_seed(0)
+    config = config or name.replace("ForCausalLM", "").replace("Model", "") + "Config"
+    return getattr(transformers, name)(getattr(transformers, config)(**sizes, **more)).eval()
+
+
+# name of the class -> its config's, sizes, whether earlier tokens see later ones
+CAUSALITY = {
+    "SplinterModel": (None, TEXT | dict(question_token_id=50), True),  # its attention does not say what it is
+    "BertModel": (None, TEXT, True),
+    "DogeForCausalLM": (None, TEXT | dict(num_key_value_heads=2), False),  # makes a float mask of the mask
+    "LlamaForCausalLM": (None, TEXT, False),
+    "BartForConditionalGeneration": ("BartConfig", BART, False),  # of its decoder
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("name", CAUSALITY)
+def test_later_tokens_are_seen_where_the_plain_model_sees_them(name, padded):
+    config, sizes, sees = CAUSALITY[name]
+    model = build(name, sizes, config)
+    one = token_ids(2, 7)
+    other = one.clone()
+    other[:, -1] = (other[:, -1] + 5) % 40 + 2
+    mask = dict(attention_mask=torch.tensor([[1] * 7, [0, 0] + [1] * 5])) if padded else {}
+
+    def moved():
+        def run(ids):
+            if model.config.is_encoder_decoder:
+                return model(input_ids=one, decoder_input_ids=ids, **mask)[0]
+            return model(ids, **mask)[0]
+
+        with torch.no_grad():
+            return (run(one) - run(other))[:, 2:-1].abs().max().item()
+
+    assert (moved() > 1e-5) is sees
+    prefixattn.attach(model, FREE)
+    assert (moved() > 1e-5) is sees
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "columns"),
+    [
+        ("BertModel", TEXT, 7),
+        ("BertModel", TEXT, 12),
+        ("ElectraModel", TEXT | dict(embedding_size=32), 7),
+        ("T5EncoderModel", T5, 7),
+        ("CLIPTextModel", CLIP | dict(eos_token_id=2), 12),  # as for a prefix in front
+        ("LlamaModel", TEXT, 7),
+        ("LlamaModel", TEXT, 12),
+        ("GPT2Model", dict(n_embd=32, n_layer=2, n_head=4), 12),
+    ],
+)
+def test_a_mask_without_a_column_for_each_token_is_refused(name, sizes, columns):
+    model = build(name, sizes, {"T5EncoderModel": "T5Config"}.get(name))
+    prefixattn.attach(model, FREE)
+    ids, mask = token_ids(2, 9), torch.ones(2, columns, dtype=torch.int64)
+    mask[0, -3:] = 0
+    with pytest.raises(ValueError, match=f"attention_mask has {columns} columns, expected 9"):
+        model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["BigBirdPegasus", "PegasusX"])
+def test_layers_with_an_attention_of_their_own_are_named_and_can_be_left_out(name):
+    more = {"attention_type": "original_full"} if name == "BigBirdPegasus" else dict(block_size=4, num_global_tokens=2)
+    model = build(f"{name}ForConditionalGeneration", BART | more, f"{name}Config")
+    ids = token_ids(2, 8)
+    mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    inputs = dict(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4].contiguous())
+    plain = model(**inputs).logits
+    with pytest.raises(NotImplementedError, match=r"of their own.*encoder.*attentions=\['decoder', 'cross'\]"):
+        prefixattn.attach(model, FREE)
+    torch.testing.assert_close(model(**inputs).logits, plain, rtol=0, atol=0)
+    prefix = prefixattn.attach(model, PrefixConfig(length=3, share="none", attentions=["decoder", "cross"]))
+    assert prefix.geometry.kinds == {"decoder": 2, "cross": 2}
+    assert not torch.allclose(model(**inputs).logits, plain)
+    with torch.no_grad():
+        prefix.encoder.bank.fill_(0)
+        prefix.encoder.bank[:, 0] = -1e4  # keys that no query of these sizes looks at are no prefix
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_attention_over_another_sequence_is_known_by_its_length():
+    model = build("NllbMoeModel", BART | dict(num_experts=2), "NllbMoeConfig")
+    assert prefixattn.attach(model, FREE).geometry.kinds == {"encoder": 2, "decoder": 2, "cross": 2}
+
+
+def test_a_model_that_computes_something_else_is_refused_and_left(monkeypatch):
+    model = build("LlamaModel", TEXT)
+    plain = model(token_ids(2, 6))[0]
+    monkeypatch.setattr(interface, "_read", lambda *given: (None, False))  # masks are lost
+    with pytest.raises(NotImplementedError, match="LlamaModel computes something else with the attention"):
+        prefixattn.attach(model, FREE)
+    torch.testing.assert_close(model(token_ids(2, 6))[0], plain, rtol=0, atol=0)
+
+
+def test_keys_and_values_of_two_widths_are_refused_in_words():
+    sizes = dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+    model = build(
+        "DeepseekV3Model", TEXT | sizes | dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2)
+    )
+    with pytest.raises(NotImplementedError, match="keys of width 24 and values of width 16"):
+        prefixattn.attach(model, FREE)
