@@ -59,10 +59,10 @@ def check_probability(name: str, p: float, *, one: bool) -> None:
 
 
 def check_scale(scale: float, dtype: torch.dtype) -> None:
-    """Scores are float32, but for float64."""
-    largest = math.inf if dtype == torch.float64 else _LARGEST
-    if not (abs(scale) < math.inf and abs(scale) <= largest):
-        raise ValueError(f"scale is {scale}; expected a finite number, in float32's range but for float64")
+    if not abs(scale) < math.inf:
+        raise ValueError(f"scale is {scale}; expected a finite number")
+    if dtype != torch.float64 and abs(scale) > _LARGEST:
+        raise ValueError(f"scale is {scale}; expected a finite number in float32, as scores of {dtype} are")
 
 
 def check_softcap(softcap: float | None, dtype: torch.dtype) -> None:
@@ -72,7 +72,7 @@ def check_softcap(softcap: float | None, dtype: torch.dtype) -> None:
         raise ValueError(f"softcap is {softcap}; expected None or a positive number")
     if dtype != torch.float64 and not _LEAST_CAP <= softcap <= _LARGEST_CAP:
         raise ValueError(
-            f"softcap is {softcap}; expected {_LEAST_CAP:.3g} to {_LARGEST_CAP:.3g}: scores are float32, but for float64"
+            f"softcap is {softcap}; expected {_LEAST_CAP:.3g} to {_LARGEST_CAP:.3g}: scores of {dtype} are float32"
         )
 
 

@@ -231,7 +231,9 @@ def _normal_form(
     return *inputs, prefix_ids, lengths, seed, *numbers, return_prefix_mass, _keeps_attended(memory, needs), chosen
 
 
-def _run(op: Any, inputs: tuple[Any, ...], unpacked: tuple[Any, ...], dropout_p: float) -> tuple[Tensor, ...]:
+def _run(
+    op: Any, inputs: tuple[Any, ...], unpacked: tuple[Any, ...], dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass; `unpacked`: the inputs as prefix_attn takes them."""
     out, lse, mass, _ = op(*inputs)
     if dropout_p == 1:  # what is left is the memory's part, and that a call without keys has

@@ -16,10 +16,7 @@ NAMES = "q", "k", "v", "prefix_k", "prefix_v"
 # where a sum is exact but for its last rounding: of float32, by rms of a uniform error, and some more
 FLOOR = 2**-25
 
-if reasons := backends.here()["cpu"]:
-    pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)
-
-from prefixattn import _C
+_C = pytest.importorskip("prefixattn._C", reason="the CPU kernels are not built")
 
 
 def rms(t: Tensor) -> float:
@@ -177,7 +174,7 @@ def test_the_gradient_of_a_memory_errs_as_little_for_many_samples(backend: str) 
 
 @pytest.mark.parametrize("of", ["prefix", "memory"])
 def test_the_triton_kernels_sum_many_samples_in_two_floats(of: str) -> None:
-    """By the backward alone; the interpreter is slow. Without it the error of 64 tiles a program is five times as large."""
+    """By the backward alone, as the interpreter is slow; one chain of these tiles would err five times as much."""
     if reasons := backends.here()["triton"]:
         pytest.skip("triton: " + "; ".join(reasons))
     tensors = inputs(1024, 1, 1, 4, 1, 2, 16)
@@ -208,8 +205,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("L, causal", [(1, False), (33, False), (70, True)])
 def test_weights_of_both_passes_agree_where_scores_are_large(isa: str, L: int, causal: bool) -> None:
-    """The backward's weights of a query have the sum 1, so dv of all keys has that of dout. They are recomputed from lse:
-    from another sum of the products, or another rounding, each would be wrong by a part of the score.
+    """The backward's weights of a query have the sum 1, so dv of all keys has that of dout.
+
+    They are recomputed from lse: from another sum of the products, or another rounding, each would be wrong by a part
+    of the score.
     """
     tensors = inputs(1, 2, 2, L, 90, 7, 80)
     for name in ("q", "k", "prefix_k"):

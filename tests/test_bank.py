@@ -192,6 +192,7 @@ def test_a_layer_of_another_type_takes_its_samples_rows_along(seen):
     ids, lengths = torch.tensor([6, 1]), torch.tensor([3, 2, 3, 3, 3, 3, 1])
     layer = torch.nn.Module()
     layer.prefix_slot = 0
+    layer.is_causal = True
     call = interface.PrefixCall({0: (bank, bank)}, 0.0, ids, lengths)
     out, _ = interface.attention_with_prefix(layer, q, q, q, None, prefix_call=call)
     assert seen[0].shape == (2, 2, 3, 8)

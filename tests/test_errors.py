@@ -84,8 +84,8 @@ REFUSED = {
     ),
     "mask_type": ({"attn_mask": torch.ones(S).long()}, "attn_mask is torch.int64, expected bool or float32"),
     "mask_device": ({"attn_mask": torch.ones(S, device="meta")}, "attn_mask is on meta, expected cpu as q"),
-    "dropout_p": ({"dropout_p": 1.0}, "dropout_p is 1.0; expected a probability in [0, 1)"),
-    "dropout_nan": ({"dropout_p": float("nan")}, "dropout_p is nan; expected a probability in [0, 1)"),
+    "dropout_p": ({"dropout_p": 1.5}, "dropout_p is 1.5; expected a probability in [0, 1]"),
+    "dropout_nan": ({"dropout_p": float("nan")}, "dropout_p is nan; expected a probability in [0, 1]"),
     "prefix_dropout_p": ({"prefix_dropout_p": -0.1}, "prefix_dropout_p is -0.1; expected a probability in [0, 1)"),
     "ids_without_bank": (
         {"prefix_ids": torch.tensor([0, 1])},

@@ -276,7 +276,7 @@ def test_refusals_are_in_words():
         prefixattn.attach(model, PrefixConfig(share="none", init=[0] * 70))
     assert attached(model) is None and all(p.requires_grad for p in model.parameters())
     prefixattn.attach(model, config)
-    with pytest.raises(ValueError, match="attention_mask has 14 columns for 9 tokens; a prefix takes no column"):
+    with pytest.raises(ValueError, match="attention_mask has 14 columns, expected 9: one for each token"):
         model(ids, attention_mask=torch.ones(3, 14))
     with pytest.raises(NotImplementedError, match="output_attentions"):
         model(ids, output_attentions=True)

@@ -129,6 +129,7 @@ def test_no_mask_over_queries_and_keys_is_made(monkeypatch):
     monkeypatch.setattr(interface, "prefix_attention", spy)
     model, ids = tiny_gpt2(), token_ids()
     prefixattn.attach(model, DEEP)
+    shapes.clear()  # of attach's own passes
     mask = torch.ones_like(ids)
     model(ids, attention_mask=mask)
     assert set(shapes) == {None}
@@ -143,4 +144,4 @@ def test_no_mask_over_queries_and_keys_is_made(monkeypatch):
     shapes.clear()
     torch._dynamo.reset()
     torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)
-    assert set(shapes) == {(3, 1, 1, 9)}
+    assert set(shapes) == {None}

@@ -17,7 +17,7 @@ LAYERS = """
     testing
     functional reparam
     ops
-    backends
+    backends testing_plain
     guard
     cpu triton
     kernels

@@ -101,10 +101,10 @@ def smallest_mask(
     """The mask of a forward, in the smallest form that says it.
 
     Two axes: causal. Four: as it is. `[B, n]` and `[B, 1, 1, n]`, bool, are key padding, where keys from n on are
-    unused slots of a static cache; n = 0 says that there is no padding. `generate` makes masks ahead of the model's
-    forward and passes them to it, so this function may meet its own result. Anything else (packed sequences, a prompt
-    longer than one token in a compiled static cache, a mask that the model will rework) is the explicit `[B, 1, L, S]`
-    of transformers, which contains causality.
+    unused slots of a static cache; one number expanded to that says that there is no padding. `generate` makes masks
+    ahead of the model's forward and passes them to it, so this function may meet its own result. Anything else (packed
+    sequences, a prompt longer than one token in a compiled static cache, a mask that the model will rework) is the
+    explicit `[B, 1, L, S]` of transformers, which contains causality.
     """
     windowed = _within_window(kv_length, kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
     causal = mask_function is causal_mask_function or windowed
@@ -138,16 +138,12 @@ def smallest_mask(
         missing = max(kv_length - attention_mask.shape[-1], 0)
         return filled & nn.functional.pad(attention_mask[:, :kv_length], (0, missing))
     end = int(q_offset) + q_length if causal else kv_length
-    if attention_mask is None:
-        return _said(torch.ones(1, end if end != kv_length else 0, dtype=torch.bool, device=device), causal)
-    padding = attention_mask[:, :end]
     # Looking for padding would stop a GPU until its queue is empty; there the mask is simply read.
-    if end == kv_length and padding.device.type == "cpu" and not tracing and bool(padding.all()):
-        padding = padding[:1, :0]
-    return _said(padding, causal)
-
-
-def _said(padding: Tensor, causal: bool) -> Tensor:  # [B or 1, n]
+    looked_at = attention_mask is not None and attention_mask.device.type == "cpu" and not tracing
+    if attention_mask is None or (looked_at and bool(attention_mask[:, :end].all())):
+        padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, end)
+    else:
+        padding = attention_mask[:, :end]
     return padding if causal else padding[:, None, None, :]
 
 
@@ -160,7 +156,7 @@ def _checked(
     mask_function: Callable[..., Any],
 ) -> Tensor | None:
     """The caller's padding `[B, n]`, if it has a column for each token; None if nothing is padded."""
-    if attention_mask is None or attention_mask.shape[-1] == 0:
+    if attention_mask is None:
         return None
     columns, keys = attention_mask.shape[-1], kv_length + kv_offset  # slots of a cache, filled or not
     # of bidirectional attention the attention itself knows how many keys there are
@@ -231,10 +227,13 @@ def attention_with_prefix(
         _, H, L, _ = query.shape
         seen = Watched(module, H, L, key, value, carried, used, causal or _hides_later(attention_mask))
         _watching.calls.append(seen)
-    if attention_mask is not None and (columns := attention_mask.shape[-1]) != key.shape[2]:
-        if not causal or columns > key.shape[2]:
-            raise ValueError(_columns(columns, key.shape[2]))
-        key, value = key[:, :, :columns], value[:, :, :columns]  # without unused slots of a static cache
+    if attention_mask is not None:
+        if (columns := attention_mask.shape[-1]) != key.shape[2]:
+            if not causal or columns > key.shape[2]:
+                raise ValueError(_columns(columns, key.shape[2]))
+            key, value = key[:, :, :columns], value[:, :, :columns]  # without unused slots of a static cache
+        if not any(attention_mask.stride()):
+            attention_mask = None  # one number, which says that all are visible
     if position_bias is not None:
         attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
     options: dict[str, Any] = {}
@@ -277,10 +276,7 @@ def _read(mask: Tensor | None, is_causal: bool | None, module: nn.Module) -> tup
     """
     if mask is None:
         return None, bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    causal = mask.ndim == 2
-    if causal:
-        mask = mask[:, None, None, :]
-    return (None if mask.shape[-1] == 0 else mask), causal
+    return (mask[:, None, None, :], True) if mask.ndim == 2 else (mask, False)
 
 
 def _hides_later(mask: Tensor | None) -> bool:
