@@ -103,7 +103,9 @@ class Empty(Frozen):
     def add(self) -> nn.Module:
         prefix = prefixattn.attach(self.model, prefixattn.PrefixConfig(length=1, share="none"))
         adapter: Any = prefix._adapter
-        adapter.override = PrefixCall({}, 0.0)
+        # of this thread's passes, as attach's own are told
+        thread = adapter.thread if hasattr(adapter, "thread") else adapter.passes
+        thread.override = PrefixCall({}, 0.0)
         return super().add()
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.memory_tiles import memory_of
-from prefixattn.kernels.tiles import LOG2E, MINUS_INF, NATURAL, OWN, RAW, below_top, load_rows, prefix_of, weights
+from prefixattn.kernels.tiles import LOG2E, MINUS_INF, NATURAL, OWN, RAW, load_rows, prefix_of, weights
 
 
 @triton.jit
@@ -29,8 +29,12 @@ def _online(
     factor = scale * LOG2E
     new_top = tl.maximum(top, tl.max(score, 1))
     pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)  # a query that has met no key: -inf - -inf is nan
-    rescale = below_top(top, pivot, factor, EXP)
-    weight = below_top(score, pivot[:, None], factor, EXP)
+    if EXP == RAW:  # not by weights: its fma would leave more than 1 of what did not change, in every tile again
+        rescale = tl.exp2((top - pivot) * factor)
+        pivot *= factor
+    else:
+        rescale = weights(top, pivot, factor, EXP)
+    weight = weights(score, pivot[:, None], factor, EXP)
     weight_sum = weight_sum * rescale + tl.sum(weight, 1)
     if MASS:
         prefix_sum = prefix_sum * rescale + prefix_share(weight, column, axis, PART)

@@ -93,7 +93,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     path = tmp_path / "models.json"
     monkeypatch.setattr(interface, "prefix_attention", louder)
     assert bench_models.main(["--tiny", "--out", str(path), "--case", "vit-b16 P10"]) == 1
-    assert "vit-b16 P10: FAILED: ours and original disagree" in capsys.readouterr().out
+    assert "vit-b16 P10: FAILED: ViTModel computes something else" in capsys.readouterr().out
     assert not path.exists()
 
 

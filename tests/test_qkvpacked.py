@@ -286,7 +286,7 @@ REFUSED = {
         "attn_mask has shape [5, 11], expected one that broadcasts to [B=2, H=4, L=5, S=5]",
     ),
     "scale": ({"scale": torch.tensor(0.5)}, ValueError, "scale is 'Tensor', expected a number"),
-    "dropout_p": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; expected a probability in [0, 1)"),
+    "dropout_p": ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5; expected a probability in [0, 1]"),
 }
 
 

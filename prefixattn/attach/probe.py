@@ -30,6 +30,7 @@ class Trial(NamedTuple):
     inputs: dict[str, Any]
     out: Tensor  # [B, L, ...]
     kept: Tensor | None  # [B, L], bool
+    tolerance: float
 
 
 def refuse(model: nn.Module, base: Any) -> None:
@@ -122,12 +123,16 @@ def trials(base: Any) -> list[Trial]:
     """Runs the plain model: a sample, and, where a mask of padding is taken, a batch that is padded on both sides."""
     inputs = example(base)
     try:
-        made = [Trial(inputs, run(base, inputs)[0], None)]
+        out = run(base, inputs)[0]
     except Exception as error:  # whatever a model does that wants other inputs
         raise NotImplementedError(
             f"attach tries {type(base).__name__} with {' and '.join(n for n in inputs if n != 'use_cache')} alone, and "
             f"without a prefix it fails: {_brief(error)}"
         ) from error
+    # the kernels of quantised weights round otherwise from call to call
+    quantised = any(not t.is_floating_point() for t in base.parameters())
+    tolerance = HALF if quantised else TOLERANCE.get(out.dtype, HALF)
+    made = [Trial(inputs, out, None, tolerance)]
     if "attention_mask" not in interface.arguments(base) or base.main_input_name != "input_ids":
         return made
     tokens = inputs["input_ids"].expand(2, SOURCE)
@@ -142,7 +147,8 @@ def trials(base: Any) -> list[Trial]:
         out = run(base, inputs)[0]
     except Exception:  # it takes no such mask, and will say so
         return made
-    return [*made, Trial(inputs, out, kept)] if kept is None or out.shape[:2] == kept.shape else made
+    fits = kept is None or out.shape[:2] == kept.shape
+    return [*made, Trial(inputs, out, kept, tolerance)] if fits else made
 
 
 def differs(trial: Trial, out: Tensor) -> float | None:
@@ -155,7 +161,7 @@ def differs(trial: Trial, out: Tensor) -> float | None:
     apart = (mine - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-30)
     apart = apart[plain.isfinite().all(-1) if trial.kept is None else plain.isfinite().all(-1) & trial.kept]
     middle = float(apart.nan_to_num(float("inf")).median()) if apart.numel() else 0.0
-    return middle if middle > TOLERANCE.get(trial.out.dtype, HALF) else None
+    return middle if middle > trial.tolerance else None
 
 
 def _brief(error: BaseException) -> str:
