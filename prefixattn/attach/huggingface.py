@@ -42,6 +42,13 @@ class HuggingFaceAdapter(Adapter):
         self.sites: list[probe.Site] = []
         self.paths = self._stacks()
         probe.refuse(model, base)
+        with quantised.differentiable(model):
+            self._look()
+
+    # what attach finds out
+
+    def _look(self) -> None:
+        model, base = self.model, self.base
         plain = probe.trials(base)
         calls = self._tried(plain)
         self.sites = probe.sites(base, calls)
@@ -63,8 +70,6 @@ class HuggingFaceAdapter(Adapter):
         if base.main_input_name == "input_ids":
             self.positions = positions.find(base, [site.path for site in self.sites], plain, self.decodes)
         self.defaults = self._defaults(config)
-
-    # what attach finds out
 
     def _stacks(self) -> list[str]:
         """Paths of the parts of the model that can be called by themselves, the base model first."""

@@ -48,7 +48,9 @@ def find(base: Any, layers: list[str], plain: list[probe.Trial], decodes: bool) 
         found.append(seen)
     paths = _innermost(found[0])
     if paths:
-        rotary = all(_is_rotary(base.get_submodule(path)) for path in paths)
+        found_there = [base.get_submodule(path) for path in paths]
+        # others beside a rotary one are handed positions that they do not use
+        rotary = any(map(_is_rotary, found_there)) and not any(isinstance(m, nn.Embedding) for m in found_there)
         counted = all(_counts_from_zero(call.positions) for call in found[1] if call.path in paths)
         stack = base.get_decoder() if base.config.is_encoder_decoder else base
         within = {id(module) for module in stack.modules()}

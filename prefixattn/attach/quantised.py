@@ -1,5 +1,7 @@
 """Frozen weights that were quantised by bitsandbytes, on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,16 @@ def keep_differentiable(model: nn.Module) -> list[nn.Module]:
         module.__dict__[_FLAG] = False
         module.state_dict()  # unpacks what was repacked before
     return found
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, no pass repacks weights: repacked and unpacked twice they are not what they were (bitsandbytes 0.50)."""
+    kept = keep_differentiable(model)
+    try:
+        yield
+    finally:
+        restore(kept)
 
 
 def restore(modules: list[nn.Module]) -> None:
