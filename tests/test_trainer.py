@@ -1,5 +1,7 @@
 """Who trains an attached model trains its prefix, or is told why not before the first step."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,19 @@ def test_optimizers_of_other_models_and_frozen_prefixes_step_as_ever() -> None:
         step_of(lambda: model(input_ids=ids, labels=ids).loss, head)
     prefix.requires_grad_(False)
     step_of(lambda: model(input_ids=ids, labels=ids).loss, torch.optim.SGD([model.lm_head.weight], lr=0.1))
+
+
+def test_a_look_at_who_trains_keeps_nothing_alive() -> None:
+    model, _ = attached_model()
+    ids = token_ids(2)
+    model(input_ids=ids, labels=ids).loss.backward()
+    other = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    step_of(lambda layer=other: layer(torch.ones(3)).sum(), optimizer)
+    dead = weakref.ref(other), weakref.ref(optimizer)
+    del other, optimizer
+    gc.collect()
+    assert all(ref() is None for ref in dead)
 
 
 @pytest.mark.parametrize("to_none", [True, False])

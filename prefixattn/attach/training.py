@@ -66,7 +66,7 @@ def _after_any_step(*_: Any) -> None:
 
 def _before_any_step(optimizer: Optimizer, *_: Any) -> None:
     several = dist.is_available() and dist.is_initialized()
-    for prefix in filter(None, [ref() for ref in _watched.keyrefs()]):
+    for prefix in [p for ref in _watched.keyrefs() if (p := ref()) is not None]:
         known = _watched[prefix]
         if optimizer not in known.looked_at and _waits(prefix):
             _refuse_trainers(prefix)
@@ -116,12 +116,11 @@ def _refuse_trainers(prefix: Any) -> None:
 
 def _running_trainer() -> Any:
     """The Trainer that called, if one did: none is known here, and none says that it begins."""
-    cls: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    frame = None if cls is None else sys._getframe(1)
+    frame = sys._getframe(1) if "transformers.trainer" in sys.modules else None
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if issubclass(type(caller), cls):
-            return caller
+        # looking into a frame keeps alive what it holds, and this one holds no tensor
+        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__") == "transformers.trainer":
+            return frame.f_locals.get("self")
         frame = frame.f_back
     return None
 
