@@ -164,7 +164,9 @@ def test_bytes_of_a_simple_share_on_the_wire(results: list[dict[str, Any]]) -> N
     """Its vectors' gradient, once for a step."""
     for result in results:
         vectors = result["simple"][0][0]
-        assert result["simple"][1] == [16] + [16, vectors.nbytes] * STEPS  # one at the start
+        step = [16, vectors.nbytes]
+        # one at the start, and one that all are at their first step
+        assert result["simple"][1] == [16, *step, 16] + step * (STEPS - 1)
 
 
 def test_gradients_that_one_process_lacks(results: list[dict[str, Any]]) -> None:

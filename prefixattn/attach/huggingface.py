@@ -4,7 +4,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -100,18 +100,17 @@ class HuggingFaceAdapter(Adapter):
 
     def _defaults(self, config: Any) -> Defaults:
         if self.base.main_input_name == "pixel_values":
-            patch = config.patch_size
-            height, width = (patch, patch) if isinstance(patch, int) else patch
+            sides = config.patch_size, config.patch_size
+            height, width = sides if isinstance(sides[0], int) else sides[0]
             numbers = config.num_channels * height * width
             bound = (6 / (numbers + self.geometry.width)) ** 0.5  # VPT's rule
             return Defaults(network="per_layer", hidden=48, positions="unshifted", init="uniform", bound=bound)
         shiftable = self.positions.shiftable and (self.decodes or self.base.config.is_encoder_decoder)
         where = "shifted" if shiftable and self.decodes else "unshifted"
         if self.decodes and not shiftable:
+            name = type(self.base).__name__
             warnings.warn(
-                f"{type(self.base).__name__} hands its positions on nowhere that a prefix could shift them: "
-                "positions='unshifted'",
-                stacklevel=4,
+                f"{name} hands its positions on nowhere that a prefix could shift them: 'unshifted'", stacklevel=5
             )
         return Defaults(positions=where, bound=(3 / self.geometry.width) ** 0.5, shiftable=shiftable)
 
@@ -240,15 +239,8 @@ class HuggingFaceAdapter(Adapter):
             raise ValueError(f"init has token id {max(ids)}, but the model's vocabulary ends at {vocabulary - 1}")
         if self.max_positions is not None and len(ids) > self.max_positions:
             raise ValueError(f"init has {len(ids)} tokens, but the model has {self.max_positions} positions")
-        inside = bool(self.prefixes)
-        if not inside:
-            self.enter()
-        try:
-            with self.overriding(PLAIN):
-                _, calls = probe.run(self.base, probe.example(self.base, ids))
-        finally:
-            if not inside:
-                self.leave()
+        with nullcontext() if self.prefixes else self._entered(), self.overriding(PLAIN):
+            _, calls = probe.run(self.base, probe.example(self.base, ids))
         made = {call.module: torch.stack([call.key[0], call.value[0]]) for call in calls}
         bank = torch.stack([made[self.base.get_submodule(site.path)] for site in self.sites])
         return bank.to(torch.promote_types(bank.dtype, torch.float32))
