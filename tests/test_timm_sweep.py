@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEC: Any = importlib.util.spec_from_file_location("sweep_timm", ROOT / "tests" / "sweep_timm.py")
 sweep = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sweep)
-WHOLE = json.loads(sweep.FILE.read_text(encoding="utf-8"))
+WHOLE = json.loads(sweep.FILE.read_text(encoding="utf-8")) if sweep.FILE.exists() else None
+RUN = pytest.mark.skipif(WHOLE is None, reason="tests/sweep_timm.json is not there: make sweep writes it")
 
 # a name of each file of timm's that has one, and of each class of attention
 PROVED = [
@@ -53,6 +54,7 @@ def test_a_name_is_refused_by_its_attention(name):
     assert kind == "refused" and sweep.reason(words) == REFUSED[name]
 
 
+@RUN
 def test_what_the_sweep_tells_is_whole():
     counts = WHOLE["counts"]
     assert not WHOLE["failed"] and counts["failed"] == 0
@@ -63,6 +65,7 @@ def test_what_the_sweep_tells_is_whole():
         assert sum(counts.values()) == len(timm.list_models())
 
 
+@RUN
 def test_the_readme_tells_the_counts():
     counts = WHOLE["counts"]
     told = (
