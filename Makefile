@@ -1,4 +1,4 @@
-# make demo | test | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only pip's cache and,
+# make demo | test | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only pip's cache and,
 # where no data folder is named, E2E's CSVs in ~/.cache/prefixattn are written.
 #
 # Versions: requirements/tested.txt, or yours:         make test TORCH=torch==2.15.0 TRANSFORMERS=transformers==5.17.0
@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 # one stamp for each choice of versions, so that another choice installs and the same one does not
 STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test sweep bench lint build clean
+.PHONY: demo test fuzz sweep bench lint build clean
 
 demo: build
 	$(PY) bench/paper/e2e.py --preset demo
@@ -23,6 +23,11 @@ demo: build
 # a thread for each worker: more would wait for each other, and the tests take twice as long
 test: build $(VENV)/quantised
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+# random calls against float64; what is interrupted goes on:  make fuzz CALLS=20000    make fuzz FUZZ='--backends triton'
+CALLS ?= 6000
+fuzz: build
+	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.fuzz --calls $(CALLS) $(FUZZ)
 
 # every model class of transformers' auto classes (tests/sweep); goes on where it was stopped. The counts in docs/ and the
 # sample in the tests follow

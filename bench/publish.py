@@ -15,8 +15,14 @@ def publish(
     """Writes the .md and .png of the JSON at `path`, and prints the tables; `maker` is the command that makes such."""
     if path is None or not path.is_file():
         sys.exit(f"no results: {path or 'name a JSON'}; {maker} writes them")
-    result: Result = json.loads(path.read_text())
-    text = tables(result)
+    try:
+        if path.suffix != ".json":  # the table takes its name with .md
+            raise ValueError("expected the name of a file that ends in .json")
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        text = tables(result)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # JSON that is no record
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        sys.exit(f"{path}: not results ({why}); {maker} writes them")
     path.with_suffix(".md").write_text(text)
     figure(result, path.with_suffix(".png"))
     print(text)

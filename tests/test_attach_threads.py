@@ -87,3 +87,15 @@ def test_positions_of_two_passes_do_not_mix(served):
         return lambda: model(ids, prefix_ids=torch.full((2,), row)).logits.detach()
 
     assert len(bank) == 2 and not beside(at(0), at(1))
+
+
+def test_a_labelled_loss_beside_a_forward_pass(served):
+    model, _ = served
+    ids = token_ids(2, 6)
+    labels = ids.clone()
+    labels[:, :4] = -100
+
+    def loss():
+        return prefixattn.labelled_loss(model, labels, input_ids=ids).detach()
+
+    assert not beside(lambda: model(ids).logits.detach(), loss)

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 import command
+import plot
+import plot_models
+import plot_reparam
 from command import Refusal
 from runs import replace_file, save_state, write_text
 
@@ -216,3 +219,13 @@ def test_a_benchmark_that_is_stopped_leaves_the_record_as_it_was(tmp_path: Path)
     told = process.communicate(timeout=300)[0]
     assert process.returncode == 2 and f"stopped by SIGTERM; {command.NOTHING}" in told, told[-3000:]
     assert json.loads(out.read_text()) == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", "3", "{}", '{"rows": 3}', '{"rows": [{}]}'])
+def test_what_is_no_record_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    for module in (plot, plot_models, plot_reparam):
+        (path := tmp_path / "r.json").write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            module.main([str(path)])
+        assert str(ended.value.code).startswith(f"{path}: not results (") and "\n" not in str(ended.value.code)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]

@@ -168,6 +168,7 @@ def test_json_nested_too_deeply_is_refused_in_one_line(tmp_path: Path, capsys: p
     assert plot_runs.main([str(path)]) == 1
     stderr = capsys.readouterr().err
     assert stderr.startswith(f"{path}: not readable as JSON") and stderr.count("\n") == 1
+    assert stderr.endswith("; expected a results file of e2e.py\n")  # it may be anything: nobody is told to delete it
 
 
 @pytest.mark.parametrize("content", [[], 3, {}, {"methods": 3}, {"methods": [1]}])

@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
     for name in arguments:
         path = Path(name)
         try:
-            results = read_json(path)
+            results = read_json(path, "expected a results file of e2e.py")
             print(table(results))
             figure(results, path.with_suffix(".png"))
         except (Refusal, OSError) as error:

@@ -77,11 +77,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, otherwise: str = "delete it and start again") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise Refusal(f"{path}: not readable as JSON ({error}); delete it and start again") from None
+        raise Refusal(f"{path}: not readable as JSON ({error}); {otherwise}") from None
 
 
 def save_state(path: Path, fingerprint: str, state: dict[str, Any]) -> None:

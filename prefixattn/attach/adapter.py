@@ -89,18 +89,8 @@ class Adapter:
         slots = config.slots(self.geometry.kinds)
         if isinstance(config, PrefixConfig) and config.share == "simple":
             for slot in slots:
-                list(self.weights(slot))  # which refuses a layer that it does not know
+                list(self.projection_parameters(slot))  # which refuses a layer that it does not know
         return config
-
-    def weights(self, slot: int) -> Iterator[Tensor]:
-        """`projection_parameters`, if they are whole."""
-        for parameter in self.projection_parameters(slot):
-            if hasattr(parameter, "full_tensor"):
-                raise NotImplementedError(
-                    "share='simple' makes keys and values with the model's own weights, and those of layer "
-                    f"{slot} are sharded; fold() the prefix before fully_shard, or take share='deep' or 'none'"
-                )
-            yield parameter
 
     def install(self, prefix: "Attached") -> None:
         """Adds a prefix, which becomes the active one: of passes that begin then, if the model serves meanwhile."""

@@ -1,5 +1,6 @@
 """`labelled_loss`: a language model's loss without logits where no label is."""
 
+import threading
 from typing import Any
 
 import torch
@@ -53,7 +54,11 @@ def labelled_loss(
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shifted else labels
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
 
-    def pick(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    here = threading.get_ident()
+
+    def pick(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.compiler.is_compiling() and threading.get_ident() != here:
+            return None  # another thread's pass, which wants all logits
         hidden = args[0]  # [B, S, width]
         if hidden.shape[:2] != targets.shape:
             raise ValueError(f"labels is {list(labels.shape)}; the model's states are {list(hidden.shape[:2])}")

@@ -93,7 +93,7 @@ class Prefix(Attached):
 
     def _projection_parameters(self) -> Iterator[Tensor]:
         for slot in self.slots:
-            yield from self._attached().weights(slot)
+            yield from self._attached().projection_parameters(slot)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         bank = self(dtype).to(device)
