@@ -34,6 +34,7 @@ fuzz: build
 sweep: build
 	$(PY) tests/sweep/run.py --out build/sweep.json
 	$(PY) tests/sweep/report.py build/sweep.json
+	$(PY) tests/sweep_timm.py --out tests/sweep_timm.json
 
 bench: build
 	$(PY) -m pytest bench/bench_prefix_attn.py

@@ -186,6 +186,15 @@ def record(outcomes: dict[str, Outcome]) -> dict[str, Any]:
     }
 
 
+def sentence(whole: dict[str, Any]) -> str:
+    """What README tells of it."""
+    counts = whole["counts"]
+    return (
+        f"{counts['proved']} of the {sum(counts.values())} names of timm {whole['timm']} take a prefix, and "
+        f"{counts['refused']} are refused by name"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--only", default="", metavar="PATTERN", help="names with it alone, as timm.list_models has it")
@@ -197,7 +206,7 @@ def main() -> int:
         outcomes[name] = found = outcome(name)
         print(f"{i + 1}/{len(names)} {name}: {found.kind} {found.words}"[:200], flush=True)
     whole = record(outcomes)
-    print(whole["counts"])
+    print(whole["counts"], f"README: {sentence(whole)}", sep="\n")
     if options.out:
         options.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return int(bool(whole["failed"]))
