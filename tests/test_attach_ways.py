@@ -134,12 +134,9 @@ def test_a_model_whose_layers_take_hidden_states_is_not_asked_for_its_inner_part
     model = build("DINOv3ViTModel", "DINOv3ViTConfig", sizes, image_size=8, patch_size=4)
     image = torch.randn(1, 3, 8, 8)
     plain = model(image)[0]
-    try:
-        prefixattn.attach(model, FREE)
-    except NotImplementedError as refusal:  # its own reason, not that of a part of it
-        assert "DINOv3ViTModel" in str(refusal) and "TypeError" not in str(refusal)
-    else:
-        assert not torch.allclose(model(image)[0], plain)
+    prefix = prefixattn.attach(model, FREE)
+    assert prefix.geometry.kinds == {"self": 2}
+    assert not torch.allclose(model(image)[0], plain)
 
 
 def test_a_prefix_made_in_inference_mode_can_be_trained():

@@ -24,7 +24,7 @@ def keep_differentiable(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside, no pass repacks weights: repacked and unpacked twice they are not what they were (bitsandbytes 0.50)."""
+    """Inside, no pass repacks weights: what is unpacked and repacked computes something else (bitsandbytes 0.50.2)."""
     kept = keep_differentiable(model)
     try:
         yield
