@@ -50,8 +50,8 @@ def unsupported(
     for name, t in {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}.items():
         if max((t.shape[2] - 1) * t.stride(2), 3 * t.shape[1] * t.shape[2] * t.shape[3]) > LAST:
             reasons.append(f"{name} {list(t.shape)} spans more than 2**31 elements between the rows of one head")
-    if q.shape[:3].numel() > LAST:
-        reasons.append(f"q has {q.shape[:3].numel()} rows; needs fewer than 2**31")
+    if (rows_of_q := q.shape[0] * q.shape[1] * q.shape[2]) > LAST:
+        reasons.append(f"q has {rows_of_q} rows; needs fewer than 2**31")
     return reasons
 
 

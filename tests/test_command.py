@@ -207,7 +207,9 @@ def test_a_benchmark_that_is_stopped_leaves_the_record_as_it_was(tmp_path: Path)
         f"    pathlib.Path({str(marker)!r}).touch()\n    result = yield\n    time.sleep(1)\n    return result\n"
     )
     (tmp_path / "slowly.py").write_text(plugin)
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    # under xdist, pytest-benchmark refuses to measure
+    alone = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTEST_")}
+    environment = {**alone, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "slowly", "bench/bench_prefix_attn.py",
          "--quick", "--out", str(out)],
