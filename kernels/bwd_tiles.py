@@ -23,6 +23,7 @@ from prefixattn.kernels.tiles import (
     load_lse,
     load_rows,
     masked,
+    natural_weights,
     weights,
 )  # fmt: skip
 
@@ -90,7 +91,10 @@ def pair(
     score = masked(
         score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
     )
-    weight = weights(score, pivot[None, :], scale * LOG2E, EXP)
+    if softcap is not None:
+        weight = natural_weights(score, pivot[None, :], EXP)  # no score is large
+    else:
+        weight = weights(score, pivot[None, :], scale * LOG2E, EXP)
     if DROPOUT:
         drawn = draw_column(column, S, P, PART)
         keep = kept(number, row[None, :], drawn[:, None], head, ATTENTION, threshold)
@@ -193,7 +197,10 @@ def _columns(
     score = masked(
         score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
     )
-    weight = weights(score, pivot[:, None], scale * LOG2E, EXP)
+    if softcap is not None:
+        weight = natural_weights(score, pivot[:, None], EXP)  # no score is large
+    else:
+        weight = weights(score, pivot[:, None], scale * LOG2E, EXP)
     if DROPOUT:
         drawn = draw_column(column, S, P, PART)
         keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, threshold)

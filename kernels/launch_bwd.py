@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn.kernels.call import HALF_TYPES, Call, options, tile_width
+from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
 from prefixattn.kernels.prefix_attn_bwd_prefix import prefix_attn_bwd_prefix, prefix_attn_bwd_reduce
@@ -240,6 +240,7 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
         HAS_ROWS=by_row,
         PER_SAMPLE=T > 1 and not by_row,
         PHI=call.memories()["PHI"],
+        FOLD=call.exp == EXACT,
         PRECISION=call.numbers()["PRECISION"],
         num_warps=4,
         enable_fp_fusion=True,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.memory_tiles import load_chunk, phi
-from prefixattn.kernels.tiles import load_rows, store_rows
+from prefixattn.kernels.tiles import RUN, fold_rows, load_rows, store_rows, whole_rows
 
 
 @triton.jit
@@ -17,7 +17,9 @@ def prefix_attn_bwd_memory(
     stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, B, H, L, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ROWS: tl.constexpr,  # `order` [B] sorts the samples by their memory, whose samples begin at `starts` [T + 1]
-    PER_SAMPLE: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, PHI: tl.constexpr,
+    FOLD: tl.constexpr,  # dmemory is float32 and its inputs are: see fold_rows
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dmemory [shares, T, H, D, D]."""
     tiles = tl.cdiv(D, BLOCK_N)
@@ -35,7 +37,9 @@ def prefix_attn_bwd_memory(
     blocks = tl.cdiv(count, BLOCK_M)
     each = tl.cdiv(blocks, shares)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for block in range(share * each, tl.minimum((share + 1) * each, blocks)):
+    begin, last = share * each, tl.minimum((share + 1) * each, blocks)
+    base = dmemory + ((share.to(tl.int64) * T + t) * H + h) * D * D
+    for block in range(begin, last):
         folded = block * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = folded < count
         folded = tl.minimum(folded, count - 1)
@@ -46,5 +50,10 @@ def prefix_attn_bwd_memory(
         grads = load_rows(dout, 1, sample * stride_gb + h * stride_gh + row * stride_gl, inside, D, BLOCK_D)
         features = phi(queries.to(tl.float32), PHI).to(grads.dtype)
         acc = tl.dot(tl.trans(features), grads, acc, input_precision=PRECISION)
-    base = dmemory + ((share.to(tl.int64) * T + t) * H + h) * D * D
+        if FOLD:
+            added = block - begin + 1
+            if added % RUN == 0:
+                acc = fold_rows(base, d, d < D, acc, added == RUN, D, BLOCK_D)
+    if FOLD:
+        acc = whole_rows(base, d, d < D, acc, last - begin < RUN, D, BLOCK_D)
     store_rows(base, D, d, d < D, acc, D, BLOCK_D)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
-from prefixattn.kernels.tiles import NO_MASK, PREFIX, load_rows, store_rows
+from prefixattn.kernels.tiles import EXACT, NO_MASK, PREFIX, RUN, fold_rows, load_rows, store_rows, whole_rows
 
 
 @triton.jit
@@ -63,7 +63,9 @@ def prefix_attn_bwd_prefix(
     dkeys, dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     each = tl.cdiv(tiles, shares)
-    for tile in range(share * each, tl.minimum((share + 1) * each, tiles)):
+    begin, last = share * each, tl.minimum((share + 1) * each, tiles)
+    base = ((share.to(tl.int64) * T + t) * KV + g) * P * D
+    for tile in range(begin, last):
         if PREFIX_DROPOUT:
             row = tile % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
             member, sample = tile // blocks % GROUP, (first_sample + tile // blocks // GROUP).to(tl.int64)
@@ -117,8 +119,20 @@ def prefix_attn_bwd_prefix(
             dkeys, dvalues = dkeys + more_k, dvalues + more_v
         else:
             dkeys, dvalues = more_k, more_v
+        if EXP == EXACT:
+            added = tile - begin + 1
+            if added % RUN == 0:
+                if NEED_K:
+                    dkeys = fold_rows(dprefix_k + base, column, column < P, dkeys, added == RUN, D, BLOCK_D)
+                if NEED_V:
+                    dvalues = fold_rows(dprefix_v + base, column, column < P, dvalues, added == RUN, D, BLOCK_D)
 
-    base = ((share.to(tl.int64) * T + t) * KV + g) * P * D
+    if EXP == EXACT:
+        none = last - begin < RUN
+        if NEED_K:
+            dkeys = whole_rows(dprefix_k + base, column, column < P, dkeys, none, D, BLOCK_D)
+        if NEED_V:
+            dvalues = whole_rows(dprefix_v + base, column, column < P, dvalues, none, D, BLOCK_D)
     if NEED_K:
         store_rows(dprefix_k + base, D, column, column < P, dkeys * scale, D, BLOCK_D)
     if NEED_V:
@@ -131,11 +145,12 @@ def prefix_attn_bwd_reduce(
     HAS_ROWS: tl.constexpr,  # partial n belongs to row rows[n]; otherwise all belong to every row, by stride_t
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """dprefix [T, numel] from `count` partial sums, float32, added in their order."""
+    """dprefix [T, numel] from `count` partial sums, float32, added in their order; for float32 in float64."""
+    SUM: tl.constexpr = tl.float64 if dprefix_k.dtype.element_ty == tl.float32 else tl.float32
     blocks = tl.cdiv(numel, BLOCK)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     t = (tl.program_id(0) // blocks).to(tl.int64)
-    dk, dv = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    dk, dv = tl.zeros((BLOCK,), SUM), tl.zeros((BLOCK,), SUM)
     for first in range(0, count, SLICES):
         n = first + tl.arange(0, SLICES)
         mine = n < count
@@ -144,9 +159,9 @@ def prefix_attn_bwd_reduce(
         where = (n.to(tl.int64) * stride_n + t * stride_t)[:, None] + at[None, :]
         inside = mine[:, None] & (at < numel)[None, :]
         if NEED_K:
-            dk += tl.sum(tl.load(partial_k + where, mask=inside, other=0.0), 0)
+            dk += tl.sum(tl.load(partial_k + where, mask=inside, other=0.0).to(SUM), 0)
         if NEED_V:
-            dv += tl.sum(tl.load(partial_v + where, mask=inside, other=0.0), 0)
+            dv += tl.sum(tl.load(partial_v + where, mask=inside, other=0.0).to(SUM), 0)
     if NEED_K:
         tl.store(dprefix_k + t * numel + at, dk.to(dprefix_k.dtype.element_ty), mask=at < numel)
     if NEED_V:

@@ -9,7 +9,17 @@ import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.memory_tiles import memory_of
-from prefixattn.kernels.tiles import LOG2E, MINUS_INF, NATURAL, OWN, RAW, load_rows, prefix_of, weights
+from prefixattn.kernels.tiles import (
+    LOG2E,
+    MINUS_INF,
+    NATURAL,
+    OWN,
+    RAW,
+    below_top,
+    load_rows,
+    natural_weights,
+    prefix_of,
+)
 
 
 @triton.jit
@@ -29,12 +39,8 @@ def _online(
     factor = scale * LOG2E
     new_top = tl.maximum(top, tl.max(score, 1))
     pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)  # a query that has met no key: -inf - -inf is nan
-    if EXP == RAW:  # not by weights: its fma would leave more than 1 of what did not change, in every tile again
-        rescale = tl.exp2((top - pivot) * factor)
-        pivot *= factor
-    else:
-        rescale = weights(top, pivot, factor, EXP)
-    weight = weights(score, pivot[:, None], factor, EXP)
+    rescale = below_top(top, pivot, factor, EXP)
+    weight = below_top(score, pivot[:, None], factor, EXP)
     weight_sum = weight_sum * rescale + tl.sum(weight, 1)
     if MASS:
         prefix_sum = prefix_sum * rescale + prefix_share(weight, column, axis, PART)
@@ -95,7 +101,7 @@ def prefix_attn_fwd(
         part_pivot = tl.load(part_top + at, mask=row < L, other=MINUS_INF)
         new_top = tl.maximum(top, part_pivot)
         pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)
-        old, new = weights(top, pivot, 1.0, UNIT), weights(part_pivot, pivot, 1.0, UNIT)
+        old, new = natural_weights(top, pivot, UNIT), natural_weights(part_pivot, pivot, UNIT)
         weight_sum = weight_sum * old + tl.load(part_sum + at, mask=row < L, other=0.0) * new
         acc = acc * old[:, None] + load_rows(part_out, D, at, row < L, D, BLOCK_D) * new[:, None]
         top = new_top

@@ -4,8 +4,7 @@ The queries of all samples (and of a key head's group) are the rows of one tile,
 once for all of them, and the prefix is cut into parts for as many programs as the GPU needs. `prefix_attn_fwd` starts
 from the parts.
 
-Prefix rows that no query of a tile uses are not read. A nan in a row that some use reaches the others of the tile that
-share the prefix, also those whose length ends before it: zero times nan.
+Prefix rows that no query of a tile uses are not read.
 """
 
 import triton
@@ -17,11 +16,11 @@ from prefixattn.kernels.tiles import (
     MINUS_INF,
     PREFIX,
     RAW,
+    below_top,
     capped,
     kept,
     load_columns,
     load_rows,
-    weights,
 )  # fmt: skip
 
 
@@ -77,18 +76,19 @@ def prefix_attn_fwd_fold(
             score = tl.where(seen, score, MINUS_INF)
             new_top = tl.maximum(top, tl.max(score, 1))
             pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)
-            if EXP == RAW:  # as in prefix_attn_fwd
-                rescale = tl.exp2((top - pivot) * factor)
-                pivot *= factor
-            else:
-                rescale = weights(top, pivot, factor, EXP)
-            weight = weights(score, pivot[:, None], factor, EXP)
+            rescale = below_top(top, pivot, factor, EXP)
+            weight = below_top(score, pivot[:, None], factor, EXP)
             weight_sum = weight_sum * rescale + tl.sum(weight, 1)
             if DROPOUT:
                 counter = (sample * H + head)[:, None]
                 keep = kept(number, row[:, None], column[None, :], counter, ATTENTION, threshold)
                 weight *= keep * keep_scale
             value = load_columns(own_v, own_v, stride_pvp, stride_pvp, column, 0, part_end, D, BLOCK_D, PREFIX, True)
+            if HAS_LENGTHS:  # a row that is not finite is for those queries alone whose prefix is long enough
+                finite = tl.min((value.to(tl.float32) * 0.0 == 0.0).to(tl.int32), 1)  # [BLOCK_N]
+                value = tl.where((finite == 1)[:, None], value, tl.zeros_like(value))
+                spoilt = tl.max((seen & (finite == 0)[None, :]).to(tl.int32), 1)  # [BLOCK_M]
+                acc = tl.where((spoilt == 1)[:, None], float("nan"), acc)
             new_acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
             if HAS_ROWS:  # zero times another row's nan is nan
                 new_acc = tl.where(mine[:, None], new_acc, acc)

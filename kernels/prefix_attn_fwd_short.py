@@ -5,7 +5,7 @@ import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.memory_tiles import memory_of
-from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, RAW, SPLIT, load_rows, prefix_of, weights
+from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, SPLIT, below_top, load_rows, prefix_of
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _tile_values(
     EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     column = FIRST + tl.arange(0, W)
-    weight = weights(score, pivot[:, None], factor, EXP)
+    weight = below_top(score, pivot[:, None], factor, EXP)
     weight_sum += tl.sum(weight, 1)
     if MASS:
         prefix_sum += prefix_share(weight, column, axis, PART)
@@ -110,8 +110,6 @@ def prefix_attn_fwd_short(
 
     factor = scale * LOG2E
     pivot = tl.where(top == MINUS_INF, 0.0, top)  # a query that sees no key: -inf - -inf is nan
-    if EXP == RAW:
-        pivot *= factor
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     weight_sum, prefix_sum = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for i in tl.static_range(TILES + (TAIL > 0)):

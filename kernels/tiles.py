@@ -16,6 +16,7 @@ HIDDEN = tl.constexpr(-1e37)  # a mask value from here down hides its key as -in
 MINUS_INF = tl.constexpr(float("-inf"))
 OWN, PREFIX, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the part of the key axis that a tile lies in
 RAW, NATURAL, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see weights
+RUN = tl.constexpr(8)  # tiles whose sums are added in one chain, in float32: see fold_rows
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ATTENTION, PREFIX_K, PREFIX_V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of draws, as in philox.py
 
@@ -170,21 +171,66 @@ def masked(
 
 
 @triton.jit
-def weights(score, pivot, factor, EXP: tl.constexpr):
+def natural_weights(score, pivot, EXP: tl.constexpr):
     """exp(score - pivot).
 
-    RAW: scores lack the scale; factor = scale * log2(e) makes it one fma, and pivot is in units of log2. Otherwise both
-    are in natural units: a large bias, added in units of log2, would round differently than lse does.
     EXACT: the last bits too. Both score - pivot and its product with log2(e) round to a part of their size, so the
     whole powers of two are taken out of the pivot first, where that is exact.
     """
-    if EXP == RAW:
-        return tl.exp2(score * factor - pivot)
     x = score - pivot
     if EXP == EXACT:
         n = tl.floor(tl.where(x < -200.0, -200.0, x) * LOG2E + 0.5)  # exp is zero from -104 on; a nan stays
         return tl.exp2(n) * tl.exp2((score + (-pivot - n * LN2_HIGH) - n * LN2_LOW) * LOG2E)
     return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def below_top(score, top, factor, EXP: tl.constexpr):
+    """exp(score - top) in the forward, where `top` is the largest score so far.
+
+    RAW: both lack the scale, and factor = scale * log2(e) meets their difference, which is 0 at the largest. Otherwise
+    both are in natural units: a large bias, added in units of log2, would round differently than lse does.
+    """
+    if EXP == RAW:
+        return tl.exp2((score - top) * factor)
+    return natural_weights(score, top, EXP)
+
+
+@triton.jit
+def weights(score, pivot, factor, EXP: tl.constexpr):
+    """exp(score - lse) in the backward, at most 1; with RAW scores lack the scale and pivot is in units of log2.
+
+    Past 2**31 what is left of a score and of lse, rounded differently, would be more than an exponent holds.
+    """
+    if EXP == RAW:
+        return tl.exp2(at_most(score * factor - pivot, 0.0))
+    return natural_weights(at_most(score, pivot), pivot, EXP)
+
+
+@triton.jit
+def at_most(x, most):
+    """The smaller one; a nan stays."""
+    return tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def fold_rows(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds `rest` [M, BLOCK_D] to rows of `total`, float32, which hold nothing yet if `first`.
+
+    Returns what that rounds away, the rest to go on from: a long sum is kept in two floats, and only one in registers.
+    """
+    before = tl.where(first, 0.0, load_rows(total, D, row, inside, D, BLOCK_D))
+    after = before + rest
+    from_rest = after - before
+    store_rows(total, D, row, inside, after, D, BLOCK_D)
+    tl.debug_barrier()  # other threads of the program read it
+    return (before - (after - from_rest)) + (rest - from_rest)
+
+
+@triton.jit
+def whole_rows(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The whole sum, [M, BLOCK_D]."""
+    return rest + tl.where(first, 0.0, load_rows(total, D, row, inside, D, BLOCK_D))
 
 
 @triton.jit

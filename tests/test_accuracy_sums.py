@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixattn import prefix_attention, prefix_attention_qkvpacked
+from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked, reference, triton
 from prefixattn.philox import PREFIX_K, PREFIX_V, keep
 
 NAMES = "q", "k", "v", "prefix_k", "prefix_v"
@@ -170,6 +170,29 @@ def test_the_gradient_of_a_memory_errs_as_little_for_many_samples(backend: str) 
     given = {"memory": memory}
     exact = gradients(plain, {"memory": memory.double()}, dout, ("memory",))
     assert_twice(gradients(ours, given, dout, ("memory",)), gradients(plain, given, dout, ("memory",)), exact)
+
+
+@pytest.mark.parametrize("of", ["prefix", "memory"])
+def test_the_triton_kernels_sum_many_samples_in_two_floats(of: str) -> None:
+    """By the backward alone, as the interpreter is slow; one chain of these tiles would err five times as much."""
+    if reasons := backends.here()["triton"]:
+        pytest.skip("triton: " + "; ".join(reasons))
+    tensors = inputs(1024, 1, 1, 4, 1, 2, 16)
+    memory = torch.randn(1, 1, 16, 16) if of == "memory" else None
+    numbers = (0.0, 0.0, False, 0.25, "none", 0.0)
+    needs = (False, False, False, of == "prefix", of == "prefix", False, of == "memory")
+    dout = biased(tensors)
+
+    def backward(backend: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        q, k, v, *prefix = (t.to(dtype) for t in tensors.values())
+        given = (q, k, v, *(t[None] for t in prefix), None, None if memory is None else memory.to(dtype))
+        out, lse, _, _ = reference.fwd(*given[:6], None, None, None, None, *numbers, False, False)
+        grads = backend.bwd(dout.to(dtype), None, *given, None, None, None, out, lse, *numbers, needs)
+        return {str(i): g for i, (g, need) in enumerate(zip(grads, needs, strict=True)) if need}
+
+    exact = backward(reference, torch.float64)
+    for name, t in backward(triton, torch.float32).items():
+        assert rms(t.double() - exact[name]) <= 1e-7 * rms(exact[name])
 
 
 @pytest.fixture(params=_C.isas())

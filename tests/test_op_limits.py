@@ -181,7 +181,7 @@ def test_a_nan_in_a_hidden_key_reaches_neither_lse_nor_mass_nor_out(case: str, L
 
 
 @QUIET
-@pytest.mark.parametrize("P, L", [(5, 40), (30, 2)])
+@pytest.mark.parametrize("P, L", [(5, 40), (260, 2)])  # the second: a kernel of its own for few queries
 def test_rows_past_a_prefixs_length_may_hold_anything(P: int, L: int, backend: str) -> None:
     tensors = [t.requires_grad_() for t in inputs(3, 2, L, 6, P, 16)]
     lengths = torch.tensor([3, P, 2])
