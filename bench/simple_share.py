@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import timing
-from command import NOTHING, command
+from command import NOTHING, Refusal, command
 from record import header
 
 LAYERS, WIDTH, HEADS = 24, 1024, 16
@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each length")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.threads < 1:
+        raise Refusal(f"--threads is {options.threads}, expected 1 or more")
     torch.set_num_threads(options.threads)
     rows = [measure(length, options.seconds) for length in LENGTHS]
     for row in rows:

@@ -101,7 +101,7 @@ void fwd(const py::tuple &common, const py::tuple &out, const py::tuple &attende
     Common::read(common, p);
     p.out = strided(out);
     p.attended = strided(attended);
-    p.lse = address<float>(lse);
+    p.lse = address<void>(lse);
     p.mass = address<float>(mass);
     const py::gil_scoped_release nogil;
     chosen()->fwd(p);
@@ -113,7 +113,7 @@ void bwd(const py::tuple &common, const py::tuple &dout, const py::tuple &out, u
     Common::read(common, p);
     p.dout = strided(dout);
     p.out = strided(out);
-    p.lse = address<const float>(lse);
+    p.lse = address<const void>(lse);
     p.dlse = address<const float>(dlse);
     int i = 0;
     for (Strided *s : {&p.dq, &p.dk, &p.dv, &p.dprefix_k, &p.dprefix_v, &p.dmemory})

@@ -40,13 +40,13 @@ struct FwdParams : AttnParams {
     // outputs
     Strided out;       // [B, H, L, D]
     Strided attended;  // the same without the memory's part; null: not wanted
-    float *lse;        // [B, H, L] contiguous, natural log
+    void *lse;         // [B, H, L] contiguous, natural log, as Lse<Storage>
     float *mass;       // [B, H, L] contiguous, or null
 };
 
 struct BwdParams : AttnParams {
     Strided dout, out;  // [B, H, L, D]; out without the memory's part
-    const float *lse;   // [B, H, L]
+    const void *lse;    // [B, H, L], as Lse<Storage>
     const float *dlse;  // [B, H, L] or null
     // outputs; a null pointer: not wanted
     Strided dq;                    // [B, H, L, D]

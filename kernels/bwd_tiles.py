@@ -46,7 +46,7 @@ def load_keys(
 
 @triton.jit
 def load_given(sources, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile's queries and dout [M, BLOCK_D], lse and delta [M]."""
+    """A tile's queries and dout [M, BLOCK_D], lse in two parts and delta [M]."""
     q, dout, lse, delta, stride_ql, stride_gl = sources
     queries = load_rows(q, stride_ql, row, inside, D, BLOCK_D)
     grads = load_rows(dout, stride_gl, row, inside, D, BLOCK_D)
@@ -76,7 +76,7 @@ def pair(
     q, dout, lse, delta = sources
     q_at, dout_at, lse_at, inside = places
     queries = load_rows(q, 1, q_at, inside, D, BLOCK_D)
-    pivot = load_lse(lse, lse_at, inside)
+    pivot, rest = load_lse(lse, lse_at, inside)
     score = tl.dot(key, tl.trans(queries), input_precision=PRECISION)  # [W, M]
     if EXP == RAW:
         pivot *= LOG2E
@@ -92,9 +92,9 @@ def pair(
         score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
     )
     if softcap is not None:
-        weight = natural_weights(score, pivot[None, :], EXP)  # no score is large
+        weight = natural_weights(score, pivot[None, :], rest[None, :], EXP)  # no score is large
     else:
-        weight = weights(score, pivot[None, :], scale * LOG2E, EXP)
+        weight = weights(score, pivot[None, :], rest[None, :], scale * LOG2E, EXP)
     if DROPOUT:
         drawn = draw_column(column, S, P, PART)
         keep = kept(number, row[None, :], drawn[:, None], head, ATTENTION, threshold)
@@ -178,7 +178,8 @@ def _columns(
     """dq [M, BLOCK_D] with what columns first .. first + W add; what they give the mask is written. Scores: [M, W]."""
     S, P, end, L = axis
     number, head, _, threshold, keep_scale, _, prefix_gain = drops
-    queries, grads, pivot, delta = given
+    queries, grads, lse, delta = given
+    pivot, rest = lse
     column = first + tl.arange(0, W)
     key, value = load_keys(keys, values, axis, drops, column, D, BLOCK_D, PREFIX_DROPOUT, PART, BOUND)
     score = tl.dot(queries, tl.trans(key), input_precision=PRECISION)
@@ -198,9 +199,9 @@ def _columns(
         score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
     )
     if softcap is not None:
-        weight = natural_weights(score, pivot[:, None], EXP)  # no score is large
+        weight = natural_weights(score, pivot[:, None], rest[:, None], EXP)  # no score is large
     else:
-        weight = weights(score, pivot[:, None], scale * LOG2E, EXP)
+        weight = weights(score, pivot[:, None], rest[:, None], scale * LOG2E, EXP)
     if DROPOUT:
         drawn = draw_column(column, S, P, PART)
         keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, threshold)

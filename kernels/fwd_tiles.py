@@ -99,8 +99,8 @@ def finish(
     seen = weight_sum != 0.0  # a nan counts as seen and stays one
     total = tl.where(seen, weight_sum, 1.0)
     inverse = tl.where(seen, 1.0 / total, 0.0)
-    if EXP == EXACT:  # every weight of the backward inherits the rounding of lse, so there should be one only
-        logarithm = (top.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
+    if EXP == EXACT:  # every weight of the backward inherits the rounding of lse
+        logarithm = top.to(tl.float64) + tl.log(total.to(tl.float64))
     else:
         logarithm = top + tl.log(total)
     tl.store(lse + at + row, tl.where(seen, logarithm, MINUS_INF), mask=inside)

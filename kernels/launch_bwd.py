@@ -32,7 +32,7 @@ class Given(NamedTuple):
     """What the forward left and what arrived."""
 
     out: Tensor  # [B, H, L, D], without the memory's part
-    lse: Tensor  # [B, H, L]
+    lse: Tensor  # [B, H, L], of lse_type
     dout: Tensor  # [B, H, L, D]
     dlse: Tensor | None  # [B, H, L], float32, contiguous
 

@@ -11,14 +11,14 @@ from prefixattn.kernels.prefix_attn_fwd import prefix_attn_fwd
 from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
 from prefixattn.kernels.prefix_attn_fwd_short import prefix_attn_fwd_short
 from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, SHORT_KEYS, Launch, processors
-from prefixattn.layout import empty_like_order
+from prefixattn.layout import empty_like_order, lse_type
 
 
 class Outputs(NamedTuple):
     """What is wanted, allocated; what is not, empty [0]."""
 
     out: Tensor  # [B, H, L, D]
-    lse: Tensor  # [B, H, L], float32
+    lse: Tensor  # [B, H, L], of lse_type
     mass: Tensor  # the weight on the prefix [B, H, L], float32
     attended: Tensor  # out without the memory's part, lying as out does
 
@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
 def forward(call: Call, want_mass: bool, want_attended: bool = False) -> Outputs:
     B, H, _, L, _, _, _, _ = call.sizes
     out = empty_like_order(call.q)
-    lse = call.q.new_empty((B, H, L), dtype=torch.float32)
+    lse = call.q.new_empty((B, H, L), dtype=lse_type(call.q))
     mass = call.q.new_empty((B, H, L) if want_mass else 0, dtype=torch.float32)
     outputs = Outputs(out, lse, mass, torch.empty_like(out) if want_attended else call.q.new_empty(0))
     if out.numel() == 0:
@@ -86,7 +86,7 @@ def _online(call: Call, outputs: Outputs, parts: list[Tensor]) -> None:
     assert plan is not None
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory(), *outputs),
-        *(parts or [outputs.lse] * 3),
+        *(parts or [outputs.mass] * 3),
         *(s for t in call[:5] for s in t.stride()[:3]),
         *(*call.mask_strides(), *outputs.out.stride()[:3]),
         *(B, H, L, S, P, call.scale, call.softcap, *call.drops()),

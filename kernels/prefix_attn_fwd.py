@@ -101,7 +101,7 @@ def prefix_attn_fwd(
         part_pivot = tl.load(part_top + at, mask=row < L, other=MINUS_INF)
         new_top = tl.maximum(top, part_pivot)
         pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)
-        old, new = natural_weights(top, pivot, UNIT), natural_weights(part_pivot, pivot, UNIT)
+        old, new = natural_weights(top, pivot, 0.0, UNIT), natural_weights(part_pivot, pivot, 0.0, UNIT)
         weight_sum = weight_sum * old + tl.load(part_sum + at, mask=row < L, other=0.0) * new
         acc = acc * old[:, None] + load_rows(part_out, D, at, row < L, D, BLOCK_D) * new[:, None]
         top = new_top

@@ -171,8 +171,8 @@ def masked(
 
 
 @triton.jit
-def natural_weights(score, pivot, EXP: tl.constexpr):
-    """exp(score - pivot).
+def natural_weights(score, pivot, rest, EXP: tl.constexpr):
+    """exp(score - pivot - rest), where `rest` is what rounding left of the pivot.
 
     EXACT: the last bits too. Both score - pivot and its product with log2(e) round to a part of their size, so the
     whole powers of two are taken out of the pivot first, where that is exact.
@@ -180,7 +180,7 @@ def natural_weights(score, pivot, EXP: tl.constexpr):
     x = score - pivot
     if EXP == EXACT:
         n = tl.floor(tl.where(x < -200.0, -200.0, x) * LOG2E + 0.5)  # exp is zero from -104 on; a nan stays
-        return tl.exp2(n) * tl.exp2((score + (-pivot - n * LN2_HIGH) - n * LN2_LOW) * LOG2E)
+        return tl.exp2(n) * tl.exp2((score + (-pivot - n * LN2_HIGH) - (n * LN2_LOW + rest)) * LOG2E)
     return tl.exp2(x * LOG2E)
 
 
@@ -193,18 +193,18 @@ def below_top(score, top, factor, EXP: tl.constexpr):
     """
     if EXP == RAW:
         return tl.exp2((score - top) * factor)
-    return natural_weights(score, top, EXP)
+    return natural_weights(score, top, 0.0, EXP)
 
 
 @triton.jit
-def weights(score, pivot, factor, EXP: tl.constexpr):
+def weights(score, pivot, rest, factor, EXP: tl.constexpr):
     """exp(score - lse) in the backward, at most 1; with RAW scores lack the scale and pivot is in units of log2.
 
     Past 2**31 what is left of a score and of lse, rounded differently, would be more than an exponent holds.
     """
     if EXP == RAW:
         return tl.exp2(at_most(score * factor - pivot, 0.0))
-    return natural_weights(at_most(score, pivot), pivot, EXP)
+    return natural_weights(at_most(score, pivot), pivot, rest, EXP)
 
 
 @triton.jit
@@ -235,9 +235,16 @@ def whole_rows(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def load_lse(lse, row, inside):
-    """[M]; inf where a query has no key or is none itself, so that its weights are exp(-inf)."""
+    """[M] in float32, and what that leaves of float64.
+
+    inf and 0 where a query has no key or is none itself, so that its weights are exp(-inf).
+    """
     value = tl.load(lse + row, mask=inside, other=float("inf"))
-    return tl.where(value == MINUS_INF, float("inf"), value)
+    value = tl.where(value == MINUS_INF, float("inf"), value)
+    pivot = value.to(tl.float32)
+    finite = pivot != float("inf")
+    rest = tl.where(finite, value, 0.0) - tl.where(finite, pivot, 0.0)
+    return pivot, rest.to(tl.float32)
 
 
 @triton.jit

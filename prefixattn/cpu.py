@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
-from prefixattn.layout import empty_like_order
+from prefixattn.layout import empty_like_order, lse_type
 from prefixattn.reference import Grads, Needs, Results
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
@@ -66,7 +66,7 @@ def fwd(
     want_attended: bool,
 ) -> Results:
     out = empty_like_order(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=lse_type(q))
     mass = q.new_empty(q.shape[:3] if want_mass else (0,), dtype=torch.float32)
     attended = empty_like_order(q) if want_attended else q.new_empty(0)
     _require_type_and_device(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, memory=memory)
@@ -93,7 +93,7 @@ def bwd(
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
     out: Tensor,  # [B, H, L, D]; with a memory, without its part
-    lse: Tensor,  # [B, H, L]
+    lse: Tensor,  # [B, H, L], of lse_type
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,

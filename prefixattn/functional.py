@@ -247,6 +247,7 @@ def _asked_for(
     out: Tensor, lse: Tensor, mass: Tensor, return_lse: bool, return_prefix_mass: bool
 ) -> Tensor | tuple[Tensor, ...]:
     if return_lse:
+        lse = lse if out.dtype == torch.float64 else lse.float()
         return (out, lse, mass) if return_prefix_mass else (out, lse)
     return (out, mass) if return_prefix_mass else out
 

@@ -21,6 +21,11 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def lse_type(q: Tensor) -> torch.dtype:
+    """In which the op keeps lse: what it is rounded by, all weights of its query err by in the backward."""
+    return torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # qkv [B, N, 3, H, D]
     """The views q, k, v [B, H, N, D] of a packed projection, or of its gradient."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixattn import backends
-from prefixattn.layout import empty_like_order, unit_stride, unpacked
+from prefixattn.layout import empty_like_order, lse_type, unit_stride, unpacked
 from prefixattn.reference import Results
 
 _SHARED = (
@@ -86,7 +86,7 @@ def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, ...]:
 
 def _fwd_fake(q: Tensor, *args: Any) -> Results:
     want_mass, want_attended = args[-3:-1]
-    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=lse_type(q))
     mass = q.new_empty(q.shape[:3] if want_mass else 0, dtype=torch.float32)
     return empty_like_order(q), lse, mass, empty_like_order(q) if want_attended else q.new_empty(0)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixattn import philox
-from prefixattn.layout import empty_like_order
+from prefixattn.layout import empty_like_order, lse_type
 
 INF = float("inf")
 HIDDEN = -1e37  # a mask value from here down hides its key as -inf does: types' least values are written for that
@@ -66,7 +66,8 @@ def fwd(
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
         keys = _virtual(k, prefix_k, rows, lengths, keep_k, q)  # [B, H, P+S, D]
         values = _virtual(v, prefix_v, rows, lengths, keep_v, q)  # [B, H, P+S, D]
-        scores = _masked(_scores(q, keys, scale, softcap), P, attn_mask, lengths, is_causal)  # [B, H, L, P+S]
+        raw = _raw_scores(q, keys, scale)
+        scores = _masked(_capped(raw, softcap), P, attn_mask, lengths, is_causal)  # [B, H, L, P+S]
         lse = scores.logsumexp(-1)  # [B, H, L]
         weights = _weights(scores, lse)
         mass = weights[..., :P].sum(-1).float() if want_mass else lse.new_empty(0, dtype=torch.float32)
@@ -77,7 +78,7 @@ def fwd(
         if memory is not None:
             attended = attended + PHIS[phi][0](q.to(attended.dtype)) @ _memories(memory, rows, attended)
         out = empty_like_order(q).copy_(attended)
-    return out, lse, mass, kept
+    return out, lse.to(lse_type(q)), mass, kept
 
 
 def bwd(
@@ -94,7 +95,7 @@ def bwd(
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
     out: Tensor,  # [B, H, L, D]; with a memory, what fwd returned as out without its part
-    lse: Tensor,  # [B, H, L]
+    lse: Tensor,  # [B, H, L], of lse_type
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,
@@ -115,8 +116,8 @@ def bwd(
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(q, prefix_k, seed, prefix_dropout_p)
         keys = _virtual(k, prefix_k, rows, lengths, keep_k, q)
-        scores = _scores(q, keys, scale, softcap)
-        weights = _weights(_masked(scores, P, attn_mask, lengths, is_causal), lse)  # [B, H, L, P+S]
+        raw = _raw_scores(q, keys, scale)
+        weights = _weights(_masked(_capped(raw, softcap), P, attn_mask, lengths, is_causal), lse)  # [B, H, L, P+S]
         kept = _attention_dropout(weights, seed, dropout_p) if dropout_p > 0 else 1.0
         dout = dout.to(weights.dtype)
         if need_v or need_prefix_v:
@@ -126,15 +127,17 @@ def bwd(
             if need_prefix_v:
                 grads[4] = _over_batch(dvalues[:, :, :P], keep_v, rows, T).to(prefix_v.dtype)
         if need_q or need_k or need_prefix_k or need_mask:
-            delta = (out * dout).sum(-1)  # [B, H, L]; what the softmax's normalisation takes back
-            if dlse is not None:
-                delta = delta - dlse
             values = _virtual(v, prefix_v, rows, lengths, keep_v, q)
-            dscores = weights * ((dout @ values.mT) * kept - delta[..., None])  # [B, H, L, P+S]
+            dweights = dout @ values.mT * kept  # [B, H, L, P+S]
+            # what the softmax's normalisation takes back, [B, H, L]; from out it would err as that is rounded
+            delta = (weights * dweights).sum(-1)
+            if dlse is not None:
+                delta = delta - dlse.to(delta.dtype)
+            dscores = weights * (dweights - delta[..., None])
             if need_mask and attn_mask is not None:
                 grads[5] = dscores[..., P:].sum_to_size(attn_mask.shape).to(attn_mask.dtype).contiguous()
             if softcap:
-                dscores = dscores * (1 - (scores / softcap).square())
+                dscores = dscores / torch.cosh(raw / softcap).square()  # near the cap, 1 - tanh^2 is what rounding left
             if need_q:
                 dq = dscores @ keys * scale
                 if memory is not None:
@@ -182,9 +185,11 @@ def _memories(memory: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     return (memory if rows is None or memory.shape[0] == 1 else memory[rows]).to(like.dtype)
 
 
-def _scores(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:  # keys [B, H, P+S, D]
-    """q @ keys.mT * scale, capped: [B, H, L, P+S]."""
-    scores = q.to(keys.dtype) @ keys.mT * scale
+def _raw_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:  # keys [B, H, P+S, D] -> [B, H, L, P+S]
+    return q.to(keys.dtype) @ keys.mT * scale
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefixattn.kernels.table import INTERPRETED
-from prefixattn.layout import unit_stride
+from prefixattn.layout import lse_type, unit_stride
 from prefixattn.reference import Grads, Needs, Results
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def fwd(
     call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap))
     with _on(q):
         out, lse, mass, attended = forward(call, want_mass, want_attended)
-    return out.to(q.dtype), lse, mass, attended.to(q.dtype)
+    return out.to(q.dtype), lse.to(lse_type(q)), mass, attended.to(q.dtype)
 
 
 def bwd(
@@ -98,7 +98,7 @@ def bwd(
     lengths: Tensor | None,  # [B]
     seed: Tensor | None,  # [1]
     out: Tensor,  # [B, H, L, D]; with a memory, without its part
-    lse: Tensor,  # [B, H, L]
+    lse: Tensor,  # [B, H, L], of lse_type
     dropout_p: float,
     prefix_dropout_p: float,
     is_causal: bool,

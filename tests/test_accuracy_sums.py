@@ -221,8 +221,7 @@ def test_weights_of_both_passes_agree_where_scores_are_large(isa: str, L: int, c
 
     found = gradients(ours, tensors, dout)
     total = (found["v"].double().sum((0, 2)) + found["prefix_v"].double().sum(1))[:, :L]
-    # nearly every query sees one key; lse of the few others rounds as in any float32, here by up to 4e-3
-    assert ((total - 1).abs() < 1e-6).double().mean() > 0.9
+    assert (total - 1).abs().max() < 1e-6  # a float's lse would be wrong by up to 4e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 import prefixattn
@@ -16,6 +17,7 @@ from prefixattn.optim.testing import two_processes
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed: transformers' Trainer needs it")
 from prefixattn.attach.testing import tiny, token_ids  # noqa: E402
+from prefixattn.attach.trainer import OTHERS  # noqa: E402
 
 NOT_TRAINED = "without its prefix, whose gradients it neither clips nor zeroes"
 IN_NONE = "without the prefix on LlamaForCausalLM, which got a gradient and is in no optimizer"
@@ -118,6 +120,36 @@ def test_made_of_ours_and_another_trainer_it_trains_and_saves_the_prefix(cls: An
     trainer.train()
     assert moved(prefix, before)
     assert (tmp_path / "checkpoint-3" / "prefix.json").is_file()
+
+
+def test_a_checkpoint_has_what_is_trained_beside_the_prefix_or_is_refused(tmp_path: Path) -> None:
+    model, prefix = attached_model()
+    model.lm_head.requires_grad_(True)
+    trainer = prefixattn.PrefixTrainer(model, arguments(tmp_path), train_dataset=rows(4))
+    trainer.train()
+    folder = tmp_path / "out"
+    trainer.save_model(str(folder))
+    file, trained, before = folder / OTHERS, model.lm_head.weight.detach().clone(), values(prefix)
+    whole = file.read_bytes()
+    with torch.no_grad():
+        for t in (model.lm_head.weight, *prefix.parameters()):
+            t.zero_()
+    for bad in (whole[:-8], whole[:40], b"", serialized({"other": torch.zeros(2)}), None):
+        file.unlink()
+        if bad is not None:
+            file.write_bytes(bad)
+        with pytest.raises(ValueError, match=OTHERS) as refusal:
+            trainer._load_from_checkpoint(str(folder))
+        assert "\n" not in str(refusal.value)
+        assert not model.lm_head.weight.any() and not any(t.any() for t in values(prefix))  # nothing half read
+        file.touch()
+    file.write_bytes(whole)
+    trainer._load_from_checkpoint(str(folder))
+    assert torch.equal(model.lm_head.weight, trained)
+    assert all(torch.equal(a, b) for a, b in zip(values(prefix), before, strict=True))
+    model.lm_head.requires_grad_(False)
+    trainer.save_model(str(folder))
+    assert not file.exists()  # it would be another run's
 
 
 @pytest.mark.parametrize("drop", [True, False])

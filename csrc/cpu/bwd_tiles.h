@@ -48,20 +48,19 @@ class QuerySide {
         by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
         const int64_t row0 = (b * p.H + h) * p.L + q.l0;
         const float log_keys = (float)__builtin_log((double)(p.P + p.S));
+        const auto *lse = (const Lse<Storage> *)p.lse + row0;
         for (int i = 0; i < q.width; ++i) {
-            const bool some = i < q.lanes && p.lse[row0 + i] != kMinusInf;
-            pivot[i] = some ? p.lse[row0 + i] - log_keys : -kMinusInf;
-            weight[i] = some ? (float)__builtin_exp((double)pivot[i] - p.lse[row0 + i]) : 0;
+            const bool some = i < q.lanes && lse[i] != kMinusInf;
+            pivot[i] = some ? (float)(lse[i] - log_keys) : -kMinusInf;
+            weight[i] = some ? (float)__builtin_exp((double)pivot[i] - lse[i]) : 0;
             delta[i] = 0;
         }
         for (int i = 0; i < q.lanes; ++i) {
-            float out[256], dout[256], sum[8] = {};
+            float out[256], dout[256];
             widen((const Storage *)at(p.out, b, h, q.l0 + i, Ops::kSize), out, D_);
             widen((const Storage *)at(p.dout, b, h, q.l0 + i, Ops::kSize), dout, D_);
-            for (int d = 0; d < D_; d += 8)
-                for (int j = 0; j < 8; ++j) sum[j] += out[d + j] * dout[d + j];
-            delta[i] = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-            if (p.dlse) delta[i] -= p.dlse[row0 + i];
+            const double sum = exact_dot(out, dout, D_);  // the softmax's gradient is what it leaves of dout @ values
+            delta[i] = (float)(p.dlse ? sum - p.dlse[row0 + i] : sum);
         }
     }
 

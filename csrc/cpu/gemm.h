@@ -38,14 +38,14 @@ struct Operand {       // words of A
 template <class Dot, int MR, int NV, bool kStepIsWord>
 inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, int K, bool accumulate) {
     // Every call sums on its own and adds to C once: a long sum is made of short ones, and errs as little. A narrow
-    // tile has registers to spare and goes further, to runs such as a dot product along vectors would have. With pairs
-    // of bfloat16 that gains nothing.
+    // tile has registers to spare and goes further, to runs such as a dot product along vectors would have, and to runs
+    // of those. With pairs of bfloat16 that gains nothing.
     constexpr bool kRuns = Dot::kShortRuns && NV == 1;
-    constexpr int kRun = kRuns ? 16 : 1 << 30;
-    vf acc[MR][NV], total[MR];
+    constexpr int kRun = kRuns ? 16 : 1 << 30, kLongRun = 64;
+    vf acc[MR][NV], run[MR], total[MR];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-        total[m] = vzero();
+        run[m] = total[m] = vzero();
 #pragma GCC unroll 4
         for (int n = 0; n < NV; ++n) acc[m][n] = vzero();
     }
@@ -67,8 +67,14 @@ inline void tile(Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t l
         if (!kRuns) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
-            total[m] = total[m] + acc[m][0];
+            run[m] = run[m] + acc[m][0];
             acc[m][0] = vzero();
+        }
+        if (k % kLongRun != 0 && k < K) continue;
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+            total[m] = total[m] + run[m];
+            run[m] = vzero();
         }
     }
 #pragma GCC unroll 16

@@ -1,6 +1,8 @@
 // Which queries and keys a piece of work covers. Scores are kept transposed, a key to a row and a query to a lane:
 // softmax then runs down the lanes, and keys and values are operands that need no packing.
 #pragma once
+#include <type_traits>
+
 #include "../prefix_attn.h"
 #include "gemm.h"
 #include "pack.h"
@@ -119,6 +121,15 @@ struct Strips {
 // Calls whose forward is prefix_attn_decode.h's, so that the backward computes scores as it does.
 inline bool one_query(const AttnParams &p) {
     return p.L == 1 && p.D % VL == 0 && p.dropout_p == 0 && p.prefix_dropout_p == 0 && !p.memory.data;
+}
+
+// What lse is rounded by, all weights of its query err by, in the backward: of floats it is kept to twice their digits.
+template <class Storage>
+using Lse = std::conditional_t<sizeof(Storage) == 4, double, float>;
+
+template <class Storage>
+Lse<Storage> log_of_sum(float max, float sum) {
+    return sum != 0 ? (Lse<Storage>)(max + __builtin_log((double)sum)) : (Lse<Storage>)kMinusInf;
 }
 
 }  // namespace PA_ISA

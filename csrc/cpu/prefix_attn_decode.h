@@ -131,7 +131,7 @@ class Decode {
     void store(int64_t h, Head &x) {
         const float sum = x.sum[0] + x.sum[1], inverse = sum != 0 ? 1 / sum : 0;  // a nan stays one
         const int64_t row = b_ * p_.H + h;
-        p_.lse[row] = sum != 0 ? (float)(x.max + __builtin_log((double)sum)) : kMinusInf;
+        ((Lse<Storage> *)p_.lse)[row] = log_of_sum<Storage>(x.max, sum);
         if (p_.mass) p_.mass[row] = x.sum[1] * inverse;
         for (int d = 0; d < D_; d += VL) vstore(x.acc + d, vload(x.acc + d) * vset(inverse));
         narrow(x.acc, (Storage *)at(p_.out, b_, h, 0, kSize), D_);

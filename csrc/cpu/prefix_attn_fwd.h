@@ -259,7 +259,7 @@ class Forward {
             inverse[i] = sum[i] != 0 ? 1 / sum[i] : 0;  // a nan stays one
         }
         for (int i = 0; i < q_.lanes; ++i) {
-            p_.lse[row0 + i] = sum[i] != 0 ? (float)(row_max_[i] + __builtin_log((double)sum[i])) : kMinusInf;
+            ((Lse<Storage> *)p_.lse)[row0 + i] = log_of_sum<Storage>(row_max_[i], sum[i]);
             if (p_.mass) p_.mass[row0 + i] = prefix_sum_[i] * inverse[i];
         }
         for (int d = 0; d < D_; ++d)

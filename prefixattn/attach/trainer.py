@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from prefixattn import files, saving
 from prefixattn.attach import attached
 from prefixattn.attach.attached import Attached
 from prefixattn.attach.bank import PrefixBank
@@ -108,7 +112,7 @@ class PrefixTrainer(Trainer):
         return self.optimizer
 
     def _trained(self) -> list[nn.Parameter]:
-        return [*self.prefix.parameters(), *(p for p in self.model.parameters() if p.requires_grad)]
+        return [*self.prefix.parameters(), *self._others().values()]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm: Tensor = self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
@@ -122,27 +126,48 @@ class PrefixTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         self.prefix.save_pretrained(folder)
-        others = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        if others:
-            from safetensors.torch import save_file
-
-            save_file(others, folder / OTHERS)
+        others = {name: p.detach().cpu().contiguous() for name, p in self._others().items()}
+        with saving.saver(folder) as saver:
+            if others:
+                saver.write(OTHERS, [serialized(others)])
+                saver.place(OTHERS)
+            else:
+                saver.remove(OTHERS)  # of another run
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        others, path = self._others(), folder / OTHERS
+        found = {}
+        if others or path.is_file():
+            with files.described(path):
+                found = saving.whole(folder, (OTHERS,), lambda: _read(path, others))
         self.prefix.restore(folder)
-        if (folder / OTHERS).is_file():
-            from safetensors.torch import load_file
+        with torch.no_grad():
+            for name, t in found.items():
+                others[name].copy_(t)
 
-            own = dict(self.model.named_parameters())
-            with torch.no_grad():
-                for name, t in load_file(folder / OTHERS).items():
-                    own[name].copy_(t)
+    def _others(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 OTHERS = "trained_parameters.safetensors"  # of the model, beside the prefix
+
+
+def _read(path: Path, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The tensors of a file that holds the parameters `own`; else ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, but the model trains {files.shown(sorted(own), 400)} beside the prefix")
+    shapes = {name: list(p.shape) for name, p in own.items()}
+    if (header := files.read_header(path)).shapes != shapes:
+        words = files.shown(header.shapes, 400)
+        raise ValueError(f"{path} holds {words}, but the model trains {files.shown(shapes, 400)}")
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    return found

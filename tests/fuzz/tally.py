@@ -6,7 +6,9 @@ from typing import Any
 from tests.fuzz.cases import Case, make
 from tests.fuzz.judge import Finding, Judge
 
-SHARE = 0.001  # of all calls in float32 may lie outside the bar; where the batch is large none may
+SHARE = 0.001  # of all calls may lie outside the bar; where the batch is large none may
+# Of kernels in 16 bits: their gradients start from out as it was rounded, see DESIGN.md
+HALF_SHARE = 0.04
 KEPT = 40  # of the worst
 
 Tally = dict[str, Any]
@@ -59,13 +61,19 @@ def verdict(tally: Tally) -> list[str]:
     reasons = [f"{fault['backend']}, {fault['case']}: {fault['error']}" for fault in tally["faults"]]
     for backend, types in tally["calls"].items():
         for dtype, count in types.items():
-            if count["large_batch_outside"]:
+            most = allowed_share(backend, dtype)
+            large = 0 if most == SHARE else int(most * count["large_batch_calls"])
+            if count["large_batch_outside"] > large:
                 reasons.append(
-                    f"{backend} {dtype}: {count['large_batch_outside']} large batches outside the bar, expected 0"
+                    f"{backend} {dtype}: {count['large_batch_outside']} large batches outside the bar, expected {large}"
                 )
-            if dtype == "float32" and count["outside"] > SHARE * count["calls"]:
-                reasons.append(f"{backend} {dtype}: {share(count)} outside the bar, expected at most {SHARE:.1%}")
+            if count["outside"] > most * count["calls"]:
+                reasons.append(f"{backend} {dtype}: {share(count)} outside the bar, expected at most {most:.1%}")
     return reasons
+
+
+def allowed_share(backend: str, dtype: str) -> float:
+    return SHARE if backend == "reference" or dtype in ("float32", "float64") else HALF_SHARE
 
 
 def share(count: dict[str, int]) -> str:

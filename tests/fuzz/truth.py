@@ -33,7 +33,8 @@ def truth(case: Case) -> dict[str, Tensor]:
     own, pre = (torch.einsum("bkgld,bksd->bkgls", q, keys) * scale for keys in (k, pk))
     bend_own, bend_pre = torch.ones_like(own), torch.ones_like(pre)
     if cap is not None:
-        bend_own, bend_pre = (1 - torch.tanh(s / cap) ** 2 for s in (own, pre))
+        # near the cap, 1 - tanh^2 is what rounding left, also in float64
+        bend_own, bend_pre = (1 / torch.cosh(s / cap) ** 2 for s in (own, pre))
         own, pre = (cap * torch.tanh(s / cap) for s in (own, pre))
     own, seen_own, seen_pre = *_masked(case, t, own), _used(case, row)
     seen_pre = seen_pre.expand(pre.shape)
