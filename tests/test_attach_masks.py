@@ -122,3 +122,63 @@ def test_keys_and_values_of_two_widths_are_refused_in_words():
     )
     with pytest.raises(NotImplementedError, match="keys of width 24 and values of width 16"):
         prefixattn.attach(model, FREE)
+
+
+# what a mask says of one query behind four tokens, the first of which pads one sample
+STEP = dict(batch_size=2, q_length=1, kv_length=7, attention_mask=torch.tensor([[True] * 5, [False] + [True] * 4]))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("offset", [4, torch.tensor(4)], ids=["int", "tensor"])
+@pytest.mark.parametrize("skip", [True, False], ids=["", "explicit"])
+def test_the_mask_of_a_step_has_four_axes_where_the_model_may_not_skip_it(skip, offset, padded):
+    asked = STEP if padded else STEP | dict(attention_mask=None)
+    mask = interface.smallest_mask(q_offset=offset, allow_is_causal_skip=skip, **asked)
+    columns = 7 if isinstance(offset, torch.Tensor) or not skip else 5
+    wanted = (torch.arange(columns) < 5).repeat(2, 1)
+    wanted[1, 0] = not padded
+    assert mask.dtype == torch.bool
+    torch.testing.assert_close(mask, wanted if skip else wanted[:, None, None, :], rtol=0, atol=0)
+
+
+def reworking(name):
+    """A model that makes masks of its masks: Doge adds to them, T5Gemma 2 puts two of them beside each other."""
+    sizes = TEXT | dict(num_key_value_heads=2, bos_token_id=2, eos_token_id=None)
+    if name == "doge":
+        return build("DogeForCausalLM", sizes)
+    sizes |= dict(head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, patch_size=8)
+    image = dict(mm_tokens_per_image=4, boi_token_index=55, eoi_token_index=56, image_token_index=57)
+    encoder = dict(text_config=dict(sizes), vision_config=vision | dict(image_size=16), **image)
+    more = dict(encoder=encoder, decoder=dict(sizes), image_token_index=57)
+    return build("T5Gemma2ForConditionalGeneration", more, "T5Gemma2Config")
+
+
+# dynamo makes a context for each autograd function in a way that torch itself warns of
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("way", ["dynamic", "static", "compiled"])
+@pytest.mark.parametrize("name", ["doge", "t5gemma2"])
+def test_a_model_that_reworks_its_masks_generates_what_whole_passes_say(name, way):
+    torch._dynamo.reset()
+    model, ids, steps = reworking(name), token_ids(2, 9) + 2, 6
+    prefix = prefixattn.attach(model, FREE)
+    with torch.no_grad():
+        prefix.encoder.bank.mul_(4)
+    out = ids if name == "doge" else torch.full((2, 1), 2)
+    for _ in range(steps):
+        tokens = dict(input_ids=out) if name == "doge" else dict(input_ids=ids, decoder_input_ids=out)
+        with torch.no_grad():
+            out = torch.cat([out, model(**tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    if way == "compiled":
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+
+    def generated(ids, mask):
+        options = dict(do_sample=False, max_new_tokens=steps, pad_token_id=1, decoder_start_token_id=2)
+        cache = dict() if way == "dynamic" else dict(cache_implementation="static")
+        return model.generate(ids, attention_mask=mask, **options, **cache)
+
+    assert torch.equal(generated(ids, torch.ones_like(ids)), out)
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    together = generated(ids.where(mask == 1, 1), mask)
+    assert torch.equal(together[0], out[0])
+    assert torch.equal(together[1, -steps:], generated(ids[1:, 4:], mask[1:, 4:])[0, -steps:])

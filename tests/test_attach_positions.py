@@ -18,6 +18,7 @@ BART = dict(vocab_size=60, d_model=32, encoder_layers=2, decoder_layers=2, encod
 BART |= dict(decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64)
 BART |= dict(init_std=0.3, pad_token_id=1)
 DECODER = dict(is_decoder=True)
+FREE = PrefixConfig(length=P, share="none")
 
 
 def build(name, config, sizes):
@@ -159,3 +160,49 @@ def test_a_position_past_the_models_last_is_refused():
     prefixattn.attach(model, PrefixConfig(length=P, share="none"))
     with pytest.raises(ValueError, match="position 64 is past the model's 64 positions, 3 of which the prefix takes"):
         model(torch.full((1, 60), 5))
+
+
+class Picky(transformers.MoshiModel):
+    """Hands positions on to its layers, as all of its class, and wants them in a row for each sample, or not at all."""
+
+    refuses = False
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        if position_ids is not None:
+            if self.refuses:
+                raise TypeError("no position_ids")
+            position_ids = position_ids.view(-1).view(input_ids.shape)
+        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Picky hands its positions on nowhere")
+@pytest.mark.parametrize("refuses", [False, True], ids=["viewed", "refused"])
+def test_positions_as_an_argument_are_in_a_row_for_each_sample(refuses):
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    torch.manual_seed(0)
+    model = Picky(transformers.MoshiConfig(**sizes, head_dim=8, ffn_dim=48, max_position_embeddings=64)).eval()
+    ids, given = token_ids(2, 6), torch.arange(6).repeat(2, 1)
+    model.refuses = refuses
+    prefix = prefixattn.attach(model, FREE)
+    assert prefix.config.positions == ("unshifted" if refuses else "shifted")
+    assert model(ids)[0].shape == (2, 6, 32)
+    if not refuses:
+        torch.testing.assert_close(model(ids)[0], model(ids, position_ids=given)[0], rtol=0, atol=0)
+        cached = model(ids[:, :4], use_cache=True).past_key_values
+        rest = model(ids[:, 4:], past_key_values=cached, use_cache=True)[0]
+        torch.testing.assert_close(rest, model(ids)[0][:, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_positions_from_a_padding_index_on_that_pass_no_embedding_are_left():
+    text = dict(vocab_size=60, embed_dim=32, layers=2, attention_heads=4, ffn_dim=48, max_position_embeddings=64)
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, head_dim=16)
+    config = transformers.Kosmos2_5Config(text_config=text | dict(pad_token_id=1), vision_config=vision)
+    torch.manual_seed(0)
+    model, ids = transformers.Kosmos2_5Model(config).eval(), token_ids(2, 6) + 2
+    plain = model(ids)[0]
+    with pytest.warns(UserWarning, match="Kosmos2_5Model hands its positions on nowhere that a prefix could shift"):
+        prefix = prefixattn.attach(model, FREE)
+    assert prefix.config.positions == "unshifted"
+    assert not torch.allclose(model(ids)[0], plain)
+    with prefix.disabled():
+        torch.testing.assert_close(model(ids)[0], plain, rtol=0, atol=0)

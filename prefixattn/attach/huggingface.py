@@ -63,8 +63,9 @@ class HuggingFaceAdapter(Adapter):
         config = self.base.config.get_text_config()
         if base.main_input_name == "pixel_values":
             config = getattr(self.base.config, "vision_config", self.base.config)
+        width = probe.field(base, config, first, "hidden_size")
         self.geometry = Geometry(
-            config.model_type, len(self.sites), first.kv_heads, first.head_dim, config.hidden_size, kinds, first.heads
+            config.model_type, len(self.sites), first.kv_heads, first.head_dim, width, kinds, first.heads
         )
         self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
         if base.main_input_name == "input_ids":
@@ -100,9 +101,10 @@ class HuggingFaceAdapter(Adapter):
 
     def _defaults(self, config: Any) -> Defaults:
         if self.base.main_input_name == "pixel_values":
-            sides = config.patch_size, config.patch_size
-            height, width = sides if isinstance(sides[0], int) else sides[0]
-            numbers = config.num_channels * height * width
+            fields = "patch_size", "num_channels"
+            patch, channels = (probe.field(self.base, config, self.sites[0], name) for name in fields)
+            height, width = (patch, patch) if isinstance(patch, int) else patch
+            numbers = channels * height * width
             bound = (6 / (numbers + self.geometry.width)) ** 0.5  # VPT's rule
             return Defaults(network="per_layer", hidden=48, positions="unshifted", init="uniform", bound=bound)
         shiftable = self.positions.shiftable and (self.decodes or self.base.config.is_encoder_decoder)

@@ -103,8 +103,8 @@ def smallest_mask(
     Two axes: causal. Four: as it is. `[B, n]` and `[B, 1, 1, n]`, bool, are key padding, where keys from n on are
     unused slots of a static cache; one number expanded to that says that there is no padding. `generate` makes masks
     ahead of the model's forward and passes them to it, so this function may meet its own result. Anything else (packed
-    sequences, a prompt longer than one token in a compiled static cache, a mask that the model will rework) is the
-    explicit `[B, 1, L, S]` of transformers, which contains causality.
+    sequences, a prompt longer than one token in a compiled static cache, what may not be skipped, as the model may
+    rework it) is the explicit `[B, 1, L, S]` of transformers, which contains causality.
     """
     windowed = _within_window(kv_length, kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
     causal = mask_function is causal_mask_function or windowed
@@ -130,13 +130,16 @@ def smallest_mask(
             allow_is_bidirectional_skip=False,
             **kwargs,
         )
-    if causal and on_device and q_length == 1:
-        # One query at a position only the device knows: the filled slots are those up to it.
+    if causal and q_length == 1 and (on_device or not allow_is_causal_skip):
+        # One query, perhaps at a position only the device knows: the filled slots are those up to it.
         filled = torch.arange(kv_length, device=device)[None] <= q_offset  # [1, S]
         if attention_mask is None:
-            return filled.expand(batch_size, kv_length)
-        missing = max(kv_length - attention_mask.shape[-1], 0)
-        return filled & nn.functional.pad(attention_mask[:, :kv_length], (0, missing))
+            visible = filled.expand(batch_size, kv_length)
+        else:
+            missing = max(kv_length - attention_mask.shape[-1], 0)
+            visible = filled & nn.functional.pad(attention_mask[:, :kv_length], (0, missing))
+        # a model that may not skip a mask may rework it, and knows four axes
+        return visible if allow_is_causal_skip else visible[:, None, None, :]
     end = int(q_offset) + q_length if causal else kv_length
     # Looking for padding would stop a GPU until its queue is empty; there the mask is simply read.
     looked_at = attention_mask is not None and attention_mask.device.type == "cpu" and not tracing

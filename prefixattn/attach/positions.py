@@ -57,12 +57,23 @@ def find(base: Any, layers: list[str], plain: list[probe.Trial], decodes: bool) 
         shiftable = any(id(base.get_submodule(path)) in within for path in paths)
         return Positions(paths, False, len(plain) > 1 and rotary and counted, shiftable)
     argument = decodes and "position_ids" in interface.arguments(base)
-    for trial in plain if argument else ():
-        tokens = trial.inputs["input_ids"]
-        given = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape)
-        out, _ = probe.run(base, {**trial.inputs, "position_ids": given})
-        argument = argument and probe.differs(trial, out) is None
+    argument = argument and all(_counts_from_zero_given(base, trial) for trial in plain)
     return Positions((), argument, len(plain) > 1 and argument and any(map(_is_rotary, base.modules())), argument)
+
+
+def _counts_from_zero_given(base: Any, trial: probe.Trial) -> bool:
+    """Whether a model makes of the positions 0, 1, ... what it makes without any."""
+    tokens = trial.inputs["input_ids"]
+    try:
+        out, _ = probe.run(base, {**trial.inputs, "position_ids": _counted(tokens)})
+    except Exception:  # whatever a model does that takes no positions after all
+        return False
+    return probe.differs(trial, out) is None
+
+
+def _counted(tokens: Tensor) -> Tensor:  # [B, L, ...] -> [B, L]
+    """Positions 0, 1, ... of each sample; models look at them by `view`, so no row stands for all."""
+    return torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
 
 
 def _counts_from_zero(found: Tensor) -> bool:
@@ -139,8 +150,7 @@ def given(kwargs: dict[str, Any], tokens: Tensor) -> Tensor:
     if found is not None:
         return found
     cache = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
-    return (torch.arange(tokens.shape[1], device=tokens.device) + past)[None]
+    return _counted(tokens) + (cache.get_seq_length() if cache is not None else 0)
 
 
 def shifted(positions: Tensor, shift: int | Tensor, most: int | None) -> Tensor:

@@ -1,10 +1,12 @@
 """Which layers of a Hugging Face model attend, and with what sizes: found by running one token or one image."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefixattn.attach import interface
 from prefixattn.attach.adapter import evaluating
@@ -12,6 +14,7 @@ from prefixattn.attach.adapter import evaluating
 SOURCE, TARGET = 5, 3  # tokens of a trial, by which attention over another sequence shows
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # half types round as much as a wrong mask moves
 HALF = 0.3
+PLAIN = int, float, bool, str, tuple, type(None), Tensor  # of attributes
 NO_ATTENTION = "pool", "linear", "lightning", "output"  # in names of what has no softmax over keys of its own
 
 
@@ -106,10 +109,38 @@ def _ordinary(model: Any) -> list[int]:
 
 def run(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[interface.Watched]]:
     """A forward pass in evaluation mode: the first of its outputs, and the calls of attention."""
-    with evaluating(model), torch.no_grad(), interface.watched() as calls:
+    with evaluating(model), unchanged(model), torch.no_grad(), interface.watched() as calls:
         out = model(**inputs)
     hidden = getattr(out, "last_hidden_state", None)
     return _tensor(out if hidden is None else hidden), calls
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What a pass overwrites on the model's modules, as Swin its windows for a small image, is put back.
+
+    What it adds stays: transformers notes so that it has hooked a model. All stays if weights were written to, of
+    which attributes may tell.
+    """
+    libraries = {_library(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    # torch's own, and those of libraries for quantised weights, keep their books there
+    own = [module for module in model.modules() if _library(module) in libraries]
+    places: list[dict[str, Any]] = [place for module in own for place in (module.__dict__, module._buffers)]
+    kept = [(place, {n: v for n, v in place.items() if isinstance(v, PLAIN)}) for place in places]
+    weights = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]
+    versions = [t._version for t in weights]
+    try:
+        yield
+    finally:
+        if versions == [t._version for t in weights]:
+            for place, before in kept:
+                for name, value in before.items():
+                    if (now := place.get(name, ...)) is not value and isinstance(now, PLAIN):
+                        place[name] = value
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
 
 
 def _tensor(out: Any) -> Tensor:
@@ -196,6 +227,18 @@ def check(base: Any, plain: list[Trial]) -> list[interface.Watched]:
     return found
 
 
+def field(base: Any, config: Any, site: Site, name: str) -> Any:
+    """A field of `config`, or where that has none, of the config nearest around a layer."""
+    parts = site.path.split(".")
+    around = (base.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
+    for known in (config, *(module.__dict__.get("config") for module in around)):
+        if (value := getattr(known, name, None)) is not None:
+            return value
+    raise NotImplementedError(
+        f"attach reads {name} in a config, but neither that of {type(base).__name__} nor one around its layers has it"
+    )
+
+
 def own_attentions(base: nn.Module, inputs: dict[str, Any]) -> list[str]:
     """Paths of the attention layers that run without calling the interface."""
     calling, silent = set[str](), set[str]()
@@ -214,7 +257,7 @@ def own_attentions(base: nn.Module, inputs: dict[str, Any]) -> list[str]:
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        with evaluating(base), torch.no_grad():
+        with evaluating(base), unchanged(base), torch.no_grad():
             base(**inputs)
     return sorted(path for path in silent - calling if not any(path.startswith(f"{other}.") for other in calling))
 

@@ -1,11 +1,15 @@
 """What is proved of a model with a prefix, against what the plain model did before."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from prefixattn.attach import attached
 
 from . import inputs as examples
 from .building import forward
@@ -13,6 +17,7 @@ from .catalogue import tensors
 from .small import PAD
 
 CLOSE = 1e-4  # of the largest number: what may differ where two ways compute the same
+EXACT = 1e-9  # the same in float64
 FAR = 1e-3  # of the largest number: what depends
 WORDS = (NotImplementedError, ValueError)
 INNER = ("AttributeError:", "KeyError:", "TypeError:", "RuntimeError:", "IndexError:", "AssertionError:")
@@ -159,7 +164,8 @@ def left_padded(model: Any, inputs: examples.Inputs) -> float:
 
 def generated(model: Any, inputs: examples.Inputs, new: int = 3, **more: Any) -> Any:
     torch.manual_seed(0)
-    given = {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
+    # clones, as BLIP writes into its own
+    given = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items() if n != "decoder_input_ids"}
     with torch.no_grad():
         out = model.generate(
             **given,
@@ -184,6 +190,35 @@ def steps_off(model: Any, inputs: examples.Inputs, out: Any) -> list[float]:
     if whole.shape[1] != targets.shape[1]:
         raise ValueError("logits of other positions")
     return [off(out.logits[i], whole[:, i - many - 1]) for i in range(many)]
+
+
+class Double(TorchFunctionMode):
+    """float64 where a model says float32, as many do in norms and rotations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        return func(*args, **{n: torch.float64 if a is torch.float32 else a for n, a in (kwargs or {}).items()})
+
+
+def exact_steps(model: Any, inputs: examples.Inputs) -> float | None:
+    """The most of `steps_off` in float64, None if the model does not run so.
+
+    Some models make thousands of times more of float32's rounding, which differs between a step and a whole pass.
+    """
+
+    def run() -> float:
+        twin = copy.deepcopy(model).double()
+        prefix = attached(twin)
+        if prefix is not None:
+            prefix.double()
+        with contextlib.suppress(Exception):
+            twin.set_experts_implementation("eager")  # the grouped products take no float64
+        given = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+        with Double():
+            return max(steps_off(twin, given, generated(twin, given)))
+
+    return tried(run)
 
 
 def forget(model: Any) -> None:
