@@ -162,6 +162,8 @@ class Attached(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Inside, the model runs as it did before `attach`, bit for bit.
 
+        Of a timm model that is so in the caller's thread alone. A transformers model is disabled for all threads, so
+        none may be in the middle of a pass when this begins or ends; `detach` of the last prefix is no different.
         A backward through checkpointed layers belongs where their forward was: it runs the layers again.
         """
         with self._attached().disabled():

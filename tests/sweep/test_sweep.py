@@ -1,6 +1,8 @@
 """A sample of the sweep over transformers' auto classes, and that the page of its counts says what came out."""
 
+import re
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ if not report.RESULTS.exists():
     pytest.skip("tests/sweep/results.json is not there: make sweep writes it", allow_module_level=True)
 RESULTS = report.results()
 UNITS = {unit.name: unit for unit in units()}
+NUMBER = re.compile(r"\d[\d.e+-]*")
 SAME = RESULTS["transformers"] == transformers.__version__
 
 
@@ -27,7 +30,10 @@ def test_a_model_is_proved_or_refused_by_name(name: str) -> None:
         result = sweep(UNITS[name])
     assert result["outcome"] != "failed", result["reason"]
     if SAME:
-        assert (result["outcome"], result["reason"]) == tuple(RESULTS["models"][name][n] for n in ("outcome", "reason"))
+        recorded = RESULTS["models"][name]
+        assert result["outcome"] == recorded["outcome"]
+        # how far outputs differ is the CPU's
+        assert NUMBER.sub("", result["reason"]) == NUMBER.sub("", recorded["reason"])
 
 
 def test_nothing_failed_and_nothing_is_left_out() -> None:
@@ -47,3 +53,7 @@ def test_the_page_is_what_came_out() -> None:
         )
     page = report.page(RESULTS, {name: unit.tasks for name, unit in UNITS.items()})
     assert report.PAGE.read_text(encoding="utf-8") == page, "write it again: python tests/sweep/report.py"
+    count = Counter(r["outcome"] for r in RESULTS["models"].values())
+    readme = (report.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    told = f"Of the {len(RESULTS['models'])} classes behind transformers' auto classes {count['proved']} are proved"
+    assert told in readme and f"{count['refused']} are refused by name, and {count['not built']} could not" in readme
