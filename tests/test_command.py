@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,15 @@ def ends(work: Callable[[], int | None], capsys: pytest.CaptureFixture[str], **o
     return status, capsys.readouterr().err
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as it is without nohup, under which these tests may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
 def test_every_end_has_its_status_and_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     def fails(error: BaseException) -> Callable[[], None]:
         def work() -> None:

@@ -93,7 +93,11 @@ def test_a_compiled_backward_puts_nothing_together(backend: str) -> None:
     called = []
 
     def read(graph: torch.fx.GraphModule, _: Any) -> Any:
-        called[:] = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        # lse's gradient in the type that the op keeps it in: a number a query and head
+        called[:] = [
+            str(n.target) for n in nodes if n.target is not torch.ops.aten._to_copy.default or n.meta["val"].ndim > 3
+        ]
         return make_boxed_func(graph.forward)
 
     inputs = inputs_for(backend)

@@ -24,7 +24,7 @@ inline vf dot_sums(const T *a, const float *b, int D) {
 
 // A dot product in double, of D numbers, a multiple of 8.
 inline double exact_dot(const float *a, const float *b, int D) {
-    typedef float Floats __attribute__((vector_size(32), aligned(4)));
+    typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
     typedef double Doubles __attribute__((vector_size(64)));
     Doubles sum = {};
     for (int d = 0; d < D; d += 8)
