@@ -107,3 +107,10 @@ def test_a_run_can_be_interrupted_and_writes_what_it_counted(tmp_path: Path) -> 
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert ("going on at case" in ran.stdout) == (calls == "12")
         assert json.loads(record.read_text())["answers"] == int(calls)
+
+
+@pytest.mark.parametrize("wrong", [["--backends", "bogus"], ["--calls", "0"]])
+def test_what_could_never_end_does_not_begin(wrong: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--record", str(tmp_path / "fuzz.json"), *wrong]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 2 and wrong[1] in ran.stderr.splitlines()[-1]

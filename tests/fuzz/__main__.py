@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=6000, help="answers to judge, of all backends together")
     parser.add_argument("--case", type=int, help="run the case of this number alone and print every tensor")
     parser.add_argument("--start", type=int, default=0, help="the first case's number")
-    parser.add_argument("--backends", nargs="+", default=["cpu", "reference"], metavar="NAME")
+    parser.add_argument("--backends", nargs="+", default=["cpu", "reference"], choices=["cpu", "reference", "triton"])
     parser.add_argument("--record", type=Path, default=RECORD, help=f"JSON file of counts and worst cases ({RECORD})")
     parser.add_argument("--fresh", action="store_true", help="begin again, whatever the record holds")
     options = parser.parse_args()
@@ -28,6 +28,13 @@ def main() -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
     from prefixattn.testing import round_products_once
 
+    if options.calls < 1:
+        parser.error(f"--calls is {options.calls}, expected 1 or more")
+    from prefixattn import backends
+
+    for name in options.backends:  # where none answers, a run would never end
+        if reasons := backends.here()[name]:
+            parser.error(f"{name} does not run here: {'; '.join(reasons)}")
     round_products_once()
     if options.case is not None:
         return one(options.case, options.backends)

@@ -174,6 +174,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for one model")
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.jobs < 1:
+        parser.error(f"--jobs is {given.jobs}, expected 1 or more")
+    try:
+        re.compile(given.only or "")
+    except re.error as error:
+        parser.error(f"--only is no regular expression: {error}")
     if given.worker is not None:
         work(given.worker)
         return 0
