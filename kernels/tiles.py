@@ -121,9 +121,11 @@ def capped(score, softcap):
     square = x * x
     small = x + x * square * (-0.33332947 + square * (0.13320725 + square * (-0.05267181 + square * 0.01643758)))
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))  # at most 1: nothing overflows
-    large = 1.0 - 2.0 * e / (1.0 + e)  # rounded once where it is near 1
+    part = e / (1.0 + e)
+    large = 1.0 - 2.0 * part  # rounded once where it is near 1
     tanh = tl.where(square < SMALL_TANH, small, tl.where(x < 0.0, -large, large))  # a nan stays
-    return softcap * tanh, 1.0 - tanh * tanh
+    # near the cap, 1 - tanh^2 is what rounding left
+    return softcap * tanh, tl.where(square < SMALL_TANH, 1.0 - small * small, 4.0 * part * (1.0 - part))
 
 
 @triton.jit

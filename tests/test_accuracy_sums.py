@@ -224,6 +224,62 @@ def test_weights_of_both_passes_agree_where_scores_are_large(isa: str, L: int, c
     assert (total - 1).abs().max() < 1e-6  # a float's lse would be wrong by up to 4e-3
 
 
+@pytest.mark.parametrize("L", [1, 2])
+@pytest.mark.parametrize("size", [1, 4, 30])
+def test_gradients_of_few_queries_err_as_sdpas_on_every_instruction_set(isa: str, size: int, L: int) -> None:
+    tensors = inputs(4, 4, 4, L, 20, 9, 128)
+    for name in ("q", "k", "prefix_k"):
+        tensors[name] *= size
+    compare(tensors, torch.randn(4, 4, L, 128), {"backend": "cpu"}, NAMES)
+
+
+def test_weights_of_a_query_have_the_sum_one_under_a_large_mask(backend: str) -> None:
+    """dv sums to dout; of lse in one float it would be off by 2^-25 of the mask, 3e-6."""
+    tensors = inputs(1, 8, 8, 3, 20, 4, 16)
+    mask = torch.full((1, 1, 1, 20), 97.3)
+
+    def ours(*args: Tensor) -> Tensor:
+        out: Tensor = prefix_attention(*args, attn_mask=mask, backend=backend)  # type: ignore[assignment]
+        return out
+
+    found = gradients(ours, tensors, torch.eye(3, 16).expand(1, 8, 3, 16))  # an element for each query
+    total = (found["v"].double().sum((0, 2)) + found["prefix_v"].double().sum(1))[:, :3]
+    assert (total - 1).abs().max() < 6e-7
+
+
+def test_near_its_cap_a_score_has_the_derivative_that_tanh_has(backend: str) -> None:
+    """1 - tanh^2 of floats is wrong by 5 % at seven times the cap, where 3e-6 is left."""
+    tensors = inputs(2, 2, 2, 3, 20, 4, 16)
+    for name in ("q", "k", "prefix_k"):
+        tensors[name] = torch.ones_like(tensors[name])
+
+    def ours(*args: Tensor, backend: str = backend) -> Tensor:
+        out = prefix_attention(*args, softcap=0.5, scale=7 * 0.5 / 16, backend=backend)
+        return out  # type: ignore[return-value]
+
+    dout, doubles = torch.randn(2, 2, 3, 16), {n: t.double() for n, t in tensors.items()}
+    exact = gradients(lambda *t: ours(*t, backend="reference"), doubles, dout, ("k", "prefix_k"))
+    for name, t in gradients(ours, tensors, dout, ("k", "prefix_k")).items():
+        assert rms(t.double() - exact[name]) < 1e-5 * rms(exact[name]), name
+
+
+def test_the_references_gradients_in_16_bits_do_not_start_from_the_rounded_output() -> None:
+    """As SDPA's math backend, which keeps its weights; a key or two of a sharp softmax show it."""
+    tensors = {
+        n: (t if n in ("v", "prefix_v") else 2 * t).bfloat16() for n, t in inputs(4, 4, 4, 30, 20, 9, 64).items()
+    }
+    dout, doubles = torch.randn(4, 4, 30, 64).bfloat16(), {n: t.double() for n, t in tensors.items()}
+    exact = gradients(sdpa, doubles, dout, ("q", "k", "prefix_k"))
+
+    def ours(*args: Tensor) -> Tensor:
+        out: Tensor = prefix_attention(*args, backend="reference")  # type: ignore[assignment]
+        return out
+
+    for name, t in gradients(ours, tensors, dout, ("q", "k", "prefix_k")).items():
+        rounding = rms(exact[name].bfloat16().double() - exact[name])
+        assert rms(t.double() - exact[name]) < 1.1 * rounding, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("L, causal", [(1, False), (2, False), (70, True)])
 def test_scores_of_any_size_give_finite_results(isa: str, L: int, causal: bool, dtype: torch.dtype) -> None:
