@@ -125,7 +125,7 @@ def capped(score, softcap):
     large = 1.0 - 2.0 * part  # rounded once where it is near 1
     tanh = tl.where(square < SMALL_TANH, small, tl.where(x < 0.0, -large, large))  # a nan stays
     # near the cap, 1 - tanh^2 is what rounding left
-    return softcap * tanh, tl.where(square < SMALL_TANH, 1.0 - small * small, 4.0 * part * (1.0 - part))
+    return softcap * tanh, tl.where(square < SMALL_TANH, 1.0 - tanh * tanh, 4.0 * part * (1.0 - part))
 
 
 @triton.jit

@@ -76,7 +76,7 @@ SPILLED = {
     "softcap": {
         "prefix_attn_fwd_short": 48,
         "prefix_attn_fwd_fold": 16,
-        "prefix_attn_bwd_prefix": 24,
+        "prefix_attn_bwd_prefix": 32,
     },
 }
 
