@@ -1,28 +1,36 @@
-# make demo | test | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only pip's cache and,
-# where no data folder is named, E2E's CSVs in ~/.cache/prefixattn are written.
+# make demo | test | lowest | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only
+# pip's cache and, where no data folder is named, E2E's CSVs in ~/.cache/prefixattn are written.
 #
-# Versions: requirements/tested.txt, or yours:         make test TORCH=torch==2.15.0 TRANSFORMERS=transformers==5.17.0
-# Another interpreter:                                 make test PYTHON=python3.12
+# Versions: requirements/tested.txt, or yours:   make test TORCH=torch==2.14.1 TORCHVISION=torchvision==0.29.1
+#                                                make test TRANSFORMERS=transformers==5.17.0
+# Another interpreter:                           make test PYTHON=python3.12
 
 PYTHON ?= python3
-TESTED := requirements/tested.txt
+TESTED ?= requirements/tested.txt
 TORCH ?= $(shell grep '^torch==' $(TESTED))
+TORCHVISION ?= $(shell grep '^torchvision==' $(TESTED))
 TRANSFORMERS ?= $(shell grep '^transformers==' $(TESTED))
 # tests only: they log what they cannot load, in every process that looks for them
 QUANTISED := torchao bitsandbytes
 VENV := .venv
 PY := $(VENV)/bin/python
 # one stamp for each choice of versions, so that another choice installs and the same one does not
-STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TORCHVISION) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fuzz sweep bench lint build clean
+.PHONY: demo test lowest fuzz sweep bench lint build clean
 
 demo: build
 	$(PY) bench/paper/e2e.py --preset demo
+	$(PY) bench/paper/vision.py --suite tiny --workers 2
 
 # a thread for each worker: more would wait for each other, and the tests take twice as long
 test: build $(VENV)/quantised
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(TESTS)
+
+# the oldest versions that pyproject.toml allows, in a .venv of their own:   make lowest TESTS=tests/test_timm.py
+lowest:
+	$(MAKE) test VENV=.venv-lowest TESTED=requirements/lowest.txt
 
 # random calls against float64; what is interrupted goes on:  make fuzz CALLS=20000    make fuzz FUZZ='--backends triton'
 CALLS ?= 6000
@@ -59,26 +67,24 @@ $(PY):
 	    echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 	    exit 1; }
 
+# torch first: torchvision belongs to one build of it, and torch's builds for CUDA bring their own triton, and no other
 $(STAMP): $(TESTED) pyproject.toml | $(PY)
 	rm -f $(VENV)/installed-*
-	grep -v -e '^torch==' -e '^transformers==' -e '^triton==' -e '^timm==' $(QUANTISED:%=-e '^%==') $(TESTED) > $(VENV)/requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRANSFORMERS)' -r $(VENV)/requirements.txt
-	@# torch's builds for CUDA bring their own triton, and no other
-	$(PY) -c 'import triton' 2>/dev/null || \
-	    $(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^triton==' $(TESTED))"
-	@# without torchvision, of which there is none for torch's builds for CPUs: the tests do without it, and "import timm"
-	@# outside of them does not (README, "timm's vision transformers")
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^timm==' $(TESTED))"
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	grep -v $(foreach name,torch torchvision transformers triton $(QUANTISED),-e '^$(name)==') $(TESTED) > $(VENV)/requirements.txt
+	$(PIP) '$(TORCH)' '$(TORCHVISION)' '$(TRANSFORMERS)' -r $(VENV)/requirements.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) "$$(grep '^triton==' $(TESTED))"
+	$(PY) -W ignore -c 'import timm' || { \
+	    echo "timm does not import beside $(TORCH) and $(TORCHVISION): they are not of one build" >&2; exit 1; }
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 $(VENV)/quantised: $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $$(grep $(QUANTISED:%=-e '^%==') $(TESTED))
+	$(PIP) --no-deps $$(grep $(QUANTISED:%=-e '^%==') $(TESTED))
 	touch $@
 
 $(VENV)/lint: requirements/lint.txt $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt
+	$(PIP) -r requirements/lint.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info prefixattn/_C*.so prefixattn/_C_build.json .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info prefixattn/_C*.so prefixattn/_C_build.json .benchmarks .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import make_adapter
-from prefixattn.attach.testing_timm import concatenating, import_timm
+from prefixattn.attach.testing_timm import concatenating
 
 FILE = Path(__file__).with_suffix(".json")
 MOST_PARAMETERS = 40_000_000
@@ -54,7 +55,6 @@ class Outcome(NamedTuple):
 
 
 def outcome(name: str) -> Outcome:
-    timm = import_timm()
     try:
         with torch.device("meta"), Unfilled():
             whole = timm.create_model(name)
@@ -81,7 +81,6 @@ def first_line(error: BaseException) -> str:
 
 def small(name: str, whole: nn.Module) -> tuple[Any, Tensor]:
     """A small random model of a name in evaluation mode, and images for it."""
-    timm = import_timm()
     cfg = whole.pretrained_cfg  # type: ignore[union-attr]
     patch = max((m.kernel_size[0] for m in whole.modules() if isinstance(m, nn.Conv2d)), default=16)
     size = 4 * (patch if patch >= 8 else 16)
@@ -178,7 +177,7 @@ def record(outcomes: dict[str, Outcome]) -> dict[str, Any]:
         by_kind[kind].append(name)
     refused = Counter(reason(outcomes[name].words) for name in by_kind["refused"])
     return {
-        "timm": import_timm().__version__,
+        "timm": timm.__version__,
         "counts": {kind: len(names) for kind, names in by_kind.items()},
         "proved": by_kind["proved"],
         "refused": dict(sorted(refused.items())),
@@ -200,7 +199,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="names with it alone, as timm.list_models has it")
     parser.add_argument("--out", type=Path, help="a JSON file with names, reasons and counts")
     options = parser.parse_args()
-    names = import_timm().list_models(options.only)
+    names = timm.list_models(options.only)
     outcomes = {}
     for i, name in enumerate(names):
         outcomes[name] = found = outcome(name)

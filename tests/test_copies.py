@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing_timm import images, import_timm
+from prefixattn.attach.testing_timm import images
 
 SAME = dict(rtol=0, atol=0)
 FREE = PrefixConfig(length=4, share="none")
@@ -45,11 +45,6 @@ LIBRARIES = {"timm": of_timm, "transformers": of_transformers}
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    if request.param == "timm":
-        try:
-            import_timm()
-        except ImportError as error:
-            pytest.skip(f"timm is not installed: {error}")
     return LIBRARIES[request.param]
 
 
@@ -76,13 +71,8 @@ class Written(nn.Module):
 
 def of_timms_utils(name: str) -> Callable[[nn.Module], Any]:
     def make(module: nn.Module) -> Any:
-        from prefixattn.attach.testing_timm import _torchvision
+        from timm.utils import model_ema
 
-        try:
-            with _torchvision():
-                from timm.utils import model_ema
-        except ImportError as error:
-            pytest.skip(f"timm is not installed: {error}")
         return getattr(model_ema, name)(module, decay=0.5)
 
     return make

@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import prefixattn
 
@@ -98,18 +100,29 @@ def test_packages_are_all_written_out() -> None:
     assert set(written) == {".".join(path.parent.parts) for path in python_files()}
 
 
-def test_tested_versions_satisfy_what_the_package_asks_for() -> None:
-    from packaging.requirements import Requirement
+def pinned(name: str) -> dict[str, str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return {package: version for package, _, version in (line.partition("==") for line in lines if line[:1] != "#")}
 
+
+def asked() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [line for line in (ROOT / "requirements" / "tested.txt").read_text().splitlines() if line[:1] not in "#"]
-    tested = {name: version for name, _, version in (line.partition("==") for line in lines)}
-    asked = project["dependencies"] + [
-        r for e in ("hf", "timm", "bench", "test", "triton") for r in project["optional-dependencies"][e]
-    ]
-    for requirement in map(Requirement, asked):
-        if requirement.name != "prefixattn":
-            assert requirement.specifier.contains(tested[requirement.name]), requirement
+    extras = [r for name, e in project["optional-dependencies"].items() if name != "dev" for r in e]
+    return [r for r in map(Requirement, project["dependencies"] + extras) if r.name != "prefixattn"]
+
+
+def test_tested_versions_satisfy_what_the_package_asks_for() -> None:
+    tested = pinned("tested.txt")
+    for requirement in asked():
+        assert requirement.specifier.contains(tested[requirement.name]), requirement
+
+
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
+    lowest = pinned("lowest.txt")
+    assert set(lowest) == set(pinned("tested.txt"))
+    for requirement in asked():
+        [bound] = [s.version for s in requirement.specifier if s.operator == ">="]
+        assert Version(lowest[requirement.name]) == Version(bound), requirement
 
 
 def test_wheel_holds_the_package_and_nothing_else(archives: tuple[Path, set[str], set[str]]) -> None:
@@ -217,3 +230,13 @@ def test_the_command_lists_the_backends() -> None:
     done = subprocess.run([sys.executable, "-m", "prefixattn"], capture_output=True, text=True, check=True, cwd="/")
     assert entry.value == "prefixattn.__main__:main"
     assert "reference  works" in done.stdout
+
+
+def test_versions_of_make_are_those_of_a_file(tmp_path: Path) -> None:
+    """`make lowest` installs the lower bounds, in a .venv of its own."""
+    done = subprocess.run(("make", "-n", "lowest"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lowest = pinned("lowest.txt")
+    for name in ("torch", "torchvision", "transformers"):
+        assert f"{name}=={lowest[name]}" in done.stdout
+    assert ".venv-lowest/bin/python -m pytest" in done.stdout and ".venv/bin" not in done.stdout

@@ -1,6 +1,9 @@
 """The README's tables are those of the records."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +85,26 @@ def test_the_models_tables_are_the_records() -> None:
         result = record(f"bench/results/{path.name}")
         for line in plot_models.steps(result) + plot_models.attached(result):
             assert line in README
+
+
+def test_the_lines_for_timm_run_as_written(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own, with a step between them; timm and torchvision are what `make build` installs."""
+    section = README.split("### timm's vision transformers")[1].split("\n### ")[0]
+    first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    step = """
+import torch
+torch.manual_seed(0)
+images, labels = torch.randn(2, 3, 224, 224), torch.tensor([3, 141])
+losses = []
+for _ in range(3):
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(float(loss))
+assert losses[2] < losses[0], losses
+"""
+    after = "\nassert torch.isfinite(model(images)).all() and ema.module is not prefix\nprint('ran')\n"
+    done = subprocess.run((sys.executable, "-W", "ignore", "-c", first + step + second + after), cwd=ROOT / "tests")
+    assert done.returncode == 0, capfd.readouterr().err
+    assert "ran" in capfd.readouterr().out

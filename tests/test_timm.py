@@ -4,18 +4,14 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import FAMILIES, concatenating, images, import_timm, tiny
-
-try:
-    timm = import_timm()
-except ImportError as error:
-    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+from prefixattn.attach.testing_timm import FAMILIES, concatenating, images, tiny
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 METHODS = {

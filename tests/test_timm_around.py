@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -11,12 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing_timm import images, import_timm, tiny
-
-try:
-    timm = import_timm()
-except ImportError as error:
-    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+from prefixattn.attach.testing_timm import images, tiny
 
 SAME = dict(rtol=0, atol=0)
 FREE = PrefixConfig(length=4, share="none")

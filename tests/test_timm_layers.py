@@ -3,17 +3,13 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import FAMILIES, concatenating, images, import_timm, tiny
-
-try:
-    timm = import_timm()
-except ImportError as error:
-    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+from prefixattn.attach.testing_timm import FAMILIES, concatenating, images, tiny
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 SAME = dict(rtol=0, atol=0)

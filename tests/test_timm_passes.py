@@ -4,17 +4,13 @@ import copy
 import threading
 
 import pytest
+import timm
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import concatenating, images, import_timm, tiny
-
-try:
-    timm = import_timm()
-except ImportError as error:
-    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+from prefixattn.attach.testing_timm import concatenating, images, tiny
 
 COMPILES = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",

@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from prefixattn.attach.testing_timm import import_timm
-
-try:
-    timm = import_timm()
-except ImportError as error:
-    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+import timm
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC: Any = importlib.util.spec_from_file_location("sweep_timm", ROOT / "tests" / "sweep_timm.py")

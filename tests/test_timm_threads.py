@@ -12,12 +12,7 @@ import torch
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing_timm import images, import_timm, tiny
-
-try:
-    import_timm()
-except ImportError as error:
-    pytest.skip(f"timm is not installed: {error}", allow_module_level=True)
+from prefixattn.attach.testing_timm import images, tiny
 
 SAME = dict(rtol=0, atol=0)
 FREE = PrefixConfig(length=4, share="none")

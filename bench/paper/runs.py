@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -177,9 +177,11 @@ def thinned(values: list[float], points: int = 500) -> list[tuple[int, float]]:
     return [(min(at + window, len(values)), sum(part) / len(part)) for at in cuts if (part := values[at : at + window])]
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and device; no name of a machine, a user or a folder."""
-    packages = ("torch", "transformers", "tokenizers", "prefixattn", "sacrebleu", "pycocoevalcap", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "prefixattn", "sacrebleu", "pycocoevalcap", "numpy")
+
+
+def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Versions of `packages`, commit and device; no name of a machine, a user or a folder."""
     found = {}
     for name in packages:
         try:

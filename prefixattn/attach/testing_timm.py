@@ -1,83 +1,15 @@
-"""What tests and benchmarks of timm's models share: timm without torchvision, small random models, concatenation.
-
-timm imports torchvision when it is imported, for data loading and for a batch norm that no vision transformer has. For
-builds of torch for CPUs the package index has no torchvision, and that of another build breaks torch's operators.
-Transformers looks for torchvision too and would use what it finds: so the stand-in is in sys.modules while timm is
-imported, and no longer.
-"""
+"""What tests and benchmarks of timm's models share: small random models, concatenation."""
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from itertools import count
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefixattn.attach.prefix import Prefix
-
-
-class _Names(type):
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return f"{cls.__name__}.{name}"  # members of an enumeration
-
-
-class _StandIn(ModuleType):
-    """A module of torchvision that has every name, each a class without content."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        made = _Names(name, (nn.Module,), {"__module__": self.__name__})
-        setattr(self, name, made)
-        return made
-
-
-class _Finder(MetaPathFinder, Loader):
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        ours = fullname.split(".")[0] == "torchvision"
-        return ModuleSpec(fullname, self, is_package=True) if ours else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _StandIn(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-@contextmanager
-def _torchvision() -> Iterator[None]:
-    """A stand-in for torchvision inside, if it is not installed."""
-    if importlib.util.find_spec("torchvision") is not None:
-        yield
-        return
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-
-
-def import_timm() -> Any:
-    """timm; ImportError if it is not installed."""
-    with _torchvision():
-        return importlib.import_module("timm")
-
 
 _SIZES = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 3, "num_classes": 5}
 _DIRECT = {**_SIZES, "class_token": True}
@@ -110,7 +42,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny(family: str, seed: int = 0, **choices: Any) -> Any:
     """A random model of a family in evaluation mode: 3 blocks of width 32 with 4 heads, images of 24 x 24 pixels."""
-    timm = import_timm()
+    import timm
+
     torch.manual_seed(seed)
     name, sizes = FAMILIES[family]
     sizes = sizes | choices
