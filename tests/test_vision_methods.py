@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -240,6 +241,42 @@ def test_weights_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PREFIXATTN_WEIGHTS", str(tmp_path / "absent.pth"))
     with pytest.raises(Refusal, match="no such file"):
         load("vit_tiny_patch16_224.augreg_in21k", 224)
+
+
+def as_published(model: Any) -> dict[str, Any]:
+    """A timm ViT under the names and in the shapes of the original's .npz files."""
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    found = {
+        "cls": model.cls_token, "Transformer/posembed_input/pos_embedding": model.pos_embed,
+        "embedding/kernel": model.patch_embed.proj.weight.permute(2, 3, 1, 0),
+        "embedding/bias": model.patch_embed.proj.bias, "head/kernel": model.head.weight.T, "head/bias": model.head.bias,
+        "Transformer/encoder_norm/scale": model.norm.weight, "Transformer/encoder_norm/bias": model.norm.bias,
+    }  # fmt: skip
+    for i, block in enumerate(model.blocks):
+        at = f"Transformer/encoderblock_{i}"
+        attention = f"{at}/MultiHeadDotProductAttention_1"
+        weights, biases = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            found[f"{attention}/{name}/kernel"] = weight.T.reshape(width, heads, -1)
+            found[f"{attention}/{name}/bias"] = bias.reshape(heads, -1)
+        found[f"{attention}/out/kernel"] = block.attn.proj.weight.T.reshape(heads, -1, width)
+        found[f"{attention}/out/bias"] = block.attn.proj.bias
+        for name, norm in (("LayerNorm_0", block.norm1), ("LayerNorm_2", block.norm2)):
+            found[f"{at}/{name}/scale"], found[f"{at}/{name}/bias"] = norm.weight, norm.bias
+        for name, linear in (("Dense_0", block.mlp.fc1), ("Dense_1", block.mlp.fc2)):
+            found[f"{at}/MlpBlock_3/{name}/kernel"] = linear.weight.T
+            found[f"{at}/MlpBlock_3/{name}/bias"] = linear.bias
+    return {name: tensor.detach().numpy() for name, tensor in found.items()}
+
+
+def test_weights_from_the_papers_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    saved = timm.create_model("vit_tiny_patch16_224.augreg_in21k").eval()
+    np.savez(tmp_path / "imagenet21k_ViT-Ti_16.npz", **as_published(saved))
+    monkeypatch.setenv("PREFIXATTN_WEIGHTS", str(tmp_path / "imagenet21k_ViT-Ti_16.npz"))
+    model, _, _ = load("vit_tiny_patch16_224.augreg_in21k", 224)
+    x = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(model.eval()(x), saved(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_for_images_of_any_size() -> None:

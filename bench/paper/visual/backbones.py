@@ -131,7 +131,9 @@ def _timm(name: str, size: int) -> tuple[nn.Module, Colours, Colours]:
         more = {}
     except Exception as error:
         raise Refusal(f"{name}: no model for images of {size} x {size} ({_first_line(error)})") from None
-    overlay = {"pretrained_cfg_overlay": {"file": str(file)}} if file is not None else {}
+    overlay: dict[str, Any] = {}
+    if file is not None:  # the original ViT's .npz has a reader of its own in timm
+        overlay["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": file.suffix == ".npz"}
     try:
         model: Any = timm.create_model(plain, pretrained=plain == name, **more, **overlay)
     except Exception as error:  # each way to fetch or read weights has errors of its own
