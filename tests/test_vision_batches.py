@@ -1,6 +1,8 @@
 """Crops against torchvision's functions, and batches that no worker changes and a bad image ends in one line."""
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from runs import Refusal
 from visual import transforms
 from visual.data import Arrays, Files
 
+BENCH = Path(__file__).resolve().parents[1] / "bench"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 
@@ -133,3 +136,22 @@ def test_a_truncated_image_is_one_line_whoever_meets_it(workers: int, tmp_path: 
     direct = transforms.Pictures(part, transforms.test_transform("fgvc", 32, MEAN, STD))
     assert len(direct) == 6 and direct[0][0].shape == (3, 32, 32)
     assert refused(lambda: direct[4]) == said
+
+
+def test_workers_are_forked_in_a_process_that_was_spawned(tmp_path: Path) -> None:
+    """As a sweep's are: spawned workers would import torch for each epoch. What a spawn cannot pickle shows it."""
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing, sys\n"
+        f"sys.path[:0] = {[str(BENCH / 'paper'), str(BENCH)]!r}\n"
+        "import numpy as np\n"
+        "from visual import data, transforms\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    part = data.Arrays(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4))\n"
+        "    plain = transforms.test_transform('vtab', 8, (0.5,) * 3, (0.5,) * 3)\n"
+        "    batches = transforms.loader(part, lambda image: plain(image), 2, 2, 0, 0, False)\n"
+        "    print([y.tolist() for _, y in batches])\n"
+    )
+    command = (sys.executable, "-W", "ignore", str(tmp_path / "script.py"))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "[[0, 1], [2, 3]]\n", done.stderr

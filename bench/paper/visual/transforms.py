@@ -130,7 +130,9 @@ def loader(
         batches = iter(
             DataLoader(
                 _Answers(part, transform, seed), batch_sampler=_Batches(len(part), batch, seed, wanted, shuffle),
-                num_workers=min(workers, cores), collate_fn=_batched,
+                num_workers=(number := min(workers, cores)), collate_fn=_batched,
+                # in a process that was spawned the default is to spawn too, and to import torch anew for each epoch
+                multiprocessing_context="fork" if number else None,
                 generator=torch.Generator(),  # or it would draw from the caller's
             )
         )  # fmt: skip
