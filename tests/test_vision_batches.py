@@ -3,7 +3,6 @@
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ from PIL import Image
 from runs import Refusal
 from visual import transforms
 from visual.data import Arrays, Files
+from visual.testing_data import refused
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
-
-
-def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(Refusal) as refusal:
-        work()
-    words = str(refusal.value)
-    assert "\n" not in words
-    return words
 
 
 def known_image(width: int = 300, height: int = 200) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runs import Refusal
+from visual import backbones
 from visual.backbones import load, small_vit
 from visual.features import Features
 from visual.methods import BY_LAYERS, HEAD_BIAS, METHODS, Choices, Tuned, tune
@@ -241,6 +243,22 @@ def test_weights_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PREFIXATTN_WEIGHTS", str(tmp_path / "absent.pth"))
     with pytest.raises(Refusal, match="no such file"):
         load("vit_tiny_patch16_224.augreg_in21k", 224)
+
+
+def test_weights_are_told_by_what_is_in_the_file_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files under one name of a model, or a file that is written anew, are not taken for each other."""
+    for at, content in enumerate((b"one", b"other")):
+        (tmp_path / f"{at}.pth").write_bytes(content)
+    found = []
+    for at in (0, 1, 0):
+        monkeypatch.setenv("PREFIXATTN_WEIGHTS", str(tmp_path / f"{at}.pth"))
+        found.append(backbones.fingerprint("vit_tiny_patch16_224"))
+    (tmp_path / "0.pth").write_bytes(b"third")
+    os.utime(tmp_path / "0.pth", ns=(1, 1))
+    found.append(backbones.fingerprint("vit_tiny_patch16_224"))
+    assert found[0] == found[2] and len(set(found)) == 3
+    monkeypatch.delenv("PREFIXATTN_WEIGHTS")
+    assert backbones.fingerprint("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
 
 
 def as_published(model: Any) -> dict[str, Any]:

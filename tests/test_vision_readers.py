@@ -1,7 +1,6 @@
 """The readers of FGVC and VTAB-1K on made folders and on VPT's real splits: labels, layouts, and what is refused."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runs import Refusal
 from visual import fgvc, vtab
+from visual.testing_data import COUNTS, Lists, refused, small_cub, write_lists, write_vtab
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNTS = dict(train=6, val=3, test=4)
 
 
 def splits_folder() -> Path | None:
@@ -29,41 +27,12 @@ needs_splits = pytest.mark.skipif(
 )
 
 
-def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(Refusal) as refusal:
-        work()
-    words = str(refusal.value)
-    assert "\n" not in words
-    return words
-
-
-def picture(path: Path, number: int = 0, side: int = 12) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(number).integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
 # --- FGVC ---
-
-Lists = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
 def lists(monkeypatch: pytest.MonkeyPatch) -> Lists:
-    """Of a set of three classes, whose validation lacks the first."""
-    small = dataclasses.replace(fgvc.SETS["cub200"], classes=3, counts=COUNTS)
-    monkeypatch.setitem(fgvc.SETS, "cub200", small)
-    ids = dict(train=["007", "021", "100"] * 2, val=["021", "100", "100"], test=["007", "100", "021", "021"])
-    return {part: {f"{part}/{at}.jpg": found for at, found in enumerate(column)} for part, column in ids.items()}
-
-
-def write_lists(folder: Path, lists: Lists, images: Path | None = None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, content in lists.items():
-        (folder / f"{part}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if images:
-        for number, path in enumerate(path for content in lists.values() for path in content):
-            picture(images / path, number, side=32)
+    return small_cub(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -223,16 +192,6 @@ def test_nabirds_is_numbered_as_in_training_unless_shifted(tmp_path: Path) -> No
 
 
 # --- VTAB-1K ---
-
-
-def write_vtab(folder: Path, images: bool = True) -> None:
-    """Two classes; the images of the 1,000 are files of their own."""
-    for file, part, count in zip(vtab.LISTS.values(), ("a", "b", "ab", "c"), (4, 2, 6, 3), strict=True):
-        rows = [f"images/{part}/{at}.png {at % 2}" for at in range(count)]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text("\n".join(rows) + "\n", encoding="utf-8")
-        for at in range(count) if images else ():
-            picture(folder / "images" / part / f"{at}.png", at)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import zipfile
-from collections.abc import Callable
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runs import Refusal
 from visual import dsprites, small, tiny_imagenet, wheels
 from visual.data import Task
+from visual.testing_data import refused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,13 +166,6 @@ def test_textiles_are_labelled_by_folder() -> None:
 # --- refusals ---
 
 
-def refused(action: Callable[[], object]) -> str:
-    with pytest.raises(Refusal) as refusal:
-        action()
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
-
-
 def test_every_task_has_a_licence_and_a_source() -> None:
     assert len(small.NAMES) == 14
     assert all(source.licence and source.source for source in small.SOURCES.values())
@@ -209,6 +201,11 @@ def test_a_bad_zip_of_cifar10_is_named(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "cifar10" / "test.zip", small.CIFAR10, 1)
     words = refused(lambda: small.small_task("cifar10", tmp_path))
     assert words.startswith("cifar10: 990 images, expected more than 1,000")
+    write_cifar10(train, small.CIFAR10, 100)
+    with zipfile.ZipFile(train, "a") as archive:
+        archive.writestr("frog/0100.jpg", b"one more")
+    words = refused(lambda: small.small_task("cifar10", tmp_path))
+    assert words.startswith(f"{train}: 100 images of airplane, but 101 of frog; ")
     write_cifar10(train, small.CIFAR10, 100)
     task = small.small_task("cifar10", tmp_path)
     assert len(task.parts["test"]) == 10

@@ -13,16 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runs import Refusal
 from visual import vtab
-
-
-def refused(work: Callable[[], Any]) -> str:
-    with pytest.raises(Refusal) as refusal:
-        work()
-    words = str(refusal.value)
-    assert "\n" not in words
-    return words
+from visual.testing_data import refused
 
 
 def png(value: int) -> bytes:

@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from runs import Refusal
 from visual import focus, small, wheels
-
-
-def refused(action: Callable[[], object]) -> str:
-    with pytest.raises(Refusal) as refusal:
-        action()
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+from visual.testing_data import refused
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from backbone_data import DataError, load_texts, train_tokenizer, training_blocks
 from backbone_score import held_out_scores, quick_score, samples
 from command import command
-from runs import save_tensors
+from runs import move_in, save_tensors
 
 
 @dataclass(frozen=True)
@@ -262,9 +262,7 @@ def run(data: Path, out: Path, config: Config, every: int, restart: bool) -> Non
     }
     (new / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     plot(new)
-    for file in sorted(new.iterdir(), key=lambda f: f.name == "training.json"):  # the record last: it says "finished"
-        os.replace(file, out / file.name)
-    new.rmdir()
+    move_in(new, out, "training.json")
     checkpoint.unlink(missing_ok=True)
     for name, score in record["held_out"].items():
         print(f"{name}: perplexity {score['per_token']:.2f} per token, {score['per_word']:.1f} per word")

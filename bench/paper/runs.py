@@ -64,6 +64,13 @@ def locked(folder: Path) -> Iterator[None]:
             raise
 
 
+def move_in(new: Path, folder: Path, last: str) -> None:
+    """Moves the files of `new` into `folder` and removes it; the file `last`, whose presence says "finished", last."""
+    for file in sorted(new.iterdir(), key=lambda f: f.name == last):
+        os.replace(file, folder / file.name)
+    new.rmdir()
+
+
 def replace_file(path: Path, data: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(data)

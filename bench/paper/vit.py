@@ -1,11 +1,11 @@
-"""A small real ViT (4.9M parameters, 64 x 64 images, patches of 8) trained on 150 classes of Tiny ImageNet.
+"""A small real ViT (4.8M parameters, 64 x 64 images, patches of 8) trained on 150 classes of Tiny ImageNet.
 
     python bench/paper/vit.py --data FOLDER --out bench/paper/vit
 
-About two hours on two cores with AMX, minutes on a GPU. 50 classes are held out (visual/tiny_imagenet.py), so that the
-paper's study can use them. Writes the model (fp16, loads as float32 into timm's VisionTransformer), training.json and
-curve.png. Interrupted, the same command goes on from the last checkpoint; until the decay begins, with another
---epochs too.
+An hour and a half on two cores with AMX and other work; never run on a GPU. 50 classes are held out
+(visual/tiny_imagenet.py), so that the paper's study can use them. Writes the model (fp16, loads as float32 into timm's
+VisionTransformer), training.json and curve.png. Interrupted, the same command goes on from the last checkpoint; until
+the decay begins, with another --epochs too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import runs  # first: it makes bench/ importable
 from command import command
-from runs import Refusal, load_state, save_state, write_json
+from runs import Refusal, load_state, move_in, save_state, write_json
 from visual import tiny_imagenet
 from visual.backbones import SMALL, small_vit, write_small
 
@@ -265,9 +265,7 @@ def run(folder: Path, out: Path, config: Config, restart: bool) -> None:
     }
     write_json(new / "training.json", record)
     plot(new)
-    for file in sorted(new.iterdir(), key=lambda f: f.name == "training.json"):  # the record last: it says "finished"
-        os.replace(file, out / file.name)
-    new.rmdir()
+    move_in(new, out, "training.json")
     checkpoint.unlink(missing_ok=True)
     images = f"{len(data['val'].labels):,} validation images of {len(classes)} classes"
     print(f"accuracy on the {images}: {record['accuracy']:.3f}")

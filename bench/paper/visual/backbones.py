@@ -129,7 +129,7 @@ def _timm(name: str, size: int) -> tuple[nn.Module, Colours, Colours]:
         more = {"img_size": size}
     except TypeError:  # a model for images of any size, as a ResNet is
         more = {}
-    except Exception as error:
+    except Exception as error:  # each model asserts in a way of its own that an image does not fit it
         raise Refusal(f"{name}: no model for images of {size} x {size} ({_first_line(error)})") from None
     overlay: dict[str, Any] = {}
     if file is not None:  # the original ViT's .npz has a reader of its own in timm
@@ -147,8 +147,13 @@ def _first_line(error: Exception) -> str:
     return " ".join((str(error).strip() or type(error).__name__).split())[:200]
 
 
-@lru_cache(maxsize=8)
 def fingerprint(name: str) -> str:
     """What tells one backbone's weights from another's: a file's digest, else the name."""
     file = weights_file(name)
-    return digest(file)[:16] if file is not None and file.is_file() else name
+    return _digest_of(file, file.stat().st_mtime_ns) if file is not None and file.is_file() else name
+
+
+@lru_cache(maxsize=8)
+def _digest_of(file: Path, changed: int) -> str:
+    """Read once as long as the file is as it was `changed`."""
+    return digest(file)[:16]

@@ -48,7 +48,7 @@ def take(job: Job, runs: Sequence[Run], alive: Callable[[], bool] = lambda: True
                     execute(ledger, run, work, job.launch, job.device)
     except Stopped:  # the time of a job is up; another goes on from the checkpoint
         return ""
-    except Exception as error:
+    except Exception as error:  # whatever it is, the launch has to hear of it
         return one_line(error)
     return ""
 
@@ -267,7 +267,7 @@ def _local_worker(job: Job, runs: list[Run], parent: int, say: Connection) -> No
 def by_value() -> Callable[[Job, list[tuple[str, dict[str, Any]]]], str]:
     """`take` for other machines: pickled whole, as it is no module's, so that it can say where our modules are."""
 
-    def begin(job, runs):  # type: ignore[no-untyped-def]
+    def begin(job: dict, runs: list) -> str:
         import sys
 
         sys.path.extend(path for path in job["paths"] if path not in sys.path)

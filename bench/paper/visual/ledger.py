@@ -330,7 +330,7 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
                     raise TypeError(f"the work returned a {type(result).__name__}, expected a dict")
                 json.dumps(result)
                 seconds, peak = clock.seconds(), memory.mib()
-            except Exception as error:
+            except Exception as error:  # a run may fail in any way, and the others go on
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
                 ledger.failed(run, one_line(error))

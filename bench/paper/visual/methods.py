@@ -191,7 +191,8 @@ class Original(Tuned):
 
     def __init__(self, model: nn.Module, classes: int, seed: int, choices: Choices) -> None:
         plain_vit("original", model)
-        for block in model.blocks:  # type: ignore[union-attr]
+        vit: Any = model
+        for block in vit.blocks:
             parts = [getattr(block.attn, part) for part in ("q_norm", "k_norm", "norm")]
             if not all(isinstance(part, nn.Identity) for part in parts):
                 raise Refusal(f"original: the attention of this {type(model).__name__} has norms of its own")
@@ -324,11 +325,11 @@ def _bias(model: nn.Module, classes: int, seed: int, choices: Choices) -> Tuned:
 def _lora(model: nn.Module, classes: int, seed: int, choices: Choices) -> Tuned:
     from peft import LoraConfig, inject_adapter_in_model
 
+    plain_vit("lora", model)  # others read qkv.weight, past what PEFT wraps
     tuned = Tuned(model, classes, seed)
     targets = [name for name, _ in model.named_modules() if name.endswith("attn.qkv")]
     if choices.layers == "first":
         targets = targets[:1]
-    plain_vit("lora", model)  # others read qkv.weight, past what PEFT wraps
     inject_adapter_in_model(LoraConfig(r=choices.rank, lora_alpha=2 * choices.rank, target_modules=targets), model)
     tuned.head.requires_grad_(True)  # PEFT freezes all of the model
     tuned.adamw = True

@@ -188,6 +188,10 @@ def _cifar10(path: Path) -> Packed:
     folders = [member.split("/")[0] for member in members]
     if set(folders) != set(CIFAR10):
         raise Refusal(f"{path}: {len(set(folders))} folders of JPEGs, and not the classes of CIFAR-10; {_CIFAR10}")
+    counts = {name: folders.count(name) for name in CIFAR10}
+    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[least] != counts[most]:
+        raise Refusal(f"{path}: {counts[least]:,} images of {least}, but {counts[most]:,} of {most}; {_CIFAR10}")
     return Packed(str(path), members, contents, np.array([CIFAR10.index(folder) for folder in folders]))
 
 

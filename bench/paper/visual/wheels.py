@@ -166,19 +166,20 @@ def csv_array(content: bytes, source: str) -> np.ndarray:
         raise Refusal(f"{source}: not a gzipped table of numbers ({_line(error)})") from None
 
 
+ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
 class _NumpyOnly(pickle.Unpickler):
     """Builds arrays of numbers; every other class or function that a pickle asks for is refused."""
 
-    ALLOWED = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self.ALLOWED[module, name]
+            return ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
