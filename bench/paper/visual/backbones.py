@@ -26,8 +26,8 @@ SMALL_FILE = HERE / "vit" / "model.safetensors"
 def written_attention() -> Iterator[None]:
     """Models made inside write their attention out.
 
-    That is twice as fast to train here: on a CPU torch 2.15's fused attention needs 13 times its forward's time for the
-    backward in bfloat16 (N 65, 4 heads of 64).
+    That is twice as fast to train: on a CPU the backward of torch 2.15's fused attention is slow in half types
+    (findings/torch_cpu_fused_attention_backward_in_half_types.sh).
     """
     from timm.layers import set_fused_attn, use_fused_attn
 
