@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runs import Refusal
-from visual import backbones, paper, presets, tasks, train
+from visual import backbones, methods, paper, presets, tasks, train
 from visual.features import Features
 from visual.ledger import Ledger
 from visual.methods import BY_LAYERS, METHODS
@@ -95,6 +95,27 @@ def test_cached_features_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert (cached["cached"], plain["cached"]) == (True, False)
     assert [row[2] for row in cached["curve"]] == [row[2] for row in plain["curve"]]
     assert [row[1] for row in cached["curve"]] == pytest.approx([row[1] for row in plain["curve"]], rel=1e-4)
+
+
+def test_steps_that_wait_for_images_are_not_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only images and the model move: 1 of 100 of a step is no waiting, 10 of 100 is."""
+    now, batches, forward = [0.0], train.Run.batches, methods.Tuned.__call__
+    waits = itertools.cycle([1.0, 10.0, 1.0, 1.0])
+
+    def clocked(self: train.Run, epoch: int) -> Any:
+        for batch in batches(self, epoch):
+            now[0] += next(waits)
+            yield batch
+
+    def slow(self: Any, x: torch.Tensor) -> torch.Tensor:
+        now[0] += 99.0
+        return forward(self, x)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train.Run, "batches", clocked)
+    monkeypatch.setattr(methods.Tuned, "__call__", slow)
+    result = train.work(config("deep", batch=250, epochs=1), tmp_path)  # 1,000 images, four steps
+    assert result["busy_steps"] == 0.75
 
 
 def test_the_schedule_is_the_published_one() -> None:
