@@ -152,6 +152,37 @@ def test_a_checkpoint_has_what_is_trained_beside_the_prefix_or_is_refused(tmp_pa
     assert not file.exists()  # it would be another run's
 
 
+class Quantizer:
+    """transformers' mark on a model whose weights came quantised."""
+
+    is_trainable = False
+
+
+def marked_as_quantised(model: Any) -> Any:
+    model.is_quantized, model.hf_quantizer = True, Quantizer()
+    return model
+
+
+def test_a_prefix_is_trained_beside_weights_that_came_quantised(tmp_path: Path) -> None:
+    """A GGUF that was unpacked keeps that mark, for which the Trainer alone refuses to train."""
+    model, prefix = attached_model()
+    given = dict(train_dataset=rows(), args=arguments(tmp_path))
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model=marked_as_quantised(model), **given)
+    before = values(prefix)
+    trainer = prefixattn.PrefixTrainer(model=model, **given)
+    assert not model._hf_peft_config_loaded and "_hf_peft_config_loaded" not in vars(model)
+    trainer.train()
+    assert moved(prefix, before)
+
+
+def test_weights_through_which_no_gradient_passes_are_refused(tmp_path: Path) -> None:
+    model, _ = attached_model()
+    model.packed = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"packed by Quantizer.*GgufConfig\(dequantize=True\)"):
+        prefixattn.PrefixTrainer(model=marked_as_quantised(model), args=arguments(tmp_path), train_dataset=rows())
+
+
 @pytest.mark.parametrize("drop", [True, False])
 def test_the_trainer_keeps_the_column_of_a_bank(drop: bool, tmp_path: Path) -> None:
     model, bank = attached_model(count=4)

@@ -14,10 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from runs import Refusal
+from sweeps.grid import Grid, grid_of
+from sweeps.ledger import Ledger
 from visual import findings, paper, presets, report
 from visual import page as pages
-from visual.grid import Grid, grid_of
-from visual.ledger import Ledger
 from visual.page import page
 
 CONTENT = {

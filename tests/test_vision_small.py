@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from visual import dsprites, small, tiny_imagenet, wheels
+import wheels
+from visual import dsprites, small, tiny_imagenet
 from visual.data import Task
 from visual.testing_data import refused
 

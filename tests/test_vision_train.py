@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from runs import Refusal
+from sweeps.ledger import Ledger
 from visual import backbones, methods, paper, presets, tasks, train
 from visual.features import Features
-from visual.ledger import Ledger
 from visual.methods import BY_LAYERS, METHODS
 
 SMALLEST = {"task": "digits", "size": 16, "epochs": 2, "warmup": 1, "start": "first", "batch": 200, "most_test": 60,

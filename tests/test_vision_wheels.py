@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from visual import focus, small, wheels
+import wheels
+from visual import focus, small
 from visual.testing_data import refused
 
 

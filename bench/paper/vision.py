@@ -21,9 +21,9 @@ from pathlib import Path
 
 import runs  # first: it makes bench/ importable
 from command import command
+from sweeps.grid import Grid
+from sweeps.ledger import Ledger
 from visual import presets
-from visual.grid import Grid
-from visual.ledger import Ledger
 from visual.train import Settings
 
 HERE = Path(__file__).resolve().parent
@@ -112,8 +112,8 @@ def readable(grid: Grid) -> None:
 
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    from sweeps.launch import launch, status
     from visual import report
-    from visual.launch import launch, status
 
     for name in ("workers", "loaders", "minutes", "gpus", "cpus"):
         value, least = getattr(given, name), 0 if name in ("loaders", "gpus") else 1
@@ -189,7 +189,7 @@ def run_command(arguments: list[str]) -> int:
     if not out.is_dir():
         raise runs.Refusal(f"{out}: no such folder; nothing of grid {grid.name} was run")
     if given.verb == "status":
-        from visual.launch import status
+        from sweeps.launch import status
 
         print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
     else:

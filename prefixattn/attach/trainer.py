@@ -1,5 +1,7 @@
 """`PrefixTrainer`: transformers' Trainer for the prefix on a frozen model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,36 @@ class _ZeroGrad(TrainerCallback):
         self.prefix.zero_grad()
 
 
+@contextmanager
+def _beside(model: Any) -> Iterator[None]:
+    """Tells the Trainer, who refuses to train quantised weights, that something is trained beside them.
+
+    Raises:
+        ValueError: gradients do not pass through the quantised weights.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    # an unpacked model keeps its quantizer (a GGUF in transformers 5.23): its weights are plain and train nothing new
+    packed = any(not (p.is_floating_point() and p.element_size() > 1) for p in model.parameters())
+    if packed and not quantizer.is_trainable:
+        raise ValueError(
+            f"model is {type(model).__name__} with weights packed by {type(quantizer).__name__}, through which "
+            "transformers passes no gradients; load it unpacked (GgufConfig(dequantize=True) of a GGUF file)"
+        )
+    told = "_hf_peft_config_loaded" in vars(model)
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if told:
+            model._hf_peft_config_loaded = before
+        else:
+            del model._hf_peft_config_loaded
+
+
 def _only_loss(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
     """What the Trainer takes for a model's output."""
     return {"loss": labelled_loss(model, **inputs)}
@@ -56,7 +88,8 @@ class PrefixTrainer(Trainer):
         if prefix is None:
             raise ValueError(f"model is {type(model).__name__} without a prefix; call prefixattn.attach before")
         self.prefix = prefix
-        super().__init__(model, *args, **kwargs)
+        with _beside(model):
+            super().__init__(model, *args, **kwargs)
         self.labelled = (
             labelled
             and is_shifted(self.model) is not None

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from runs import Refusal
+from sweeps.grid import RESERVED, Grid, grid_of, load_grid
 from visual import paper, tasks
-from visual.grid import RESERVED, Grid, grid_of, load_grid
 from visual.train import Settings
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"

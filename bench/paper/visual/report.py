@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from runs import Refusal, replacing, write_json, write_text
+from sweeps.grid import Grid
+from sweeps.ledger import Ledger
 from visual import paper
 from visual.findings import (
     SEPARATE,
@@ -21,8 +23,6 @@ from visual.findings import (
     titles,
     words,
 )
-from visual.grid import Grid
-from visual.ledger import Ledger
 
 EDGE = "A * marks an lr at the edge of those searched: a better one may lie beyond."
 
@@ -49,7 +49,7 @@ def collect(grid: Grid, ledger: Ledger) -> dict[str, Any]:
                 "length": method.settings.get("length"), "last": method.settings.get("last", 1),
                 "doubtful": _doubtful(method.task, method.layers), "edge": _edge(method.lr, choice.best),
                 "lr": choice.best and choice.best["lr"], "weight_decay": choice.best and choice.best["weight_decay"],
-                "val_accuracy": choice.val_accuracy, "reason": choice.reason, "stuck": choice.stuck,
+                "val_accuracy": choice.value, "reason": choice.reason, "stuck": choice.stuck,
                 "seeds": len(grid.seeds), **_measured(records),
             }
         )  # fmt: skip

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import wheels
 from runs import Refusal
-from visual import dsprites, tiny_imagenet, wheels
+from visual import dsprites, tiny_imagenet
 from visual.data import Arrays, Part, Task
 
 TRAIN, VAL = 800, 200

@@ -4,7 +4,7 @@ import os
 import time
 from typing import TextIO
 
-from visual.ledger import DONE, FAILED, STATES, Ledger, Run
+from sweeps.ledger import DONE, FAILED, STATES, Ledger, Run
 
 State = dict[str, list[Run]]
 

@@ -13,9 +13,9 @@ import pytest
 
 import command
 from command import Refusal
-from visual import ledger as ledgers
-from visual.ledger import BUSY, DONE, FAILED, PACKAGES, Ledger, Run, execute
-from visual.testing import Place
+from sweeps import ledger as ledgers
+from sweeps.ledger import BUSY, DONE, FAILED, PACKAGES, Ledger, Run, execute
+from sweeps.testing import Place
 
 
 @pytest.fixture

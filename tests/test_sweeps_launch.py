@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from command import Refusal
-from visual import launch as launchers
-from visual import progress
-from visual.launch import launch, load_work, status
-from visual.ledger import TAKEN_UP_AGAIN, Ledger, Run
-from visual.testing import Place, of_group, until
+from sweeps import launch as launchers
+from sweeps import progress
+from sweeps.launch import launch, load_work, status
+from sweeps.ledger import TAKEN_UP_AGAIN, Ledger, Run
+from sweeps.testing import Place, of_group, until
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_workers_that_end_before_they_take_a_run(place: Place) -> None:
 
 def test_a_launch_waits_until_its_workers_have_cleared_up(place: Place) -> None:
     (place.folder / "code" / "slow_end.py").write_text(
-        "import multiprocessing, time\nfrom sweep_work import work\nfrom visual.ledger import Ledger\n"
+        "import multiprocessing, time\nfrom sweep_work import work\nfrom sweeps.ledger import Ledger\n"
         "clear = Ledger.clear\n"
         "if multiprocessing.parent_process():\n"
         "    Ledger.clear = lambda ledger, run: (time.sleep(1), clear(ledger, run))\n"

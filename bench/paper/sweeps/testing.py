@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from visual import launch as launchers
-from visual.launch import launch
-from visual.ledger import DONE, Ledger, Run
+from sweeps import launch as launchers
+from sweeps.launch import launch
+from sweeps.ledger import DONE, Ledger, Run
 
 WORK = """
 import os, signal, time
@@ -43,8 +43,8 @@ import json, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 from command import command
-from visual.launch import launch
-from visual.ledger import Ledger, Run
+from sweeps.launch import launch
+from sweeps.ledger import Ledger, Run
 
 def main():
     folder, configs, workers, paths = json.loads(sys.argv[2])

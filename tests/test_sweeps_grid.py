@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from command import Refusal
-from visual.grid import load_grid
-from visual.launch import launch
-from visual.ledger import Ledger
-from visual.testing import Place
+from sweeps.grid import Score, load_grid
+from sweeps.launch import launch
+from sweeps.ledger import Ledger
+from sweeps.testing import Place
 
 
 @pytest.fixture
@@ -113,7 +113,19 @@ def test_the_best_of_the_search_goes_on_with_each_seed(tmp_path: Path, values: A
     assert finals[1].name == f"tiny/dogs/deep-all-P10/final-lr{lr:g}-wd{decay:g}-s8"
     assert grid.plan(ledger) == grid.search_runs() + grid.final_runs(ledger) and grid.reasons(ledger) == []
     choice = grid.choices(ledger)["dogs", "deep-all-P10"]
-    assert choice.val_accuracy == max(value for value in values if isinstance(value, float) and math.isfinite(value))
+    assert choice.value == max(value for value in values if isinstance(value, float) and math.isfinite(value))
+
+
+@pytest.mark.parametrize(
+    "values, best, value", [((2.0, 1.5, 1.7, 1.9), (5.0, 0.0), 1.5), ((2.0, math.nan, 1.7, 1.7), (0.5, 0.0), 1.7)]
+)
+def test_a_loss_is_the_better_the_smaller(tmp_path: Path, values: Any, best: tuple[float, float], value: float) -> None:
+    grid, ledger = load_grid(grid_file(tmp_path), score=Score("dev_loss", larger=False)), Ledger(tmp_path / "ledger")
+    for run, loss in zip(grid.search_runs(), values, strict=False):
+        ledger.write(run, {"dev_loss": loss})
+    choice = grid.choices(ledger)["dogs", "deep-all-P10"]
+    assert choice.best is not None and (choice.best["lr"], choice.best["weight_decay"]) == best
+    assert choice.value == value
 
 
 def test_a_search_that_goes_on_has_no_best(tmp_path: Path) -> None:
@@ -136,7 +148,7 @@ def test_a_search_without_a_choice_says_so_and_blocks_no_other(tmp_path: Path, v
     grid, ledger = searched(tmp_path, *values)
     assert grid.reasons(ledger) == [f"tiny/dogs/deep-all-P10: {why}"]
     choice = grid.choices(ledger)["dogs", "deep-all-P10"]
-    assert (choice.best, choice.val_accuracy, choice.reason) == (None, None, why)
+    assert (choice.best, choice.value, choice.reason) == (None, None, why)
     assert {run.name.split("/")[2] for run in grid.final_runs(ledger)} == {"other"}
 
 

@@ -1,0 +1,69 @@
+"""What to run: grids in grids/, and the papers' settings as they published them."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from language.train import Settings
+from runs import Refusal
+from sweeps.grid import RESERVED, Grid, Score, grid_of, load_grid
+
+GRIDS = Path(__file__).resolve().parents[1] / "grids"
+SUITES = ("smollm2", "gpt2-medium", "gpt2-large", "bart-large")
+SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in RESERVED)
+DEV_LOSS = Score("dev_loss", larger=False)
+SEED = 101  # the papers' only one
+TABLE_TO_TEXT = {  # ReparamPrefix's README: task, batch, Deep-share's rate, No-share's
+    "e2e": (10, 1e-4, 1e-2),
+    "webnlg": (5, 1e-4, 5e-2),
+}
+
+
+def grid_for(suite: str) -> Grid:
+    if suite == "smollm2":
+        return read(GRIDS / "smollm2.toml")
+    if suite == "bart-large":
+        content = summaries()
+    elif suite in SUITES:
+        content = tables(suite)
+    else:
+        raise Refusal(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+    return grid_of(content, f"preset {suite}", SETTINGS, DEV_LOSS)
+
+
+def read(path: Path) -> Grid:
+    return load_grid(path, SETTINGS, DEV_LOSS)
+
+
+def tables(model: str) -> dict[str, Any]:
+    """GPT-2 on E2E and WebNLG: P 5, five epochs; No-share with P free rows, and from the one token of a word."""
+    rates = {
+        "deep": {task: {"lr": [deep]} for task, (_, deep, _) in TABLE_TO_TEXT.items()},
+        "none": {task: {"lr": [free]} for task, (_, _, free) in TABLE_TO_TEXT.items()},
+    }
+    methods = []
+    for name, like in (("deep", "deep"), ("original", "deep"), ("none", "none"), ("none-word", "none")):
+        methods.append(_method(name, rates[like]))
+    return {
+        "name": model,
+        "tasks": list(TABLE_TO_TEXT),
+        "seeds": [SEED],
+        "common": {"backbone": model, "length": 5, "epochs": 5, "batch": 10, "hidden": 512, "dev": 5_000},
+        "task": {task: {"batch": batch} for task, (batch, _, _) in TABLE_TO_TEXT.items()},
+        "methods": methods,
+    }
+
+
+def summaries() -> dict[str, Any]:
+    """BART on XSUM: P 200, thirty epochs, half precision; beams of six, 11 to 62 tokens, length penalty 0.8."""
+    common = {
+        "backbone": "facebook/bart-large", "length": 200, "epochs": 30, "batch": 16, "hidden": 512, "bf16": True,
+        "objective": "mean", "beams": 6, "least_new": 11, "most_new": 62, "length_penalty": 0.8, "dev": 500,
+        "source_limit": 512, "target_limit": 60,
+    }  # fmt: skip
+    methods = [_method("deep", {"xsum": {"lr": [5e-5]}}), _method("none", {"xsum": {"lr": [5e-4]}})]
+    return {"name": "bart-large", "tasks": ["xsum"], "seeds": [SEED], "common": common, "methods": methods}
+
+
+def _method(name: str, of_task: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "layers": "all", "label": name, "weight_decay": [0.0], "task": of_task}

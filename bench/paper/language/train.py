@@ -1,0 +1,314 @@
+"""One run: a method, a task, a rate, a seed; trained as the papers', resumed where it was stopped, scored at its end.
+
+AdamW without weight decay, linear decay to 0 behind a linear warm-up (none, as published), gradients clipped to norm 1;
+the loss is the sum over a sample's tokens, averaged over the batch (objective "sum", the original's mode 1), or the
+mean over tokens. The frozen model stays in eval(). The last state counts.
+
+Differs from the authors' code: padding repeats eos (there "[PAD]" was added to the vocabulary; neither is ever seen by
+a labelled position); logits are computed where a label is, but for `original`; positions are those that the prefix
+leaves (there 1024).
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import table_to_text
+from language import backbones, encode, tasks
+from language.data import Pair, Prompt
+from language.decode import Search, decode
+from language.methods import Choices, tune
+from language.webnlg import seen
+from runs import Refusal, digest, load_state, room, save_state, thinned
+
+STATE = {"step", "trained", "optimizer", "rng", "losses", "seconds"}
+SAVED_EVERY = 60.0  # seconds between checkpoints, at least
+WARMED = 5  # first steps that are not timed: first touch of memory, thread pools
+WORDS = {
+    "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
+    "positions": ("model", "shifted", "unshifted"),
+}  # fmt: skip
+LEAST = {
+    "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
+    "accumulation": 1, "warmup": 0, "dev": 1, "prompts": 0, "beams": 1, "least_new": 0, "most_new": 1, "rows": 1,
+    "seed": 0, "source_limit": 8, "target_limit": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run's numbers depend on, beside the data, the backbone's weights and the versions of libraries."""
+
+    task: str
+    method: str
+    lr: float
+    weight_decay: float
+    seed: int
+    phase: str = "final"  # "search": scored by the loss on dev alone
+    layers: str = "all"
+    backbone: str = "small"
+    weights: str = ""  # their digest; "": whatever is found
+    length: int = 5
+    hidden: int = 512
+    positions: str = "model"
+    labelled: bool = True
+    last: int = 2
+    reduction: int = 8
+    rank: int = 8
+    epochs: int = 5
+    subset: int = 0  # training pairs, drawn with the first seed of all; 0: all
+    batch: int = 10
+    accumulation: int = 1  # batches for one step of the optimizer
+    warmup: int = 0  # steps
+    clip: float = 1.0
+    objective: str = "sum"
+    bf16: bool = False
+    checkpointing: bool = False  # activations are computed again in the backward
+    moments: str = "float32"
+    dev: int = 1000  # pairs
+    prompts: int = 0  # test records that are decoded; 0: all
+    beams: int = 5
+    least_new: int = 0
+    most_new: int = 100
+    length_penalty: float = 1.0
+    rows: int = 16  # prompts decoded together
+    source_limit: int = encode.SOURCE  # of an encoder-decoder
+    target_limit: int = encode.TARGET
+    entry_zero_quirk: bool = False  # WebNLG's first entry, decoded without bars as the original does
+
+    def __post_init__(self) -> None:
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise Refusal(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, words))}")
+        for name, bound in LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+                raise Refusal(f"{name} is {value!r}, expected an integer from {bound}")
+        for name in ("lr", "weight_decay", "clip", "length_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+                raise Refusal(f"{name} is {value!r}, expected a finite number from 0")
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Settings":
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(config) - known):
+            raise Refusal(f"a run has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        return cls(**config)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Of the optimizer at a step, from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * max(0.0, 1 - (step - self.warmup) / max(1, steps - self.warmup))
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def drawn(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the rows in their order, drawn with one seed whatever the run; 0: all."""
+    if not 0 < most < len(rows):
+        return list(rows)
+    return [rows[place] for place in sorted(random.Random(101).sample(range(len(rows)), most))]
+
+
+class Run:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.task = tasks.load(settings.task, settings.entry_zero_quirk)
+        self.weights = backbones.fingerprint(settings.backbone)
+        if settings.weights not in ("", self.weights):
+            raise Refusal(f"{settings.backbone}: weights {self.weights}, but the run is of {settings.weights}")
+        self.backbone = backbones.load(settings.backbone)
+        self.device = device()
+        self.backbone.model.to(self.device)
+        names = {field.name for field in fields(Choices)}
+        choices = Choices(**{name: value for name, value in asdict(settings).items() if name in names})
+        self.tuned = tune(settings.method, self.backbone, settings.seed, choices)
+        self.tuned.added.to(self.device)
+        if settings.checkpointing:
+            model: Any = self.backbone.model
+            # transformers 5.23 renamed it
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+            self.tuned.checkpointing = True
+        reach = 0 if self.backbone.seq2seq else settings.most_new
+        self.limit = min(encode.LIMIT, room(self.backbone.positions, self.tuned.length, reach) + reach)
+        tokenizer = self.backbone.tokenizer
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+    def samples(self, pairs: Sequence[Pair]) -> list[Any]:
+        if not self.backbone.seq2seq:
+            return encode.causal(self.backbone.tokenizer, pairs, self.limit)
+        return encode.seq2seq(self.backbone.tokenizer, pairs, self.settings.source_limit, self.settings.target_limit)
+
+    def collated(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        if self.backbone.seq2seq:
+            batch = encode.collate_seq2seq(samples, self.pad)
+        else:
+            batch = dict(zip(("input_ids", "labels"), table_to_text.collate(samples, self.pad), strict=True))
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The sum over labelled tokens."""
+        with self.autocast():
+            return self.tuned.loss(batch).float()
+
+    @torch.no_grad()
+    def dev_loss(self, samples: Sequence[Any]) -> float:
+        """Cross entropy per labelled token, in nats."""
+        self.tuned.train(False)
+        total, tokens = 0.0, 0
+        for at in range(0, len(samples), self.settings.batch):
+            batch = self.collated(samples[at : at + self.settings.batch])
+            total += float(self.loss(batch))
+            tokens += self.tokens(batch["labels"])
+        return total / max(1, tokens)
+
+    def tokens(self, labels: Tensor) -> int:
+        return int(((labels if self.backbone.seq2seq else labels[:, 1:]) != -100).sum())
+
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        sources = [prompt.source for prompt in prompts]
+        if self.backbone.seq2seq:
+            return [
+                s.source
+                for s in encode.seq2seq(self.backbone.tokenizer, [(t, "") for t in sources], self.settings.source_limit)
+            ]
+        cut = self.limit - self.settings.most_new
+        return [ids[-cut:] for ids in table_to_text.prompt_ids(self.backbone.tokenizer, sources)]
+
+
+class Loop:
+    """The steps of a run; whatever stops it, the next one goes on from the last checkpoint to the same numbers."""
+
+    def __init__(self, run: Run, samples: Sequence[Any], checkpoint: Path, key: str) -> None:
+        self.run, self.samples, self.checkpoint, self.key = run, samples, checkpoint, key
+        settings = run.settings
+        self.rows = settings.batch * settings.accumulation  # of a step
+        self.per_epoch = math.ceil(len(samples) / self.rows)
+        self.steps = settings.epochs * self.per_epoch
+        self.optimizer = run.tuned.optimizer(lr=settings.lr, weight_decay=settings.weight_decay)
+        self.first, self.losses, self.seconds = 0, [], []
+        torch.manual_seed(settings.seed)  # of dropout, if any
+        if (state := load_state(checkpoint, key, STATE)) is not None:
+            run.tuned.load_state(state["trained"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            self.first, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
+
+    def order(self, epoch: int) -> list[int]:
+        """A function of (seed, epoch) alone, so that a resumed run meets the same batches."""
+        generator = torch.Generator().manual_seed(self.run.settings.seed * 100_003 + epoch)
+        return torch.randperm(len(self.samples), generator=generator).tolist()
+
+    def train(self) -> bool:
+        """False if a loss was not finite."""
+        self.run.tuned.train(True)
+        order, order_of, saved = [], -1, time.perf_counter()
+        for step in range(self.first, self.steps):
+            epoch, at = divmod(step, self.per_epoch)
+            if epoch != order_of:
+                order, order_of = self.order(epoch), epoch
+            began = time.perf_counter()
+            loss = self.step(step, [self.samples[i] for i in order[at * self.rows : (at + 1) * self.rows]])
+            self.losses.append(loss)
+            if not math.isfinite(loss):
+                return False
+            self.seconds.append(time.perf_counter() - began)
+            if time.perf_counter() - saved > SAVED_EVERY and step + 1 < self.steps:
+                self.save(step + 1)
+                saved = time.perf_counter()
+        self.save(self.steps)  # decoding may be long
+        return True
+
+    def step(self, step: int, rows: Sequence[Any]) -> float:
+        """One step of the optimizer; returns the objective, nan or infinite if it was so before the step."""
+        settings, parameters = self.run.settings, [p for _, p in self.run.tuned.parameters()]
+        batches = [self.run.collated(rows[at : at + settings.batch]) for at in range(0, len(rows), settings.batch)]
+        of = len(rows) if settings.objective == "sum" else sum(self.run.tokens(batch["labels"]) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = self.run.loss(batch) / of
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                return total
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(step, self.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def save(self, step: int) -> None:
+        state = {
+            "step": step, "trained": self.run.tuned.state(), "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(), "losses": self.losses, "seconds": self.seconds,
+        }  # fmt: skip
+        save_state(self.checkpoint, self.key, state)
+
+
+def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Trains and scores one run; `scratch` holds its checkpoint and the texts written so far.
+
+    A loss that is not finite ends it: the result says so and has no score.
+    """
+    settings = Settings.of(config)
+    run = Run(settings)
+    key = digest(asdict(settings), run.weights, run.task.sha256)
+    score = "dev_loss"
+    trained = settings.method != "frozen"
+    loop = None
+    if trained:
+        pairs = drawn(run.task.train.pairs(), settings.subset)
+        loop = Loop(run, run.samples(pairs), scratch / "checkpoint.pt", key)
+        if not loop.train():
+            return {"diverged": len(loop.losses), score: None, "weights": run.weights, **run.tuned.numbers()}
+    dev = run.dev_loss(run.samples(drawn(run.task.dev.pairs(), settings.dev)))
+    result = {
+        score: dev if math.isfinite(dev) else None,
+        "weights": run.weights,
+        "data": run.task.where,
+        "notes": [*run.backbone.notes, *run.task.notes],
+        **run.tuned.numbers(),
+    }
+    if loop is not None:
+        timed = loop.seconds[WARMED:] or loop.seconds
+        result |= {
+            "pairs": len(loop.samples),
+            "steps": loop.steps,
+            "losses": thinned(loop.losses, 100),
+            "seconds_per_step": statistics.median(timed),
+        }
+    if settings.phase == "final":
+        result |= written(run, scratch / "texts.json", key)
+    return result
+
+
+def written(run: Run, progress: Path, key: str) -> dict[str, Any]:
+    """Texts of the test part, their scores, and how long they took."""
+    settings = run.settings
+    prompts = drawn(run.task.test.prompts(), settings.prompts)
+    search = Search(settings.beams, settings.most_new, settings.least_new, settings.length_penalty, settings.rows)
+    run.tuned.train(False)
+    began = time.perf_counter()
+    texts = decode(run.tuned, run.prompt_ids(prompts), search, progress, key, run.autocast)
+    took = time.perf_counter() - began
+    scored = tasks.scores(
+        run.task.name, [prompt.references for prompt in prompts], texts, [seen(prompt.category) for prompt in prompts]
+    )
+    return {"scores": scored, "seconds_decoding": took, "decoded": len(texts), "texts": texts}

@@ -1,0 +1,146 @@
+"""The papers' language half: prefixes for table-to-text and summaries beside fine-tuning and what else the tables have.
+
+    python bench/paper/nlg.py --suite smollm2 --data FOLDER        # the study of this repository, hours on two cores
+    python bench/paper/nlg.py --suite gpt2-medium --data FOLDER    # E2E and WebNLG with the published settings
+    python bench/paper/nlg.py --suite bart-large --data FOLDER     # XSUM
+    python bench/paper/nlg.py check --data FOLDER                  # what of the data is there; published counts
+    python bench/paper/nlg.py status --suite smollm2               # what is done, running, failed and left
+
+A run is a name and a JSON in --out; finished runs are never repeated, and whatever is killed is taken up again. The
+data folder has e2e/, webnlg/ and xsum/; `check` says what is to be had where.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import runs  # first: it makes bench/ importable
+from command import command
+from sweeps.grid import Grid
+from sweeps.ledger import Ledger
+
+HERE = Path(__file__).resolve().parent
+VERBS = ("run", "check", "status")
+AGAIN = "finished runs are kept, and the same command goes on with the others"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("verb", nargs="?", choices=VERBS, default="run")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--suite", help="smollm2 (default), gpt2-medium, gpt2-large, bart-large")
+    what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/ has some)")
+    parser.add_argument("--data", type=Path, help="default: PREFIXATTN_DATA")
+    parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/nlg-NAME)")
+    parser.add_argument("--tasks", nargs="+", help="only these of the grid's")
+    parser.add_argument("--methods", nargs="+", help="only these labels or names of the grid's")
+    parser.add_argument("--model", help="over the grid's: small, smollm2, a folder or a name on the hub")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
+    parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
+    parser.add_argument("--retry", action="store_true", help="try failed runs once more")
+    parser.add_argument("--address", help="of a Ray cluster")
+    parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument("--minutes", type=int, help="of a Slurm job")
+    parser.add_argument("--gpus", type=int, help="of a Slurm job or a Ray task; of this machine, to spread over (all)")
+    parser.add_argument("--cpus", type=int, help="of a Slurm job or a Ray task; threads of a worker")
+    return parser.parse_args(arguments)
+
+
+def grid_of(given: argparse.Namespace) -> Grid:
+    """The whole grid, with what the command line says over its settings."""
+    from language import backbones, presets
+    from language.train import Settings
+
+    grid = presets.read(given.grid) if given.grid else presets.grid_for(given.suite or "smollm2")
+    over: dict[str, Any] = {}
+    if given.model:
+        over["backbone"] = given.model
+    over |= {"bf16": True} if given.bf16 else {}
+    methods = []
+    for method in grid.methods:
+        settings = {**method.settings, **over}
+        settings["weights"] = backbones.fingerprint(settings.get("backbone", Settings.backbone))
+        methods.append(replace(method, settings=settings))
+    return replace(grid, methods=tuple(methods))
+
+
+def readable(grid: Grid) -> None:
+    """Reads each task and backbone once, before workers would fail one by one."""
+    from language import backbones, tasks
+    from language.train import Settings
+
+    for method in grid.methods:
+        settings = Settings(method.task, method.name, 0.0, 0.0, 0, **method.settings)
+        tasks.load(settings.task, settings.entry_zero_quirk)
+    for name in {method.settings.get("backbone", Settings.backbone) for method in grid.methods}:
+        backbones.load(name)
+
+
+def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    from sweeps.launch import launch, status
+
+    for name in ("workers", "minutes", "gpus", "cpus"):
+        value, least = getattr(given, name), 0 if name == "gpus" else 1
+        if value is not None and value < least:
+            raise runs.Refusal(f"--{name} is {value}, expected {least} or more")
+    grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
+    readable(grid)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = given.cpus or (max(1, cores // given.workers) if given.launcher == "local" else None)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("PREFIXATTN_")}
+    state = launch(
+        given.launcher, ledger, grid.plan, "language.train:work", given.workers, given.retry, address=given.address,
+        partition=given.partition, timeout_min=given.minutes, gpus_per_node=given.gpus, cpus_per_task=given.cpus,
+        threads=threads, environment=environment,
+    )  # fmt: skip
+    print(status(ledger, grid.plan))
+    return 1 if state["failed"] else 0
+
+
+def check(given: argparse.Namespace) -> int:
+    """Counts of each task beside the published; of all three unless --tasks names some."""
+    from language import tasks
+    from language.check import check_task
+
+    if (folder := os.environ.get("PREFIXATTN_DATA")) is None:
+        raise runs.Refusal("no data folder; give --data or set PREFIXATTN_DATA")
+    well = True
+    for name in given.tasks or tasks.NAMES:
+        lines, good = check_task(name, folder)
+        print("\n".join(lines), end="\n\n")
+        well &= good
+    return 0 if well else 1
+
+
+def run_command(arguments: list[str]) -> int:
+    given = parse(arguments)
+    if given.data is not None:
+        if not given.data.is_dir():
+            raise runs.Refusal(f"--data {given.data}: no such folder")
+        os.environ["PREFIXATTN_DATA"] = str(given.data.resolve())
+    if given.verb == "check":
+        return check(given)
+    grid = grid_of(given)
+    out = given.out or HERE / "results" / f"nlg-{grid.name}"
+    if given.verb == "run":
+        return run(given, grid, out)
+    if not out.is_dir():
+        raise runs.Refusal(f"{out}: no such folder; nothing of grid {grid.name} was run")
+    from sweeps.launch import status
+
+    print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command("nlg.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), AGAIN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
