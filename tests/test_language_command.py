@@ -87,11 +87,15 @@ def test_check_tells_counts_from_the_published(made: Path) -> None:
         (["check"], "no data folder; give --data or set PREFIXATTN_DATA"),
         (["check", "--data", ".", "--tasks", "dart"], "no task 'dart'; there are e2e, webnlg, xsum"),
         (["--suite", "gpt2-medium", "--workers", "0"], "--workers is 0, expected 1 or more"),
-        (["--suite", "gpt2-medium", "--model", "/nowhere", "--data", "."], "/nowhere: no language model"),
+        (
+            ["--suite", "gpt2-medium", "--model", "/nowhere", "--data", ".", "--tasks", "e2e"],
+            "/nowhere: no language model",
+        ),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(words: list[str], said: str, made: Path, tmp_path: Path) -> None:
     words = [str(made) if word == "." else word for word in words]
     ran = nlg(*words, *(["--out", str(tmp_path / "runs")] if "check" not in words else []))
-    assert ran.returncode == 1 and said in ran.stderr and ran.stderr.strip().count("\n") == 0, ran.stderr
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
+    assert said in ran.stderr.strip().splitlines()[-1]  # before it torch may have logged what torchao does at import
     assert not (tmp_path / "runs").exists()
