@@ -284,6 +284,7 @@ def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
         "weights": run.weights,
         "data": run.task.where,
         "notes": [*run.backbone.notes, *run.task.notes],
+        "length": run.tuned.length,  # of a word its tokens; 0: no prefix
         **run.tuned.numbers(),
     }
     if loop is not None:
