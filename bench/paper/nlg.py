@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("verb", nargs="?", choices=VERBS, default="run")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--suite", help="smollm2 (default), gpt2-medium, gpt2-large, bart-large")
-    what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/ has some)")
+    what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/language/ has some)")
     parser.add_argument("--data", type=Path, help="default: PREFIXATTN_DATA")
     parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/nlg-NAME)")
     parser.add_argument("--tasks", nargs="+", help="only these of the grid's")

@@ -8,7 +8,7 @@ from language.train import Settings
 from runs import Refusal
 from sweeps.grid import RESERVED, Grid, Score, grid_of, load_grid
 
-GRIDS = Path(__file__).resolve().parents[1] / "grids"
+GRIDS = Path(__file__).resolve().parents[1] / "grids" / "language"
 SUITES = ("smollm2", "gpt2-medium", "gpt2-large", "bart-large")
 SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in RESERVED)
 DEV_LOSS = Score("dev_loss", larger=False)
