@@ -17,27 +17,19 @@ import e2e_metrics
 import meteor
 import ngram_metrics
 import ptb_tokenize
+from runs import Refusal
+from tests.data_folder import data_path
+from text_files import read_outputs
 
 OFFICIAL = {"BLEU": 0.7203, "NIST": 7.7889, "METEOR": 0.4801, "ROUGE_L": 0.7910, "CIDEr": 2.3039}
 
 
-def data_file(*parts: str) -> Path:
-    """A file of the data folder (PREFIXATTN_DATA, or shared/data beside the checkout); skips where it is absent."""
-    roots = [Path(__file__).parents[2] / "shared" / "data"]
-    if given := os.environ.get("PREFIXATTN_DATA"):
-        roots = [Path(given), Path(given).parent]  # the variable may name the E2E folder within
-    for root in roots:
-        if (path := root.joinpath(*parts)).is_file():
-            return path
-    pytest.skip(f"{'/'.join(parts)} is neither under PREFIXATTN_DATA nor in ../shared/data")
-
-
 @pytest.fixture
 def example() -> tuple[list[list[str]], list[str]]:
-    references = data_file("metrics", "e2e_example", "devel-conc.txt")
-    hypotheses = data_file("metrics", "e2e_example", "baseline-output.txt")
+    references = data_path("metrics", "e2e_example", "devel-conc.txt")
+    hypotheses = data_path("metrics", "e2e_example", "baseline-output.txt")
     read = e2e_metrics.read_references(references)
-    return read, e2e_metrics.read_hypotheses(hypotheses, references, len(read))
+    return read, read_outputs(hypotheses, references, len(read))
 
 
 @pytest.fixture
@@ -185,7 +177,7 @@ def test_tokens_are_those_of_the_treebank_program(text: str) -> None:
 
 
 def test_tokens_of_the_e2e_references_equal_the_java_program(tmp_path: Path) -> None:
-    table = data_file("e2e", "testset_w_refs.csv")
+    table = data_path("e2e", "testset_w_refs.csv")
     jar = next(meteor._jar().parents[1].glob("tokenizer/stanford-corenlp-*.jar"), None) if meteor._jar() else None
     if jar is None or not shutil.which("java"):
         pytest.skip("the Java tokenizer needs java on the PATH and the package pycocoevalcap")
@@ -272,44 +264,51 @@ def test_score_refuses_in_words(references: list[list[str]], hypotheses: list[st
         e2e_metrics.score(references, hypotheses)
 
 
-REFERENCES, HYPOTHESES = b"a b\na c\n\nd e\n", b"a b\nd e\n"
-
-
-@pytest.mark.parametrize(
-    ("references", "hypotheses", "message"),
-    [
-        (REFERENCES, b"a b\n", "hyps:1: ends after 1 hypotheses; DIR/refs has 2 instances"),
-        (REFERENCES, HYPOTHESES + b"\n", "hyps:3: one hypothesis too many; DIR/refs has 2 instances"),
-        (b"a b\n\n\nd e\n", HYPOTHESES, "refs:3: a second blank line; instance 2 has no reference"),
-        (b"a b\n\nd e\n\n\n", HYPOTHESES, "refs:5: a second blank line; instance 3 has no reference"),
-        (b"a b\n\nd \xff\n", HYPOTHESES, "refs:3: not UTF-8 (byte 0xff)"),
-        (b"\n", HYPOTHESES, "refs: no text in it"),
-        (REFERENCES, None, "hyps: No such file or directory"),
-    ],
-)
-def test_command_refuses_a_malformed_file_with_its_row(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], references: bytes, hypotheses: bytes | None, message: str
-) -> None:
-    (tmp_path / "refs").write_bytes(references)
-    if hypotheses is not None:
-        (tmp_path / "hyps").write_bytes(hypotheses)
-    assert e2e_metrics.main([str(tmp_path / "refs"), str(tmp_path / "hyps")]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err == f"{tmp_path}/{message.replace('DIR', str(tmp_path))}\n"
-
-
-@pytest.mark.usefixtures("without_java")
-def test_command_prints_each_score_with_its_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "refs").write_bytes(b"\xef\xbb\xbf" + REFERENCES + b"\n")  # a mark and a closing blank line are allowed
-    (tmp_path / "hyps").write_bytes(HYPOTHESES)
-    assert e2e_metrics.main([str(tmp_path / "refs"), str(tmp_path / "hyps")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(e2e_metrics.METRICS)
-    assert lines[2].split(maxsplit=1)[1].split() == ["-", "not", "computed:", "switched", "off"]
-    assert lines[3].split()[1] == "1.0000"
-
-
 def test_one_reference_a_line_needs_no_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "refs").write_text("a b\nc d\n")
     assert e2e_metrics.read_references(tmp_path / "refs") == [["a b"], ["c d"]]
+
+
+# --- the challenge's table
+
+
+def test_neighbouring_rows_of_the_table_with_one_record_are_an_instance(tmp_path: Path) -> None:
+    table = tmp_path / "testset_w_refs.csv"
+    table.write_bytes(
+        b'\xef\xbb\xbf"MR","ref"\r\nname[A],"One, two."\r\nname[A],Three\r\n\r\nB, C\r\nname[A], four \r\n'
+    )
+    assert e2e_metrics.read_references(table) == [["One, two.", "Three"], ["C"], ["four"]]
+    assert e2e_metrics.references_file(tmp_path, tmp_path / "outputs.txt") == table
+
+
+def test_the_test_sets_table_has_630_instances() -> None:
+    references = e2e_metrics.read_references(data_path("e2e", "testset_w_refs.csv"))
+    assert (len(references), sum(map(len, references))) == (630, 4693)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n", r"t\.csv:1: expected the columns mr and ref, found 'a,b'"),
+        ("mr,ref\n", r"t\.csv: no rows after the header"),
+        ("mr,ref\na,b\nc\n", r"t\.csv:3: expected 2 columns, found 1"),
+        ("mr,ref\na, \n", r"t\.csv:2: the reference is blank"),
+        ('mr,ref\na,"b" c\n', r"t\.csv:2: "),
+        ('mr,ref\na,b\na,"c\n', r"t\.csv:3: unexpected end of data"),
+    ],
+)
+def test_a_malformed_table_is_refused_with_its_row(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(Refusal, match=message):
+        e2e_metrics.read_references(tmp_path / "t.csv")
+
+
+def test_a_folder_without_the_table_must_hold_one_text_file_beside_the_outputs(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs.txt"
+    outputs.write_text("a")
+    with pytest.raises(Refusal, match=r"expected .* one \.txt of references, and found none; name the file"):
+        e2e_metrics.references_file(tmp_path, outputs)
+    (tmp_path / "references.txt").write_text("a")
+    assert e2e_metrics.references_file(tmp_path, outputs) == tmp_path / "references.txt"
+    with pytest.raises(Refusal, match=r"found outputs\.txt, references\.txt; name the file"):
+        e2e_metrics.references_file(tmp_path, tmp_path / "elsewhere.txt")

@@ -1,10 +1,7 @@
 """BLEU, NIST, METEOR, ROUGE-L and CIDEr of E2E outputs, as the challenge's measure_scores.py computes them.
 
-    python bench/paper/e2e_metrics.py REFERENCES HYPOTHESES
-
-Seconds. Files as in e2e-metrics: a reference a line with a blank line between instances (no blank line at all: one
-reference each); a hypothesis a line. On e2e-metrics' own example: BLEU .7203, NIST 7.7889, METEOR .4801, ROUGE-L .7910,
-CIDEr 2.3039, as there. The notes say what computed each score. Libraries are used where they agree with the official
+Seconds. On e2e-metrics' own example: BLEU .7203, NIST 7.7889, METEOR .4801, ROUGE-L .7910, CIDEr 2.3039, as there.
+The command is score.py. The notes say what computed each score. Libraries are used where they agree with the official
 scripts: sacrebleu does, nltk's NIST does not (6.2219 on the example), rouge-score has no form of this ROUGE-L.
 Differs from the official scripts: the tokenizer in front of METEOR, ROUGE-L and CIDEr is ours (ptb_tokenize.py), so
 that only METEOR needs Java.
@@ -12,17 +9,17 @@ that only METEOR needs Java.
 
 from __future__ import annotations
 
-import argparse
-import sys
+import csv
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
 import meteor
 from caption_metrics import cider, rouge_l
+from packages import named
 from ptb_tokenize import tokenize
 from runs import Refusal
+from text_files import read_lines
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 
@@ -34,13 +31,6 @@ class Scores(TypedDict):
     ROUGE_L: float | None  # of 1
     CIDEr: float | None  # of 10
     notes: list[str]  # for each metric: what computed it, or why it is None
-
-
-def _package(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:  # a copy beside the code has no version
-        return name
 
 
 def _require_texts(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
@@ -71,44 +61,71 @@ def score(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Sco
     else:
         found["BLEU"] = ngram_metrics.bleu(references, hypotheses)
         found["NIST"] = ngram_metrics.nist(references, hypotheses)
-        notes["BLEU"] = f"{_package('sacrebleu')}, its counts by mteval-v13a's formula"
-        notes["NIST"] = f"own code over the tokens of {_package('sacrebleu')}"
+        notes["BLEU"] = f"{named('sacrebleu')}, its counts by mteval-v13a's formula"
+        notes["NIST"] = f"own code over the tokens of {named('sacrebleu')}"
 
     refs = [[tokenize(text) for text in texts] for texts in references]
     hyps = [tokenize(text) for text in hypotheses]
     found["ROUGE_L"], notes["ROUGE_L"] = rouge_l(refs, hyps), "own code"
     found["CIDEr"], notes["CIDEr"] = cider(refs, hyps), "own code"
-    if reason := meteor.missing():
-        notes["METEOR"] = f"not computed: {reason}"
-    else:
-        try:
-            found["METEOR"] = meteor.meteor(refs, hyps)
-            notes["METEOR"] = f"METEOR 1.5 (Java) out of {_package('pycocoevalcap')}"
-        except RuntimeError as error:
-            notes["METEOR"] = f"not computed: {error}"
+    try:
+        found["METEOR"], notes["METEOR"] = meteor.meteor(refs, hyps), meteor.source()
+    except RuntimeError as error:
+        notes["METEOR"] = f"not computed: {error}"
     return Scores(**found, notes=[f"{metric}: {notes[metric]}" for metric in METRICS])  # type: ignore[typeddict-item]
 
 
-def _lines(path: Path) -> list[str]:
-    """The file's lines, stripped."""
-    try:
-        rows = path.read_bytes().splitlines()
-    except OSError as error:
-        raise Refusal(f"{path}: {error.strerror}") from None
-    lines = []
-    for row, data in enumerate(rows, 1):
-        try:
-            lines.append(data.decode("utf-8-sig" if row == 1 else "utf-8").strip())
-        except UnicodeDecodeError as error:
-            raise Refusal(f"{path}:{row}: not UTF-8 (byte {data[error.start]:#04x})") from None
-    if not any(lines):
-        raise Refusal(f"{path}: no text in it")
-    return lines
+def references_file(place: Path, outputs: Path) -> Path:
+    """`place`, or what the folder `place` holds: the challenge's table, or else the one text file beside `outputs`."""
+    if not place.is_dir():
+        return place
+    if (table := place / "testset_w_refs.csv").is_file():
+        return table
+    texts = sorted(path for path in place.glob("*.txt") if not (outputs.exists() and path.samefile(outputs)))
+    if len(texts) != 1:
+        found = ", ".join(path.name for path in texts) or "none"
+        raise Refusal(
+            f"{place}: expected testset_w_refs.csv, or one .txt of references, and found {found}; name the file"
+        )
+    return texts[0]
 
 
 def read_references(path: Path) -> list[list[str]]:
-    """Instances separated by one blank line; in a file without any, each line is an instance."""
-    lines = _lines(path)
+    """References of each instance: of a .csv with the columns mr and ref, or of a text file, a reference a line.
+
+    In the table neighbouring rows with one mr are an instance. In the text file a blank line separates instances;
+    where there is none, each line is an instance.
+    """
+    return _of_table(path) if path.suffix.lower() == ".csv" else _of_lines(path)
+
+
+def _of_table(path: Path) -> list[list[str]]:
+    rows = csv.reader(read_lines(path), strict=True)
+    instances: list[list[str]] = []
+    last = None
+    try:
+        header = [name.lower() for name in next(rows)]
+        if "mr" not in header or "ref" not in header:
+            raise Refusal(f"{path}:1: expected the columns mr and ref, found {','.join(header)[:60]!r}")
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise Refusal(f"{path}:{rows.line_num}: expected {len(header)} columns, found {len(row)}")
+            mr, reference = row[header.index("mr")], row[header.index("ref")].strip()
+            if not reference:
+                raise Refusal(f"{path}:{rows.line_num}: the reference is blank")
+            if mr != last:
+                instances.append([])
+            instances[-1].append(reference)
+            last = mr
+    except csv.Error as error:
+        raise Refusal(f"{path}:{rows.line_num}: {error}") from None
+    if not instances:
+        raise Refusal(f"{path}: no rows after the header")
+    return instances
+
+
+def _of_lines(path: Path) -> list[list[str]]:
+    lines = read_lines(path)
     if not lines[-1]:  # the last instance may be closed by a blank line too
         lines.pop()
     if "" not in lines:
@@ -124,34 +141,3 @@ def read_references(path: Path) -> list[list[str]]:
     if not instances[-1]:
         raise Refusal(f"{path}:{len(lines) + 1}: a second blank line; instance {len(instances)} has no reference")
     return instances
-
-
-def read_hypotheses(path: Path, references: Path, expected: int) -> list[str]:
-    """One text for each of the `expected` instances of the file `references`; a blank line is an empty text."""
-    lines = _lines(path)
-    if len(lines) < expected:
-        raise Refusal(f"{path}:{len(lines)}: ends after {len(lines)} hypotheses; {references} has {expected} instances")
-    if len(lines) > expected:
-        raise Refusal(f"{path}:{expected + 1}: one hypothesis too many; {references} has {expected} instances")
-    return lines
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="BLEU, NIST, METEOR, ROUGE-L and CIDEr as e2e-metrics computes them.")
-    parser.add_argument("references", type=Path, help="a reference a line, a blank line between instances")
-    parser.add_argument("hypotheses", type=Path, help="a hypothesis a line")
-    paths = parser.parse_args(arguments)
-    try:
-        references = read_references(paths.references)
-        scores = score(references, read_hypotheses(paths.hypotheses, paths.references, len(references)))
-    except Refusal as error:
-        print(error, file=sys.stderr)
-        return 1
-    for metric, note in zip(METRICS, scores["notes"], strict=True):
-        value = scores[metric]  # type: ignore[literal-required]
-        print(f"{metric:8}{'-' if value is None else f'{value:.4f}':>8}  {note.partition(': ')[2]}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

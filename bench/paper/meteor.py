@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from packages import named
+
 Tokens = Sequence[str]
 
 # a decimal comma or a file encoding of the user's would change what the program reads and prints;
@@ -34,8 +36,12 @@ def missing() -> str | None:
     return None if shutil.which("java") else "there is no java on the PATH (any version from 8)"
 
 
+def source() -> str:
+    return f"METEOR 1.5 (Java) out of {named('pycocoevalcap')}"
+
+
 def meteor(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> float:
-    """METEOR 1.5, English, normalised, in [0, 1]; `missing` must be None. RuntimeError if the program fails."""
+    """METEOR 1.5, English, normalised, in [0, 1]. RuntimeError, in words, if the program is missing or fails."""
     with running() as program:
         return converse(program, references, hypotheses)
 
@@ -43,6 +49,8 @@ def meteor(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens])
 @contextmanager
 def running() -> Iterator[subprocess.Popen[str]]:
     """The program, which takes some ten seconds of processor time to start, and any number of `converse` after that."""
+    if reason := missing():
+        raise RuntimeError(reason)
     command = [*_JAVA, "-jar", str(_jar()), "-", "-", "-stdio", "-l", "en", "-norm"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         try:
@@ -59,12 +67,25 @@ def running() -> Iterator[subprocess.Popen[str]]:
 def converse(
     program: subprocess.Popen[str], references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]
 ) -> float:
+    return together(program, statistics(program, references, hypotheses))
+
+
+def statistics(
+    program: subprocess.Popen[str], references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]
+) -> list[str]:
+    """Of each instance what `together` wants to be told; parts of a test set are aligned once for all their scores."""
     assert program.stdin and program.stdout
-    to, back = program.stdin, program.stdout
-    statistics = []
+    answers = []
     for refs, hypothesis in zip(references, hypotheses, strict=True):
-        print("SCORE", *(" ".join(tokens) for tokens in (*refs, hypothesis)), sep=" ||| ", file=to, flush=True)
-        statistics.append(back.readline().strip())
-    print("EVAL", *statistics, sep=" ||| ", file=to, flush=True)
+        texts = (" ".join(tokens) for tokens in (*refs, hypothesis))
+        print("SCORE", *texts, sep=" ||| ", file=program.stdin, flush=True)
+        answers.append(program.stdout.readline().strip())
+    return answers
+
+
+def together(program: subprocess.Popen[str], answers: Sequence[str]) -> float:
+    """The score of the instances that have these statistics."""
+    assert program.stdin and program.stdout
+    print("EVAL", *answers, sep=" ||| ", file=program.stdin, flush=True)
     # one score for each instance, then the one for all
-    return float([back.readline() for _ in range(len(statistics) + 1)][-1])
+    return float([program.stdout.readline() for _ in range(len(answers) + 1)][-1])
