@@ -95,22 +95,22 @@ def test_both_parts_are_all_categories_and_the_lex_files_hold_what_the_others_do
     ],
 )
 def test_bleu_is_what_multi_bleu_prints(hypotheses: list[str], references: list[tuple[str, ...]], printed: str) -> None:
-    assert f"{bleu(references, hypotheses):.2f}" == printed
+    assert f"{webnlg_metrics.bleu(references, hypotheses):.2f}" == printed
 
 
 # --- by hand
 
 
-def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
-    return webnlg_metrics.bleu([[ref.split() for ref in refs] for refs in references], [h.split() for h in hypotheses])
-
-
 def test_bleu_by_hand() -> None:
-    assert bleu([["a b c d f"]], ["a b c d e"]) == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert webnlg_metrics.bleu([["a b c d f"]], ["a b c d e"]) == pytest.approx(
+        100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    )
     # "a" counts twice at most, the most that one reference has: 4 of 5, then (a a) (a b) (b c) = 3 of 4, 2 of 3, 1 of 2
-    assert bleu([["a a b c", "a x"]], ["a a a b c"]) == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    assert bleu([["a b c d", ""], ["a b c d", ""]], ["a b c d", ""]) == pytest.approx(100)
-    assert bleu([["a b c d"]], [""]) == 0
+    assert webnlg_metrics.bleu([["a a b c", "a x"]], ["a a a b c"]) == pytest.approx(
+        100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    )
+    assert webnlg_metrics.bleu([["a b c d", ""], ["a b c d", ""]], ["a b c d", ""]) == pytest.approx(100)
+    assert webnlg_metrics.bleu([["a b c d"]], [""]) == 0
 
 
 def test_tokens_are_ascii_words_and_single_marks() -> None:
@@ -154,10 +154,13 @@ def test_the_order_of_references_does_not_matter() -> None:
 # --- what is missing, what is wrong
 
 
-def test_without_the_package_that_spells_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "unidecode", None)
     with pytest.raises(Refusal, match=r"unidecode.*pip install unidecode"):
         webnlg_metrics.tokens("a")
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    with pytest.raises(Refusal, match=r"sacrebleu.*pip install sacrebleu"):
+        webnlg_metrics.bleu([("a", "", "")], ["a"])
 
 
 def write_references(folder: Path, files: Mapping[str, str]) -> None:

@@ -4,15 +4,13 @@ Seconds, and half a minute more for METEOR. Of the system whose outputs DART shi
 64.51 / 50.20 / 58.06, METEOR .4577 / .3975 / .4297, TER .3231 / .4414 / .3773, as there.
 
 An output belongs to each entry of gold-old-cat, the seen categories, and then of gold-new-cat, the unseen ones; both
-together are gold-all-cat. The .meteor and .ter files hold the texts of the .lex files, which alone are read. No library
-gives these numbers: sacrebleu's BLEU knows no blank references, its TER counts other edits (ter.py).
+together are gold-all-cat. The .meteor and .ter files hold the texts of the .lex files, which alone are read. BLEU is
+sacrebleu's, which agrees with multi-bleu.perl; its TER does not agree with TERCOM (ter.py).
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +24,6 @@ PARTS = {"seen": "old", "unseen": "new"}  # as the papers and as the challenge's
 COUNTED = 3  # references of an entry; a few have more
 
 Entry = Sequence[str]  # its references, COUNTED of them; of an entry with fewer the last ones are blank
-Tokens = Sequence[str]
 
 
 def reference_files(folder: Path, part: str) -> list[Path]:
@@ -59,20 +56,21 @@ def score(
 
     `outputs` has a text, which may be empty, for each entry of the parts, in their order.
     """
-    entries = [[ref.lower().split() for ref in entry] for part in PARTS for entry in references[part]]
-    written = [[ref for ref in entry if ref] for entry in entries]
+    entries = [entry for part in PARTS for entry in references[part]]
+    written = [[ref.lower().split() for ref in entry if ref] for entry in entries]
     hypotheses = [tokens(text) for text in outputs]
+    spelt = [" ".join(words) for words in hypotheses]
     seen = len(references["seen"])
     rows = {"seen": slice(seen), "unseen": slice(seen, None), "all": slice(None)}
 
     edits = ter.statistics(written, hypotheses)
     found: dict[str, dict[str, float | None]] = {
-        "BLEU": {column: bleu(entries[part], hypotheses[part]) for column, part in rows.items()},
+        "BLEU": {column: bleu(entries[part], spelt[part]) for column, part in rows.items()},
         "METEOR": dict.fromkeys(rows),
         "TER": {column: ter.together(edits[part]) for column, part in rows.items()},
     }
-    notes = dict.fromkeys(found, f"own code over texts spelt by {named('unidecode')}")
-    notes["METEOR"] = meteor.source()
+    spelling = f"over texts spelt by {named('unidecode')}"
+    notes = {"BLEU": f"{named('sacrebleu')} {spelling}", "METEOR": meteor.source(), "TER": f"own code {spelling}"}
     try:
         with meteor.running() as program:
             matches = meteor.statistics(program, written, hypotheses)
@@ -82,29 +80,12 @@ def score(
     return found, notes
 
 
-def bleu(references: Sequence[Sequence[Tokens]], hypotheses: Sequence[Tokens]) -> float:
-    """BLEU-4 of 100 (Papineni et al. 2002) as Moses' multi-bleu.perl counts it: unsmoothed, 0 if an order has no match.
+def bleu(references: Sequence[Entry], hypotheses: Sequence[str]) -> float:
+    """BLEU-4 of 100, unsmoothed, of texts whose tokens stand apart: what Moses' multi-bleu.perl -lc prints.
 
-    The reference nearest in length counts, of two the shorter; one without words has the length 0, and is nearest to a
-    hypothesis of less than half the length of the others.
+    A blank reference counts, as one of length 0: it is nearest to a hypothesis of less than half of another's length.
     """
-    said = wanted = 0
-    hits, totals = [0] * 4, [0] * 4
-    for refs, hypothesis in zip(references, hypotheses, strict=True):
-        said += len(hypothesis)
-        wanted += min((abs(len(ref) - len(hypothesis)), len(ref)) for ref in refs)[1]
-        for i in range(4):
-            found = _ngrams(hypothesis, i + 1)
-            allowed: Counter[tuple[str, ...]] = Counter()
-            for ref in refs:
-                allowed |= _ngrams(ref, i + 1)
-            hits[i] += (found & allowed).total()
-            totals[i] += found.total()
-    if not wanted or not all(hits):
-        return 0.0
-    precision = sum(math.log(hit / total) for hit, total in zip(hits, totals, strict=True)) / 4
-    return 100 * math.exp(min(0.0, 1 - wanted / said) + precision)
-
-
-def _ngrams(tokens: Tokens, n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+    metric = needed("sacrebleu.metrics.bleu", "sacrebleu").BLEU(
+        lowercase=True, tokenize="none", smooth_method="none", force=True
+    )
+    return float(metric.corpus_score(hypotheses, [list(column) for column in zip(*references, strict=True)]).score)
