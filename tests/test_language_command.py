@@ -73,6 +73,15 @@ def test_from_training_to_texts_and_not_again(made: Path) -> None:
     assert status.returncode == 0 and "4" in status.stdout
 
 
+def test_a_run_does_not_know_where_its_model_lies(made: Path) -> None:
+    words = ("--grid", str(made / "grid.toml"), "--data", str(made), "--out", str(made / "moved"))
+    ran = nlg(*words, "--model", str(made / "model"))
+    assert ran.returncode == 0, ran.stderr
+    written = [path.read_text() for path in (made / "moved").rglob("*.json")]
+    assert len(written) == 4 and not any(str(made) in text for text in written)
+    assert all(json.loads(text)["config"]["backbone"] == "model" for text in written)
+
+
 def test_check_tells_counts_from_the_published(made: Path) -> None:
     ran = nlg("check", "--data", str(made), "--tasks", "e2e")
     assert ran.returncode == 1

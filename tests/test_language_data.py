@@ -12,18 +12,10 @@ import e2e_data
 from language import data, e2e, webnlg, xsum
 from language.data import Part, Prompt, Record
 from runs import Refusal
+from tests.data_folder import data_path
 
 ROOT = Path(__file__).resolve().parents[1]
 BOM = b"\xef\xbb\xbf"
-
-
-def data_folder(name: str, file: str) -> Path:
-    """The folder of real data `name`, found by a file in it; skips where it is absent."""
-    places = [os.environ.get("PREFIXATTN_DATA"), ROOT.parent / "shared" / "data"]
-    for place in places:
-        if place and (Path(place) / name / file).exists():
-            return Path(place) / name
-    pytest.skip(f"no {name}/{file}: set PREFIXATTN_DATA to a folder that holds {name}/")
 
 
 def refused(read: Callable[[], Any]) -> str:
@@ -55,7 +47,7 @@ def test_equal_sources_stay_apart_where_each_is_decoded() -> None:
 
 
 def test_e2e_has_the_records_of_its_reader_and_the_space_after_targets() -> None:
-    folder = data_folder("e2e", "devset.csv")
+    folder = data_path("e2e", "devset.csv").parent
     task, rows = e2e.load(str(folder)), e2e_data.load(str(folder))
     assert (task.name, task.where, task.sha256) == ("e2e", rows.where, rows.sha256)
     assert task.train.pairs() == [(source, f"{target} ") for source, target in rows.train]
@@ -66,7 +58,7 @@ def test_e2e_has_the_records_of_its_reader_and_the_space_after_targets() -> None
 
 
 def test_e2e_targets_are_spaced_as_the_originals_lines_end() -> None:
-    folder = data_folder("e2e", "src1_valid.txt")
+    folder = data_path("e2e", "src1_valid.txt").parent
     lines = (folder / "src1_valid.txt").read_text(encoding="utf-8").splitlines()
     assert all(line.endswith(" ") and not line.endswith("  ") for line in lines)
     assert all(target.endswith(" ") and not target.endswith("  ") for _, target in e2e.read(folder, "dev").pairs())
@@ -117,7 +109,7 @@ def webnlg_folder(folder: Path, *entries: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def real_webnlg() -> data.Task:
-    return webnlg.load(str(data_folder("webnlg", "train.json").parent))
+    return webnlg.load(str(data_path("webnlg", "train.json").parent.parent))
 
 
 def test_webnlg_has_the_published_counts(real_webnlg: data.Task) -> None:
@@ -150,7 +142,7 @@ def test_webnlg_strings_are_raw_with_a_leading_bar(real_webnlg: data.Task) -> No
 
 
 def test_webnlg_differs_with_the_quirk_in_the_prompt_of_the_first_entry_alone(real_webnlg: data.Task) -> None:
-    folder = data_folder("webnlg", "train.json")
+    folder = data_path("webnlg", "train.json").parent
     plain, quirk = real_webnlg.test.prompts(), webnlg.read(folder, "test", entry_zero_quirk=True).prompts()
     assert plain[0].source == " | Abilene_Regional_Airport : cityServed : Abilene,_Texas"
     assert quirk[0].source == "Abilene_Regional_Airport : cityServed : Abilene,_Texas"
@@ -202,8 +194,8 @@ def without(record: dict[str, Any], key: str) -> dict[str, Any]:
 BAD_ENTRIES = {
     "no_object": (entry(triple(), without(triple(), "object")), "triple 2 has no object"),
     "empty_object": (entry(triple(value=" ")), "the object of triple 1 is empty"),
-    "number": (entry({**triple(), "object": 5}), "the object of triple 1 is not text"),  # type: ignore[dict-item]
-    "triple": (entry("A : b : c"), "triple 1 is not a JSON object"),  # type: ignore[arg-type]
+    "number": (entry({**triple(), "object": 5}), "the object of triple 1 is not text"),
+    "triple": (entry("A : b : c"), "triple 1 is not a JSON object"),
     "no_triples": (entry(), "the modifiedtripleset of the entry is empty"),
     "no_triple_set": (without(entry(triple()), "modifiedtripleset"), "the entry has no modifiedtripleset"),
     "triple_set": ({**entry(triple()), "modifiedtripleset": {}}, "the modifiedtripleset of the entry is not a list"),

@@ -1,7 +1,6 @@
 """Token ids of the originals: the space before each eos, what has a loss, where sequences are cut; BART's two texts."""
 
 import json
-import os
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,23 +16,16 @@ import table_to_text
 from language import e2e, encode, webnlg
 from language.data import Pair
 from runs import Refusal
+from tests.data_folder import data_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE, EOS = 220, 50256  # of GPT-2
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # BART's ids 0 to 3
 
 
-def data_file(*parts: str) -> Path:
-    places = [os.environ.get("PREFIXATTN_DATA"), ROOT.parent / "shared" / "data"]
-    found = next((path for place in places if place and (path := Path(place, *parts)).exists()), None)
-    if found is None:
-        pytest.skip(f"no {'/'.join(parts)}: set PREFIXATTN_DATA to a folder that holds it")
-    return found
-
-
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
-    return GPT2Tokenizer.from_pretrained(data_file("gpt2_bpe", "merges.txt").parent)
+    return GPT2Tokenizer.from_pretrained(data_path("gpt2_bpe", "merges.txt").parent)
 
 
 def bytes_tokenizer(eos: str) -> Any:
@@ -65,12 +57,12 @@ def labelled(sample: table_to_text.Sample) -> list[int]:
 
 @pytest.fixture(scope="module")
 def e2e_pairs() -> list[Pair]:
-    return e2e.read(data_file("e2e", "devset.csv").parent, "dev").pairs()
+    return e2e.read(data_path("e2e", "devset.csv").parent, "dev").pairs()
 
 
 @pytest.fixture(scope="module")
 def webnlg_pairs() -> list[Pair]:
-    return webnlg.read(data_file("webnlg", "train.json").parent, "train").pairs()
+    return webnlg.read(data_path("webnlg", "train.json").parent, "train").pairs()
 
 
 def test_the_first_ids_of_webnlg_are_the_originals(gpt2: Any, webnlg_pairs: list[Pair]) -> None:
@@ -106,12 +98,12 @@ def test_ids_are_those_of_the_originals_string_as_a_whole(
 
 
 def test_e2e_has_the_ids_of_table_to_text(gpt2: Any, e2e_pairs: list[Pair]) -> None:
-    rows = e2e_data.read_csv(data_file("e2e", "devset.csv"))
+    rows = e2e_data.read_csv(data_path("e2e", "devset.csv"))
     assert encode.causal(gpt2, e2e_pairs[::40]) == table_to_text.encode(gpt2, rows[::40], encode.LIMIT)
 
 
 def test_the_prompt_of_a_record_begins_its_training_sequence(gpt2: Any) -> None:
-    part = webnlg.read(data_file("webnlg", "test.json").parent, "test")
+    part = webnlg.read(data_path("webnlg", "test.json").parent, "test")
     prompts = table_to_text.prompt_ids(gpt2, [prompt.source for prompt in part.prompts()])
     assert max(map(len, prompts)) == 165
     samples = encode.causal(gpt2, [(record.source, record.references[0]) for record in part.records[:50]])
@@ -126,7 +118,7 @@ def test_lengths_are_as_measured_on_the_originals(
 ) -> None:
     """Of a twentieth of the rows, and of the hundred that have the most characters."""
     reader = {"e2e": e2e, "webnlg": webnlg}[folder]
-    pairs = reader.read(data_file(folder, file).parent, "train").pairs()
+    pairs = reader.read(data_path(folder, file).parent, "train").pairs()
     assert mean(len(sample.ids) for sample in encode.causal(gpt2, pairs[::20])) == pytest.approx(average, rel=0.01)
     wordy = sorted(pairs, key=lambda pair: len("".join(pair)))[-100:]
     assert max(len(sample.ids) for sample in encode.causal(gpt2, wordy)) == longest
@@ -177,8 +169,8 @@ def test_a_tokenizer_without_eos_is_refused(bart: Any) -> None:
 
 
 def test_bart_has_the_pieces_of_gpt2_between_its_own_ends(gpt2: Any) -> None:
-    pieces = json.loads(data_file("gpt2_bpe", "vocab.json").read_text(encoding="utf-8"))
-    lines = data_file("gpt2_bpe", "merges.txt").read_text(encoding="utf-8").splitlines()
+    pieces = json.loads(data_path("gpt2_bpe", "vocab.json").read_text(encoding="utf-8"))
+    lines = data_path("gpt2_bpe", "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line.strip())]
     document = "A court heard \u2013 today \u2013 that  nobody came. It's over, said Zoë."
     (sample,) = encode.seq2seq(bart_tokenizer(pieces, merges), [(document, " Nobody came.")])

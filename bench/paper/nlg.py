@@ -39,7 +39,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/nlg-NAME)")
     parser.add_argument("--tasks", nargs="+", help="only these of the grid's")
     parser.add_argument("--methods", nargs="+", help="only these labels or names of the grid's")
-    parser.add_argument("--model", help="over the grid's: small, smollm2, a folder or a name on the hub")
+    parser.add_argument(
+        "--model", help="over the grid's: small, smollm2, a folder (status needs it again) or a name on the hub"
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
     parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
@@ -61,6 +63,9 @@ def grid_of(given: argparse.Namespace) -> Grid:
     over: dict[str, Any] = {}
     if given.model:
         over["backbone"] = given.model
+        if (folder := Path(given.model).expanduser()).is_dir():  # its place is nobody's business, its weights are
+            os.environ[backbones.FOLDER] = str(folder.resolve())
+            over["backbone"] = folder.resolve().name
     over |= {"bf16": True} if given.bf16 else {}
     methods = []
     for method in grid.methods:

@@ -41,8 +41,8 @@ class Scored(NamedTuple):
 def e2e(given: argparse.Namespace) -> Scored:
     file = e2e_metrics.references_file(given.references, given.outputs)
     instances = e2e_metrics.read_references(file)
-    scores = e2e_metrics.score(instances, read_outputs(given.outputs, file, len(instances)))
-    values = {metric: {"all": scores[metric]} for metric in e2e_metrics.METRICS}  # type: ignore[literal-required]
+    scores: dict[str, Any] = {**e2e_metrics.score(instances, read_outputs(given.outputs, file, len(instances)))}
+    values = {metric: {"all": scores[metric]} for metric in e2e_metrics.METRICS}
     return Scored(values, dict(note.split(": ", 1) for note in scores["notes"]), [file], {})
 
 

