@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+from sweeps.cells import Cell, Sample, in_errors
+from sweeps.tables import Entry, Table, span, words
 from visual import paper
 
-Cell = dict[str, Any]
 SHARED, SEPARATE = ("deep", "simple"), "none"
 WITH_LENGTH = (*SHARED, SEPARATE, "original", "plus", "vpt")  # methods that P tells something
 CAPTION = (
@@ -17,26 +18,6 @@ CAPTION = (
 )
 HEAD = ("task", "layers", "method", "minus", "points", "standard errors")
 CLEAR = 2.0  # standard errors
-
-
-class Entry(NamedTuple):
-    """What a table shows in a place, and what a page sorts it by; None is nothing to sort by."""
-
-    text: str
-    value: float | str | None = None
-
-
-class Table(NamedTuple):
-    """`rows` are as wide as `head`; `notes` are sentences to stand under it."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Entry]]
-    notes: Sequence[str] = ()
-
-
-def words(text: str) -> Entry:
-    return Entry(text, text)
 
 
 def paper_layers(layers: str) -> str:
@@ -78,14 +59,6 @@ def _name(label: str, cells: Sequence[Cell], often: Counter[tuple[str, str]]) ->
     return name if plain else f"{name} ({label})"
 
 
-def span(values: Iterable[float | None]) -> str:
-    """One number, or the least and the largest; "-" of none."""
-    found = sorted({value for value in values if value is not None})
-    if not found:
-        return "-"
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
-
-
 # --- differences ---
 
 
@@ -116,11 +89,8 @@ def _distance(cell: Cell, base: Cell) -> tuple[float, bool]:
 
 def difference(cell: Cell, base: Cell) -> tuple[float, float | None]:
     """In points, and in standard errors of it over the seeds; None of one seed, or where no seed deviates."""
-    gap = cell["mean"] - base["mean"]
-    if cell["std"] is None or base["std"] is None:
-        return 100 * gap, None
-    error = math.sqrt(sum(one["std"] ** 2 / numbers(one) for one in (cell, base)))
-    return 100 * gap, gap / error if error else None
+    one, other = (Sample(each["mean"], each["std"], numbers(each)) for each in (cell, base))
+    return 100 * (one.mean - other.mean), in_errors(one, other)
 
 
 def numbers(cell: Cell) -> int:
@@ -193,11 +163,6 @@ def _best(results: dict[str, Any], tasks: Sequence[str], layers: str, names: dic
 
 def _of(some: int | str, all_: int) -> str:
     return f"{some} of {all_} task{'s' * (all_ != 1)}"
-
-
-def failed(cell: Cell) -> bool:
-    """Whether its search ended without a choice: runs of it failed, or all diverged."""
-    return bool(cell["stuck"])
 
 
 def _ended(cell: Cell) -> bool:

@@ -1,0 +1,129 @@
+"""What the ledger of a grid holds: a cell for each task and method, its choice and what its final runs measured."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from runs import Refusal
+from sweeps.grid import Grid, Method
+from sweeps.ledger import Ledger, Run
+
+Cell = dict[str, Any]
+Records = Sequence[tuple[Run, dict[str, Any]]]  # final runs of a cell that are done, with their records
+
+
+class Sample(NamedTuple):
+    """n values: their mean, and their standard deviation, None of one."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def collect(
+    grid: Grid, ledger: Ledger, kept: Callable[[Method], Cell], measured: Callable[[Records], Cell]
+) -> dict[str, Any]:
+    """The results of a grid so far; a cell has what `kept` and `measured` say beside the choice of its search.
+
+    Raises:
+        Refusal: two runs with one backbone by name and two by weights, or whatever `Ledger.record` refuses.
+    """
+    _one_weights(grid, ledger)
+    choices, cells, provenances = grid.choices(ledger), [], []
+    finals: dict[tuple[str, str], list[Run]] = {}
+    for run in grid.final_runs(ledger):
+        finals.setdefault(_place(run.name), []).append(run)
+    for method in grid.methods:
+        choice = choices[method.task, method.label]
+        found = [(run, ledger.record(run)) for run in finals.get((method.task, method.label), [])]
+        records = [(run, record) for run, record in found if record is not None]
+        provenances += [record["provenance"] for _, record in records]
+        cells.append(
+            {
+                "task": method.task, "label": method.label, "method": method.name, "layers": method.layers,
+                **kept(method), "edge": _edge(method.lr, choice.best),
+                "lr": choice.best and choice.best["lr"], "weight_decay": choice.best and choice.best["weight_decay"],
+                grid.score.name: choice.value, "reason": choice.reason, "stuck": choice.stuck,
+                "seeds": len(grid.seeds), **measured(records), **_cost(records),
+            }
+        )  # fmt: skip
+    return {
+        "name": grid.name,
+        "tasks": list(grid.tasks),
+        "settings": _common([method.settings for method in grid.methods]),
+        "cells": cells,
+        "provenance": _merged(provenances),
+    }
+
+
+def _one_weights(grid: Grid, ledger: Ledger) -> None:
+    seen: dict[Any, tuple[str, str]] = {}
+    for run in grid.plan(ledger):
+        record = ledger.record(run)
+        weights = record and record["result"].get("weights")
+        if weights is None:  # not done, or it ended before it could say
+            continue
+        backbone, cell = run.config.get("backbone"), "/".join(_place(run.name))
+        other, first = seen.setdefault(backbone, (weights, cell))
+        if other != weights:
+            raise Refusal(
+                f"{cell}: made with weights {weights} of the backbone {backbone}, but {first} with {other}; delete "
+                "the runs of one of them"
+            )
+
+
+def _edge(rates: Sequence[float], best: dict[str, Any] | None) -> bool:
+    return best is not None and len(rates) > 1 and best["lr"] in (min(rates), max(rates))
+
+
+def _place(name: str) -> tuple[str, str]:
+    _, task, label, _ = name.split("/")
+    return task, label
+
+
+def _cost(records: Records) -> Cell:
+    results = [record["result"] for _, record in records]
+    return {
+        "weights": next((result["weights"] for result in results if result.get("weights") is not None), None),
+        "seconds": mean(record["seconds"] for _, record in records),
+        "peak_mib": mean(record["peak_mib"] for _, record in records),
+    }
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are; None of none."""
+    found = [value for value in values if value is not None]
+    return round(statistics.mean(found), 3) if found else None
+
+
+def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all methods share."""
+    first = settings[0] if settings else {}
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in settings)}
+
+
+def _merged(provenances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs were made with: each value that occurs, once."""
+    merged: dict[str, Any] = {}
+    for key in ("date", "device", "commit", "tree", "python"):
+        merged[key] = sorted({str(p.get(key)) for p in provenances})
+    names = sorted({name for p in provenances for name in p.get("versions", {})})
+    merged["versions"] = {name: sorted({p["versions"].get(name, "") for p in provenances}) for name in names}
+    return merged
+
+
+def failed(cell: Cell) -> bool:
+    """Whether its search ended without a choice: runs of it failed, or all diverged."""
+    return bool(cell["stuck"])
+
+
+def in_errors(one: Sample, other: Sample) -> float | None:
+    """The difference of two means in standard errors of it, sqrt(s1²/n1 + s2²/n2).
+
+    None of one value, or where no value deviates.
+    """
+    if one.std is None or other.std is None:
+        return None
+    error = math.sqrt(one.std**2 / one.n + other.std**2 / other.n)
+    return (one.mean - other.mean) / error if error else None
