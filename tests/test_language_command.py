@@ -91,7 +91,7 @@ def test_check_tells_counts_from_the_published(made: Path) -> None:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--suite", "gpt3"], "no suite 'gpt3'; there are smollm2"),
+        (["--suite", "gpt3"], "no suite 'gpt3'; there are demo, smollm2"),
         (["--data", "/nowhere"], "--data /nowhere: no such folder"),
         (["check"], "no data folder; give --data or set PREFIXATTN_DATA"),
         (["check", "--data", ".", "--tasks", "dart"], "no task 'dart'; there are e2e, webnlg, xsum"),

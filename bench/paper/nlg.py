@@ -1,10 +1,13 @@
 """The papers' language half: prefixes for table-to-text and summaries beside fine-tuning and what else the tables have.
 
+    python bench/paper/nlg.py --suite demo                         # minutes: SmolLM2 on a part of E2E
     python bench/paper/nlg.py --suite smollm2 --data FOLDER        # the study of this repository, hours on two cores
     python bench/paper/nlg.py --suite gpt2-medium --data FOLDER    # E2E and WebNLG with the published settings
     python bench/paper/nlg.py --suite bart-large --data FOLDER     # XSUM
     python bench/paper/nlg.py check --data FOLDER                  # what of the data is there; published counts
     python bench/paper/nlg.py status --suite smollm2               # what is done, running, failed and left
+    python bench/paper/nlg.py report --suite smollm2               # tables and page from finished runs
+    python bench/paper/nlg.py times --suite smollm2                # what a step takes, beside PEFT's
 
 A run is a name and a JSON in --out; finished runs are never repeated, and whatever is killed is taken up again. The
 data folder has e2e/, webnlg/ and xsum/; `check` says what is to be had where.
@@ -23,7 +26,7 @@ from sweeps.grid import Grid
 from sweeps.ledger import Ledger
 
 HERE = Path(__file__).resolve().parent
-VERBS = ("run", "check", "status")
+VERBS = ("run", "check", "status", "report", "times")
 AGAIN = "finished runs are kept, and the same command goes on with the others"
 
 
@@ -33,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, default="run")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--suite", help="smollm2 (default), gpt2-medium, gpt2-large, bart-large")
+    what.add_argument("--suite", help="smollm2 (default), demo, gpt2-medium, gpt2-large, bart-large")
     what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/language/ has some)")
     parser.add_argument("--data", type=Path, help="default: PREFIXATTN_DATA")
     parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/nlg-NAME)")
@@ -45,6 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
     parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
+    parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
     parser.add_argument("--retry", action="store_true", help="try failed runs once more")
     parser.add_argument("--address", help="of a Ray cluster")
     parser.add_argument("--partition", help="of Slurm")
@@ -88,12 +92,9 @@ def readable(grid: Grid) -> None:
 
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    from language import report
     from sweeps.launch import launch, status
 
-    for name in ("workers", "minutes", "gpus", "cpus"):
-        value, least = getattr(given, name), 0 if name == "gpus" else 1
-        if value is not None and value < least:
-            raise runs.Refusal(f"--{name} is {value}, expected {least} or more")
     grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -105,7 +106,26 @@ def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
         threads=threads, environment=environment,
     )  # fmt: skip
     print(status(ledger, grid.plan))
+    print(report.write(whole, ledger, out))
     return 1 if state["failed"] else 0
+
+
+def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    """Of the settings of the grid's first task; --methods names methods, in the grid or not."""
+    from language import times
+    from language.train import Settings
+    from sweeps.tables import markdown
+
+    grid = whole.only(given.tasks)
+    first = grid.methods[0]
+    settings = Settings(first.task, first.name, 1e-6, 0.0, grid.seeds[0], **first.settings)
+    found = times.compare(settings, given.methods or times.USUAL, given.rounds)
+    file = out.with_name(f"{out.name}-times.json")
+    runs.write_json(file, found)
+    text = markdown(f"{grid.name}: what a step takes", found["provenance"]["device"], times.tables(found))
+    runs.write_text(file.with_suffix(".md"), text)
+    print(text)
+    return 0
 
 
 def check(given: argparse.Namespace) -> int:
@@ -125,6 +145,10 @@ def check(given: argparse.Namespace) -> int:
 
 def run_command(arguments: list[str]) -> int:
     given = parse(arguments)
+    for name in ("workers", "rounds", "minutes", "gpus", "cpus"):
+        value, least = getattr(given, name), 0 if name == "gpus" else 1
+        if value is not None and value < least:
+            raise runs.Refusal(f"--{name} is {value}, expected {least} or more")
     if given.data is not None:
         if not given.data.is_dir():
             raise runs.Refusal(f"--data {given.data}: no such folder")
@@ -135,11 +159,18 @@ def run_command(arguments: list[str]) -> int:
     out = given.out or HERE / "results" / f"nlg-{grid.name}"
     if given.verb == "run":
         return run(given, grid, out)
+    if given.verb == "times":
+        return times(given, grid, out)
     if not out.is_dir():
         raise runs.Refusal(f"{out}: no such folder; nothing of grid {grid.name} was run")
-    from sweeps.launch import status
+    if given.verb == "status":
+        from sweeps.launch import status
 
-    print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
+        print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
+    else:
+        from language import report
+
+        print(report.write(grid, Ledger(out), out))
     return 0
 
 

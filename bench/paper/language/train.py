@@ -31,6 +31,7 @@ from runs import Refusal, digest, load_state, room, save_state, thinned
 
 STATE = {"step", "trained", "optimizer", "rng", "losses", "seconds"}
 SAVED_EVERY = 60.0  # seconds between checkpoints, at least
+SHOWN = 5  # records whose texts a report shows beside their references
 WARMED = 5  # first steps that are not timed: first touch of memory, thread pools
 WORDS = {
     "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
@@ -116,10 +117,14 @@ def device() -> torch.device:
 
 
 def drawn(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the rows in their order, drawn with one seed whatever the run; 0: all."""
-    if not 0 < most < len(rows):
-        return list(rows)
-    return [rows[place] for place in sorted(random.Random(101).sample(range(len(rows)), most))]
+    """The rows at `places`."""
+    return [rows[place] for place in places(len(rows), most)]
+
+
+def places(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places in their order, the same in every run; of more the fewer are a part. 0: all."""
+    order = random.Random(101).sample(range(count), count)
+    return sorted(order[:most] if most else order)
 
 
 class Run:
@@ -303,7 +308,9 @@ def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
 def written(run: Run, progress: Path, key: str) -> dict[str, Any]:
     """Texts of the test part, their scores, and how long they took."""
     settings = run.settings
-    prompts = drawn(run.task.test.prompts(), settings.prompts)
+    every = run.task.test.prompts()
+    chosen = places(len(every), settings.prompts)
+    prompts = [every[place] for place in chosen]
     search = Search(settings.beams, settings.most_new, settings.least_new, settings.length_penalty, settings.rows)
     run.tuned.train(False)
     began = time.perf_counter()
@@ -312,4 +319,6 @@ def written(run: Run, progress: Path, key: str) -> dict[str, Any]:
     scored = tasks.scores(
         run.task.name, [prompt.references for prompt in prompts], texts, [seen(prompt.category) for prompt in prompts]
     )
-    return {"scores": scored, "seconds_decoding": took, "decoded": len(texts), "texts": texts}
+    shown = [chosen.index(place) for place in places(len(every), SHOWN) if place in chosen]
+    records = [{"place": at, "source": prompts[at].source, "references": prompts[at].references} for at in shown]
+    return {"scores": scored, "seconds_decoding": took, "decoded": len(texts), "texts": texts, "records": records}

@@ -1,9 +1,8 @@
 """What the ledger of a grid holds: a cell for each task and method, its choice and what its final runs measured."""
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from runs import Refusal
 from sweeps.grid import Grid, Method
@@ -11,14 +10,6 @@ from sweeps.ledger import Ledger, Run
 
 Cell = dict[str, Any]
 Records = Sequence[tuple[Run, dict[str, Any]]]  # final runs of a cell that are done, with their records
-
-
-class Sample(NamedTuple):
-    """n values: their mean, and their standard deviation, None of one."""
-
-    mean: float
-    std: float | None
-    n: int
 
 
 def collect(
@@ -111,19 +102,3 @@ def _merged(provenances: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = sorted({name for p in provenances for name in p.get("versions", {})})
     merged["versions"] = {name: sorted({p["versions"].get(name, "") for p in provenances}) for name in names}
     return merged
-
-
-def failed(cell: Cell) -> bool:
-    """Whether its search ended without a choice: runs of it failed, or all diverged."""
-    return bool(cell["stuck"])
-
-
-def in_errors(one: Sample, other: Sample) -> float | None:
-    """The difference of two means in standard errors of it, sqrt(s1²/n1 + s2²/n2).
-
-    None of one value, or where no value deviates.
-    """
-    if one.std is None or other.std is None:
-        return None
-    error = math.sqrt(one.std**2 / one.n + other.std**2 / other.n)
-    return (one.mean - other.mean) / error if error else None

@@ -8,7 +8,8 @@ from typing import Any
 from runs import replacing, write_json, write_text
 from sweeps import cells as cells_of
 from sweeps import tables as documents
-from sweeps.cells import Cell, failed
+from sweeps.cells import Cell
+from sweeps.compare import failed, failures
 from sweeps.grid import Grid, Method
 from sweeps.ledger import Ledger
 from sweeps.tables import EDGE, Entry, Table, span, words
@@ -80,8 +81,7 @@ def notes(results: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     """What a table of these tasks needs to be told of: its * and the searches that failed."""
     names, cells = titles(results), [cell for cell in results["cells"] if cell["task"] in tasks]
     found = [EDGE] if any("*" in shown(cell) for cell in cells) else []
-    lost = [cell for cell in cells if failed(cell)]
-    return found + [f"Failed: {one['task']}, {names[one['label']]}: {one['reason'].rstrip('.')}." for one in lost]
+    return found + failures(cells, names)
 
 
 def rows_of(results: dict[str, Any]) -> list[tuple[str, dict[str, Cell]]]:
