@@ -4,6 +4,7 @@
     python bench/paper/nlg.py --suite smollm2 --data FOLDER        # the study of this repository, hours on two cores
     python bench/paper/nlg.py --suite gpt2-medium --data FOLDER    # E2E and WebNLG with the published settings
     python bench/paper/nlg.py --suite bart-large --data FOLDER     # XSUM
+    torchrun --nproc-per-node 8 bench/paper/nlg.py --suite gpt2-large --data FOLDER    # several processes for each run
     python bench/paper/nlg.py check --data FOLDER                  # what of the data is there; published counts
     python bench/paper/nlg.py status --suite smollm2               # what is done, running, failed and left
     python bench/paper/nlg.py report --suite smollm2               # tables and page from finished runs
@@ -91,6 +92,22 @@ def readable(grid: Grid) -> None:
         backbones.load(name)
 
 
+def together(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    """`run`, with the other processes that were started beside this one, if there are."""
+    from language import ranks
+    from language.train import trained_and_scored
+
+    if ranks.expected() > 1 and (given.workers, given.launcher) != (1, "local"):
+        raise runs.Refusal(
+            f"{ranks.expected()} processes train each run together; --workers and --launcher are for one"
+        )
+    with ranks.joined():
+        if ranks.rank() == 0:
+            return run(given, whole, out)
+        ranks.follow(trained_and_scored)
+        return 0
+
+
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     from language import report
     from sweeps.launch import launch, status
@@ -158,7 +175,7 @@ def run_command(arguments: list[str]) -> int:
     grid = grid_of(given)
     out = given.out or HERE / "results" / f"nlg-{grid.name}"
     if given.verb == "run":
-        return run(given, grid, out)
+        return together(given, grid, out)
     if given.verb == "times":
         return times(given, grid, out)
     if not out.is_dir():

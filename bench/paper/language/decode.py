@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from language import ranks
 from runs import Refusal, read_json, write_json
 
 
@@ -67,7 +68,7 @@ def decode(
     if not tuned.backbone.seq2seq:
         options["bad_words_ids"] = line_breaks(tokenizer) or None
     device = next(model.parameters()).device
-    for group in groups(prompts, search.rows):
+    for group in ranks.part(groups(prompts, search.rows)):
         if all(str(place) in done for place in group):
             continue
         ids = torch.tensor([prompts[place] for place in group], device=device)
@@ -77,6 +78,7 @@ def decode(
             done[str(place)] = _text(tokenizer, new, tuned.backbone.seq2seq)
         write_json(progress, {"fingerprint": fingerprint, "texts": done})
         beat()
+    done = ranks.gathered(done)
     return [done[str(place)] for place in range(len(prompts))]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import prefixattn
+from language import ranks
 from language.backbones import Backbone
 from language.original import OriginalPrefix
 from runs import Refusal
@@ -80,6 +81,10 @@ class Tuned:
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for _, p in self.parameters()], **options)
 
+    def average(self) -> None:
+        """Gradients over the processes that train together."""
+        ranks.average([p.grad for _, p in self.parameters() if p.grad is not None])
+
     def loss(self, batch: Batch) -> Tensor:
         """The sum over labelled tokens of the cross entropy."""
         labels = batch["labels"]
@@ -118,6 +123,9 @@ class Prefixed(Tuned):
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         return prefixattn.FactoredAdamW(self.prefix, **options)
 
+    def average(self) -> None:
+        """Nothing: a prefix's gradients are those of all processes once `backward` returns."""
+
 
 class Original(Tuned):
     """Deep-share as the published code computes it (original.py): logits at every position, as there."""
@@ -155,6 +163,11 @@ class Wrapped(Tuned):
         super().__init__(backbone, choices)
         self.length = choices.length
         self.model = get_peft_model(self.model, config).eval()
+
+    def kept(self, trained: int) -> int:
+        """Of a network what it makes: P rows of every layer's keys and values."""
+        [encoder] = self.model.prompt_encoder.values()
+        return self.length * int(encoder.transform[-1].out_features) if hasattr(encoder, "transform") else trained
 
     def loss(self, batch: Batch) -> Tensor:
         mask = torch.ones_like(batch["input_ids"])

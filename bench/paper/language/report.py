@@ -246,10 +246,10 @@ def _done(cell: Cell) -> int:
 
 
 def write(grid: Grid, ledger: Ledger, out: Path) -> str:
-    """OUT.json, .md and .html of the runs in the folder OUT; returns the tables as text."""
+    """OUT.json, .md and .html of the runs in the folder OUT; returns the tables, and some sentences, as text."""
     results = collect(grid, ledger)
     write_json(out.with_name(f"{out.name}.json"), results)
-    return publish(results, out)
+    return publish(results, out) + examples(results)
 
 
 def publish(results: dict[str, Any], out: Path) -> str:
@@ -260,6 +260,18 @@ def publish(results: dict[str, Any], out: Path) -> str:
     write_text(out.with_name(f"{out.name}.md"), text)
     write_text(out.with_name(f"{out.name}.html"), page_of(results))
     return text
+
+
+def examples(results: dict[str, Any], most: int = 2) -> str:
+    """What each method wrote of the first records, beside a reference, for a terminal."""
+    lines = []
+    for task in results["tasks"]:
+        for record, texts in sentences_of(results, task)[:most]:
+            lines += ["", record["source"].strip()]
+            rows = [*texts, ("a reference", record["references"][0])]
+            width = max(len(name) for name, _ in rows)
+            lines += [f"  {name:{width}}  {text}" for name, text in rows]
+    return "\n".join(lines)
 
 
 def sentences_of(results: dict[str, Any], task: str) -> Sequence[tuple[dict[str, Any], list[tuple[str, str]]]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import table_to_text
-from language import backbones, encode, tasks
+from language import backbones, encode, ranks, tasks
 from language.data import Pair, Prompt
 from language.decode import Search, decode
 from language.methods import Choices, tune
@@ -112,10 +112,6 @@ class Settings:
         return self.lr * max(0.0, 1 - (step - self.warmup) / max(1, steps - self.warmup))
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def drawn(rows: Sequence[Any], most: int) -> list[Any]:
     """The rows at `places`."""
     return [rows[place] for place in places(len(rows), most)]
@@ -135,7 +131,7 @@ class Run:
         if settings.weights not in ("", self.weights):
             raise Refusal(f"{settings.backbone}: weights {self.weights}, but the run is of {settings.weights}")
         self.backbone = backbones.load(settings.backbone)
-        self.device = device()
+        self.device = ranks.device()
         self.backbone.model.to(self.device)
         names = {field.name for field in fields(Choices)}
         choices = Choices(**{name: value for name, value in asdict(settings).items() if name in names})
@@ -177,11 +173,12 @@ class Run:
         """Cross entropy per labelled token, in nats."""
         self.tuned.train(False)
         total, tokens = 0.0, 0
-        for at in range(0, len(samples), self.settings.batch):
+        for at in ranks.part(range(0, len(samples), self.settings.batch)):
             batch = self.collated(samples[at : at + self.settings.batch])
             total += float(self.loss(batch))
             tokens += self.tokens(batch["labels"])
-        return total / max(1, tokens)
+        total, tokens_of_all = ranks.summed(total, tokens)
+        return total / max(1.0, tokens_of_all)
 
     def tokens(self, labels: Tensor) -> int:
         return int(((labels if self.backbone.seq2seq else labels[:, 1:]) != -100).sum())
@@ -243,15 +240,21 @@ class Loop:
     def step(self, step: int, rows: Sequence[Any]) -> float:
         """One step of the optimizer; returns the objective, nan or infinite if it was so before the step."""
         settings, parameters = self.run.settings, [p for _, p in self.run.tuned.parameters()]
-        batches = [self.run.collated(rows[at : at + settings.batch]) for at in range(0, len(rows), settings.batch)]
-        of = len(rows) if settings.objective == "sum" else sum(self.run.tokens(batch["labels"]) for batch in batches)
+        batches = [rows[at : at + settings.batch] for at in range(0, len(rows), settings.batch)]
+        of = len(rows)
+        if settings.objective == "mean":
+            of = sum(self.run.tokens(self.run.collated(batch)["labels"]) for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = self.run.loss(batch) / of
-            total += float(loss.detach())
+            mine = ranks.part(batch)
+            loss = self.run.loss(self.run.collated(mine or batch[:1])) / of
+            if not mine:  # every process goes backward as often
+                loss = loss * 0.0
+            total += ranks.summed(float(loss.detach()))[0]
             if not math.isfinite(total):
                 return total
-            loss.backward()
+            (loss * ranks.size()).backward()  # gradients are averaged over the processes
+        self.run.tuned.average()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(step, self.steps)
@@ -260,6 +263,8 @@ class Loop:
         return total
 
     def save(self, step: int) -> None:
+        if ranks.rank():
+            return
         state = {
             "step": step, "trained": self.run.tuned.state(), "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(), "losses": self.losses, "seconds": self.seconds,
@@ -268,6 +273,12 @@ class Loop:
 
 
 def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """What a worker of a sweep does, and other processes with it, if there are."""
+    ranks.lead((config, str(scratch)))
+    return trained_and_scored(config, scratch)
+
+
+def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Trains and scores one run; `scratch` holds its checkpoint and the texts written so far.
 
     A loss that is not finite ends it: the result says so and has no score.
@@ -314,8 +325,11 @@ def written(run: Run, progress: Path, key: str) -> dict[str, Any]:
     search = Search(settings.beams, settings.most_new, settings.least_new, settings.length_penalty, settings.rows)
     run.tuned.train(False)
     began = time.perf_counter()
-    texts = decode(run.tuned, run.prompt_ids(prompts), search, progress, key, run.autocast)
+    own = progress.with_stem(f"{progress.stem}-{ranks.rank()}") if ranks.size() > 1 else progress
+    texts = decode(run.tuned, run.prompt_ids(prompts), search, own, key, run.autocast)
     took = time.perf_counter() - began
+    if ranks.rank():
+        return {}
     scored = tasks.scores(
         run.task.name, [prompt.references for prompt in prompts], texts, [seen(prompt.category) for prompt in prompts]
     )
