@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the runs need transformers")
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -161,6 +162,21 @@ def test_checkpointed_activations_change_nothing_but_are_computed_twice(
         counts.append(passes[0])
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert counts[1] == counts[0] + 2 * 2  # two layers, two steps
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+@pytest.mark.parametrize("method", ["deep", "none", "lora"])
+def test_matrices_that_are_cast_once_give_autocasts_numbers(
+    family: str, method: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(method, folders[family], bf16=True)
+    once = train.work(given, tmp_path / "once")
+    types = []
+    monkeypatch.setattr(train, "cast_once", lambda model: types.extend(p.dtype for p in model.parameters()))
+    each = train.work(given, tmp_path / "each")
+    assert set(types) == {torch.float32}
+    for key in ("dev_loss", "losses", "texts"):
+        assert once[key] == each[key]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folders: dict[str, Path], tmp_path: Path) -> None:

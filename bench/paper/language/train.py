@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import table_to_text
 from language import backbones, encode, ranks, tasks
@@ -137,6 +138,8 @@ class Run:
         choices = Choices(**{name: value for name, value in asdict(settings).items() if name in names})
         self.tuned = tune(settings.method, self.backbone, settings.seed, choices)
         self.tuned.added.to(self.device)
+        if settings.bf16 and settings.method != "simple":  # whose vectors go through the projections in float32
+            cast_once(self.backbone.model)
         if settings.checkpointing:
             model: Any = self.backbone.model
             # transformers 5.23 renamed it
@@ -192,6 +195,18 @@ class Run:
             ]
         cut = self.limit - self.settings.most_new
         return [ids[-cut:] for ids in table_to_text.prompt_ids(self.backbone.tokenizer, sources)]
+
+
+def cast_once(model: torch.nn.Module) -> None:
+    """Frozen matrices in bfloat16, in place: the numbers of autocast, which casts what takes no gradient at each call.
+
+    A matrix that is an embedding too stays: rows that are looked up are not cast.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, torch.nn.Linear | Conv1D) and not weight.requires_grad and id(weight) not in looked_up:
+            weight.data = weight.data.bfloat16()
 
 
 class Loop:

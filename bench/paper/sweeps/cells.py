@@ -36,7 +36,7 @@ def collect(
                 **kept(method), "edge": _edge(method.lr, choice.best),
                 "lr": choice.best and choice.best["lr"], "weight_decay": choice.best and choice.best["weight_decay"],
                 grid.score.name: choice.value, "reason": choice.reason, "stuck": choice.stuck,
-                "seeds": len(grid.seeds), **measured(records), **_cost(records),
+                "seeds": len(method.seeds), **measured(records), **_cost(records),
             }
         )  # fmt: skip
     return {
