@@ -213,6 +213,15 @@ def test_settings_are_refused_in_words(
     assert "\n" not in str(caught.value)
 
 
+def test_a_search_may_take_less(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = config("none", folders["gpt2"], search_subset=4, search_dev=2)
+    final = train.work(given, tmp_path / "final")
+    searched = train.work({**given, "phase": "search"}, tmp_path / "search")
+    assert (final["pairs"], final["steps"]) == (8, 2) and (searched["pairs"], searched["steps"]) == (4, 1)
+    fewer = train.work({**config("none", folders["gpt2"], subset=4, dev=2), "phase": "search"}, tmp_path / "fewer")
+    assert searched["dev_loss"] == fewer["dev_loss"] != final["dev_loss"]
+
+
 def test_rates_rise_and_fall() -> None:
     settings = train.Settings("e2e", "deep", lr=1.0, weight_decay=0.0, seed=1, warmup=2)
     assert [settings.rate(step, 6) for step in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])

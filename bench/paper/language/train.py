@@ -40,7 +40,7 @@ WORDS = {
 }  # fmt: skip
 LEAST = {
     "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
-    "accumulation": 1, "warmup": 0, "dev": 1, "prompts": 0, "beams": 1, "least_new": 0, "most_new": 1, "rows": 1,
+    "accumulation": 1, "warmup": 0, "dev": 0, "prompts": 0, "search_subset": 0, "search_dev": 0, "beams": 1, "least_new": 0, "most_new": 1, "rows": 1,
     "seed": 0, "source_limit": 8, "target_limit": 4,
 }  # fmt: skip
 
@@ -75,7 +75,9 @@ class Settings:
     bf16: bool = False
     checkpointing: bool = False  # activations are computed again in the backward
     moments: str = "float32"
-    dev: int = 1000  # pairs
+    dev: int = 1000  # pairs; 0: all
+    search_subset: int = 0  # of a run in a search; 0: as the others
+    search_dev: int = 0
     prompts: int = 0  # test records that are decoded; 0: all
     beams: int = 5
     least_new: int = 0
@@ -302,14 +304,15 @@ def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
     run = Run(settings)
     key = digest(asdict(settings), run.weights, run.task.sha256)
     score = "dev_loss"
-    trained = settings.method != "frozen"
+    trained, searched = settings.method != "frozen", settings.phase == "search"
     loop = None
     if trained:
-        pairs = drawn(run.task.train.pairs(), settings.subset)
+        pairs = drawn(run.task.train.pairs(), (settings.search_subset if searched else 0) or settings.subset)
         loop = Loop(run, run.samples(pairs), scratch / "checkpoint.pt", key)
         if not loop.train():
             return {"diverged": len(loop.losses), score: None, "weights": run.weights, **run.tuned.numbers()}
-    dev = run.dev_loss(run.samples(drawn(run.task.dev.pairs(), settings.dev)))
+    pairs = drawn(run.task.dev.pairs(), (settings.search_dev if searched else 0) or settings.dev)
+    dev = run.dev_loss(run.samples(pairs))
     result = {
         score: dev if math.isfinite(dev) else None,
         "weights": run.weights,
