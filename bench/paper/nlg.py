@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", help="over the grid's: small, smollm2, a folder (status needs it again) or a name on the hub"
     )
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; times: that alone")
     parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
     parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
     parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
@@ -136,7 +136,8 @@ def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     grid = whole.only(given.tasks)
     first = grid.methods[0]
     settings = Settings(first.task, first.name, 1e-6, 0.0, grid.seeds[0], **first.settings)
-    found = times.compare(settings, given.methods or times.USUAL, given.rounds)
+    types = (True,) if given.bf16 else (False, True)
+    found = times.compare(settings, given.methods or times.USUAL, given.rounds, types)
     file = out.with_name(f"{out.name}-times.json")
     runs.write_json(file, found)
     text = markdown(f"{grid.name}: what a step takes", found["provenance"]["device"], times.tables(found))

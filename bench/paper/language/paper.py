@@ -31,7 +31,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *(Column(f"METEOR {part}", ("METEOR", part)) for part in PARTS),
         *(Column(f"TER {part}", ("TER", part), less=True) for part in PARTS),
     ),
-    "xsum": tuple(Column(name, (name, "all")) for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")),
+    "xsum": tuple(Column(name, (name, "documents")) for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")),
 }  # fmt: skip
 COMPARED = {"e2e": ("BLEU",), "webnlg": tuple(f"BLEU {part}" for part in PARTS), "xsum": ("ROUGE-L",)}
 BACKBONES = {"e2e": "GPT-2 medium", "webnlg": "GPT-2 medium", "xsum": "BART-large"}

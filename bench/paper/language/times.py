@@ -29,6 +29,7 @@ FLOOR = "floor"
 USUAL = ("deep", "peft", "original")
 BATCHES = 16  # that are drawn; a round more begins again
 TYPES = {False: "float32", True: "bfloat16"}
+Found = dict[str, Any]
 
 
 class Floor(Tuned):
@@ -65,14 +66,14 @@ class Steps:
         return torch.tensor(self.losses[-1])
 
 
-def compare(settings: Settings, methods: Sequence[str], rounds: int) -> dict[str, Any]:
-    """By type of number: milliseconds (p20, p50, p80) and MiB of each method, on this device.
+def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequence[bool] = (False, True)) -> Found:
+    """By type, float32 or with bfloat16 autocast: milliseconds of each round and MiB of each method, on this device.
 
     Raises:
         Refusal: a loss that is not finite, or whatever a method says of the model.
     """
-    found: dict[str, Any] = {"settings": _told(settings), "rounds": rounds, "types": {}}
-    for bf16 in (False, True):
+    found: Found = {"settings": _told(settings), "rounds": rounds, "types": {}}
+    for bf16 in types:
         own = replace(settings, bf16=bf16)
         steps = {name: Steps(own, name) for name in (FLOOR, *methods)}
         samples = interleave(steps, 0.0, (rounds, rounds))
@@ -110,12 +111,12 @@ def memory(settings: Settings, method: str) -> dict[str, float]:
 # --- as a table ---
 
 
-def tables(found: dict[str, Any]) -> list[Table]:
+def tables(found: Found) -> list[Table]:
     """One for each type: times, and what a method adds to the floor as a share of what others add."""
     return [_table(name, ways, found) for name, ways in found["types"].items()]
 
 
-def _table(name: str, ways: dict[str, Any], found: dict[str, Any]) -> Table:
+def _table(name: str, ways: dict[str, Any], found: Found) -> Table:
     others = [method for method in ("original", "peft") if method in ways]
     head = ["method", "ms a step (p20 to p80)", "over the floor, ms", *(f"time over {other}'s" for other in others)]
     head += ["MiB of a step", *(f"extra MiB over {other}'s" for other in others)]

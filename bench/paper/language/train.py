@@ -40,8 +40,8 @@ WORDS = {
 }  # fmt: skip
 LEAST = {
     "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
-    "accumulation": 1, "warmup": 0, "dev": 0, "prompts": 0, "search_subset": 0, "search_dev": 0, "beams": 1, "least_new": 0, "most_new": 1, "rows": 1,
-    "seed": 0, "source_limit": 8, "target_limit": 4,
+    "accumulation": 1, "warmup": 0, "dev": 0, "search_subset": 0, "search_dev": 0, "prompts": 0, "beams": 1,
+    "least_new": 0, "most_new": 1, "rows": 1, "seed": 0, "source_limit": 8, "target_limit": 4,
 }  # fmt: skip
 
 
