@@ -1,6 +1,7 @@
 """What a step of each method takes on the same batches: times in alternation, memory in a process of its own.
 
-"floor" is the frozen model, trained down to a vector at its input embeddings: what a step costs without any prefix.
+"floor" is the frozen model, trained down to a vector at its input embeddings: what a step costs without any prefix. It
+computes logits at every position, as PEFT and the published way do, and "deep-all"; "deep" at labelled ones only.
 Every round takes the next batch with each method, every other round backwards, so that what the machine does besides
 falls on all alike; ratios are of one round. Memory is what step_memory.py measures.
 """
@@ -25,8 +26,8 @@ from runs import Refusal, provenance
 from sweeps.tables import Entry, Table, measure, words
 from timing import interleave, quantiles
 
-FLOOR = "floor"
-USUAL = ("deep", "peft", "original")
+FLOOR, EVERYWHERE = "floor", "deep-all"
+USUAL = ("deep", EVERYWHERE, "peft", "original")
 BATCHES = 16  # that are drawn; a round more begins again
 TYPES = {False: "float32", True: "bfloat16"}
 Found = dict[str, Any]
@@ -34,7 +35,7 @@ Found = dict[str, Any]
 
 class Floor(Tuned):
     def __init__(self, run: Run) -> None:
-        super().__init__(run.backbone, Choices())
+        super().__init__(run.backbone, Choices(labelled=False))
         embeddings: Any = self.model.get_input_embeddings()
         self.added["floor"] = nn.Module()
         delta = nn.Parameter(torch.zeros(embeddings.weight.shape[1], device=run.device))
@@ -47,7 +48,8 @@ class Steps:
 
     def __init__(self, settings: Settings, method: str) -> None:
         floor = method == FLOOR
-        self.run = Run(replace(settings, method="frozen" if floor else method))
+        own = {FLOOR: "frozen", EVERYWHERE: "deep"}.get(method, method)
+        self.run = Run(replace(settings, method=own, labelled=method == own))
         if floor:
             self.run.tuned = Floor(self.run)
         pairs = drawn(self.run.task.train.pairs(), BATCHES * settings.batch * settings.accumulation)
