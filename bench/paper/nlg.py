@@ -23,12 +23,12 @@ from typing import Any
 
 import runs  # first: it makes bench/ importable
 from command import command
+from sweeps import options
 from sweeps.grid import Grid
 from sweeps.ledger import Ledger
 
 HERE = Path(__file__).resolve().parent
 VERBS = ("run", "check", "status", "report", "times")
-AGAIN = "finished runs are kept, and the same command goes on with the others"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -40,22 +40,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--suite", help="smollm2 (default), demo, gpt2-medium, gpt2-large, bart-large")
     what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/language/ has some)")
     parser.add_argument("--data", type=Path, help="default: PREFIXATTN_DATA")
-    parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/nlg-NAME)")
-    parser.add_argument("--tasks", nargs="+", help="only these of the grid's")
-    parser.add_argument("--methods", nargs="+", help="only these labels or names of the grid's")
     parser.add_argument(
         "--model", help="over the grid's: small, smollm2, a folder (status needs it again) or a name on the hub"
     )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; times: that alone")
-    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
-    parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
     parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
-    parser.add_argument("--retry", action="store_true", help="try failed runs once more")
-    parser.add_argument("--address", help="of a Ray cluster")
-    parser.add_argument("--partition", help="of Slurm")
-    parser.add_argument("--minutes", type=int, help="of a Slurm job")
-    parser.add_argument("--gpus", type=int, help="of a Slurm job or a Ray task; of this machine, to spread over (all)")
-    parser.add_argument("--cpus", type=int, help="of a Slurm job or a Ray task; threads of a worker")
+    options.add(parser, "nlg")
     return parser.parse_args(arguments)
 
 
@@ -110,21 +100,12 @@ def together(given: argparse.Namespace, whole: Grid, out: Path) -> int:
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     from language import report
-    from sweeps.launch import launch, status
 
     grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = given.cpus or (max(1, cores // given.workers) if given.launcher == "local" else None)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("PREFIXATTN_")}
-    state = launch(
-        given.launcher, ledger, grid.plan, "language.train:work", given.workers, given.retry, address=given.address,
-        partition=given.partition, timeout_min=given.minutes, gpus_per_node=given.gpus, cpus_per_task=given.cpus,
-        threads=threads, environment=environment,
-    )  # fmt: skip
-    print(status(ledger, grid.plan))
+    failed = options.run(given, grid, ledger, "language.train:work", options.variables())
     print(report.write(whole, ledger, out))
-    return 1 if state["failed"] else 0
+    return failed
 
 
 def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
@@ -163,10 +144,7 @@ def check(given: argparse.Namespace) -> int:
 
 def run_command(arguments: list[str]) -> int:
     given = parse(arguments)
-    for name in ("workers", "rounds", "minutes", "gpus", "cpus"):
-        value, least = getattr(given, name), 0 if name == "gpus" else 1
-        if value is not None and value < least:
-            raise runs.Refusal(f"--{name} is {value}, expected {least} or more")
+    options.check(given, {"rounds": 1})
     if given.data is not None:
         if not given.data.is_dir():
             raise runs.Refusal(f"--data {given.data}: no such folder")
@@ -193,7 +171,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command("nlg.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), AGAIN)
+    return command("nlg.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), options.AGAIN)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,25 +29,28 @@ from language.decode import Search, decode
 from language.methods import Choices, tune
 from language.webnlg import seen
 from runs import Refusal, digest, load_state, room, save_state, thinned
+from sweeps import settings as settings_of_runs
 
 STATE = {"step", "trained", "optimizer", "rng", "losses", "seconds"}
 SAVED_EVERY = 60.0  # seconds between checkpoints, at least
 SHOWN = 5  # records whose texts a report shows beside their references
 WARMED = 5  # first steps that are not timed: first touch of memory, thread pools
-WORDS = {
-    "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
-    "positions": ("model", "shifted", "unshifted"),
-}  # fmt: skip
-LEAST = {
-    "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
-    "accumulation": 1, "warmup": 0, "dev": 0, "search_subset": 0, "search_dev": 0, "prompts": 0, "beams": 1,
-    "least_new": 0, "most_new": 1, "rows": 1, "seed": 0, "source_limit": 8, "target_limit": 4,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(settings_of_runs.Settings):
     """All that a run's numbers depend on, beside the data, the backbone's weights and the versions of libraries."""
+
+    WORDS: ClassVar = {
+        "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
+        "positions": ("model", "shifted", "unshifted"),
+    }  # fmt: skip
+    LEAST: ClassVar = {
+        "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
+        "accumulation": 1, "warmup": 0, "dev": 0, "search_subset": 0, "search_dev": 0, "prompts": 0, "beams": 1,
+        "least_new": 0, "most_new": 1, "rows": 1, "seed": 0, "source_limit": 8, "target_limit": 4,
+    }  # fmt: skip
+    RATES = ("lr", "weight_decay", "clip", "length_penalty")
 
     task: str
     method: str
@@ -87,26 +90,6 @@ class Settings:
     source_limit: int = encode.SOURCE  # of an encoder-decoder
     target_limit: int = encode.TARGET
     entry_zero_quirk: bool = False  # WebNLG's first entry, decoded without bars as the original does
-
-    def __post_init__(self) -> None:
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise Refusal(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, words))}")
-        for name, bound in LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise Refusal(f"{name} is {value!r}, expected an integer from {bound}")
-        for name in ("lr", "weight_decay", "clip", "length_penalty"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-                raise Refusal(f"{name} is {value!r}, expected a finite number from 0")
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Settings":
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(config) - known):
-            raise Refusal(f"a run has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        return cls(**config)
 
     def rate(self, step: int, steps: int) -> float:
         """Of the optimizer at a step, from 0."""
