@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers", reason="the runs need transformers")
-from language import page, paper, presets, report, tasks, times, train
+from language import decode_times, page, paper, presets, report, tasks, times, train
 from language.testing import made_model
 from sweeps.grid import Grid, grid_of
 from sweeps.ledger import Ledger
@@ -240,3 +240,22 @@ def test_ratios_are_of_one_round() -> None:
     assert rows["original"][2:] == ["1.00 (1.00 to 1.00)", "30", "1.00"]
     del ways["floor"]["peak_mib"]
     assert [entry.text for entry in times.tables(found)[0].rows[1]][-1] == "-"
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, which reads what transformers renamed
+def test_texts_together_are_those_of_one_at_a_time_and_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="PEFT's prefix is one of the ways")
+    monkeypatch.setenv("PREFIXATTN_DATA", "generated")
+    monkeypatch.setattr(decode_times, "STEPS", 2)
+    model = str(made_model("gpt2", tmp_path))
+    settings = train.Settings("e2e", "deep", 0.01, 0.0, 1, backbone=model, length=3, hidden=8, batch=4, most_new=6)
+    found = decode_times.compare(settings, count=4, rows=2, rounds=1)
+    assert found["same_texts"] == {"together": 4, "one at a time": 4, "one at a time, PEFT": 4}
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found["seconds"].values())
+    assert [row[0].text for row in decode_times.table(found).rows] == list(found["seconds"])
+
+
+def test_prompts_of_the_commonest_lengths_go_together() -> None:
+    prompts = [[0] * n for n in (3, 5, 4, 5, 3, 5, 9, 3)]
+    assert [len(ids) for ids in decode_times.commonest(prompts, 4, 2)] in ([3, 3, 5, 5], [5, 5, 3, 3])
+    assert decode_times.commonest(prompts, 3, 9) == prompts[:3]

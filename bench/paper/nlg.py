@@ -45,6 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; times: that alone")
     parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
+    parser.add_argument("--decoding", action="store_true", help="times: of texts too, together and one at a time")
     options.add(parser, "nlg")
     return parser.parse_args(arguments)
 
@@ -110,18 +111,22 @@ def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
 
 def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     """Of the settings of the grid's first task; --methods names methods, in the grid or not."""
-    from language import times
+    from language import decode_times, times
     from language.train import Settings
     from sweeps.tables import markdown
 
     grid = whole.only(given.tasks)
     first = grid.methods[0]
-    settings = Settings(first.task, first.name, 1e-6, 0.0, grid.seeds[0], **first.settings)
+    settings = Settings(first.task, first.name, min(first.lr), 0.0, grid.seeds[0], **first.settings)
     types = (True,) if given.bf16 else (False, True)
     found = times.compare(settings, given.methods or times.USUAL, given.rounds, types)
+    shown = times.tables(found)
+    if given.decoding:
+        found["decoding"] = decode_times.compare(settings)
+        shown.append(decode_times.table(found["decoding"]))
     file = out.with_name(f"{out.name}-times.json")
     runs.write_json(file, found)
-    text = markdown(f"{grid.name}: what a step takes", found["provenance"]["device"], times.tables(found))
+    text = markdown(f"{grid.name}: what a step takes", found["provenance"]["device"], shown)
     runs.write_text(file.with_suffix(".md"), text)
     print(text)
     return 0
