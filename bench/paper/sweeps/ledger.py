@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from command import FULL
-from runs import PeakMemory, Refusal, digest, provenance, read_json, write_json
+from runs import PeakMemory, Refusal, digest, keep_memory, provenance, read_json, write_json
 
 DONE, FAILED, BUSY = "done", "failed", "busy"
 STATES = (DONE, "running", FAILED, "left")
@@ -320,6 +320,8 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
             import torch
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            keep_memory()
         scratch, begun_with = ledger.scratch(run), provenance(PACKAGES)
         with _Clock(scratch) as clock:
             try:
