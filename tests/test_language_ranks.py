@@ -89,6 +89,8 @@ def test_two_processes_train_as_one(made: Path) -> None:
         other = two[label]
         assert result["steps"] == other["steps"] == (6 if label == "accumulated" else 9)
         assert [loss for _, loss in other["losses"]] == pytest.approx([loss for _, loss in result["losses"]], rel=1e-4)
+        # Adam forgives a factor, the norm before clipping does not
+        assert [norm for _, norm in other["norms"]] == pytest.approx([norm for _, norm in result["norms"]], rel=1e-3)
         assert other["dev_loss"] == pytest.approx(result["dev_loss"], rel=1e-4), label
         assert other["texts"] == result["texts"] and len(other["texts"]) == 5
 

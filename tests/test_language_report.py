@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+import meteor
+
 pytest.importorskip("transformers", reason="the runs need transformers")
 from language import decode_times, page, paper, presets, report, tasks, times, train
 from language.testing import made_model
+from runs import Refusal
 from sweeps.grid import Grid, grid_of
 from sweeps.ledger import Ledger
 from sweeps.tables import EDGE
@@ -32,11 +35,16 @@ BETTER = {"deep": 0.06, "simple": 0.01, "none": 0.0, "none-word": 0.02, "partial
 def scores(task: str, value: float) -> dict[str, Any]:
     """Of `value` in 1: BLEU so, the others far from it."""
     if task == "e2e":
-        said = ["BLEU: made", "METEOR: not computed: no Java program on the PATH"]
+        said = ["BLEU: made", f"METEOR: not computed: {meteor.NO_JAVA}"]
         return {"BLEU": value, "NIST": 7.0, "METEOR": None, "ROUGE_L": 0.7, "CIDEr": 2.0, "notes": said}
     parts = {"seen": value * 100, "unseen": value * 50, "all": value * 75}
     rest = {"seen": 0.4, "unseen": 0.3, "all": 0.35}
-    return {"BLEU": parts, "METEOR": rest, "TER": {**rest, "all": None}, "notes": {"BLEU": "made", "TER": "made"}}
+    return {
+        "BLEU": parts,
+        "METEOR": rest,
+        "TER": {**rest, "all": None},
+        "notes": {"BLEU": "made", "TER": "not computed: no words"},
+    }
 
 
 def final(config: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     deviation = statistics.stdev([0.57, 0.58, 0.59])
     assert e2e["Deep-share"] == [
         f"69.9 / 58.0 ± {100 * deviation:.1f}*", "8.78 / 7.00 ± 0.00*", "46.3 / needs Java", "71.5 / 70.0 ± 0.0*",
-        "2.45 / 2.00 ± 0.00*", "1.420 ± 0.010", "4",
+        "2.45 / 2.00 ± 0.00*", "1.420 ± 0.010*", "4",
     ]  # fmt: skip
     assert e2e["Simple-share"][0] == "- / 53.0 ± 1.0*"
     assert e2e["No-share"][0].startswith("68.0 / ") and e2e["No-share from a word"][0].startswith("68.0 / ")
@@ -81,7 +89,8 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert [cell.split(" / ")[0] for cell in webnlg["Finetune"][:9]] == [
         "64.2", "27.7", "46.5", "0.45", "0.30", "0.38", "0.33", "0.76", "0.53"
     ]  # fmt: skip
-    assert webnlg["Deep-share"][1] == "44.3 / 29.0 ± 0.5*" and webnlg["Deep-share"][8] == "0.42 / -"
+    assert webnlg["Deep-share"][1] == "44.3 / 29.0 ± 0.5*" and webnlg["Deep-share"][8] == "0.42 / not computed"
+    assert f"METEOR: not computed: {meteor.NO_JAVA}." in report.tables(results)[0].notes
     for results_notes in report.tables(results)[:2]:
         assert EDGE in results_notes.notes and paper.NO_SHARE in results_notes.notes
         assert "quantised <weights>." in results_notes.notes
@@ -123,7 +132,20 @@ def test_what_diverged_or_failed_is_no_dash(tmp_path: Path) -> None:
         if "/none/" in run.name:
             ledger.write(run, {"diverged": 3, "dev_loss": None, "weights": "cafe", "trained": 5, "kept": 5})
     results = report.collect(grid, ledger)
-    assert rows_of(results, "Tables 2 and 8, E2E")["No-share"][0] == "68.0 / diverged"
+    shown = rows_of(results, "Tables 2 and 8, E2E")["No-share"]
+    assert shown[0] == "68.0 / diverged" and shown[5] == "diverged" and "6 more diverged" in report.describe(results)
+    grid, ledger = filled(tmp_path / "part", leave="none/final")
+    for run in grid.final_runs(ledger):
+        if run.name.startswith("made/e2e/none/") and run.config["seed"] == 1:
+            ledger.write(run, {"diverged": 3, "dev_loss": None, "weights": "cafe", "trained": 5, "kept": 5})
+        elif run.name.startswith("made/e2e/none/") and run.config["seed"] == 2:
+            ledger.write(run, final(run.config))
+        elif "/none/" in run.name:
+            ledger.failed(run, "no memory left")
+    results = report.collect(grid, ledger)
+    assert rows_of(results, "Tables 2 and 8, E2E")["No-share"][0] == "68.0 / 52.0* (1 of 3 seeds, 1 diverged)"
+    assert rows_of(results, "Tables 2 and 8, WebNLG")["No-share"][0] == "61.1 / failed"
+    assert "Failed: webnlg, No-share: 3 of 3 final runs: no memory left." in report.tables(results)[1].notes
     broken = grid_of(deepcopy(CONTENT), "made", presets.SETTINGS, presets.DEV_LOSS)
     lost = Ledger(tmp_path / "lost")
     for run in broken.search_runs():
@@ -149,6 +171,33 @@ def test_differences_are_in_shown_units_and_standard_errors(tmp_path: Path) -> N
         "Simple-share is better than No-share by more than two standard errors in none of 6 scores, and worse so in "
         "none."
     ) in table.notes
+
+
+def test_scores_of_other_texts_are_not_compared(tmp_path: Path) -> None:
+    results = report.collect(*filled(tmp_path))
+    for cell in results["cells"]:
+        if cell["label"] == "none-word":
+            cell["decoded"] = 2
+    table = report.differences(results)
+    assert table is not None
+    rows = [[entry.text for entry in row[:4]] for row in table.rows]
+    assert {row[3] for row in rows if row[2] == "No-share from a word"} == {"loss on dev"}
+    assert {row[3] for row in rows if row[2] == "No-share"} == {
+        "BLEU",
+        "BLEU all",
+        "BLEU seen",
+        "BLEU unseen",
+        "loss on dev",
+    }
+
+
+def test_runs_of_other_data_are_refused(tmp_path: Path) -> None:
+    grid, ledger = filled(tmp_path, leave="e2e/none/final")
+    for run in grid.final_runs(ledger):
+        if "e2e/none/" in run.name:
+            ledger.write(run, final(run.config, data_sha256="abcd" if run.config["seed"] == 1 else "ef01"))
+    with pytest.raises(Refusal, match="data sha256 ef01 of the task e2e"):
+        report.collect(grid, ledger)
 
 
 class Reader(html.parser.HTMLParser):
@@ -208,7 +257,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFIXATTN_DATA", "generated")
-        return times.compare(settings, ("deep", "deep-all", "original"), 3, types=(False,))
+        return times.compare(settings, ("deep", "deep-logits", "original"), 3, types=(False,))
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers and PEFT warn of while models are made
@@ -216,15 +265,15 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_methods_alternate_on_the_same_batches(timed: dict[str, Any]) -> None:
     assert set(timed["types"]) == {"float32"}
     for ways in timed["types"].values():
-        assert list(ways) == ["floor", "deep", "deep-all", "original"]
+        assert list(ways) == ["floor", "deep", "deep-logits", "original"]
         assert all(len(way["ms"]) == 3 and min(way["ms"]) > 0 and way["step_mib"] > 0 for way in ways.values())
         assert ways["floor"]["trained_mib"] < ways["deep"]["trained_mib"]
     ways = timed["types"]["float32"]
-    for name in ("deep-all", "original"):
+    for name in ("deep-logits", "original"):
         assert ways["deep"]["first_loss"] == pytest.approx(ways[name]["first_loss"], rel=1e-5)
     assert ways["deep"]["first_loss"] != pytest.approx(ways["floor"]["first_loss"], rel=1e-4)
     told = timed["settings"]
-    assert told["length"] == 3 and str(Path.home()) not in json.dumps(timed)
+    assert told["length"] == 3 and told["backbone"].startswith("times") and "/" not in told["backbone"]
 
 
 def test_ratios_are_of_one_round() -> None:
@@ -238,8 +287,18 @@ def test_ratios_are_of_one_round() -> None:
     rows = {row[0].text: [entry.text for entry in row[1:]] for row in table.rows}
     assert rows["deep"] == ["220 (154 to 286)", "+20 (+14 to +26)", "0.50 (0.50 to 0.50)", "12", "0.10"]
     assert rows["original"][2:] == ["1.00 (1.00 to 1.00)", "30", "1.00"]
-    del ways["floor"]["peak_mib"]
-    assert [entry.text for entry in times.tables(found)[0].rows[1]][-1] == "-"
+    for peak in (30.0, None):  # no more than the floor's, or not measured
+        ways["floor"]["peak_mib"] = peak
+        if peak is None:
+            del ways["floor"]["peak_mib"]
+        assert [entry.text for entry in times.tables(found)[0].rows[1]][-1] == "-"
+
+
+def test_steps_of_what_takes_none_are_refused() -> None:
+    settings = train.Settings("e2e", "deep", 0.01, 0.0, 1)
+    for name in ("frozen", "deep-all"):
+        with pytest.raises(Refusal, match=f"no steps of '{name}'; there are .*deep-logits"):
+            times.compare(settings, (name,), 1)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT, which reads what transformers renamed

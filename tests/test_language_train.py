@@ -165,13 +165,27 @@ def test_checkpointed_activations_change_nothing_but_are_computed_twice(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
-@pytest.mark.parametrize("method", ["deep", "none", "lora"])
+@pytest.mark.parametrize("method", ["deep", "none", "adapter"])
 def test_matrices_that_are_cast_once_give_autocasts_numbers(
     family: str, method: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(method, folders[family], bf16=True)
+    whole, casts = train.cast_once, []
+
+    def kept(model: Any) -> None:
+        whole(model)
+        casts.append({name: p.dtype for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(train, "cast_once", kept)
     once = train.work(given, tmp_path / "once")
-    types = []
+    [found] = casts
+    assert {
+        kind for name, kind in found.items() if name.endswith(("mlp.c_fc.weight", "fc1.weight", "q_proj.weight"))
+    } == {torch.bfloat16}
+    assert {
+        kind for name, kind in found.items() if name.endswith(("wte.weight", "shared.weight", "embed_tokens.weight"))
+    } == {torch.float32}
+    types: list[torch.dtype] = []
     monkeypatch.setattr(train, "cast_once", lambda model: types.extend(p.dtype for p in model.parameters()))
     each = train.work(given, tmp_path / "each")
     assert set(types) == {torch.float32}

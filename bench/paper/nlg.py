@@ -4,7 +4,7 @@
     python bench/paper/nlg.py --suite smollm2 --data FOLDER        # the study of this repository, hours on two cores
     python bench/paper/nlg.py --suite gpt2-medium --data FOLDER    # E2E and WebNLG with the published settings
     python bench/paper/nlg.py --suite bart-large --data FOLDER     # XSUM
-    torchrun --nproc-per-node 8 bench/paper/nlg.py --suite gpt2-large --data FOLDER    # several processes for each run
+    torchrun --nproc-per-node 5 bench/paper/nlg.py --suite gpt2-large --data FOLDER    # several processes for each run
     python bench/paper/nlg.py check --data FOLDER                  # what of the data is there; published counts
     python bench/paper/nlg.py status --suite smollm2               # what is done, running, failed and left
     python bench/paper/nlg.py report --suite smollm2               # tables and page from finished runs
@@ -95,16 +95,16 @@ def together(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     with ranks.joined():
         if ranks.rank() == 0:
             return run(given, whole, out)
-        ranks.follow(trained_and_scored)
+        ranks.follow(trained_and_scored, options.threads_of(given, ranks.expected()))
         return 0
 
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
-    from language import report
+    from language import ranks, report
 
     grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
-    failed = options.run(given, grid, ledger, "language.train:work", options.variables())
+    failed = options.run(given, grid, ledger, "language.train:work", options.variables(), ranks.expected())
     print(report.write(whole, ledger, out))
     return failed
 
@@ -117,15 +117,16 @@ def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
 
     grid = whole.only(given.tasks)
     first = grid.methods[0]
-    settings = Settings(first.task, first.name, min(first.lr), 0.0, grid.seeds[0], **first.settings)
+    settings = Settings(first.task, first.name, min(first.lr), 0.0, first.seeds[0], **first.settings)
     types = (True,) if given.bf16 else (False, True)
+    file = out.with_name(f"{out.name}-times.json")
     found = times.compare(settings, given.methods or times.USUAL, given.rounds, types)
+    runs.write_json(file, found)  # before what may fail
     shown = times.tables(found)
     if given.decoding:
         found["decoding"] = decode_times.compare(settings)
+        runs.write_json(file, found)
         shown.append(decode_times.table(found["decoding"]))
-    file = out.with_name(f"{out.name}-times.json")
-    runs.write_json(file, found)
     text = markdown(f"{grid.name}: what a step takes", found["provenance"]["device"], shown)
     runs.write_text(file.with_suffix(".md"), text)
     print(text)
@@ -149,6 +150,8 @@ def check(given: argparse.Namespace) -> int:
 
 def run_command(arguments: list[str]) -> int:
     given = parse(arguments)
+    if given.verb != "run" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise runs.Refusal(f"{given.verb}: for one process; torchrun is for runs")
     options.check(given, {"rounds": 1})
     if given.data is not None:
         if not given.data.is_dir():
@@ -157,7 +160,7 @@ def run_command(arguments: list[str]) -> int:
     if given.verb == "check":
         return check(given)
     grid = grid_of(given)
-    out = given.out or HERE / "results" / f"nlg-{grid.name}"
+    out = options.out_of(given, HERE / "results" / f"nlg-{grid.name}")
     if given.verb == "run":
         return together(given, grid, out)
     if given.verb == "times":
@@ -176,6 +179,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    runs.keep_memory()
     return command("nlg.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), options.AGAIN)
 
 

@@ -1,4 +1,4 @@
-"""The papers' tables, their numbers beside ours, from the results that are committed.
+"""The papers' tables, their numbers beside ours, from the results in results/: the committed studies and own ones.
 
     python bench/paper/report.py            # every study
     python bench/paper/report.py nlg-smollm2 vision-small
@@ -26,7 +26,8 @@ def studies(folder: Path) -> dict[str, Path]:
 
 def shown(path: Path) -> str:
     results: Any = runs.read_json(path, "make it anew with the report verb of nlg.py or vision.py")
-    if not isinstance(results, dict) or not {"name", "tasks", "settings", "cells", "provenance"} <= set(results):
+    needed = {"name", "tasks", "settings", "cells", "provenance"}
+    if not isinstance(results, dict) or not needed <= set(results) or not results["cells"]:
         raise runs.Refusal(f"{path}: not the results of a study")
     if path.stem.startswith("vision-"):
         from visual import report
@@ -36,7 +37,7 @@ def shown(path: Path) -> str:
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Prints the papers' tables from committed results.")
+    parser = argparse.ArgumentParser(description="Prints the papers' tables from results.")
     parser.add_argument("names", nargs="*", help="studies (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="another folder of results")
     given = parser.parse_args(arguments)

@@ -160,7 +160,7 @@ def run_command(arguments: list[str]) -> int:
     if given.verb == "check":
         return check(given)
     grid = grid_of(given)
-    out = given.out or HERE / "results" / f"vision-{grid.name}"
+    out = options.out_of(given, HERE / "results" / f"vision-{grid.name}")
     if given.verb == "run":
         return run(given, grid, out)
     if not out.is_dir():
@@ -177,6 +177,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    runs.keep_memory()
     return command("vision.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), options.AGAIN)
 
 

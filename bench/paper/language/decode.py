@@ -55,7 +55,9 @@ def decode(
     beat: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """One text for each prompt's ids, on one line; an empty one is "Error", as there."""
-    done = _kept(progress, fingerprint)
+    files = sorted(progress.parent.glob(f"{progress.stem.split('-')[0]}*.json"))  # of other numbers of processes too
+    kept = ranks.agreed(lambda: [_kept(file, fingerprint) for file in files])
+    done = {place: text for texts in kept for place, text in texts.items()}
     tokenizer, model = tuned.backbone.tokenizer, tuned.model
     eos = tokenizer.eos_token_id
     options: dict[str, Any] = {
@@ -78,7 +80,8 @@ def decode(
             done[str(place)] = _text(tokenizer, new, tuned.backbone.seq2seq)
         write_json(progress, {"fingerprint": fingerprint, "texts": done})
         beat()
-    done = ranks.gathered(done)
+    for texts in ranks.everyones(done):
+        done |= texts
     return [done[str(place)] for place in range(len(prompts))]
 
 
@@ -92,8 +95,6 @@ def _text(tokenizer: Any, ids: list[int], seq2seq: bool) -> str:
 
 
 def _kept(progress: Path, fingerprint: str) -> dict[str, str]:
-    if not progress.exists():
-        return {}
     found = read_json(progress)
     whole = isinstance(found, dict) and isinstance(found.get("texts"), dict)
     if not whole or found.get("fingerprint") != fingerprint:

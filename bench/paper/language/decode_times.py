@@ -15,6 +15,7 @@ from language import backbones
 from language.decode import Search, decode
 from language.methods import Choices, Tuned
 from language.train import Loop, Run, Settings, cast_once, drawn
+from runs import Refusal
 from sweeps.tables import Entry, Table, words
 from timing import interleave
 
@@ -26,13 +27,18 @@ def compare(settings: Settings, count: int = 20, rows: int = 10, rounds: int = 2
     """Seconds of each way, of all `count` prompts in each of `rounds`, and how many texts are PEFT's."""
     from peft import PeftModel
 
-    run = Run(replace(settings, method="deep"))
+    run = Run(replace(settings, method="deep", epochs=1, accumulation=1))
+    if run.backbone.seq2seq:
+        raise Refusal("decoding is timed beside PEFT's prefix, which is another function in a model with an encoder")
     with TemporaryDirectory() as folder:
         here = Path(folder)
-        Loop(run, run.samples(drawn(run.task.train.pairs(), STEPS * settings.batch)), here / "state.pt", "").train()
+        loop = Loop(run, run.samples(drawn(run.task.train.pairs(), STEPS * settings.batch)), here / "state.pt", "")
+        if not loop.train():
+            raise Refusal("deep: a loss of its steps is not finite; lower the first rate of the grid")
         run.tuned.prefix.export_peft(here / "adapter")
         other = Tuned(backbones.load(settings.backbone), Choices())
         other.model = PeftModel.from_pretrained(other.model, here / "adapter").eval()
+    other.model.to(run.device)
     if settings.bf16:
         cast_once(other.model)
     run.tuned.train(False)
@@ -49,7 +55,7 @@ def compare(settings: Settings, count: int = 20, rows: int = 10, rounds: int = 2
     ms = interleave({name: lambda name=name: way(name) for name in ways}, 0.0, (rounds, rounds))
     same = {name: sum(a == b for a, b in zip(texts[TOGETHER], texts[name], strict=True)) for name in ways}
     return {
-        "prompts": len(prompts), "rows": rows, "beams": settings.beams, "steps": STEPS, "bf16": settings.bf16,
+        "prompts": len(prompts), "rows": rows, "beams": settings.beams, "steps": loop.steps, "bf16": settings.bf16,
         "seconds": {name: [round(each / 1000, 3) for each in found] for name, found in ms.items()},
         "same_texts": same,
     }  # fmt: skip

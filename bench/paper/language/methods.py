@@ -29,6 +29,7 @@ class Choices:
     last: int = 2  # blocks of Partial-k
     reduction: int = 8  # of an adapter: the model's width over its own
     rank: int = 8  # of LoRA
+    moments: str = "float32"  # of a prefix of this library: what its optimizer keeps
 
 
 class Tuned:
@@ -90,12 +91,14 @@ class Tuned:
         labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if not self.choices.labelled:
-            return self.summed(self.model(**inputs, labels=labels, use_cache=False).loss, labels)
+            return self.summed(self.model(**inputs, labels=labels, use_cache=False), labels)
         return prefixattn.labelled_loss(self.model, labels, num_items_in_batch=1.0, use_cache=False, **inputs)
 
-    def summed(self, mean: Tensor, labels: Tensor) -> Tensor:
+    def summed(self, out: Any, labels: Tensor) -> Tensor:
+        """The model's mean as a sum; of no label, whose mean is nan, 0."""
         predicted = labels if self.backbone.seq2seq else labels[:, 1:]
-        return mean * (predicted != -100).sum()
+        count = (predicted != -100).sum()
+        return out.loss * count if count else out.logits.sum() * 0.0
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """[B, S] to [B, new]: what is written, without the prompt."""
@@ -121,7 +124,7 @@ class Prefixed(Tuned):
         return trained
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
-        return prefixattn.FactoredAdamW(self.prefix, **options)
+        return prefixattn.FactoredAdamW(self.prefix, moments=self.choices.moments, **options)
 
     def average(self) -> None:
         """Nothing: a prefix's gradients are those of all processes once `backward` returns."""
@@ -143,7 +146,7 @@ class Original(Tuned):
     def loss(self, batch: Batch) -> Tensor:
         past = self.prefix.cache(len(batch["labels"]), self.model.config)
         out = self.model(input_ids=batch["input_ids"], labels=batch["labels"], past_key_values=past, use_cache=True)
-        return self.summed(out.loss, batch["labels"])
+        return self.summed(out, batch["labels"])
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         # P placeholder ids tell transformers 5 that the cache already holds P positions; they are never embedded
@@ -172,7 +175,7 @@ class Wrapped(Tuned):
     def loss(self, batch: Batch) -> Tensor:
         mask = torch.ones_like(batch["input_ids"])
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"])
-        return self.summed(out.loss, batch["labels"])
+        return self.summed(out, batch["labels"])
 
 
 class Adapted(Tuned):
@@ -306,7 +309,6 @@ METHODS: dict[str, Callable[[Backbone, Choices], Tuned]] = {
     "partial": _partial,
     "finetune": _finetune,
 }
-TAKE_LENGTH = ("deep", "simple", "none", "original", "peft", "prompt")
 
 
 def tune(name: str, backbone: Backbone, seed: int, choices: Choices) -> Tuned:

@@ -11,7 +11,11 @@ def page_of(results: dict[str, Any]) -> str:
     """The whole page."""
     parts = [paragraph(report.describe(results))]
     parts += [table(shown) for shown in report.tables(results)]
-    parts.append(section("Training loss of a step, first seed", curves(report.titles(results), _panels(results))))
+    parts.append(
+        section(
+            "Training loss of a step, of the first seed that has one", curves(report.titles(results), _panels(results))
+        )
+    )
     parts += [
         section(f"What was written of {task}", texts) for task in results["tasks"] if (texts := _texts(results, task))
     ]
@@ -20,10 +24,11 @@ def page_of(results: dict[str, Any]) -> str:
 
 def _panels(results: dict[str, Any]) -> list[Panel]:
     found = []
+    unit = "nats a token" if results["settings"].get("objective") == "mean" else "nats a text"
     for task in results["tasks"]:
         cells = [cell for cell in results["cells"] if cell["task"] == task and cell["curve"]]
         lines = {cell["label"]: [(step, loss) for step, loss in cell["curve"]] for cell in cells}
-        found.append(Panel(f"{task}, nats", "step", lines))
+        found.append(Panel(f"{task}, {unit}", "step", lines))
     return found
 
 

@@ -17,7 +17,6 @@ class Column(NamedTuple):
     path: tuple[str, ...]
     times: float = 1.0  # shown over stored
     form: str = ".2f"
-    less: bool = False  # whether less of it is better
 
 
 PARTS = ("seen", "unseen", "all")
@@ -29,7 +28,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "webnlg": (
         *(Column(f"BLEU {part}", ("BLEU", part), form=".1f") for part in PARTS),
         *(Column(f"METEOR {part}", ("METEOR", part)) for part in PARTS),
-        *(Column(f"TER {part}", ("TER", part), less=True) for part in PARTS),
+        *(Column(f"TER {part}", ("TER", part)) for part in PARTS),
     ),
     "xsum": tuple(Column(name, (name, "documents")) for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")),
 }  # fmt: skip

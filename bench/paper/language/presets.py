@@ -49,21 +49,24 @@ def demo() -> dict[str, Any]:
         backbones.smollm2()
     except Refusal as refusal:
         print(f"{refusal}. The demo takes our own GPT-2 of 4M instead, which copies names badly.", file=sys.stderr)
+        name = "demo-small"
         common |= {"backbone": backbones.SMALL, "subset": 4_000}
         rates = {"deep": 1e-3, "none": 3e-1}
     else:
-        common |= {"backbone": backbones.SMOLLM2, "subset": 1_200, "warmup": 20, "bf16": fast_in_bf16()}
+        bf16 = fast_in_bf16()
+        name = "demo" if bf16 else "demo-float32"
+        common |= {"backbone": backbones.SMOLLM2, "subset": 1_200, "warmup": 20, "bf16": bf16}
         rates = {"deep": 1e-3, "none": 1e-2}
     methods = [
         {"name": name, "layers": "all", "label": name, "lr": [lr], "weight_decay": [0.0]} for name, lr in rates.items()
     ]
-    return {"name": "demo", "tasks": ["e2e"], "seeds": [SEED], "common": common, "methods": methods}
+    return {"name": name, "tasks": ["e2e"], "seeds": [SEED], "common": common, "methods": methods}
 
 
 def fast_in_bf16() -> bool:
-    """Whether this machine multiplies in bfloat16 faster than in float32: a GPU, or a CPU that says so."""
+    """Whether this machine multiplies in bfloat16 faster than in float32."""
     if torch.cuda.is_available():
-        return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     with suppress(OSError):
         return bool({"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
     return False

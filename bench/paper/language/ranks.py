@@ -5,10 +5,9 @@ keeps the ledger and writes checkpoints, which the others read: several machines
 """
 
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runs import Refusal
+from sweeps.ledger import free
+
 Work = Callable[[dict[str, Any], Path], object]
+PATIENCE = timedelta(days=7)  # the first one may wait for a run of another launch; torchrun ends what hangs on a death
 
 
 def expected() -> int:
     """The processes that whoever started this one speaks of."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise Refusal(f"WORLD_SIZE is {given!r}, expected the number of processes")
+    return int(given)
 
 
 def size() -> int:
@@ -46,9 +52,17 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    except ValueError as error:
+        raise Refusal(f"{expected()} processes cannot find each other ({error}); torchrun tells them how") from None
+    try:
+        try:
+            yield
+        except Refusal:
+            if rank() == 0:
+                lead(None)
+            raise
         if rank() == 0:
             lead(None)
     finally:
@@ -61,18 +75,37 @@ def lead(task: tuple[dict[str, Any], str] | None) -> None:
         dist.broadcast_object_list([task], src=0)
 
 
-def follow(work: Work) -> None:
-    """What the other processes do: the runs that the first one begins."""
+def follow(work: Work, threads: int) -> None:
+    """What the other processes do: the runs that the first one begins. What only one of them meets ends them all."""
+    torch.set_num_threads(threads)
     while True:
         told: list[tuple[dict[str, Any], str] | None] = [None]
         dist.broadcast_object_list(told, src=0)
         if told[0] is None:
             return
         config, scratch = told[0]
-        try:
+        free("cuda" if torch.cuda.is_available() else "cpu")
+        with suppress(Refusal):  # which all meet, and the first one notes
             work(config, Path(scratch))
-        except Exception:  # the first one meets it too, and notes the run as failed
-            traceback.print_exc(file=sys.stderr)
+
+
+def same(what: str, own: Any) -> None:
+    """Refusal, in every process, where not all have the same."""
+    found = everyones(own)
+    if any(other != found[0] for other in found):
+        raise Refusal(f"the processes of this run differ in {what}: {', '.join(map(str, found))}; they need one folder")
+
+
+def agreed(try_it: Callable[[], Any]) -> Any:
+    """What `try_it` returns, unless it is refused in one of the processes: then in all."""
+    own, said = None, ""
+    try:
+        own = try_it()
+    except Refusal as refusal:
+        said = str(refusal)
+    if words := next(filter(None, everyones(said)), ""):
+        raise Refusal(words)
+    return own
 
 
 def part(rows: Sequence[Any]) -> Sequence[Any]:
@@ -96,10 +129,10 @@ def average(gradients: Sequence[Tensor]) -> None:
         gradient /= size()
 
 
-def gathered(own: dict[str, str]) -> dict[str, str]:
-    """The entries of all processes."""
+def everyones(own: Any) -> list[Any]:
+    """What each process has, by rank."""
     if size() == 1:
-        return own
-    found: list[dict[str, str]] = [{} for _ in range(size())]
+        return [own]
+    found: list[Any] = [None] * size()
     dist.all_gather_object(found, own)
-    return {key: value for each in found for key, value in each.items()}
+    return found

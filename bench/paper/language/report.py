@@ -7,6 +7,8 @@ from typing import Any
 
 from language import paper
 from language.paper import COLUMNS, COMPARED, Column
+from language.train import Settings
+from meteor import NO_JAVA
 from runs import write_json, write_text
 from sweeps import cells as cells_of
 from sweeps import tables as documents
@@ -18,6 +20,7 @@ from sweeps.ledger import Ledger
 from sweeps.tables import EDGE, Entry, Table, measure, number, words
 
 DEV = "loss on dev"
+DEV_COLUMN = Column(DEV, (DEV,), form=".3f")
 COMPARISONS = (("deep", "none"), ("deep", "none-word"), ("simple", "none"), ("deep", "finetune"), ("deep", "original"))
 CAPTION = (
     "Differences of the means, and in standard errors of the difference, sqrt(s1²/n1 + s2²/n2) of the deviations s "
@@ -37,7 +40,7 @@ def collect(grid: Grid, ledger: Ledger) -> dict[str, Any]:
 
 
 def _kept(method: Method) -> Cell:
-    return {"length": method.settings.get("length"), "last": method.settings.get("last", 2)}
+    return {"length": method.settings.get("length"), "last": method.settings.get("last", Settings.last)}
 
 
 def _measured(records: cells_of.Records) -> Cell:
@@ -106,7 +109,7 @@ def _scores(results: dict[str, Any], task: str) -> Table:
             found = sample(cell, column.title)
             row.append(Entry(f"{number(value, column.form)} / {_ours(cell, column)}", found and found.mean))
         found = sample(cell, DEV)
-        row.append(Entry(_spread(found, 1.0, ".3f"), found and found.mean))
+        row.append(Entry(_ours(cell, DEV_COLUMN), found and found.mean))
         rows.append([*row, measure(cell["decoded"])])
     head = ["method", *(column.title for column in COLUMNS[task]), DEV, "texts"]
     title = {"xsum": "Table 2, XSUM"}.get(task, f"Tables 2 and 8, {'E2E' if task == 'e2e' else 'WebNLG'}")
@@ -118,17 +121,25 @@ def _ours(cell: Cell, column: Column) -> str:
     if (found := sample(cell, column.title)) is None:
         return _without(cell, column)
     text = _spread(found, column.times, column.form) + "*" * cell["edge"]
-    return text if found.n == cell["seeds"] else f"{text} ({found.n} of {cell['seeds']} seeds)"
+    return text if found.n == cell["seeds"] else f"{text} ({_seeds(found.n, cell)})"
+
+
+def _seeds(done: int, cell: Cell) -> str:
+    return f"{done} of {cell['seeds']} seeds" + (f", {cell['diverged']} diverged" if cell["diverged"] else "")
 
 
 def _without(cell: Cell, column: Column) -> str:
-    said = cell["metrics"] or {}
-    of_metric = said.get(column.path[0], "") if isinstance(said, dict) else next(
-        (line for line in said if line.startswith(f"{column.path[0]}: ")), ""
-    )  # fmt: skip
-    if "Java" in of_metric:
-        return "needs Java"
+    said = _metrics(cell)
+    why = said.get(column.path[0], said.get("all", ""))
+    if "not computed" in why:
+        return "needs Java" if why.endswith(NO_JAVA) else "not computed"
     return "failed" if failed(cell) else "diverged" if cell["diverged"] else "-"
+
+
+def _metrics(cell: Cell) -> dict[str, str]:
+    """What computed each score, or why it was not."""
+    said = cell["metrics"] or {}
+    return said if isinstance(said, dict) else dict(line.split(": ", 1) for line in said)
 
 
 def _spread(found: Sample | None, times: float, form: str) -> str:
@@ -141,13 +152,16 @@ def _spread(found: Sample | None, times: float, form: str) -> str:
 def notes(results: dict[str, Any], task: str) -> list[str]:
     """What a task's table needs to be told of."""
     names, cells = titles(results), [cell for cell in results["cells"] if cell["task"] == task]
-    found = [EDGE] if any(cell["edge"] and cell["dev"] for cell in cells) else []
+    found = [EDGE] if any(cell["edge"] and sample(cell, DEV) for cell in cells) else []
     if {"none", "none-word"} & {cell["method"] for cell in cells}:
         found.append(paper.NO_SHARE)
     counts = sorted({cell["decoded"] for cell in cells if cell["decoded"]})
     if len(counts) > 1:
-        found.append(f"Methods with {counts[0]} texts were scored on a part of what those with {counts[-1]} were.")
+        found.append("Methods with fewer texts were scored on a part of those that others were.")
     said = [note for cell in cells for note in cell["notes"] or ()]
+    said += [
+        f"{metric}: {why}" for cell in cells for metric, why in _metrics(cell).items() if why.startswith("not computed")
+    ]
     return found + list(dict.fromkeys(note if note.endswith(".") else f"{note}." for note in said)) + failures(
         cells, names
     )  # fmt: skip
@@ -197,7 +211,12 @@ def differences(results: dict[str, Any]) -> Table | None:
 
 
 def difference(cell: Cell, base: Cell, title: str) -> tuple[float, float | None] | None:
-    """As the table of scores shows it, and in standard errors; None where one of them has no number."""
+    """As the table of scores shows it, and in standard errors.
+
+    None where one of them has no number, or they are scores of other texts.
+    """
+    if title != DEV and cell["decoded"] != base["decoded"]:
+        return None
     one, other = sample(cell, title), sample(base, title)
     if one is None or other is None:
         return None
@@ -238,7 +257,9 @@ def describe(results: dict[str, Any]) -> str:
     done, wanted = (sum(values) for values in zip(*((_done(c), c["seeds"]) for c in results["cells"]), strict=True))
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     where = "; ".join(results["provenance"]["device"]) or "nothing"
-    return f"{done} of {wanted} final runs are measured, on {where}. Settings: {settings}."
+    lost = sum(cell["diverged"] for cell in results["cells"])
+    more = f" {lost} more diverged; means are over the others." if lost else ""
+    return f"{done} of {wanted} final runs are measured, on {where}.{more} Settings: {settings}."
 
 
 def _done(cell: Cell) -> int:

@@ -1,7 +1,7 @@
 """What a step of each method takes on the same batches: times in alternation, memory in a process of its own.
 
 "floor" is the frozen model, trained down to a vector at its input embeddings: what a step costs without any prefix. It
-computes logits at every position, as PEFT and the published way do, and "deep-all"; "deep" at labelled ones only.
+computes logits at every position, as PEFT and the published way do, and "deep-logits"; "deep" at labelled ones only.
 Every round takes the next batch with each method, every other round backwards, so that what the machine does besides
 falls on all alike; ratios are of one round. Memory is what step_memory.py measures.
 """
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from language.methods import Choices, Tuned
+from language.methods import METHODS, Choices, Tuned
 from language.train import Loop, Run, Settings, drawn
 from runs import Refusal, provenance
 from sweeps.tables import Entry, Table, measure, words
 from timing import interleave, quantiles
 
-FLOOR, EVERYWHERE = "floor", "deep-all"
-USUAL = ("deep", EVERYWHERE, "peft", "original")
+FLOOR, EVERYWHERE = "floor", "deep-logits"
+USUAL = ("deep", EVERYWHERE, "peft", "original")  # of a causal model
 BATCHES = 16  # that are drawn; a round more begins again
 TYPES = {False: "float32", True: "bfloat16"}
 Found = dict[str, Any]
@@ -36,11 +36,14 @@ Found = dict[str, Any]
 class Floor(Tuned):
     def __init__(self, run: Run) -> None:
         super().__init__(run.backbone, Choices(labelled=False))
-        embeddings: Any = self.model.get_input_embeddings()
+        self.checkpointing = run.settings.checkpointing
+        parts = (self.model.get_encoder(), self.model.get_decoder()) if run.backbone.seq2seq else (self.model,)
+        embeddings: list[Any] = [part.get_input_embeddings() for part in parts]
         self.added["floor"] = nn.Module()
-        delta = nn.Parameter(torch.zeros(embeddings.weight.shape[1], device=run.device))
+        delta = nn.Parameter(torch.zeros(embeddings[0].weight.shape[1], device=run.device))
         self.added["floor"].register_parameter("delta", delta)
-        embeddings.register_forward_hook(lambda module, args, out: out + delta)
+        for module in embeddings:
+            module.register_forward_hook(lambda module, args, out: out + delta)
 
 
 class Steps:
@@ -74,6 +77,10 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
     Raises:
         Refusal: a loss that is not finite, or whatever a method says of the model.
     """
+    known = [*(name for name in METHODS if name != "frozen"), EVERYWHERE]
+    for name in methods:
+        if name not in known:
+            raise Refusal(f"no steps of {name!r}; there are {', '.join(known)}")
     found: Found = {"settings": _told(settings), "rounds": rounds, "types": {}}
     for bf16 in types:
         own = replace(settings, bf16=bf16)
@@ -81,7 +88,7 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
         samples = interleave(steps, 0.0, (rounds, rounds))
         for name, each in steps.items():
             if not np.isfinite(each.losses).all():
-                raise Refusal(f"{name}: a loss of its steps is {each.losses[-1]}; lower its lr")
+                raise Refusal(f"{name}: a loss of its steps is not finite; lower the first rate of the grid")
         first = {name: each.losses[0] for name, each in steps.items()}
         steps.clear()
         found["types"][TYPES[bf16]] = {
@@ -92,7 +99,8 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
 
 def _told(settings: Settings) -> dict[str, Any]:
     names = ("task", "backbone", "weights", "length", "hidden", "batch", "accumulation", "objective", "checkpointing")
-    return {name: value for name, value in asdict(settings).items() if name in names}
+    told = {name: value for name, value in asdict(settings).items() if name in names}
+    return {**told, "backbone": Path(settings.backbone).name if Path(settings.backbone).is_dir() else settings.backbone}
 
 
 def memory(settings: Settings, method: str) -> dict[str, float]:
@@ -104,8 +112,10 @@ def memory(settings: Settings, method: str) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = (sys.executable, "-W", "ignore", str(script))
     done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {method} failed: {done.stderr.strip().splitlines()[-1:]}")
+    if done.returncode:  # no Linux, no memory left: the times are worth keeping
+        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        print(f"the memory of {method} was not measured: {why}", file=sys.stderr)
+        return {}
     mib: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return mib
 
@@ -152,6 +162,6 @@ def _spread(found: tuple[float, float, float], form: str) -> Entry:
 
 def _share(way: dict[str, Any], other: dict[str, Any], floor: dict[str, Any]) -> Entry:
     """Of the memory that the other adds to the floor."""
-    if "peak_mib" not in floor:
+    if not all("peak_mib" in each for each in (way, other, floor)) or other["peak_mib"] <= floor["peak_mib"]:
         return Entry("-")
     return measure((way["peak_mib"] - floor["peak_mib"]) / (other["peak_mib"] - floor["peak_mib"]), ".2f")

@@ -5,14 +5,16 @@ the loss is the sum over a sample's tokens, averaged over the batch (objective "
 mean over tokens. The frozen model stays in eval(). The last state counts.
 
 Differs from the authors' code: padding repeats eos (there "[PAD]" was added to the vocabulary; neither is ever seen by
-a labelled position); logits are computed where a label is, but for `original`; positions are those that the prefix
-leaves (there 1024).
+a labelled position); logits are computed where a label is, but for `original`, `peft` and `prompt`; positions are those
+that the prefix leaves (there 1024). Dropout, which fine-tuning has, is drawn from (seed, step, process): with it
+several processes do not equal one.
 """
 
 import math
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,7 +33,7 @@ from language.webnlg import seen
 from runs import Refusal, digest, load_state, room, save_state, thinned
 from sweeps import settings as settings_of_runs
 
-STATE = {"step", "trained", "optimizer", "rng", "losses", "seconds"}
+STATE = {"step", "trained", "optimizer", "losses", "norms", "seconds"}
 SAVED_EVERY = 60.0  # seconds between checkpoints, at least
 SHOWN = 5  # records whose texts a report shows beside their references
 WARMED = 5  # first steps that are not timed: first touch of memory, thread pools
@@ -43,7 +45,7 @@ class Settings(settings_of_runs.Settings):
 
     WORDS: ClassVar = {
         "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
-        "positions": ("model", "shifted", "unshifted"),
+        "positions": ("model", "shifted", "unshifted"), "moments": ("float32", "bfloat16", "8bit"),
     }  # fmt: skip
     LEAST: ClassVar = {
         "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
@@ -90,6 +92,13 @@ class Settings(settings_of_runs.Settings):
     source_limit: int = encode.SOURCE  # of an encoder-decoder
     target_limit: int = encode.TARGET
     entry_zero_quirk: bool = False  # WebNLG's first entry, decoded without bars as the original does
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip == 0:
+            raise Refusal("clip is 0, which would leave nothing of a gradient; expected a number above 0")
+        if self.checkpointing and self.method in ("original", "peft"):
+            raise Refusal(f"checkpointing and {self.method}: a checkpointed layer drops the cache with its prefix")
 
     def rate(self, step: int, steps: int) -> float:
         """Of the optimizer at a step, from 0."""
@@ -190,7 +199,9 @@ def cast_once(model: torch.nn.Module) -> None:
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, torch.nn.Linear | Conv1D) and not weight.requires_grad and id(weight) not in looked_up:
+        if not isinstance(module, torch.nn.Linear | Conv1D) or weight.requires_grad or id(weight) in looked_up:
+            continue
+        if weight.dtype == torch.float32:  # not what is packed
             weight.data = weight.data.bfloat16()
 
 
@@ -204,13 +215,12 @@ class Loop:
         self.per_epoch = math.ceil(len(samples) / self.rows)
         self.steps = settings.epochs * self.per_epoch
         self.optimizer = run.tuned.optimizer(lr=settings.lr, weight_decay=settings.weight_decay)
-        self.first, self.losses, self.seconds = 0, [], []
-        torch.manual_seed(settings.seed)  # of dropout, if any
+        self.first, self.losses, self.norms, self.seconds = 0, [], [], []
         if (state := load_state(checkpoint, key, STATE)) is not None:
             run.tuned.load_state(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            self.first, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
+            self.first, self.losses = state["step"], state["losses"]
+            self.norms, self.seconds = state["norms"], state["seconds"]
 
     def order(self, epoch: int) -> list[int]:
         """A function of (seed, epoch) alone, so that a resumed run meets the same batches."""
@@ -240,6 +250,7 @@ class Loop:
     def step(self, step: int, rows: Sequence[Any]) -> float:
         """One step of the optimizer; returns the objective, nan or infinite if it was so before the step."""
         settings, parameters = self.run.settings, [p for _, p in self.run.tuned.parameters()]
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # of dropout, if any
         batches = [rows[at : at + settings.batch] for at in range(0, len(rows), settings.batch)]
         of = len(rows)
         if settings.objective == "mean":
@@ -255,7 +266,7 @@ class Loop:
                 return total
             (loss * ranks.size()).backward()  # gradients are averaged over the processes
         self.run.tuned.average()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip)))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(step, self.steps)
         self.optimizer.step()
@@ -267,7 +278,7 @@ class Loop:
             return
         state = {
             "step": step, "trained": self.run.tuned.state(), "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(), "losses": self.losses, "seconds": self.seconds,
+            "losses": self.losses, "norms": self.norms, "seconds": self.seconds,
         }  # fmt: skip
         save_state(self.checkpoint, self.key, state)
 
@@ -275,7 +286,15 @@ class Loop:
 def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """What a worker of a sweep does, and other processes with it, if there are."""
     ranks.lead((config, str(scratch)))
-    return trained_and_scored(config, scratch)
+    try:
+        return trained_and_scored(config, scratch)
+    except Refusal:
+        raise
+    except Exception as error:
+        if ranks.size() == 1:
+            raise
+        traceback.print_exc()  # the others may be anywhere: torchrun ends them, and the next launch goes on
+        raise SystemExit(f"{type(error).__name__} in one of {ranks.size()} processes") from None
 
 
 def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -291,7 +310,8 @@ def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
     loop = None
     if trained:
         pairs = drawn(run.task.train.pairs(), (settings.search_subset if searched else 0) or settings.subset)
-        loop = Loop(run, run.samples(pairs), scratch / "checkpoint.pt", key)
+        loop = ranks.agreed(lambda: Loop(run, run.samples(pairs), scratch / "checkpoint.pt", key))
+        ranks.same("their data or their checkpoint", (key[:12], loop.first))
         if not loop.train():
             return {"diverged": len(loop.losses), score: None, "weights": run.weights, **run.tuned.numbers()}
     pairs = drawn(run.task.dev.pairs(), (settings.search_dev if searched else 0) or settings.dev)
@@ -300,6 +320,7 @@ def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
         score: dev if math.isfinite(dev) else None,
         "weights": run.weights,
         "data": run.task.where,
+        "data_sha256": run.task.sha256,
         "notes": [*run.backbone.notes, *run.task.notes],
         "length": run.tuned.length,  # of a word its tokens; 0: no prefix
         **run.tuned.numbers(),
@@ -310,6 +331,7 @@ def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
             "pairs": len(loop.samples),
             "steps": loop.steps,
             "losses": thinned(loop.losses, 100),
+            "norms": thinned(loop.norms, 100),  # of the gradient, before it is clipped
             "seconds_per_step": statistics.median(timed),
         }
     if settings.phase == "final":

@@ -18,16 +18,18 @@ def collect(
     """The results of a grid so far; a cell has what `kept` and `measured` say beside the choice of its search.
 
     Raises:
-        Refusal: two runs with one backbone by name and two by weights, or whatever `Ledger.record` refuses.
+        Refusal: two runs with one backbone or task by name and two by content, or whatever `Ledger.record` refuses.
     """
-    _one_weights(grid, ledger)
+    _of_one("backbone", "weights", grid, ledger)
+    _of_one("task", "data_sha256", grid, ledger)
     choices, cells, provenances = grid.choices(ledger), [], []
     finals: dict[tuple[str, str], list[Run]] = {}
     for run in grid.final_runs(ledger):
         finals.setdefault(_place(run.name), []).append(run)
     for method in grid.methods:
         choice = choices[method.task, method.label]
-        found = [(run, ledger.record(run)) for run in finals.get((method.task, method.label), [])]
+        runs = finals.get((method.task, method.label), [])
+        found = [(run, ledger.record(run)) for run in runs]
         records = [(run, record) for run, record in found if record is not None]
         provenances += [record["provenance"] for _, record in records]
         cells.append(
@@ -37,6 +39,7 @@ def collect(
                 "lr": choice.best and choice.best["lr"], "weight_decay": choice.best and choice.best["weight_decay"],
                 grid.score.name: choice.value, "reason": choice.reason, "stuck": choice.stuck,
                 "seeds": len(method.seeds), **measured(records), **_cost(records),
+                "lost": [why for run in runs if (why := ledger.failure(run)) is not None],
             }
         )  # fmt: skip
     return {
@@ -48,18 +51,20 @@ def collect(
     }
 
 
-def _one_weights(grid: Grid, ledger: Ledger) -> None:
+def _of_one(named: str, content: str, grid: Grid, ledger: Ledger) -> None:
+    """Refusal where runs of one backbone, or task, were made with others than the rest."""
     seen: dict[Any, tuple[str, str]] = {}
     for run in grid.plan(ledger):
         record = ledger.record(run)
-        weights = record and record["result"].get("weights")
-        if weights is None:  # not done, or it ended before it could say
+        found = record and record["result"].get(content)
+        if found is None:  # not done, or it ended before it could say
             continue
-        backbone, cell = run.config.get("backbone"), "/".join(_place(run.name))
-        other, first = seen.setdefault(backbone, (weights, cell))
-        if other != weights:
+        name, cell = run.config.get(named), "/".join(_place(run.name))
+        other, first = seen.setdefault(name, (found, cell))
+        if other != found:
+            what = content.replace("_", " ")
             raise Refusal(
-                f"{cell}: made with weights {weights} of the backbone {backbone}, but {first} with {other}; delete "
+                f"{cell}: made with {what} {found[:16]} of the {named} {name}, but {first} with {other[:16]}; delete "
                 "the runs of one of them"
             )
 

@@ -90,13 +90,14 @@ def in_errors(one: Sample, other: Sample) -> float | None:
 
 
 def failures(cells: Sequence[Cell], names: dict[str, str]) -> list[str]:
-    """A sentence for each cell whose search ended without a choice."""
-    return [
-        f"Failed: {cell['task']}, {names[cell['label']]}: {cell['reason'].rstrip('.')}." for cell in cells
-        if failed(cell)
-    ]  # fmt: skip
+    """A sentence for each cell whose search ended without a choice, or of whose final runs some failed."""
+    found = []
+    for cell in (cell for cell in cells if failed(cell)):
+        why = cell["reason"] or f"{len(cell['lost'])} of {cell['seeds']} final runs: {cell['lost'][0]}"
+        found.append(f"Failed: {cell['task']}, {names[cell['label']]}: {why.rstrip('.')}.")
+    return found
 
 
 def failed(cell: Cell) -> bool:
-    """Whether its search ended without a choice: runs of it failed, or all diverged."""
-    return bool(cell["stuck"])
+    """Whether its search ended without a choice, as runs of it failed or all diverged; or final runs failed."""
+    return bool(cell["stuck"] or cell["lost"])

@@ -18,7 +18,7 @@
     weight_decay = [0.001, 0.0]
     length = 20                     # over common and task
     label = "deep-all-P20"          # in names of runs; this is the default: name, layers and, if it is set, length
-    seeds = [42]                    # of this method's final runs, the first of all too: its search takes that
+    seeds = [42]                    # of this method, over those above; its search takes the first
 
     [methods.task.cats]             # over all of them
     lr = [0.5]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from command import FULL
-from runs import PeakMemory, Refusal, digest, keep_memory, provenance, read_json, write_json
+from runs import PeakMemory, Refusal, digest, provenance, read_json, write_json
 
 DONE, FAILED, BUSY = "done", "failed", "busy"
 STATES = (DONE, "running", FAILED, "left")
@@ -320,12 +320,10 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
             import torch
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            keep_memory()
         scratch, begun_with = ledger.scratch(run), provenance(PACKAGES)
         with _Clock(scratch) as clock:
             try:
-                _free(device)
+                free(device)
                 memory = PeakMemory(device)
                 result = work(deepcopy(run.config), scratch)
                 if not isinstance(result, dict):
@@ -342,7 +340,7 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
         return DONE
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
     """Gives back what the last run of this process left, or it would count as in use at the start of this one."""
     gc.collect()
     if device == "cuda":

@@ -37,10 +37,22 @@ def check(given: argparse.Namespace, more: Mapping[str, int]) -> None:
             raise Refusal(f"--{name} is {value}, expected {least} or more")
 
 
-def run(given: argparse.Namespace, grid: Grid, ledger: Ledger, work: str, environment: Mapping[str, str]) -> int:
-    """Launches what is left of the grid and prints how it stands; 1 if runs failed."""
+def out_of(given: argparse.Namespace, usual: Path) -> Path:
+    """The folder of runs; what is made of them stands beside it under its name."""
+    return Path(given.out or usual).absolute()
+
+
+def threads_of(given: argparse.Namespace, processes: int) -> int:
+    """Of each of `processes` on this machine, unless --cpus says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = given.cpus or (max(1, cores // given.workers) if given.launcher == "local" else None)
+    return int(given.cpus or max(1, cores // processes))
+
+
+def run(
+    given: argparse.Namespace, grid: Grid, ledger: Ledger, work: str, environment: Mapping[str, str], processes: int = 1
+) -> int:
+    """Launches what is left of the grid and prints how it stands; 1 if runs failed. `processes` work on each run."""
+    threads = threads_of(given, given.workers * processes) if given.launcher == "local" else given.cpus
     state = launch(
         given.launcher, ledger, grid.plan, work, given.workers, given.retry, address=given.address,
         partition=given.partition, timeout_min=given.minutes, gpus_per_node=given.gpus, cpus_per_task=given.cpus,

@@ -132,7 +132,7 @@ def _chart(panel: Panel, names: Mapping[str, str], style: Mapping[str, Style]) -
             drawn.append(f'<polyline points="{path}" {look}>{tip}</polyline>')
     axes = (
         f'<path d="M{LEFT},8V{HIGH - LOW}H{WIDE - 8}" fill="none" stroke="#888"/>'
-        f'<text x="{LEFT - 5}" y="14" text-anchor="end">{panel.scale * most:.0f}</text>'
+        f'<text x="{LEFT - 5}" y="14" text-anchor="end">{panel.scale * most:.3g}</text>'
         f'<text x="{LEFT - 5}" y="{HIGH - LOW}" text-anchor="end">0</text>'
         f'<text x="{WIDE - 8}" y="{HIGH - 12}" text-anchor="end">{escape(panel.unit)} {last}</text>'
     )

@@ -20,6 +20,11 @@ class Settings:
     RATES: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            for kind, word in ((bool, "true or false"), (str, "a text")):
+                if isinstance(each.default, kind) and not isinstance(value, kind):
+                    raise Refusal(f"{each.name} is {value!r}, expected {word}")
         for name, words in self.WORDS.items():
             if getattr(self, name) not in words:
                 raise Refusal(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, words))}")
