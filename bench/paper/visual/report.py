@@ -177,7 +177,7 @@ def describe(results: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     found = results["provenance"]
     where = "; ".join(found["device"]) or "nothing"
-    said = sorted({note for cell in results["cells"] for note in cell["notes"] or ()})
+    said = {cell["task"]: cell["notes"] for cell in results["cells"] if cell["notes"]}
     doubtful = sorted({cell["task"] for cell in results["cells"] if cell["doubtful"]})
     parts = [f"{done} of {wanted} final runs are measured, on {where}."]
     if diverged:
@@ -185,7 +185,7 @@ def describe(results: dict[str, Any]) -> str:
     parts.append(f"Settings: {settings}.")
     if doubtful:
         parts.append(f"Prefix lengths from memory, which nothing confirms: {', '.join(doubtful)}.")
-    return " ".join([*parts, *(note if note.endswith(".") else f"{note}." for note in said)])
+    return " ".join([*parts, *(f"{task}: {'; '.join(note.rstrip('.') for note in said[task])}." for task in said)])
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
