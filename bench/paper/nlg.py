@@ -72,13 +72,15 @@ def grid_of(given: argparse.Namespace) -> Grid:
 
 
 def readable(grid: Grid) -> None:
-    """Reads each task and backbone once, before workers would fail one by one."""
+    """Reads each task and backbone once, before workers would fail one by one, and says what was found."""
     from language import backbones, tasks
     from language.train import Settings
 
+    said = {}
     for method in grid.methods:
         settings = Settings(method.task, method.name, 0.0, 0.0, 0, **method.settings)
-        tasks.load(settings.task, settings.entry_zero_quirk)
+        said[tasks.load(settings.task, settings.entry_zero_quirk).where] = None
+    print("\n".join(said), flush=True)
     for name in {method.settings.get("backbone", Settings.backbone) for method in grid.methods}:
         backbones.load(name)
 
