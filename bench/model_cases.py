@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import prefixattn
 from prefixattn.attach.interface import PrefixCall
-from whole_arms import Arm, Frozen, OriginalConcatenated, Ours, OursLabelled, Peft
+from whole_arms import Arm, Frozen, Ours, OursLabelled, Peft, original
 from whole_models import GPT2, IGNORED, Bart, Family, TimmViT, ViT
 
 
@@ -85,6 +85,12 @@ class BartBase(Bart):
         return super().sizes if self.tiny else {"layers": 6, "heads": 12, "width": 768}
 
 
+class SmallBatchBart(Bart):
+    def __init__(self, tiny: bool) -> None:
+        super().__init__(tiny, source=512)
+        self.batch = 2  # the paper's 16 would take minutes a step
+
+
 class SmallBatchViT(ViT):
     def __init__(self, tiny: bool) -> None:
         super().__init__(tiny)
@@ -121,7 +127,7 @@ WAYS: dict[str, Callable[[Family, str, torch.dtype, int], Arm]] = {
     "ours": Ours,
     "ours, labelled positions": OursLabelled,
     "peft": Peft,
-    "original": OriginalConcatenated,
+    "original": original,
     "no prefix": Empty,
     "P 1, first layer": FirstLayer,
 }
@@ -148,6 +154,11 @@ CASES = {
     "llama-gqa P0": Case(Llama, 0, ATTACHED),
     "bart-base P0": Case(BartBase, 0, ATTACHED),
     "vit-b16 P0": Case(SmallBatchViT, 0, ATTACHED),
+}
+# the papers' language models and lengths; GPT-2 with E2E's batch
+CASES |= {
+    "gpt2-medium P5": Case(GPT2, 5, (*LANGUAGE, "original")),
+    "bart-large P200": Case(SmallBatchBart, 200, ("frozen", "ours", "original")),
 }
 if importlib.util.find_spec("timm"):
     CASES |= {f"vit-b16, timm, P{P}": Case(SmallBatchTimmViT, P, ("frozen", "ours", "original")) for P in (10, 50, 200)}

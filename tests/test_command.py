@@ -20,6 +20,7 @@ import plot_models
 import plot_reparam
 from command import Refusal
 from runs import replace_file, save_state, write_text
+from sweeps.testing import of_group
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "bench" / "paper"
@@ -45,19 +46,6 @@ def stopped(arguments: list[str], number: int, ready: Callable[[], bool], **opti
     stderr = process.communicate(timeout=300)[1]
     assert not of_group(process.pid), "processes were left behind"
     return process.returncode, lines(stderr)
-
-
-def of_group(group: int) -> list[int]:
-    """The processes that are alive in a group."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(entry.parent.name))
-    return found
 
 
 E2E = ["--data", "generated", "--methods", "deep", "none", "--subset", "400", "--dev", "4", "--prompts", "0"]

@@ -69,6 +69,10 @@ def test_from_training_to_texts_and_not_again(made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "runs").rglob("*.json")}
     assert nlg(*words).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (made / "runs").rglob("*.json")} == before
+    shown = nlg("report", *words)
+    assert shown.returncode == 0 and shown.stdout.startswith((made / "runs.md").read_text())
+    assert ran.stdout.endswith(shown.stdout) and "a reference" in shown.stdout
+    assert "<h2>What was written of e2e</h2>" in (made / "runs.html").read_text()
     status = nlg("status", *words)
     assert status.returncode == 0 and "4" in status.stdout
 
@@ -82,6 +86,16 @@ def test_a_run_does_not_know_where_its_model_lies(made: Path) -> None:
     assert all(json.loads(text)["config"]["backbone"] == "model" for text in written)
 
 
+def test_several_processes_are_for_runs(made: Path) -> None:
+    words = ("--grid", str(made / "grid.toml"), "--out", str(made / "runs"))
+    for verb, processes, said in (
+        ("report", "2", "report: for one process; torchrun is for runs"),
+        ("run", "many", "WORLD_SIZE is 'many', expected the number of processes"),
+    ):
+        ran = nlg(verb, *words, WORLD_SIZE=processes)
+        assert ran.returncode == 1 and said in ran.stderr.strip().splitlines()[-1], ran.stderr
+
+
 def test_check_tells_counts_from_the_published(made: Path) -> None:
     ran = nlg("check", "--data", str(made), "--tasks", "e2e")
     assert ran.returncode == 1
@@ -91,9 +105,10 @@ def test_check_tells_counts_from_the_published(made: Path) -> None:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--suite", "gpt3"], "no suite 'gpt3'; there are smollm2"),
+        (["--suite", "gpt3"], "no suite 'gpt3'; there are demo, smollm2"),
         (["--data", "/nowhere"], "--data /nowhere: no such folder"),
         (["check"], "no data folder; give --data or set PREFIXATTN_DATA"),
+        (["times", "--suite", "gpt2-medium", "--rounds", "0"], "--rounds is 0, expected 1 or more"),
         (["check", "--data", ".", "--tasks", "dart"], "no task 'dart'; there are e2e, webnlg, xsum"),
         (["--suite", "gpt2-medium", "--workers", "0"], "--workers is 0, expected 1 or more"),
         (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the runs need transformers")
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -163,6 +164,34 @@ def test_checkpointed_activations_change_nothing_but_are_computed_twice(
     assert counts[1] == counts[0] + 2 * 2  # two layers, two steps
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+@pytest.mark.parametrize("method", ["deep", "none", "lora"])
+def test_matrices_that_are_cast_once_give_autocasts_numbers(
+    family: str, method: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(method, folders[family], bf16=True)
+    whole, casts = train.cast_once, []
+
+    def kept(model: Any) -> None:
+        whole(model)
+        casts.append({name: p.dtype for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(train, "cast_once", kept)
+    once = train.work(given, tmp_path / "once")
+    [found] = casts
+    for ends, kind in (
+        (("mlp.c_fc.weight", "fc1.weight", "k_proj.weight"), torch.bfloat16),
+        (("wte.weight", "shared.weight", "embed_tokens.weight"), torch.float32),
+    ):
+        assert {each for name, each in found.items() if name.endswith(ends)} == {kind}
+    types: list[torch.dtype] = []
+    monkeypatch.setattr(train, "cast_once", lambda model: types.extend(p.dtype for p in model.parameters()))
+    each = train.work(given, tmp_path / "each")
+    assert set(types) == {torch.float32}
+    for key in ("dev_loss", "losses", "texts"):
+        assert once[key] == each[key]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(folders: dict[str, Path], tmp_path: Path) -> None:
     result = train.work(config("none", folders["gpt2"], lr=1e30, clip=1e30), tmp_path)
     assert result["dev_loss"] is None and result["diverged"] == 2 and "texts" not in result
@@ -195,6 +224,15 @@ def test_settings_are_refused_in_words(
     with pytest.raises(Refusal, match=words) as caught:
         train.work({**config("deep", folders["gpt2"]), **change}, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_search_may_take_less(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = config("none", folders["gpt2"], search_subset=4, search_dev=2)
+    final = train.work(given, tmp_path / "final")
+    searched = train.work({**given, "phase": "search"}, tmp_path / "search")
+    assert (final["pairs"], final["steps"]) == (8, 2) and (searched["pairs"], searched["steps"]) == (4, 1)
+    fewer = train.work({**config("none", folders["gpt2"], subset=4, dev=2), "phase": "search"}, tmp_path / "fewer")
+    assert searched["dev_loss"] == fewer["dev_loss"] != final["dev_loss"]
 
 
 def test_rates_rise_and_fall() -> None:

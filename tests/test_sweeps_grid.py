@@ -128,6 +128,21 @@ def test_a_loss_is_the_better_the_smaller(tmp_path: Path, values: Any, best: tup
     assert choice.value == value
 
 
+def test_a_method_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path, GRID.replace('label = "other"', 'label = "other"\nseeds = [9, 7, 3]')))
+    ledger = Ledger(tmp_path / "runs")
+    names = [run.name for run in grid.search_runs() if "cats/other/" in run.name]
+    assert names == [f"tiny/cats/other/search-lr{lr}-wd0-s9" for lr in (2, 3)]
+    finals = [run.name for run in grid.final_runs(ledger)]  # of dogs, where nothing is searched
+    assert finals == [f"tiny/dogs/other/final-lr1-wd0-s{seed}" for seed in (9, 7, 3)]
+    assert {method.label: method.seeds for method in grid.methods} == {"deep-all-P10": (7, 8), "other": (9, 7, 3)}
+    for wrong, said in (("[]", "not empty"), ("[-1]", "-1 is below 0"), ("[1, 1]", "twice"), ("7", "expected a list")):
+        text = GRID.replace('label = "other"', f'label = "other"\nseeds = {wrong}')
+        with pytest.raises(Refusal, match=said) as caught:
+            load_grid(grid_file(tmp_path, text))
+        assert "methods[1] (deep).seeds" in str(caught.value)
+
+
 def test_a_search_that_goes_on_has_no_best(tmp_path: Path) -> None:
     grid, ledger = searched(tmp_path, 0.1, "nan", 0.2, None)
     assert {run.name.split("/")[2] for run in grid.final_runs(ledger)} == {"other"} and grid.reasons(ledger) == []

@@ -3,7 +3,9 @@
 import gc
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -206,3 +208,37 @@ def test_the_ledger_records_the_versions_of_what_decides_a_result(place: Place) 
         versions = place.ledger.record(found)["provenance"]["versions"]
         assert tuple(versions) == PACKAGES and {"timm", "torchvision", "pillow", "triton"} <= set(versions)
         assert versions["torch"][0].isdigit()
+
+
+KEPT = """
+import resource, sys
+sys.path[:0] = {paths!r}
+import torch
+from runs import PeakMemory, keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(3 << 20)  # 12 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain = faults()
+keep_memory()
+faults()
+kept = faults()
+meter = PeakMemory("cpu")
+held = torch.ones(4 << 20)  # of what was kept, and counted all the same
+print(plain, kept, meter.mib())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept is glibc's")
+def test_memory_that_is_kept_costs_no_faults_and_is_counted() -> None:
+    paper = Path(__file__).resolve().parents[1] / "bench" / "paper"
+    ran = subprocess.run(
+        (sys.executable, "-W", "ignore", "-c", KEPT.format(paths=[str(paper), str(paper.parent)])),
+        capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072"},
+    )  # fmt: skip
+    plain, kept, mib = map(float, ran.stdout.split())
+    assert plain >= 8 * 6 and kept <= plain / 10  # each page anew, of 4 KiB or, where pages are huge, 2 MiB
+    assert 15 < mib < 40

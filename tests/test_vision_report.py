@@ -14,11 +14,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from runs import Refusal
+from sweeps import page as pages
 from sweeps.grid import Grid, grid_of
 from sweeps.ledger import Ledger
+from sweeps.tables import EDGE, Table
 from visual import findings, paper, presets, report
-from visual import page as pages
-from visual.page import page
+from visual.page import page_of as page
 
 CONTENT = {
     "name": "made",
@@ -114,7 +115,7 @@ def made(folder: Path, methods: list[dict[str, Any]], scores: dict[str, float], 
     return report.collect(grid, ledger)
 
 
-def texts(table: findings.Table | None) -> list[list[str]]:
+def texts(table: Table | None) -> list[list[str]]:
     assert table is not None
     return [[entry.text for entry in row] for row in table.rows]
 
@@ -253,7 +254,7 @@ def test_a_rate_at_the_edge_is_marked(tmp_path: Path, rates: list[float], best: 
     [cell] = results["cells"]
     assert cell["edge"] is edge and report.shown(cell).endswith("*") is edge
     for text in (report.markdown(results), page(results)):
-        assert (report.EDGE in text) is edge
+        assert (EDGE in text) is edge
 
 
 def test_a_search_that_failed_is_no_dash(tmp_path: Path) -> None:

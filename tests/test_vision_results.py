@@ -8,7 +8,7 @@ import pytest
 import vision
 from sweeps.ledger import Ledger
 from visual import report
-from visual.page import page
+from visual.page import page_of as page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "bench" / "paper"

@@ -29,11 +29,14 @@ def _jar() -> Path | None:
     return next((jar for folder in folders if (jar := Path(folder) / "meteor" / "meteor-1.5.jar").is_file()), None)
 
 
+NO_JAVA = "there is no java on the PATH (any version from 8)"
+
+
 def missing() -> str | None:
     """Why METEOR cannot be computed here, None if it can."""
     if _jar() is None:
         return "meteor-1.5.jar is not here (pip install --no-deps pycocoevalcap brings it)"
-    return None if shutil.which("java") else "there is no java on the PATH (any version from 8)"
+    return None if shutil.which("java") else NO_JAVA
 
 
 def source() -> str:

@@ -1,10 +1,14 @@
 """The papers' language half: prefixes for table-to-text and summaries beside fine-tuning and what else the tables have.
 
+    python bench/paper/nlg.py --suite demo                         # minutes: SmolLM2 on a part of E2E
     python bench/paper/nlg.py --suite smollm2 --data FOLDER        # the study of this repository, hours on two cores
     python bench/paper/nlg.py --suite gpt2-medium --data FOLDER    # E2E and WebNLG with the published settings
     python bench/paper/nlg.py --suite bart-large --data FOLDER     # XSUM
+    torchrun --nproc-per-node 5 bench/paper/nlg.py --suite gpt2-large --data FOLDER    # several processes for each run
     python bench/paper/nlg.py check --data FOLDER                  # what of the data is there; published counts
     python bench/paper/nlg.py status --suite smollm2               # what is done, running, failed and left
+    python bench/paper/nlg.py report --suite smollm2               # tables and page from finished runs
+    python bench/paper/nlg.py times --suite smollm2                # what a step takes, beside PEFT's
 
 A run is a name and a JSON in --out; finished runs are never repeated, and whatever is killed is taken up again. The
 data folder has e2e/, webnlg/ and xsum/; `check` says what is to be had where.
@@ -19,12 +23,12 @@ from typing import Any
 
 import runs  # first: it makes bench/ importable
 from command import command
+from sweeps import options
 from sweeps.grid import Grid
 from sweeps.ledger import Ledger
 
 HERE = Path(__file__).resolve().parent
-VERBS = ("run", "check", "status")
-AGAIN = "finished runs are kept, and the same command goes on with the others"
+VERBS = ("run", "check", "status", "report", "times")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -33,24 +37,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, default="run")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--suite", help="smollm2 (default), gpt2-medium, gpt2-large, bart-large")
+    what.add_argument("--suite", help="smollm2 (default), demo, gpt2-medium, gpt2-large, bart-large")
     what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/language/ has some)")
     parser.add_argument("--data", type=Path, help="default: PREFIXATTN_DATA")
-    parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/nlg-NAME)")
-    parser.add_argument("--tasks", nargs="+", help="only these of the grid's")
-    parser.add_argument("--methods", nargs="+", help="only these labels or names of the grid's")
     parser.add_argument(
         "--model", help="over the grid's: small, smollm2, a folder (status needs it again) or a name on the hub"
     )
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
-    parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
-    parser.add_argument("--retry", action="store_true", help="try failed runs once more")
-    parser.add_argument("--address", help="of a Ray cluster")
-    parser.add_argument("--partition", help="of Slurm")
-    parser.add_argument("--minutes", type=int, help="of a Slurm job")
-    parser.add_argument("--gpus", type=int, help="of a Slurm job or a Ray task; of this machine, to spread over (all)")
-    parser.add_argument("--cpus", type=int, help="of a Slurm job or a Ray task; threads of a worker")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; times: that alone")
+    parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
+    parser.add_argument("--decoding", action="store_true", help="times: of texts too, together and one at a time")
+    options.add(parser, "nlg")
     return parser.parse_args(arguments)
 
 
@@ -76,36 +72,67 @@ def grid_of(given: argparse.Namespace) -> Grid:
 
 
 def readable(grid: Grid) -> None:
-    """Reads each task and backbone once, before workers would fail one by one."""
+    """Reads each task and backbone once, before workers would fail one by one, and says what was found."""
     from language import backbones, tasks
     from language.train import Settings
 
+    said = {}
     for method in grid.methods:
         settings = Settings(method.task, method.name, 0.0, 0.0, 0, **method.settings)
-        tasks.load(settings.task, settings.entry_zero_quirk)
+        said[tasks.load(settings.task, settings.entry_zero_quirk).where] = None
+    print("\n".join(said), flush=True)
     for name in {method.settings.get("backbone", Settings.backbone) for method in grid.methods}:
         backbones.load(name)
 
 
-def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
-    from sweeps.launch import launch, status
+def together(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    """`run`, with the other processes that were started beside this one, if there are."""
+    from language import ranks
+    from language.train import trained_and_scored
 
-    for name in ("workers", "minutes", "gpus", "cpus"):
-        value, least = getattr(given, name), 0 if name == "gpus" else 1
-        if value is not None and value < least:
-            raise runs.Refusal(f"--{name} is {value}, expected {least} or more")
+    if ranks.expected() > 1 and (given.workers, given.launcher) != (1, "local"):
+        raise runs.Refusal(
+            f"{ranks.expected()} processes train each run together; --workers and --launcher are for one"
+        )
+    with ranks.joined():
+        if ranks.rank() == 0:
+            return run(given, whole, out)
+        ranks.follow(trained_and_scored, options.threads_of(given, ranks.expected()))
+        return 0
+
+
+def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    from language import ranks, report
+
     grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = given.cpus or (max(1, cores // given.workers) if given.launcher == "local" else None)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("PREFIXATTN_")}
-    state = launch(
-        given.launcher, ledger, grid.plan, "language.train:work", given.workers, given.retry, address=given.address,
-        partition=given.partition, timeout_min=given.minutes, gpus_per_node=given.gpus, cpus_per_task=given.cpus,
-        threads=threads, environment=environment,
-    )  # fmt: skip
-    print(status(ledger, grid.plan))
-    return 1 if state["failed"] else 0
+    failed = options.run(given, grid, ledger, "language.train:work", options.variables(), ranks.expected())
+    print(report.write(whole, ledger, out))
+    return failed
+
+
+def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
+    """Of the settings of the grid's first task; --methods names methods, in the grid or not."""
+    from language import decode_times, times
+    from language.train import Settings
+    from sweeps.tables import markdown
+
+    grid = whole.only(given.tasks)
+    first = grid.methods[0]
+    settings = Settings(first.task, first.name, min(first.lr), 0.0, first.seeds[0], **first.settings)
+    types = (True,) if given.bf16 else (False, True)
+    file = out.with_name(f"{out.name}-times.json")
+    found = times.compare(settings, given.methods or times.USUAL, given.rounds, types)
+    runs.write_json(file, found)  # before what may fail
+    shown = times.tables(found)
+    if given.decoding:
+        found["decoding"] = decode_times.compare(settings)
+        runs.write_json(file, found)
+        shown.append(decode_times.table(found["decoding"]))
+    text = markdown(f"{grid.name}: what a step takes", found["provenance"]["device"], shown)
+    runs.write_text(file.with_suffix(".md"), text)
+    print(text)
+    return 0
 
 
 def check(given: argparse.Namespace) -> int:
@@ -125,6 +152,9 @@ def check(given: argparse.Namespace) -> int:
 
 def run_command(arguments: list[str]) -> int:
     given = parse(arguments)
+    if given.verb != "run" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise runs.Refusal(f"{given.verb}: for one process; torchrun is for runs")
+    options.check(given, {"rounds": 1})
     if given.data is not None:
         if not given.data.is_dir():
             raise runs.Refusal(f"--data {given.data}: no such folder")
@@ -132,19 +162,27 @@ def run_command(arguments: list[str]) -> int:
     if given.verb == "check":
         return check(given)
     grid = grid_of(given)
-    out = given.out or HERE / "results" / f"nlg-{grid.name}"
+    out = options.out_of(given, HERE / "results" / f"nlg-{grid.name}")
     if given.verb == "run":
-        return run(given, grid, out)
+        return together(given, grid, out)
+    if given.verb == "times":
+        return times(given, grid, out)
     if not out.is_dir():
         raise runs.Refusal(f"{out}: no such folder; nothing of grid {grid.name} was run")
-    from sweeps.launch import status
+    if given.verb == "status":
+        from sweeps.launch import status
 
-    print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
+        print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
+    else:
+        from language import report
+
+        print(report.write(grid, Ledger(out), out))
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command("nlg.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), AGAIN)
+    runs.keep_memory()
+    return command("nlg.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), options.AGAIN)
 
 
 if __name__ == "__main__":

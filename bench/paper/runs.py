@@ -1,5 +1,6 @@
 """What lets a run survive a kill and be told from another: atomic files, fingerprints, provenance, memory."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -236,6 +237,32 @@ def parent_alive(parent: int | None) -> Callable[[], bool]:
     return lambda: parent is None or os.getppid() == parent
 
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
+
+
+def keep_memory() -> None:
+    """Has this process keep what it frees, where its allocator is glibc's; to be called before it starts threads.
+
+    By default large blocks go back to the kernel and come back as pages of zeros: a third of a training step's time on
+    a CPU went there (bench/NOTES.md).
+    """
+    if (mallopt := _of_glibc("mallopt")) is not None:
+        for option, value in (
+            (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20), (M_ARENA_MAX, 1)
+        ):  # fmt: skip
+            mallopt(option, value)
+
+
+def give_back_memory() -> None:
+    """Returns to the kernel what is free, all the same."""
+    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if platform.libc_ver()[0] == "glibc" else None
+
+
 class PeakMemory:
     """Peak memory above what was in use when the meter was made, in MiB.
 
@@ -252,6 +279,7 @@ class PeakMemory:
             self.start = torch.cuda.memory_allocated() / 2**20
             self.how = "torch.cuda.max_memory_allocated above the value after loading model and data"
             return
+        give_back_memory()  # or what is taken from there would not count
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             self.start, self.field = self._status("VmRSS"), "VmHWM"

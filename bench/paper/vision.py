@@ -21,6 +21,7 @@ from pathlib import Path
 
 import runs  # first: it makes bench/ importable
 from command import command
+from sweeps import options
 from sweeps.grid import Grid
 from sweeps.ledger import Ledger
 from visual import presets
@@ -28,7 +29,6 @@ from visual.train import Settings
 
 HERE = Path(__file__).resolve().parent
 VERBS = ("run", "check", "status", "report")
-AGAIN = "finished runs are kept, and the same command goes on with the others"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -44,21 +44,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--splits", type=Path, help="FGVC's JSON splits (default: DATA/fgvc_splits)")
     parser.add_argument("--tfds", type=Path, help="read VTAB by tensorflow_datasets from this folder")
     parser.add_argument("--shifted-labels", action="store_true", help="NABirds' labels as the original maps them")
-    parser.add_argument("--out", type=Path, help="the runs' folder (default: bench/paper/results/vision-NAME)")
-    parser.add_argument("--tasks", nargs="+", help="only these of the grid's")
-    parser.add_argument("--methods", nargs="+", help="only these labels or names of the grid's")
     parser.add_argument("--backbone", help="over the grid's: small, focus, a name of timm's, NAME=FILE, random:NAME")
     parser.add_argument("--size", type=int, help="over the grid's: pixels of an image's side")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
-    parser.add_argument("--workers", type=int, default=1, help="processes, Ray tasks or jobs at a time")
     parser.add_argument("--loaders", type=int, default=2, help="processes that read images for a run of FGVC")
-    parser.add_argument("--retry", action="store_true", help="try failed runs once more")
-    parser.add_argument("--address", help="of a Ray cluster")
-    parser.add_argument("--partition", help="of Slurm")
-    parser.add_argument("--minutes", type=int, help="of a Slurm job")
-    parser.add_argument("--gpus", type=int, help="of a Slurm job or a Ray task; of this machine, to spread over (all)")
-    parser.add_argument("--cpus", type=int, help="of a Slurm job or a Ray task; threads of a worker")
+    options.add(parser, "vision")
     parser.add_argument("--deep", action="store_true", help="check: decode every image")
     return parser.parse_args(arguments)
 
@@ -97,7 +87,7 @@ def environment(given: argparse.Namespace) -> dict[str, str]:
                 raise runs.Refusal(f"--{name.lower()} {value}: no such folder")
             os.environ[f"PREFIXATTN_{name}"] = str(value.resolve())
     os.environ["PREFIXATTN_LOADERS"] = str(given.loaders)
-    return {name: value for name, value in os.environ.items() if name.startswith("PREFIXATTN_")}
+    return options.variables()
 
 
 def readable(grid: Grid) -> None:
@@ -112,27 +102,14 @@ def readable(grid: Grid) -> None:
 
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
-    from sweeps.launch import launch, status
     from visual import report
 
-    for name in ("workers", "loaders", "minutes", "gpus", "cpus"):
-        value, least = getattr(given, name), 0 if name in ("loaders", "gpus") else 1
-        if value is not None and value < least:
-            raise runs.Refusal(f"--{name} is {value}, expected {least} or more")
-    grid = whole.only(given.tasks, given.methods)
-    ledger = Ledger(out)
+    options.check(given, {"loaders": 0})
+    grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = given.cpus or (max(1, cores // given.workers) if given.launcher == "local" else None)
-    variables = environment(given)  # with the file of weights, which grid_of found
-    state = launch(
-        given.launcher, ledger, grid.plan, "visual.train:work", given.workers, given.retry, address=given.address,
-        partition=given.partition, timeout_min=given.minutes, gpus_per_node=given.gpus, cpus_per_task=given.cpus,
-        threads=threads, environment=variables,
-    )  # fmt: skip
-    print(status(ledger, grid.plan))
+    failed = options.run(given, grid, ledger, "visual.train:work", environment(given))
     print(report.write(whole, ledger, out))
-    return 1 if state["failed"] else 0
+    return failed
 
 
 def check(given: argparse.Namespace) -> int:
@@ -183,7 +160,7 @@ def run_command(arguments: list[str]) -> int:
     if given.verb == "check":
         return check(given)
     grid = grid_of(given)
-    out = given.out or HERE / "results" / f"vision-{grid.name}"
+    out = options.out_of(given, HERE / "results" / f"vision-{grid.name}")
     if given.verb == "run":
         return run(given, grid, out)
     if not out.is_dir():
@@ -200,7 +177,8 @@ def run_command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command("vision.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), AGAIN)
+    runs.keep_memory()
+    return command("vision.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), options.AGAIN)
 
 
 if __name__ == "__main__":

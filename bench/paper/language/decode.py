@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from language import ranks
 from runs import Refusal, read_json, write_json
 
 
@@ -54,7 +55,9 @@ def decode(
     beat: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """One text for each prompt's ids, on one line; an empty one is "Error", as there."""
-    done = _kept(progress, fingerprint)
+    files = sorted(progress.parent.glob(f"{progress.stem.split('-')[0]}*.json"))  # of other numbers of processes too
+    kept = ranks.agreed(lambda: [_kept(file, fingerprint) for file in files])
+    done = {place: text for texts in kept for place, text in texts.items()}
     tokenizer, model = tuned.backbone.tokenizer, tuned.model
     eos = tokenizer.eos_token_id
     options: dict[str, Any] = {
@@ -67,7 +70,7 @@ def decode(
     if not tuned.backbone.seq2seq:
         options["bad_words_ids"] = line_breaks(tokenizer) or None
     device = next(model.parameters()).device
-    for group in groups(prompts, search.rows):
+    for group in ranks.part(groups(prompts, search.rows)):
         if all(str(place) in done for place in group):
             continue
         ids = torch.tensor([prompts[place] for place in group], device=device)
@@ -77,6 +80,8 @@ def decode(
             done[str(place)] = _text(tokenizer, new, tuned.backbone.seq2seq)
         write_json(progress, {"fingerprint": fingerprint, "texts": done})
         beat()
+    for texts in ranks.everyones(done):
+        done |= texts
     return [done[str(place)] for place in range(len(prompts))]
 
 
@@ -90,8 +95,6 @@ def _text(tokenizer: Any, ids: list[int], seq2seq: bool) -> str:
 
 
 def _kept(progress: Path, fingerprint: str) -> dict[str, str]:
-    if not progress.exists():
-        return {}
     found = read_json(progress)
     whole = isinstance(found, dict) and isinstance(found.get("texts"), dict)
     if not whole or found.get("fingerprint") != fingerprint:

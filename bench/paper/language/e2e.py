@@ -21,7 +21,8 @@ def load(folder: str | None) -> Task:
     """The records from `folder`, as e2e_data.load finds them; the task of generated ones is called "generated"."""
     found = e2e_data.load(folder)
     parts = {split: part(getattr(found, split), e2e_data.FILES[split]) for split in SPLITS}
-    return Task(found.source, found.where, found.sha256, **parts, notes=())
+    notes = () if found.source == e2e_data.GENERATED else (str(overlap(parts["train"], parts["test"])),)
+    return Task(found.source, found.where, found.sha256, **parts, notes=notes or (found.where,))
 
 
 def root(folder: str | Path) -> Path:

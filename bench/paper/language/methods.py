@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import prefixattn
+from language import ranks
 from language.backbones import Backbone
 from language.original import OriginalPrefix
 from runs import Refusal
@@ -28,6 +29,7 @@ class Choices:
     last: int = 2  # blocks of Partial-k
     reduction: int = 8  # of an adapter: the model's width over its own
     rank: int = 8  # of LoRA
+    moments: str = "float32"  # of a prefix of this library: what its optimizer keeps
 
 
 class Tuned:
@@ -80,17 +82,23 @@ class Tuned:
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for _, p in self.parameters()], **options)
 
+    def average(self) -> None:
+        """Gradients over the processes that train together."""
+        ranks.average([p.grad for _, p in self.parameters() if p.grad is not None])
+
     def loss(self, batch: Batch) -> Tensor:
         """The sum over labelled tokens of the cross entropy."""
         labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if not self.choices.labelled:
-            return self.summed(self.model(**inputs, labels=labels, use_cache=False).loss, labels)
+            return self.summed(self.model(**inputs, labels=labels, use_cache=False), labels)
         return prefixattn.labelled_loss(self.model, labels, num_items_in_batch=1.0, use_cache=False, **inputs)
 
-    def summed(self, mean: Tensor, labels: Tensor) -> Tensor:
+    def summed(self, out: Any, labels: Tensor) -> Tensor:
+        """The model's mean as a sum; of no label, whose mean is nan, 0."""
         predicted = labels if self.backbone.seq2seq else labels[:, 1:]
-        return mean * (predicted != -100).sum()
+        count = (predicted != -100).sum()
+        return out.loss * count if count else out.logits.sum() * 0.0
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """[B, S] to [B, new]: what is written, without the prompt."""
@@ -116,7 +124,10 @@ class Prefixed(Tuned):
         return trained
 
     def optimizer(self, **options: Any) -> torch.optim.Optimizer:
-        return prefixattn.FactoredAdamW(self.prefix, **options)
+        return prefixattn.FactoredAdamW(self.prefix, moments=self.choices.moments, **options)
+
+    def average(self) -> None:
+        """Nothing: a prefix's gradients are those of all processes once `backward` returns."""
 
 
 class Original(Tuned):
@@ -135,7 +146,7 @@ class Original(Tuned):
     def loss(self, batch: Batch) -> Tensor:
         past = self.prefix.cache(len(batch["labels"]), self.model.config)
         out = self.model(input_ids=batch["input_ids"], labels=batch["labels"], past_key_values=past, use_cache=True)
-        return self.summed(out.loss, batch["labels"])
+        return self.summed(out, batch["labels"])
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         # P placeholder ids tell transformers 5 that the cache already holds P positions; they are never embedded
@@ -156,10 +167,15 @@ class Wrapped(Tuned):
         self.length = choices.length
         self.model = get_peft_model(self.model, config).eval()
 
+    def kept(self, trained: int) -> int:
+        """Of a network what it makes: P rows of every layer's keys and values."""
+        [encoder] = self.model.prompt_encoder.values()
+        return self.length * int(encoder.transform[-1].out_features) if hasattr(encoder, "transform") else trained
+
     def loss(self, batch: Batch) -> Tensor:
         mask = torch.ones_like(batch["input_ids"])
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"])
-        return self.summed(out.loss, batch["labels"])
+        return self.summed(out, batch["labels"])
 
 
 class Adapted(Tuned):
@@ -293,7 +309,6 @@ METHODS: dict[str, Callable[[Backbone, Choices], Tuned]] = {
     "partial": _partial,
     "finetune": _finetune,
 }
-TAKE_LENGTH = ("deep", "simple", "none", "original", "peft", "prompt")
 
 
 def tune(name: str, backbone: Backbone, seed: int, choices: Choices) -> Tuned:

@@ -1,15 +1,20 @@
 """What to run: grids in grids/, and the papers' settings as they published them."""
 
+import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from language import backbones
 from language.train import Settings
 from runs import Refusal
 from sweeps.grid import RESERVED, Grid, Score, grid_of, load_grid
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids" / "language"
-SUITES = ("smollm2", "gpt2-medium", "gpt2-large", "bart-large")
+SUITES = ("demo", "smollm2", "gpt2-medium", "gpt2-large", "bart-large")
 SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in RESERVED)
 DEV_LOSS = Score("dev_loss", larger=False)
 SEED = 101  # the papers' only one
@@ -22,7 +27,9 @@ TABLE_TO_TEXT = {  # ReparamPrefix's README: task, batch, Deep-share's rate, No-
 def grid_for(suite: str) -> Grid:
     if suite == "smollm2":
         return read(GRIDS / "smollm2.toml")
-    if suite == "bart-large":
+    if suite == "demo":
+        content = demo()
+    elif suite == "bart-large":
         content = summaries()
     elif suite in SUITES:
         content = tables(suite)
@@ -33,6 +40,36 @@ def grid_for(suite: str) -> Grid:
 
 def read(path: Path) -> Grid:
     return load_grid(path, SETTINGS, DEV_LOSS)
+
+
+def demo() -> dict[str, Any]:
+    """Minutes: SmolLM2, or where its wheel cannot be had our own small GPT-2, on a part of E2E."""
+    common = {"length": 10, "epochs": 1, "batch": 10, "hidden": 512, "dev": 100, "prompts": 50}
+    try:
+        backbones.smollm2()
+    except Refusal as refusal:
+        print(f"{refusal}. The demo takes our own GPT-2 of 4M instead, which copies names badly.", file=sys.stderr)
+        name = "demo-small"
+        common |= {"backbone": backbones.SMALL, "subset": 4_000}
+        rates = {"deep": 1e-3, "none": 3e-1}
+    else:
+        bf16 = fast_in_bf16()
+        name = "demo" if bf16 else "demo-float32"
+        common |= {"backbone": backbones.SMOLLM2, "subset": 1_200, "warmup": 20, "bf16": bf16}
+        rates = {"deep": 1e-3, "none": 1e-2}
+    methods = [
+        {"name": name, "layers": "all", "label": name, "lr": [lr], "weight_decay": [0.0]} for name, lr in rates.items()
+    ]
+    return {"name": name, "tasks": ["e2e"], "seeds": [SEED], "common": common, "methods": methods}
+
+
+def fast_in_bf16() -> bool:
+    """Whether this machine multiplies in bfloat16 faster than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with suppress(OSError):
+        return bool({"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    return False
 
 
 def tables(model: str) -> dict[str, Any]:

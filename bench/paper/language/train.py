@@ -5,47 +5,54 @@ the loss is the sum over a sample's tokens, averaged over the batch (objective "
 mean over tokens. The frozen model stays in eval(). The last state counts.
 
 Differs from the authors' code: padding repeats eos (there "[PAD]" was added to the vocabulary; neither is ever seen by
-a labelled position); logits are computed where a label is, but for `original`; positions are those that the prefix
-leaves (there 1024).
+a labelled position); logits are computed where a label is, but for `original`, `peft` and `prompt`; positions are those
+that the prefix leaves (there 1024). Dropout, which fine-tuning has, is drawn from (seed, step, process): with it
+several processes do not equal one.
 """
 
 import math
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import table_to_text
-from language import backbones, encode, tasks
+from language import backbones, encode, ranks, tasks
 from language.data import Pair, Prompt
 from language.decode import Search, decode
 from language.methods import Choices, tune
 from language.webnlg import seen
 from runs import Refusal, digest, load_state, room, save_state, thinned
+from sweeps import settings as settings_of_runs
 
-STATE = {"step", "trained", "optimizer", "rng", "losses", "seconds"}
+STATE = {"step", "trained", "optimizer", "losses", "norms", "seconds"}
 SAVED_EVERY = 60.0  # seconds between checkpoints, at least
+SHOWN = 5  # records whose texts a report shows beside their references
 WARMED = 5  # first steps that are not timed: first touch of memory, thread pools
-WORDS = {
-    "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
-    "positions": ("model", "shifted", "unshifted"),
-}  # fmt: skip
-LEAST = {
-    "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
-    "accumulation": 1, "warmup": 0, "dev": 1, "prompts": 0, "beams": 1, "least_new": 0, "most_new": 1, "rows": 1,
-    "seed": 0, "source_limit": 8, "target_limit": 4,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(settings_of_runs.Settings):
     """All that a run's numbers depend on, beside the data, the backbone's weights and the versions of libraries."""
+
+    WORDS: ClassVar = {
+        "phase": ("search", "final"), "layers": ("all",), "objective": ("sum", "mean"),
+        "positions": ("model", "shifted", "unshifted"), "moments": ("float32", "bfloat16", "8bit"),
+    }  # fmt: skip
+    LEAST: ClassVar = {
+        "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "epochs": 1, "subset": 0, "batch": 1,
+        "accumulation": 1, "warmup": 0, "dev": 0, "search_subset": 0, "search_dev": 0, "prompts": 0, "beams": 1,
+        "least_new": 0, "most_new": 1, "rows": 1, "seed": 0, "source_limit": 8, "target_limit": 4,
+    }  # fmt: skip
+    RATES = ("lr", "weight_decay", "clip", "length_penalty")
 
     task: str
     method: str
@@ -73,7 +80,9 @@ class Settings:
     bf16: bool = False
     checkpointing: bool = False  # activations are computed again in the backward
     moments: str = "float32"
-    dev: int = 1000  # pairs
+    dev: int = 1000  # pairs; 0: all
+    search_subset: int = 0  # of a run in a search; 0: as the others
+    search_dev: int = 0
     prompts: int = 0  # test records that are decoded; 0: all
     beams: int = 5
     least_new: int = 0
@@ -85,24 +94,11 @@ class Settings:
     entry_zero_quirk: bool = False  # WebNLG's first entry, decoded without bars as the original does
 
     def __post_init__(self) -> None:
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise Refusal(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, words))}")
-        for name, bound in LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise Refusal(f"{name} is {value!r}, expected an integer from {bound}")
-        for name in ("lr", "weight_decay", "clip", "length_penalty"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-                raise Refusal(f"{name} is {value!r}, expected a finite number from 0")
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Settings":
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(config) - known):
-            raise Refusal(f"a run has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        return cls(**config)
+        super().__post_init__()
+        if self.clip == 0:
+            raise Refusal("clip is 0, which would leave nothing of a gradient; expected a number above 0")
+        if self.checkpointing and self.method in ("original", "peft"):
+            raise Refusal(f"checkpointing and {self.method}: a checkpointed layer drops the cache with its prefix")
 
     def rate(self, step: int, steps: int) -> float:
         """Of the optimizer at a step, from 0."""
@@ -111,15 +107,15 @@ class Settings:
         return self.lr * max(0.0, 1 - (step - self.warmup) / max(1, steps - self.warmup))
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def drawn(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the rows in their order, drawn with one seed whatever the run; 0: all."""
-    if not 0 < most < len(rows):
-        return list(rows)
-    return [rows[place] for place in sorted(random.Random(101).sample(range(len(rows)), most))]
+    """The rows at `places`."""
+    return [rows[place] for place in places(len(rows), most)]
+
+
+def places(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places in their order, the same in every run; of more the fewer are a part. 0: all."""
+    order = random.Random(101).sample(range(count), count)
+    return sorted(order[:most] if most else order)
 
 
 class Run:
@@ -130,12 +126,14 @@ class Run:
         if settings.weights not in ("", self.weights):
             raise Refusal(f"{settings.backbone}: weights {self.weights}, but the run is of {settings.weights}")
         self.backbone = backbones.load(settings.backbone)
-        self.device = device()
+        self.device = ranks.device()
         self.backbone.model.to(self.device)
         names = {field.name for field in fields(Choices)}
         choices = Choices(**{name: value for name, value in asdict(settings).items() if name in names})
         self.tuned = tune(settings.method, self.backbone, settings.seed, choices)
         self.tuned.added.to(self.device)
+        if settings.bf16 and settings.method != "simple":  # whose vectors go through the projections in float32
+            cast_once(self.backbone.model)
         if settings.checkpointing:
             model: Any = self.backbone.model
             # transformers 5.23 renamed it
@@ -172,11 +170,12 @@ class Run:
         """Cross entropy per labelled token, in nats."""
         self.tuned.train(False)
         total, tokens = 0.0, 0
-        for at in range(0, len(samples), self.settings.batch):
+        for at in ranks.part(range(0, len(samples), self.settings.batch)):
             batch = self.collated(samples[at : at + self.settings.batch])
             total += float(self.loss(batch))
             tokens += self.tokens(batch["labels"])
-        return total / max(1, tokens)
+        total, tokens_of_all = ranks.summed(total, tokens)
+        return total / max(1.0, tokens_of_all)
 
     def tokens(self, labels: Tensor) -> int:
         return int(((labels if self.backbone.seq2seq else labels[:, 1:]) != -100).sum())
@@ -192,6 +191,20 @@ class Run:
         return [ids[-cut:] for ids in table_to_text.prompt_ids(self.backbone.tokenizer, sources)]
 
 
+def cast_once(model: torch.nn.Module) -> None:
+    """Frozen matrices in bfloat16, in place: the numbers of autocast, which casts what takes no gradient at each call.
+
+    A matrix that is an embedding too stays: rows that are looked up are not cast.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, torch.nn.Linear | Conv1D) or weight.requires_grad or id(weight) in looked_up:
+            continue
+        if weight.dtype == torch.float32:  # not what is packed
+            weight.data = weight.data.bfloat16()
+
+
 class Loop:
     """The steps of a run; whatever stops it, the next one goes on from the last checkpoint to the same numbers."""
 
@@ -202,13 +215,12 @@ class Loop:
         self.per_epoch = math.ceil(len(samples) / self.rows)
         self.steps = settings.epochs * self.per_epoch
         self.optimizer = run.tuned.optimizer(lr=settings.lr, weight_decay=settings.weight_decay)
-        self.first, self.losses, self.seconds = 0, [], []
-        torch.manual_seed(settings.seed)  # of dropout, if any
+        self.first, self.losses, self.norms, self.seconds = 0, [], [], []
         if (state := load_state(checkpoint, key, STATE)) is not None:
             run.tuned.load_state(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            self.first, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
+            self.first, self.losses = state["step"], state["losses"]
+            self.norms, self.seconds = state["norms"], state["seconds"]
 
     def order(self, epoch: int) -> list[int]:
         """A function of (seed, epoch) alone, so that a resumed run meets the same batches."""
@@ -238,16 +250,23 @@ class Loop:
     def step(self, step: int, rows: Sequence[Any]) -> float:
         """One step of the optimizer; returns the objective, nan or infinite if it was so before the step."""
         settings, parameters = self.run.settings, [p for _, p in self.run.tuned.parameters()]
-        batches = [self.run.collated(rows[at : at + settings.batch]) for at in range(0, len(rows), settings.batch)]
-        of = len(rows) if settings.objective == "sum" else sum(self.run.tokens(batch["labels"]) for batch in batches)
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # of dropout, if any
+        batches = [rows[at : at + settings.batch] for at in range(0, len(rows), settings.batch)]
+        of = len(rows)
+        if settings.objective == "mean":
+            of = sum(self.run.tokens(self.run.collated(batch)["labels"]) for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = self.run.loss(batch) / of
-            total += float(loss.detach())
+            mine = ranks.part(batch)
+            loss = self.run.loss(self.run.collated(mine or batch[:1])) / of
+            if not mine:  # every process goes backward as often
+                loss = loss * 0.0
+            total += ranks.summed(float(loss.detach()))[0]
             if not math.isfinite(total):
                 return total
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            (loss * ranks.size()).backward()  # gradients are averaged over the processes
+        self.run.tuned.average()
+        self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip)))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(step, self.steps)
         self.optimizer.step()
@@ -255,14 +274,30 @@ class Loop:
         return total
 
     def save(self, step: int) -> None:
+        if ranks.rank():
+            return
         state = {
             "step": step, "trained": self.run.tuned.state(), "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(), "losses": self.losses, "seconds": self.seconds,
+            "losses": self.losses, "norms": self.norms, "seconds": self.seconds,
         }  # fmt: skip
         save_state(self.checkpoint, self.key, state)
 
 
 def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """What a worker of a sweep does, and other processes with it, if there are."""
+    ranks.lead((config, str(scratch)))
+    try:
+        return trained_and_scored(config, scratch)
+    except Refusal:
+        raise
+    except Exception as error:
+        if ranks.size() == 1:
+            raise
+        traceback.print_exc()  # the others may be anywhere: torchrun ends them, and the next launch goes on
+        raise SystemExit(f"{type(error).__name__} in one of {ranks.size()} processes") from None
+
+
+def trained_and_scored(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Trains and scores one run; `scratch` holds its checkpoint and the texts written so far.
 
     A loss that is not finite ends it: the result says so and has no score.
@@ -271,18 +306,21 @@ def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
     run = Run(settings)
     key = digest(asdict(settings), run.weights, run.task.sha256)
     score = "dev_loss"
-    trained = settings.method != "frozen"
+    trained, searched = settings.method != "frozen", settings.phase == "search"
     loop = None
     if trained:
-        pairs = drawn(run.task.train.pairs(), settings.subset)
-        loop = Loop(run, run.samples(pairs), scratch / "checkpoint.pt", key)
+        pairs = drawn(run.task.train.pairs(), (settings.search_subset if searched else 0) or settings.subset)
+        loop = ranks.agreed(lambda: Loop(run, run.samples(pairs), scratch / "checkpoint.pt", key))
+        ranks.same("their data or their checkpoint", (key[:12], loop.first))
         if not loop.train():
             return {"diverged": len(loop.losses), score: None, "weights": run.weights, **run.tuned.numbers()}
-    dev = run.dev_loss(run.samples(drawn(run.task.dev.pairs(), settings.dev)))
+    pairs = drawn(run.task.dev.pairs(), (settings.search_dev if searched else 0) or settings.dev)
+    dev = run.dev_loss(run.samples(pairs))
     result = {
         score: dev if math.isfinite(dev) else None,
         "weights": run.weights,
         "data": run.task.where,
+        "data_sha256": run.task.sha256,
         "notes": [*run.backbone.notes, *run.task.notes],
         "length": run.tuned.length,  # of a word its tokens; 0: no prefix
         **run.tuned.numbers(),
@@ -293,6 +331,7 @@ def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
             "pairs": len(loop.samples),
             "steps": loop.steps,
             "losses": thinned(loop.losses, 100),
+            "norms": thinned(loop.norms, 100),  # of the gradient, before it is clipped
             "seconds_per_step": statistics.median(timed),
         }
     if settings.phase == "final":
@@ -303,13 +342,20 @@ def work(config: dict[str, Any], scratch: Path) -> dict[str, Any]:
 def written(run: Run, progress: Path, key: str) -> dict[str, Any]:
     """Texts of the test part, their scores, and how long they took."""
     settings = run.settings
-    prompts = drawn(run.task.test.prompts(), settings.prompts)
+    every = run.task.test.prompts()
+    chosen = places(len(every), settings.prompts)
+    prompts = [every[place] for place in chosen]
     search = Search(settings.beams, settings.most_new, settings.least_new, settings.length_penalty, settings.rows)
     run.tuned.train(False)
     began = time.perf_counter()
-    texts = decode(run.tuned, run.prompt_ids(prompts), search, progress, key, run.autocast)
+    own = progress.with_stem(f"{progress.stem}-{ranks.rank()}") if ranks.size() > 1 else progress
+    texts = decode(run.tuned, run.prompt_ids(prompts), search, own, key, run.autocast)
     took = time.perf_counter() - began
+    if ranks.rank():
+        return {}
     scored = tasks.scores(
         run.task.name, [prompt.references for prompt in prompts], texts, [seen(prompt.category) for prompt in prompts]
     )
-    return {"scores": scored, "seconds_decoding": took, "decoded": len(texts), "texts": texts}
+    shown = [chosen.index(place) for place in places(len(every), SHOWN) if place in chosen]
+    records = [{"place": at, "source": prompts[at].source, "references": prompts[at].references} for at in shown]
+    return {"scores": scored, "seconds_decoding": took, "decoded": len(texts), "texts": texts, "records": records}

@@ -18,6 +18,7 @@
     weight_decay = [0.001, 0.0]
     length = 20                     # over common and task
     label = "deep-all-P20"          # in names of runs; this is the default: name, layers and, if it is set, length
+    seeds = [42]                    # of this method, over those above; its search takes the first
 
     [methods.task.cats]             # over all of them
     lr = [0.5]
@@ -54,6 +55,7 @@ class Method:
     lr: tuple[float, ...]
     weight_decay: tuple[float, ...]
     settings: dict[str, Any]
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Grid:
             self._run(method, best["lr"], best["weight_decay"], seed, "final")
             for method in self.methods
             if (best := self._choice(ledger, method).best) is not None
-            for seed in self.seeds
+            for seed in method.seeds
         ]
 
     def plan(self, ledger: Ledger) -> list[Run]:
@@ -175,7 +177,7 @@ class Grid:
 
     def _search(self, method: Method) -> list[Run]:
         pairs = product(method.lr, method.weight_decay)
-        return [self._run(method, lr, decay, self.seeds[0], "search") for lr, decay in pairs]
+        return [self._run(method, lr, decay, method.seeds[0], "search") for lr, decay in pairs]
 
     def _run(self, method: Method, lr: float, decay: float, seed: int, phase: str) -> Run:
         name = f"{self.name}/{method.task}/{method.label}/{phase}-lr{lr:g}-wd{decay:g}-s{seed}"
@@ -213,7 +215,7 @@ def load_grid(path: Path | str, known: Collection[str] | None = None, score: Sco
 
 class _Reader:
     def __init__(self, path: Path, known: Collection[str] | None) -> None:
-        self.path, self.known, self.common = path, known, {}
+        self.path, self.known, self.common, self.seeds = path, known, {}, SEEDS
 
     def wrong(self, key: str, why: str) -> Refusal:
         return Refusal(f"{self.path}: {key}: {why}")
@@ -224,9 +226,7 @@ class _Reader:
         tasks = tuple(self.items(content, "tasks", "", (str,), "strings"))
         for at, task in enumerate(tasks):
             self.word({"": task}, "", f"tasks[{at}]")
-        seeds = tuple(self.items({"seeds": list(SEEDS), **content}, "seeds", "", (int,), "whole numbers"))
-        if min(seeds) < 0:
-            raise self.wrong("seeds", f"{min(seeds)} is below 0")
+        self.seeds = seeds = self.seeds_of({"seeds": list(SEEDS), **content}, "")
         self.common = self.settings(self.table(content, "common"), "common", None)
         over = self.by_task(content, tasks, "")
         task_settings = {task: self.settings(table, f"task.{task}", self.common) for task, table in over.items()}
@@ -244,11 +244,12 @@ class _Reader:
         name = self.word(block, "name", where)
         where = f"{where} ({name})"
         over = self.by_task(block, tasks, where + ".")
-        plain = {key: value for key, value in block.items() if key not in ("name", "task", "label")}
+        plain = {key: value for key, value in block.items() if key not in ("name", "task", "label", "seeds")}
         own = self.method_settings(plain, where)
         length = {**self.common, **own}.get("length")
         default = "-".join([name, own.get("layers", ""), *([f"P{length}"] if length is not None else [])])
         label = self.word(block, "label", where) if "label" in block else default
+        seeds = self.seeds_of(block, where) if "seeds" in block else self.seeds
         found = []
         for task in tasks:
             table = self.method_settings(over.get(task, {}), f"{where}.task.{task}")
@@ -257,8 +258,14 @@ class _Reader:
                 if key not in merged:
                     raise self.wrong(f"{where}.{key}", f"missing for task {task}")
             layers, lr, decay = (merged.pop(key) for key in ("layers", "lr", "weight_decay"))
-            found.append(Method(task, name, label, layers, lr, decay, merged))
+            found.append(Method(task, name, label, layers, lr, decay, merged, seeds))
         return found
+
+    def seeds_of(self, table: dict[str, Any], where: str) -> tuple[int, ...]:
+        seeds = tuple(self.items(table, "seeds", where, (int,), "whole numbers"))
+        if min(seeds) < 0:
+            raise self.wrong(f"{where}.seeds" if where else "seeds", f"{min(seeds)} is below 0")
+        return seeds
 
     def method_settings(self, table: dict[str, Any], where: str) -> dict[str, Any]:
         """Those of a method: layers, lr, weight_decay as they are to be, and the others."""

@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any, TextIO
 
 from command import Stopped, leave_signals_to_the_parent
-from runs import Refusal, parent_alive
+from runs import Refusal, keep_memory, parent_alive
 from sweeps.ledger import BUSY, DONE, FAILED, PATHS, TAKEN_UP_AGAIN, Ledger, Run, execute, load_work, one_line, settings
 from sweeps.progress import Screen, State, table
 
@@ -41,6 +41,7 @@ class Job:
 def take(job: Job, runs: Sequence[Run], alive: Callable[[], bool] = lambda: True) -> str:
     """What a worker does: the runs that nobody else is at. Returns why it ended early, if it is not the runs' fault."""
     try:
+        keep_memory()
         with settings(job.environment, job.threads):  # before the work is imported, which may read them
             work, ledger = load_work(job.work, job.paths), Ledger(job.folder)
             for run in runs:

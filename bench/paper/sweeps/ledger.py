@@ -323,7 +323,7 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
         scratch, begun_with = ledger.scratch(run), provenance(PACKAGES)
         with _Clock(scratch) as clock:
             try:
-                _free(device)
+                free(device)
                 memory = PeakMemory(device)
                 result = work(deepcopy(run.config), scratch)
                 if not isinstance(result, dict):
@@ -340,7 +340,7 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
         return DONE
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
     """Gives back what the last run of this process left, or it would count as in use at the start of this one."""
     gc.collect()
     if device == "cuda":

@@ -1,14 +1,14 @@
 """What the cells of a results JSON say: names of its methods, differences between them, and sentences on these."""
 
-import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+from sweeps import compare
+from sweeps.cells import Cell
+from sweeps.compare import CLEAR, Sample, in_errors
+from sweeps.tables import Entry, Table, span, words
 from visual import paper
 
-Cell = dict[str, Any]
 SHARED, SEPARATE = ("deep", "simple"), "none"
 WITH_LENGTH = (*SHARED, SEPARATE, "original", "plus", "vpt")  # methods that P tells something
 CAPTION = (
@@ -16,27 +16,6 @@ CAPTION = (
     "difference, sqrt(s1²/n1 + s2²/n2) of the deviations s over n seeds"
 )
 HEAD = ("task", "layers", "method", "minus", "points", "standard errors")
-CLEAR = 2.0  # standard errors
-
-
-class Entry(NamedTuple):
-    """What a table shows in a place, and what a page sorts it by; None is nothing to sort by."""
-
-    text: str
-    value: float | str | None = None
-
-
-class Table(NamedTuple):
-    """`rows` are as wide as `head`; `notes` are sentences to stand under it."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Entry]]
-    notes: Sequence[str] = ()
-
-
-def words(text: str) -> Entry:
-    return Entry(text, text)
 
 
 def paper_layers(layers: str) -> str:
@@ -47,80 +26,30 @@ def paper_layers(layers: str) -> str:
 
 
 def titles(results: dict[str, Any]) -> dict[str, str]:
-    """A name for each label, no two of them the same: the paper's, with P and the label where it needs them."""
-    blocks: dict[str, list[Cell]] = {}
-    for cell in results["cells"]:
-        blocks.setdefault(cell["label"], []).append(cell)
-    often = Counter(kind for cells in blocks.values() for kind in _kinds(cells))
-    names = {label: _name(label, cells, often) for label, cells in blocks.items()}
-    count = Counter(names.values())
-    return {label: name if count[name] == 1 else f"{name} ({label})" for label, name in names.items()}
+    """A name for each label, no two of them the same."""
+    return compare.titles(results["cells"], _named, WITH_LENGTH)
 
 
-def _kinds(cells: Sequence[Cell]) -> set[tuple[str, str]]:
-    return {(cell["method"], cell["layers"]) for cell in cells}
-
-
-def _name(label: str, cells: Sequence[Cell], often: Counter[tuple[str, str]]) -> str:
-    kinds = _kinds(cells)
-    if len(kinds) > 1:  # its layers differ by task
-        return label
-    [(method, layers)] = kinds
-    name = paper.NAMES.get((method, layers))
+def _named(cells: Sequence[Cell]) -> str | None:
+    method, layers = cells[0]["method"], cells[0]["layers"]
     if method == "partial":
-        name = f"Partial-{span(cell['last'] for cell in cells)}"
-    if name is None:
-        return label
-    if often[method, layers] > 1 and method in WITH_LENGTH:
-        name += f", P {span(cell['length'] for cell in cells)}"
-    usual = f"{method}-{layers}"
-    plain = label in (method, usual) or re.fullmatch(rf"{re.escape(usual)}-P\d+", label)
-    return name if plain else f"{name} ({label})"
-
-
-def span(values: Iterable[float | None]) -> str:
-    """One number, or the least and the largest; "-" of none."""
-    found = sorted({value for value in values if value is not None})
-    if not found:
-        return "-"
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+        return f"Partial-{span(cell['last'] for cell in cells)}"
+    return paper.NAMES.get((method, layers))
 
 
 # --- differences ---
 
 
 def pairs(results: dict[str, Any], tasks: Sequence[str], method: str, base: str) -> list[tuple[Cell, Cell]]:
-    """Each cell of `method` with that of `base` it is compared with, where both have a number.
-
-    That is one of the same task, layers and length; where there is none of this length, the nearest.
-    """
-    found = []
-    for layers in ("first", "all"):
-        for task in tasks:
-            here = [cell for cell in results["cells"] if (cell["task"], cell["layers"]) == (task, layers)]
-            bases = [cell for cell in here if cell["method"] == base]
-            for cell in here:
-                if cell["method"] == method and bases:
-                    other = min(bases, key=lambda one, cell=cell: _distance(cell, one))
-                    if cell["mean"] is not None and other["mean"] is not None:
-                        found.append((cell, other))
-    return found
-
-
-def _distance(cell: Cell, base: Cell) -> tuple[float, bool]:
-    lengths = cell["length"], base["length"]
-    apart = math.inf if None in lengths else abs(lengths[0] - lengths[1])
-    twin = cell["label"].replace(cell["method"], base["method"], 1)  # of two with one length, that with our settings
-    return 0 if lengths[0] == lengths[1] else apart, base["label"] != twin
+    """Each cell of `method` with that of `base` it is compared with, where both have a number."""
+    found = compare.pairs(results["cells"], tasks, method, base)
+    return [pair for pair in found if all(cell["mean"] is not None for cell in pair)]
 
 
 def difference(cell: Cell, base: Cell) -> tuple[float, float | None]:
     """In points, and in standard errors of it over the seeds; None of one seed, or where no seed deviates."""
-    gap = cell["mean"] - base["mean"]
-    if cell["std"] is None or base["std"] is None:
-        return 100 * gap, None
-    error = math.sqrt(sum(one["std"] ** 2 / numbers(one) for one in (cell, base)))
-    return 100 * gap, gap / error if error else None
+    one, other = (Sample(each["mean"], each["std"], numbers(each)) for each in (cell, base))
+    return 100 * (one.mean - other.mean), in_errors(one, other)
 
 
 def numbers(cell: Cell) -> int:
@@ -193,11 +122,6 @@ def _best(results: dict[str, Any], tasks: Sequence[str], layers: str, names: dic
 
 def _of(some: int | str, all_: int) -> str:
     return f"{some} of {all_} task{'s' * (all_ != 1)}"
-
-
-def failed(cell: Cell) -> bool:
-    """Whether its search ended without a choice: runs of it failed, or all diverged."""
-    return bool(cell["stuck"])
 
 
 def _ended(cell: Cell) -> bool:

@@ -1,80 +1,19 @@
-"""A results JSON as one HTML page: tables that sort by a click on a column's head, curves of accuracy."""
+"""A results JSON of vision as one HTML page: the report's tables, the runs, curves of accuracy."""
 
-from html import escape
 from typing import Any
 
+from sweeps.page import Panel, curves, page, paragraph, section, table
+from sweeps.tables import Entry, Table, measure, number, words
 from visual import report
-from visual.findings import Entry, Table, numbers, titles, words
-
-COLOURS = (
-    "#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#3a3a3a", "#e63990", "#00a5b5", "#7f5539", "#8b95a0",
-    "#7cb518", "#ff8c42", "#4a3aff", "#6b0f2a", "#c39bf0", "#0a5c4a",
-)  # fmt: skip
-DASHES = ("none", "6 3", "2 2")  # of the next methods, once the colours are used up
-Style = tuple[str, str]  # a colour and a dash
-WIDE, HIGH, LEFT, LOW = 360, 220, 40, 30
-
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid #1b6ca8; } th[aria-sort] button::after { content: " \\2193"; }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-.curves { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; } figcaption { font-size: .85rem; }
-.key { display: inline-block; margin-right: 1rem; font-size: .85rem; } .key svg { margin-right: .3em; }
-"""
-# values of a column -> the places of its rows in their new order; what is missing comes last either way
-ORDER = """
-const order = (values, down, text) => {
-  const numeric = !text && values.every(value => value === "" || !isNaN(Number(value)));
-  return values.map((_, place) => place).sort((i, j) => { const a = values[i], b = values[j];
-    if (a === "" || b === "") return (a === "") - (b === "");
-    const by = numeric ? Number(a) - Number(b) : a < b ? -1 : a > b ? 1 : 0;
-    return down ? -by : by; });
-};
-"""
-SCRIPT = f"""{ORDER}
-for (const head of document.querySelectorAll("th button")) head.addEventListener("click", () => {{
-  const cell = head.closest("th"), table = head.closest("table"), body = table.tBodies[0];
-  const place = [...cell.parentNode.children].indexOf(cell), down = cell.getAttribute("aria-sort") !== "descending";
-  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
-  cell.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const rows = [...body.rows], values = rows.map(row => row.cells[place].dataset.value);
-  body.append(...order(values, down, place === 0).map(at => rows[at]));
-}});
-"""
+from visual.findings import numbers, titles
 
 
-def page(results: dict[str, Any]) -> str:
-    """The whole page; nothing is loaded from elsewhere."""
-    parts = [f"<p>{escape(report.describe(results))}</p>"]
-    parts += [_table(table) for table in (*report.tables(results), _runs(results))]
-    parts.append(f"<h2>Accuracy by epoch, first seed</h2>\n{_curves(results)}")
-    title = escape(results["name"])
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>prefixattn: {title}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        + "\n".join(parts)
-        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def _table(table: Table) -> str:
-    heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in table.head)
-    body = "\n".join("<tr>" + "".join(_entry(entry) for entry in row) + "</tr>" for row in table.rows)
-    below = "".join(f"\n<p>{escape(note)}</p>" for note in table.notes)
-    return (
-        f'<h2>{escape(table.caption)}</h2>\n<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>{below}"
-    )
-
-
-def _entry(entry: Entry) -> str:
-    value = "" if entry.value is None else escape(str(entry.value))
-    return f'<td data-value="{value}">{escape(entry.text)}</td>'
+def page_of(results: dict[str, Any]) -> str:
+    """The whole page."""
+    parts = [paragraph(report.describe(results))]
+    parts += [table(shown) for shown in (*report.tables(results), _runs(results))]
+    parts.append(section("Accuracy by epoch, first seed", curves(titles(results), _panels(results))))
+    return page(results["name"], parts)
 
 
 def _runs(results: dict[str, Any]) -> Table:
@@ -86,76 +25,23 @@ def _runs(results: dict[str, Any]) -> Table:
         rows.append(
             [
                 words(f"{cell['task']}: {names[cell['label']]}"),
-                Entry(_number(cell["length"]) + ("?" if cell["doubtful"] else ""), cell["length"]),
-                _measure(cell["lr"], "g"), _measure(cell["weight_decay"], "g"),
+                Entry(number(cell["length"]) + ("?" if cell["doubtful"] else ""), cell["length"]),
+                measure(cell["lr"], "g"), measure(cell["weight_decay"], "g"),
                 Entry("-" if val is None else f"{100 * val:.1f}", val), Entry(report.shown(cell), cell["mean"]),
-                Entry(report.seeds(cell).replace(" seeds", ""), numbers(cell)), _measure(cell["trained"], ","),
-                _measure(cell["kept"], ","), _measure(cell["seconds"], ".1f"), _measure(cell["peak_mib"], ",.0f"),
+                Entry(report.seeds(cell).replace(" seeds", ""), numbers(cell)), measure(cell["trained"], ","),
+                measure(cell["kept"], ","), measure(cell["seconds"], ".1f"), measure(cell["peak_mib"], ",.0f"),
             ]
         )  # fmt: skip
     return Table("Runs", head, rows, report.notes(results, results["tasks"]))
 
 
-def _measure(value: float | None, form: str) -> Entry:
-    return Entry(_number(value, form), value)
-
-
-def _number(value: float | None, form: str = "") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _curves(results: dict[str, Any]) -> str:
-    names = titles(results)
-    style = dict(zip(names, styles(len(names)), strict=True))
-    keys = "".join(f'<span class="key">{_line(style[label])}{escape(name)}</span>' for label, name in names.items())
-    charts = []
+def _panels(results: dict[str, Any]) -> list[Panel]:
+    found = []
     for task in results["tasks"]:
-        lines = []
-        for cell in results["cells"]:
-            points = [(row[0], row[2]) for row in cell["curve"] if row[2] is not None]
-            if cell["task"] == task and points:
-                lines.append((style[cell["label"]], names[cell["label"]], points))
-        if lines:
-            charts.append(_chart(task, lines))
-    if not charts:
-        return "<p>Nothing is measured yet.</p>"
-    return f'<p>{keys}</p>\n<div class="curves">{"".join(charts)}</div>'
-
-
-def styles(count: int) -> list[Style]:
-    """A colour and a dash for each of `count` methods, each pair once up to 48."""
-    return [(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i in range(count)]
-
-
-def _line(style: Style) -> str:
-    colour, dash = style
-    drawn = f'<path d="M0,4H24" stroke="{colour}" stroke-width="3" stroke-dasharray="{dash}"/>'
-    return f'<svg viewBox="0 0 24 8" width="24" height="8" aria-hidden="true">{drawn}</svg>'
-
-
-def _chart(task: str, lines: list[tuple[Style, str, list[tuple[int, float]]]]) -> str:
-    last = max(epoch for _, _, points in lines for epoch, _ in points)
-    most = max(value for _, _, points in lines for _, value in points) or 1.0
-
-    def place(epoch: float, value: float) -> str:
-        x = LEFT + (WIDE - LEFT - 8) * epoch / last
-        return f"{x:.1f},{(HIGH - LOW) - (HIGH - LOW - 8) * value / most:.1f}"
-
-    drawn = []
-    for (colour, dash), name, points in lines:
-        tip = f"<title>{escape(name)}</title>"
-        if len(points) == 1:
-            x, y = place(*points[0]).split(",")
-            drawn.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}">{tip}</circle>')
-        else:
-            path = " ".join(place(*point) for point in points)
-            look = f'fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}"'
-            drawn.append(f'<polyline points="{path}" {look}>{tip}</polyline>')
-    axes = (
-        f'<path d="M{LEFT},8V{HIGH - LOW}H{WIDE - 8}" fill="none" stroke="#888"/>'
-        f'<text x="{LEFT - 5}" y="14" text-anchor="end">{100 * most:.0f}</text>'
-        f'<text x="{LEFT - 5}" y="{HIGH - LOW}" text-anchor="end">0</text>'
-        f'<text x="{WIDE - 8}" y="{HIGH - 12}" text-anchor="end">epoch {last}</text>'
-    )
-    picture = f'<svg viewBox="0 0 {WIDE} {HIGH}" width="{WIDE}" height="{HIGH}" font-size="11" role="img">'
-    return f"<figure>{picture}{axes}{''.join(drawn)}</svg><figcaption>{escape(task)}, test, %</figcaption></figure>"
+        points = {
+            cell["label"]: [(row[0], row[2]) for row in cell["curve"] if row[2] is not None]
+            for cell in results["cells"] if cell["task"] == task
+        }  # fmt: skip
+        lines = {label: line for label, line in points.items() if line}
+        found.append(Panel(f"{task}, test, %", "epoch", lines, scale=100))
+    return found

@@ -1,97 +1,39 @@
 """From finished runs to the paper's tables: one JSON, and a Markdown, a figure and a page that are made of it alone."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Refusal, replacing, write_json, write_text
-from sweeps.grid import Grid
+from runs import replacing, write_json, write_text
+from sweeps import cells as cells_of
+from sweeps import tables as documents
+from sweeps.cells import Cell
+from sweeps.compare import failed, failures
+from sweeps.grid import Grid, Method
 from sweeps.ledger import Ledger
+from sweeps.tables import EDGE, Entry, Table, span, words
 from visual import paper
-from visual.findings import (
-    SEPARATE,
-    SHARED,
-    Cell,
-    Entry,
-    Table,
-    differences,
-    failed,
-    numbers,
-    paper_layers,
-    span,
-    titles,
-    words,
-)
-
-EDGE = "A * marks an lr at the edge of those searched: a better one may lie beyond."
+from visual.findings import SEPARATE, SHARED, differences, numbers, paper_layers, titles
 
 
 def collect(grid: Grid, ledger: Ledger) -> dict[str, Any]:
     """The results of a grid: a cell for each task and method, with what is measured of it so far.
 
     Raises:
-        Refusal: two runs with one backbone by name and two by weights, or whatever `Ledger.record` refuses.
+        Refusal: as sweeps.cells.collect.
     """
-    _one_weights(grid, ledger)
-    choices, cells, provenances = grid.choices(ledger), [], []
-    finals: dict[tuple[str, str], list[Any]] = {}
-    for run in grid.final_runs(ledger):
-        finals.setdefault(_place(run.name), []).append(run)
-    for method in grid.methods:
-        choice = choices[method.task, method.label]
-        found = [(run, ledger.record(run)) for run in finals.get((method.task, method.label), [])]
-        records = [(run, record) for run, record in found if record is not None]
-        provenances += [record["provenance"] for _, record in records]
-        cells.append(
-            {
-                "task": method.task, "label": method.label, "method": method.name, "layers": method.layers,
-                "length": method.settings.get("length"), "last": method.settings.get("last", 1),
-                "doubtful": _doubtful(method.task, method.layers), "edge": _edge(method.lr, choice.best),
-                "lr": choice.best and choice.best["lr"], "weight_decay": choice.best and choice.best["weight_decay"],
-                "val_accuracy": choice.value, "reason": choice.reason, "stuck": choice.stuck,
-                "seeds": len(grid.seeds), **_measured(records),
-            }
-        )  # fmt: skip
+    return cells_of.collect(grid, ledger, _kept, _measured)
+
+
+def _kept(method: Method) -> Cell:
     return {
-        "name": grid.name,
-        "tasks": list(grid.tasks),
-        "settings": _common([method.settings for method in grid.methods]),
-        "cells": cells,
-        "provenance": _merged(provenances),
-    }
+        "length": method.settings.get("length"), "last": method.settings.get("last", 1),
+        "doubtful": method.task in paper.LENGTHS and paper.doubtful(method.task, method.layers),
+    }  # fmt: skip
 
 
-def _one_weights(grid: Grid, ledger: Ledger) -> None:
-    seen: dict[Any, tuple[str, str]] = {}
-    for run in grid.plan(ledger):
-        record = ledger.record(run)
-        weights = record and record["result"].get("weights")
-        if weights is None:  # not done, or it ended before it could say
-            continue
-        backbone, cell = run.config.get("backbone"), "/".join(_place(run.name))
-        other, first = seen.setdefault(backbone, (weights, cell))
-        if other != weights:
-            raise Refusal(
-                f"{cell}: made with weights {weights} of the backbone {backbone}, but {first} with {other}; delete "
-                "the runs of one of them"
-            )
-
-
-def _edge(rates: Sequence[float], best: dict[str, Any] | None) -> bool:
-    return best is not None and len(rates) > 1 and best["lr"] in (min(rates), max(rates))
-
-
-def _place(name: str) -> tuple[str, str]:
-    _, task, label, _ = name.split("/")
-    return task, label
-
-
-def _doubtful(task: str, layers: str) -> bool:
-    return task in paper.LENGTHS and paper.doubtful(task, layers)
-
-
-def _measured(records: Sequence[tuple[Any, dict[str, Any]]]) -> Cell:
+def _measured(records: cells_of.Records) -> Cell:
     results = [record["result"] for _, record in records]
     scores = [(run.config["seed"], result["test_accuracy"]) for (run, _), result in zip(records, results, strict=True)]
     values = [score for _, score in scores if score is not None]
@@ -103,33 +45,9 @@ def _measured(records: Sequence[tuple[Any, dict[str, Any]]]) -> Cell:
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "diverged": len(scores) - len(values),
         **{name: whole.get(name) for name in ("trained", "kept", "head", "images", "classes", "cached", "notes")},
-        "weights": next((result["weights"] for result in results if result.get("weights") is not None), None),
         "curve": first.get("curve", []),
-        "seconds": _mean(record["seconds"] for _, record in records),
-        "peak_mib": _mean(record["peak_mib"] for _, record in records),
-        "busy_steps": _mean(r["busy_steps"] for r in results if r.get("busy_steps") is not None),
+        "busy_steps": cells_of.mean(result.get("busy_steps") for result in results),
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return round(statistics.mean(found), 3) if found else None
-
-
-def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The settings that all methods share."""
-    first = settings[0] if settings else {}
-    return {name: value for name, value in first.items() if all(other.get(name) == value for other in settings)}
-
-
-def _merged(provenances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs were made with: each value that occurs, once."""
-    merged: dict[str, Any] = {}
-    for key in ("date", "device", "commit", "tree", "python"):
-        merged[key] = sorted({str(p.get(key)) for p in provenances})
-    names = sorted({name for p in provenances for name in p.get("versions", {})})
-    merged["versions"] = {name: sorted({p["versions"].get(name, "") for p in provenances}) for name in names}
-    return merged
 
 
 # --- tables ---
@@ -163,8 +81,7 @@ def notes(results: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     """What a table of these tasks needs to be told of: its * and the searches that failed."""
     names, cells = titles(results), [cell for cell in results["cells"] if cell["task"] in tasks]
     found = [EDGE] if any("*" in shown(cell) for cell in cells) else []
-    lost = [cell for cell in cells if failed(cell)]
-    return found + [f"Failed: {one['task']}, {names[one['label']]}: {one['reason'].rstrip('.')}." for one in lost]
+    return found + failures(cells, names)
 
 
 def rows_of(results: dict[str, Any]) -> list[tuple[str, dict[str, Cell]]]:
@@ -180,11 +97,6 @@ def mean_of(cells: dict[str, Cell], tasks: Sequence[str]) -> float | None:
     """The mean over tasks, if each of them has a number."""
     means = [cells[task]["mean"] for task in tasks if task in cells]
     return statistics.mean(means) if means and len(means) == len(tasks) and None not in means else None
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -254,10 +166,7 @@ def _published(cell: Cell, prefix: str) -> tuple[tuple[float, ...], tuple[float,
 
 
 def markdown(results: dict[str, Any]) -> str:
-    parts = [f"# {results['name']}", describe(results)]
-    for caption, head, rows, below in tables(results):
-        parts += [f"{caption}:", markdown_table(head, [[entry.text for entry in row] for row in rows]), *below]
-    return "\n\n".join(parts) + "\n"
+    return documents.markdown(results["name"], describe(results), tables(results))
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -268,7 +177,7 @@ def describe(results: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     found = results["provenance"]
     where = "; ".join(found["device"]) or "nothing"
-    said = sorted({note for cell in results["cells"] for note in cell["notes"] or ()})
+    said = {cell["task"]: cell["notes"] for cell in results["cells"] if cell["notes"]}
     doubtful = sorted({cell["task"] for cell in results["cells"] if cell["doubtful"]})
     parts = [f"{done} of {wanted} final runs are measured, on {where}."]
     if diverged:
@@ -276,7 +185,7 @@ def describe(results: dict[str, Any]) -> str:
     parts.append(f"Settings: {settings}.")
     if doubtful:
         parts.append(f"Prefix lengths from memory, which nothing confirms: {', '.join(doubtful)}.")
-    return " ".join([*parts, *(note if note.endswith(".") else f"{note}." for note in said)])
+    return " ".join([*parts, *(f"{task}: {'; '.join(note.rstrip('.') for note in said[task])}." for task in said)])
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
@@ -337,10 +246,10 @@ def write(grid: Grid, ledger: Ledger, out: Path) -> str:
 
 def publish(results: dict[str, Any], out: Path) -> str:
     """All that is made of a results JSON."""
-    from visual.page import page
+    from visual.page import page_of
 
     text = markdown(results)
     write_text(out.with_name(f"{out.name}.md"), text)
-    write_text(out.with_name(f"{out.name}.html"), page(results))
+    write_text(out.with_name(f"{out.name}.html"), page_of(results))
     figure(results, out.with_name(f"{out.name}.png"))
     return text

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runs import Refusal, digest, load_state, save_state
+from sweeps import settings as settings_of_runs
 from visual import backbones, tasks
 from visual.data import Part, Task
 from visual.features import Features
@@ -32,19 +33,21 @@ STATE = {"epoch", "trained", "optimizer", "curve", "waits"}
 SAVED_EVERY = 30.0  # seconds between checkpoints, at least
 WAIT = 0.05  # of a step: a step that waits longer for its images is not a busy one
 Batch = tuple[Tensor, Tensor]
-WORDS = {
-    "phase": ("search", "final"), "layers": ("all", "first"), "start": ("zero", "first"),
-    "colours": ("imagenet", "backbone"), "reader": ("folder", "tfds"),
-}  # fmt: skip
-LEAST = {
-    "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "size": 1, "epochs": 1, "warmup": 0, "batch": 1,
-    "most_test": 0, "every": 0, "seed": 0, "protocol_seed": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(settings_of_runs.Settings):
     """All that a run's numbers depend on, beside the data, the backbone's weights and the versions of libraries."""
+
+    WORDS: ClassVar = {
+        "phase": ("search", "final"), "layers": ("all", "first"), "start": ("zero", "first"),
+        "colours": ("imagenet", "backbone"), "reader": ("folder", "tfds"),
+    }  # fmt: skip
+    LEAST: ClassVar = {
+        "length": 1, "hidden": 1, "last": 1, "reduction": 1, "rank": 1, "size": 1, "epochs": 1, "warmup": 0,
+        "batch": 1, "most_test": 0, "every": 0, "seed": 0, "protocol_seed": 0,
+    }  # fmt: skip
+    RATES = ("lr", "weight_decay", "dropout")
 
     task: str
     method: str
@@ -75,26 +78,9 @@ class Settings:
     shifted_labels: bool = False  # NABirds' labels as the original maps them
 
     def __post_init__(self) -> None:
-        for name, words in WORDS.items():
-            if getattr(self, name) not in words:
-                raise Refusal(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, words))}")
-        for name, bound in LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise Refusal(f"{name} is {value!r}, expected an integer from {bound}")
-        for name in ("lr", "weight_decay", "dropout"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-                raise Refusal(f"{name} is {value!r}, expected a finite number from 0")
+        super().__post_init__()
         if self.dropout >= 1:
             raise Refusal(f"dropout is {self.dropout!r}, expected less than 1")
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Settings":
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(config) - known):
-            raise Refusal(f"a run has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        return cls(**config)
 
     def rate(self, epoch: int) -> float:
         """Of the optimizer in an epoch, from 0."""
