@@ -21,8 +21,8 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lowest fuzz sweep bench lint build clean
 
 demo: build
-	$(PY) bench/paper/nlg.py --suite demo
-	$(PY) bench/paper/nlg.py times --suite demo --rounds 6
+	$(PY) bench/paper/nlg.py --suite demo --workers 2
+	$(PY) bench/paper/nlg.py times --suite demo --methods deep peft original --rounds 4
 	$(PY) bench/paper/vision.py --suite tiny --workers 2
 
 # a thread for each worker: more would wait for each other, and the tests take twice as long

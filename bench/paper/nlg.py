@@ -43,8 +43,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", help="over the grid's: small, smollm2, a folder (status needs it again) or a name on the hub"
     )
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; times: that alone")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
+    parser.add_argument("--both", action="store_true", help="times: in float32 and under bfloat16, not the grid's alone")
     parser.add_argument("--decoding", action="store_true", help="times: of texts too, together and one at a time")
     options.add(parser, "nlg")
     return parser.parse_args(arguments)
@@ -120,7 +121,7 @@ def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     grid = whole.only(given.tasks)
     first = grid.methods[0]
     settings = Settings(first.task, first.name, min(first.lr), 0.0, first.seeds[0], **first.settings)
-    types = (True,) if given.bf16 else (False, True)
+    types = (False, True) if given.both else (settings.bf16,)
     file = out.with_name(f"{out.name}-times.json")
     found = times.compare(settings, given.methods or times.USUAL, given.rounds, types)
     runs.write_json(file, found)  # before what may fail

@@ -44,19 +44,19 @@ def read(path: Path) -> Grid:
 
 def demo() -> dict[str, Any]:
     """Minutes: SmolLM2, or where its wheel cannot be had our own small GPT-2, on a part of E2E."""
-    common = {"length": 10, "epochs": 1, "batch": 10, "hidden": 512, "dev": 100, "prompts": 50}
+    common = {"length": 10, "epochs": 1, "batch": 10, "hidden": 512, "dev": 100, "prompts": 40}
     try:
         backbones.smollm2()
     except Refusal as refusal:
         print(f"{refusal}. The demo takes our own GPT-2 of 4M instead, which copies names badly.", file=sys.stderr)
         name = "demo-small"
-        common |= {"backbone": backbones.SMALL, "subset": 4_000}
+        common |= {"backbone": backbones.SMALL, "subset": 4_000, "prompts": 60, "dev": 300}
         rates = {"deep": 1e-3, "none": 3e-1}
     else:
         bf16 = fast_in_bf16()
         name = "demo" if bf16 else "demo-float32"
-        common |= {"backbone": backbones.SMOLLM2, "subset": 1_200, "warmup": 20, "bf16": bf16}
-        rates = {"deep": 1e-3, "none": 1e-2}
+        common |= {"backbone": backbones.SMOLLM2, "subset": 600, "warmup": 10, "bf16": bf16}
+        rates = {"deep": 2e-3, "none": 2e-2}
     methods = [
         {"name": name, "layers": "all", "label": name, "lr": [lr], "weight_decay": [0.0]} for name, lr in rates.items()
     ]
