@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--rounds", type=int, default=12, help="times: steps of each method")
-    parser.add_argument("--both", action="store_true", help="times: in float32 and under bfloat16, not the grid's alone")
+    parser.add_argument("--both", action="store_true", help="times: in float32 and in bfloat16")
     parser.add_argument("--decoding", action="store_true", help="times: of texts too, together and one at a time")
     options.add(parser, "nlg")
     return parser.parse_args(arguments)
