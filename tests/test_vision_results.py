@@ -12,11 +12,7 @@ from visual.page import page_of as page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "bench" / "paper"
-STUDIES = sorted(path.stem.removeprefix("vision-") for path in (PAPER / "results").glob("vision-*.json"))
-
-
-def test_the_study_is_committed() -> None:
-    assert "small" in STUDIES
+STUDIES = ("bf16", "small")  # by name: whoever ran the demo has other results beside them
 
 
 @pytest.mark.parametrize("name", STUDIES)
