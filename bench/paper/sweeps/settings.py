@@ -20,7 +20,7 @@ class Settings:
     RATES: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
-        for each in fields(self):  # type: ignore[arg-type]
+        for each in fields(self):
             value = getattr(self, each.name)
             for kind, word in ((bool, "true or false"), (str, "a text")):
                 if isinstance(each.default, kind) and not isinstance(value, kind):
@@ -39,7 +39,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Self:
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        known = {field.name for field in fields(cls)}
         if unknown := sorted(set(config) - known):
             raise Refusal(f"a run has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
         return cls(**config)
