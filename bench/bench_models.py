@@ -1,6 +1,6 @@
 """Training steps of whole models on a CPU, float32, each beside the same frozen model without a prefix.
 
-    python bench/bench_models.py                            # some 15 minutes, then bench/results/models-<device>.json
+    python bench/bench_models.py                            # half an hour, then   bench/results/models-<device>.json
     python bench/bench_models.py --case "vit-b16 P10"       # one case anew, or several
     python bench/bench_models.py --tiny --out try.json      # every line of the code, in seconds
 
