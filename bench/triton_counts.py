@@ -30,18 +30,18 @@ from triton import cdiv
 from triton.runtime.jit import KernelInterface
 
 from command import NOTHING, command
+from prefixattn.call import Given, Needs, Wants
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import PREFIX, Call
-from prefixattn.kernels.launch_bwd import Given, backward
+from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.layout import unpacked
-from prefixattn.reference import Needs
 from triton_shapes import SHAPES, Shape
 
 # ceilings of an H200, as the targets were set with: products of bf16, flops a second; device memory, bytes a second
 FLOPS, BYTES = 790e12, 4.3e12
 PROCESSORS = 132  # streaming multiprocessors of an H200
-ALL: Needs = (True, True, True, True, True, False, False)
+ALL = Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True)
 
 
 class Launched(NamedTuple):
@@ -283,7 +283,7 @@ def operands(shape: Shape, dtype: torch.dtype = torch.bfloat16, device: str = "m
     else:
         q, k, v = (torch.empty(B, N, heads, D, dtype=dtype, device=device).transpose(1, 2) for heads in (H, KV, KV))
     prefix_k, prefix_v = (torch.empty(1, KV, P, D, dtype=dtype, device=device) for _ in range(2))
-    return Call(q, k, v, prefix_k, prefix_v, None, None, None, None, 0.0, 0.0, shape.causal, D**-0.5)
+    return Call(q, k, v, prefix_k, prefix_v, is_causal=shape.causal, scale=D**-0.5)
 
 
 def launches(shape: Shape, grads: bool) -> list[Launched]:
@@ -291,10 +291,10 @@ def launches(shape: Shape, grads: bool) -> list[Launched]:
     found: list[Launched] = []
     call = operands(shape)
     with intercepted(lambda launched, _: found.append(launched), PROCESSORS):
-        out, lse, *_ = forward(call, False)
+        out, lse, *_ = forward(call, Wants())
         if grads:
             into = unpacked(call.q.new_empty(shape.B, shape.N, 3, shape.H, shape.D)) if shape.packed else None
-            backward(call, Given(out, lse, torch.empty_like(out), None), ALL, into)
+            backward(call, Given(torch.empty_like(out), None, out, lse), ALL, into)
     return found
 
 

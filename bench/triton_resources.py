@@ -29,14 +29,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from command import NOTHING, command
+from prefixattn.call import Given, Needs, Wants
 from prefixattn.kernels import table
 from prefixattn.kernels.call import Call
-from prefixattn.kernels.launch_bwd import Given, backward
+from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ALL = (True, True, True, True, True, False, False)
+ALL = Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True)
 
 
 class Case(NamedTuple):
@@ -111,16 +112,19 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
     qkv = torch.randn(batch, max(case.L, case.S), H + 2 * KV, D, device=device).to(dtype)
     q, k, v = (t.transpose(1, 2) for t in qkv.split([H, KV, KV], 2))
     prefix = torch.randn(1, KV, case.P, D, device=device).to(dtype)
-    extra, drops = (None, None, None, None), (0.0, 0.0)
+    features: dict[str, Any] = {}
     if case.features:
         index = torch.zeros(batch, dtype=torch.int64, device=device)
         prefix = prefix.expand(3, -1, -1, -1).contiguous()
-        extra = (q.new_zeros(batch, H, case.L, case.S), index, index + case.P // 2, index[:1])
-        drops = (0.1, 0.1)
+        features = {
+            "attn_mask": q.new_zeros(batch, H, case.L, case.S), "prefix_ids": index,
+            "prefix_lengths": index + case.P // 2, "seed": index[:1], "dropout_p": 0.1, "prefix_dropout_p": 0.1,
+        }  # fmt: skip
     memory = torch.randn(1, H, D, D, device=device).to(dtype) if case.memory else None
-    numbers = (*drops, case.is_causal, D**-0.5)
-    inputs = (q[:, :, : case.L], k, v, prefix, prefix)
-    return Call(*inputs, *extra, *numbers, memory, case.memory, case.softcap)
+    return Call(
+        q[:, :, : case.L], k, v, prefix, prefix, memory=memory, is_causal=case.is_causal, scale=D**-0.5,
+        phi=case.memory or "none", softcap=case.softcap or 0.0, **features,
+    )  # fmt: skip
 
 
 def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str = "cpu") -> Iterator[Compiled]:
@@ -137,11 +141,11 @@ def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str
     call = operands(case, D, dtype, device=device)
     run, JITFunction.run = JITFunction.run, compile_only
     try:
-        out, lse, *_ = forward(call, False, case.memory != "")
+        out, lse, *_ = forward(call, Wants(attended=case.memory != ""))
         if case.backward:
             # the gradient of a mask keeps a head from the short kernel
-            needs = (*ALL[:5], case.features and case.is_causal, case.memory != "")
-            backward(call, Given(out, lse, out, lse if case.features else None), needs, None)
+            needs = ALL._replace(attn_mask=case.features and case.is_causal, memory=case.memory != "")
+            backward(call, Given(out, lse if case.features else None, out, lse), needs, None)
     finally:
         JITFunction.run = run
     yield from found

@@ -24,11 +24,12 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel does not compi
 import torch
 
 from command import NOTHING, command
+from prefixattn.call import Given, Wants
 from prefixattn.kernels import table
-from prefixattn.kernels.launch_bwd import Given, backward
+from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.kernels.table import Launch
-from triton_resources import CASES, TARGETS, TYPES, Case, Target, launched, operands, resources
+from triton_resources import ALL, CASES, TARGETS, TYPES, Case, Target, launched, operands, resources
 
 KERNELS = ("fwd", "fwd_medium", "fwd_short", "fwd_fold", "bwd_short", "bwd_keys", "bwd_prefix", "bwd_queries")
 WIDTHS = 64, 128, 256
@@ -95,8 +96,8 @@ def milliseconds(kernel: str, dtype: str, D: int) -> float:
         if kernel.startswith("fwd"):
             run = partial(forward, call, False)
         else:
-            out, lse, _ = forward(call, False)
-            run = partial(backward, call, Given(out, lse, out, None), (True, True, True, True, True, False), None)
+            out, lse, *_ = forward(call, Wants())
+            run = partial(backward, call, Given(out, None, out, lse), ALL, None)
         total += do_bench(run, return_mode="median")
     return total
 

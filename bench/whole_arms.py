@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prefixattn.call import Call
 from whole_models import GPT2, SEED, Bart, Family
 
 Pair = tuple[Tensor, Tensor]  # key and value of one attention call; [H, P, D] each, or [B, H, P, D] once expanded
@@ -323,7 +324,9 @@ class Received(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prefixattn.fwd.default:
-            self.prefixes.append((args[3].detach()[0].clone(), args[4].detach()[0].clone()))  # of [1, H, P, D]
+            call = Call(*args[: len(Call._fields)])
+            prefix_k, prefix_v = (t.detach()[0].clone() for t in (call.prefix_k, call.prefix_v))  # of [1, H, P, D]
+            self.prefixes.append((prefix_k, prefix_v))
         return func(*args, **(kwargs or {}))
 
 

@@ -1,11 +1,12 @@
 """One call of the op as the kernels take it: operands, strides, numbers, and the features that are compiled in."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from prefixattn import call
 from prefixattn.kernels import memory_tiles, tiles
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
 from prefixattn.philox import threshold
@@ -23,23 +24,14 @@ PHIS = {
 }
 
 
-class Call(NamedTuple):
-    q: Tensor  # [B, H, L, D]
-    k: Tensor  # [B, Hkv, S, D]
-    v: Tensor  # [B, Hkv, S, D]
-    prefix_k: Tensor  # [T, Hkv, P, D]
-    prefix_v: Tensor  # [T, Hkv, P, D]
-    mask: Tensor | None  # [B or 1, H or 1, L or 1, S or 1]
-    rows: Tensor | None  # [B]
-    lengths: Tensor | None  # [B]
-    seed: Tensor | None  # [1]
-    dropout_p: float
-    prefix_dropout_p: float
-    is_causal: bool
-    scale: float
-    memory: Tensor | None = None  # [1 or T, H, D, D], contiguous
-    phi: str = "elu"
-    softcap: float | None = None  # to Triton None is a constant: without a cap a kernel has no code for one
+class Call(call.Call):
+    """A call whose tensors the kernels can read as they lie."""
+
+    __slots__ = ()
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v, self.prefix_k, self.prefix_v
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -53,12 +45,17 @@ class Call(NamedTuple):
         return self.is_causal and self.q.shape[2] > 1  # a single query, aligned bottom-right, sees every key
 
     @property
+    def cap(self) -> float | None:
+        """None where there is none: to Triton a constant, so that a kernel without a cap has no code for one."""
+        return self.softcap or None
+
+    @property
     def exp(self) -> int:
         """How weights are computed. RAW: scores are products and no more, and the largest is the largest scaled one."""
         if self.q.dtype not in HALF_TYPES:
             return EXACT
-        biased = self.mask is not None and self.mask.dtype != torch.bool
-        changed = biased or self.prefix_dropout_p > 0 or self.softcap is not None
+        biased = self.attn_mask is not None and self.attn_mask.dtype != torch.bool
+        changed = biased or self.prefix_dropout_p > 0 or self.cap is not None
         return RAW if self.scale > 0 and not changed else NATURAL
 
     @property
@@ -71,18 +68,18 @@ class Call(NamedTuple):
 
     def readable_mask(self) -> Tensor:
         """A bool mask is read as bytes; where there is none, some tensor that is never read."""
-        if self.mask is None:
+        if self.attn_mask is None:
             return self.q
-        return self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
+        return self.attn_mask.view(torch.uint8) if self.attn_mask.dtype == torch.bool else self.attn_mask
 
     def mask_strides(self) -> tuple[int, ...]:
-        if self.mask is None:
+        if self.attn_mask is None:
             return 0, 0, 0, 0
-        return tuple(s if n > 1 else 0 for s, n in zip(self.mask.stride(), self.mask.shape, strict=True))
+        return tuple(s if n > 1 else 0 for s, n in zip(self.attn_mask.stride(), self.attn_mask.shape, strict=True))
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """rows, lengths and seed, or what is never read."""
-        return tuple(self.q if t is None else t for t in (self.rows, self.lengths, self.seed))  # type: ignore[return-value]
+        """Ids, lengths and seed, or what is never read."""
+        return tuple(self.q if t is None else t for t in (self.prefix_ids, self.prefix_lengths, self.seed))  # type: ignore[return-value]
 
     def drops(self) -> tuple[int, float, int, float]:
         """Threshold and gain of attention dropout, then of prefix dropout."""
@@ -103,18 +100,18 @@ class Call(NamedTuple):
         }
 
     def masks(self) -> dict[str, Any]:
-        kind = NO_MASK if self.mask is None else BOOL_MASK if self.mask.dtype == torch.bool else FLOAT_MASK
+        kind = NO_MASK if self.attn_mask is None else BOOL_MASK if self.attn_mask.dtype == torch.bool else FLOAT_MASK
         return {
             "MASK": kind,
-            "KEY_MASK": self.mask is not None and self.mask.shape[2] == 1,
+            "KEY_MASK": self.attn_mask is not None and self.attn_mask.shape[2] == 1,
             "CAUSAL": self.causal,
         }
 
     def prefixes(self) -> dict[str, Any]:
         return {
-            "HAS_ROWS": self.rows is not None,
-            "PER_SAMPLE": self.rows is None and self.prefix_k.shape[0] > 1,
-            "HAS_LENGTHS": self.lengths is not None,
+            "HAS_ROWS": self.prefix_ids is not None,
+            "PER_SAMPLE": self.prefix_ids is None and self.prefix_k.shape[0] > 1,
+            "HAS_LENGTHS": self.prefix_lengths is not None,
             "PREFIX_DROPOUT": self.prefix_dropout_p > 0,
         }
 
@@ -141,7 +138,7 @@ class Call(NamedTuple):
             loop, tail = True, 0
         elif width <= block_n:
             loop, tail = False, width
-        elif self.lengths is not None and prefix:  # where the last tile begins is known to the kernel alone
+        elif self.prefix_lengths is not None and prefix:  # where the last tile begins is known to the kernel alone
             loop, tail = True, 0
         else:
             loop, tail = True, width % block_n

@@ -1,11 +1,10 @@
 """The backward pass: which kernels run, with what grid, and only for gradients that somebody wants."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
+from prefixattn.call import Given, Grads, Into, Needs
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
@@ -13,71 +12,58 @@ from prefixattn.kernels.prefix_attn_bwd_prefix import prefix_attn_bwd_prefix, pr
 from prefixattn.kernels.prefix_attn_bwd_short import prefix_attn_bwd_short
 from prefixattn.kernels.table import HEAD_KEYS, INTERPRETED, Launch, processors
 from prefixattn.layout import empty_like_order
-from prefixattn.reference import Needs
 
 
-class Grads(NamedTuple):
-    """What is wanted, allocated; what is not, empty [0]."""
-
-    dq: Tensor  # [B, H, L, D]
-    dk: Tensor  # [B, Hkv, S, D]
-    dv: Tensor  # [B, Hkv, S, D]
-    dprefix_k: Tensor  # [T, Hkv, P, D]
-    dprefix_v: Tensor  # [T, Hkv, P, D]
-    dmask: Tensor  # of the mask's shape
-    dmemory: Tensor  # [1 or T, H, D, D]
-
-
-class Given(NamedTuple):
-    """What the forward left and what arrived."""
-
-    out: Tensor  # [B, H, L, D], without the memory's part
-    lse: Tensor  # [B, H, L], of lse_type
-    dout: Tensor  # [B, H, L, D]
-    dlse: Tensor | None  # [B, H, L], float32, contiguous
-
-
-def backward(call: Call, given: Given, needs: Needs, into: tuple[Tensor, Tensor, Tensor] | None) -> Grads:
+def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads:
     empty = call.q.new_empty(0)
-    dq, dk, dv = (
-        empty if not need else empty_like_order(t) if into is None else into[i]
-        for i, (t, need) in enumerate(zip(call[:3], needs, strict=False))
+    dq, dk, dv = into or (None, None, None)
+
+    def own(t: Tensor, need: bool, at: Tensor | None) -> Tensor:
+        return empty if not need else empty_like_order(t) if at is None else at
+
+    def dense(t: Tensor | None, need: bool) -> Tensor:
+        return t.new_empty(t.shape) if need and t is not None else empty
+
+    grads = Grads(
+        own(call.q, needs.q, dq),
+        own(call.k, needs.k, dk),
+        own(call.v, needs.v, dv),
+        dense(call.prefix_k, needs.prefix_k),
+        dense(call.prefix_v, needs.prefix_v),
+        empty,
+        dense(call.memory, needs.memory),
     )
-    dprefix_k, dprefix_v = (
-        t.new_empty(t.shape) if need else empty for t, need in zip(call[3:5], needs[3:5], strict=True)
-    )
-    dmemory = call.memory.new_empty(call.memory.shape) if call.memory is not None and needs[6] else empty
-    grads = Grads(dq, dk, dv, dprefix_k, dprefix_v, empty, dmemory)
     if call.q.numel() == 0:
         for grad in grads:
             grad.zero_()
-        return grads._replace(dmask=_mask_zeros(call)) if needs[5] else grads
-    if needs[6]:
-        _memory(call, given, dmemory)
-    if not any(needs[:6]):
+        return grads._replace(attn_mask=_mask_zeros(call)) if needs.attn_mask else grads
+    if needs.memory:
+        _memory(call, given, grads.memory)
+    if not needs.softmax:
         return grads
     B, H, _, L, S, _, P, _ = call.sizes
     delta = call.q.new_empty((B, H, L), dtype=torch.float32)
     if (plan := short_plan(call, needs)) is not None:
         _short(call, given, delta, grads, needs, plan)
         return grads
-    prefix = (needs[3] or needs[4]) and P > 0
+    prefix = (needs.prefix_k or needs.prefix_v) and P > 0
     in_prefix_pass = prefix and P <= prefix_plan(call).block_n
     if not in_prefix_pass:
         _delta(call, given, delta)
     if prefix:
         _prefix(call, given, delta, grads, needs, in_prefix_pass)
-    if (needs[1] or needs[2]) and S > 0:
+    if (needs.k or needs.v) and S > 0:
         _keys(call, given, delta, grads, needs)
-    if needs[0] or needs[5]:
-        grads = grads._replace(dmask=_queries(call, given, delta, grads, needs))
+    if needs.q or needs.attn_mask:
+        grads = grads._replace(attn_mask=_queries(call, given, delta, grads, needs))
     return grads
 
 
 def short_plan(call: Call, needs: Needs) -> Launch | None:
     """The parameters of the kernel for a whole key head: where heads are small, and many, and most gradients wanted."""
     B, _, KV, L, S, _, P, _ = call.sizes
-    most_wanted = needs[0] and any(needs[1:5]) and not needs[5]
+    others = needs.k or needs.v or needs.prefix_k or needs.prefix_v
+    most_wanted = needs.q and others and not needs.attn_mask
     if not most_wanted or max(S + P, L) > HEAD_KEYS or B * KV < processors(call.q.device):
         return None
     return call.launch("bwd_short")
@@ -97,19 +83,19 @@ def _dlse(given: Given) -> Tensor:
 
 def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, plan: Launch) -> None:
     B, H, KV, L, S, T, P, D = call.sizes
-    own, prefix = needs[1] or needs[2], (needs[3] or needs[4]) and P > 0
+    own, prefix = needs.k or needs.v, (needs.prefix_k or needs.prefix_v) and P > 0
     partial = tuple(call.q.new_empty((2, B, KV, P, D) if prefix else (2, 0), dtype=torch.float32))
     # the pair is made together; what nobody wants goes where nobody looks
-    dk = grads.dk if needs[1] or not own else empty_like_order(call.k)
-    dv = grads.dv if needs[2] or not own else empty_like_order(call.v)
+    dk = grads.k if needs.k or not own else empty_like_order(call.k)
+    dv = grads.v if needs.v or not own else empty_like_order(call.v)
     prefix_attn_bwd_short[(B * KV,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory()),
+        *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
         *(given.out, given.dout, given.lse, _dlse(given)),
-        *(delta, grads.dq, dk, dv, partial[0], partial[1]),
-        *(s for t in call[:5] for s in t.stride()[:3]),
+        *(delta, grads.q, dk, dv, partial[0], partial[1]),
+        *(s for t in call.operands for s in t.stride()[:3]),
         *(*call.mask_strides(), *given.out.stride()[:3], *given.dout.stride()[:3]),
-        *(s for t in (grads.dq, dk, dv) for s in _strides(t)),
-        *(H, L, S, P, call.scale, call.softcap, *call.drops()),
+        *(s for t in (grads.q, dk, dv) for s in _strides(t)),
+        *(H, L, S, P, call.scale, call.cap, *call.drops()),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         GROUP=H // KV,
@@ -126,18 +112,18 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
     )
     if prefix:
         each = KV * P * D
-        pair = (grads.dprefix_k, grads.dprefix_v)
-        if call.rows is None and T > 1:
-            _reduce(partial, pair, needs[3:5], None, T, each, stride_n=0, stride_t=each, count=1)
+        pair, wanted = (grads.prefix_k, grads.prefix_v), (needs.prefix_k, needs.prefix_v)
+        if call.prefix_ids is None and T > 1:
+            _reduce(partial, pair, wanted, None, T, each, stride_n=0, stride_t=each, count=1)
         else:
-            _reduce(partial, pair, needs[3:5], call.rows, T, each, stride_n=each, stride_t=0, count=B)
+            _reduce(partial, pair, wanted, call.prefix_ids, T, each, stride_n=each, stride_t=0, count=B)
 
 
 def _reduce(
     partial: tuple[Tensor, ...],  # a pair
     sums: tuple[Tensor, ...],  # a pair [T, numel]
     wanted: tuple[bool, ...],  # a pair
-    rows: Tensor | None,
+    ids: Tensor | None,
     T: int,
     numel: int,
     stride_n: int,
@@ -146,9 +132,9 @@ def _reduce(
 ) -> None:
     block, slices = 128, 32
     prefix_attn_bwd_reduce[(triton.cdiv(numel, block) * T,)](
-        *(*partial, *sums, partial[0] if rows is None else rows),
+        *(*partial, *sums, partial[0] if ids is None else ids),
         *(stride_n, stride_t, count, numel),
-        HAS_ROWS=rows is not None,
+        HAS_ROWS=ids is not None,
         NEED_K=wanted[0],
         NEED_V=wanted[1],
         BLOCK=block,
@@ -177,13 +163,13 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     tiles = triton.cdiv(P, plan.block_n)
     _, lengths, seed = call.indices()
     order, starts = _by_row(call, T)
-    samples, used = (B, 1) if call.rows is None and T == 1 else (1, T)
-    if call.rows is not None:
+    samples, used = (B, 1) if call.prefix_ids is None and T == 1 else (1, T)
+    if call.prefix_ids is not None:
         samples, used = B, min(T, B)  # all may use one row, or each its own
     # enough programs for the GPU, but none with less than a few tiles of queries
     most = triton.cdiv(samples * (H // KV) * L, 4 * plan.block_m)
     shares = max(1, min(most, triton.cdiv(4 * processors(call.q.device), tiles * used * KV)))
-    partial = (grads.dprefix_k, grads.dprefix_v)
+    partial = (grads.prefix_k, grads.prefix_v)
     if shares > 1:
         partial = tuple(call.q.new_empty((2, shares, T, KV, P, D), dtype=torch.float32))
     prefix_attn_bwd_prefix[(tiles * T * KV, shares)](
@@ -191,35 +177,35 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         *(given.out, given.dout, given.lse, _dlse(given), delta, *partial),
         *(s for t in (call.q, call.prefix_k, call.prefix_v) for s in t.stride()[:3]),
         *(*given.out.stride()[:3], *given.dout.stride()[:3]),
-        *(B, H, L, P, T, call.scale, call.softcap, *call.drops()),
+        *(B, H, L, P, T, call.scale, call.cap, *call.drops()),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         DELTA=make_delta,
         HAS_DLSE=given.dlse is not None,
-        NEED_K=needs[3],
-        NEED_V=needs[4],
+        NEED_K=needs.prefix_k,
+        NEED_V=needs.prefix_v,
         **call.numbers(),
         **call.prefixes(),
         **options(plan),
     )
     if shares > 1:
-        each, pair = KV * P * D, (grads.dprefix_k, grads.dprefix_v)
-        _reduce(partial, pair, needs[3:5], None, T, each, stride_n=T * each, stride_t=each, count=shares)
+        each, pair, wanted = KV * P * D, (grads.prefix_k, grads.prefix_v), (needs.prefix_k, needs.prefix_v)
+        _reduce(partial, pair, wanted, None, T, each, stride_n=T * each, stride_t=each, count=shares)
 
 
 def _by_row(call: Call, T: int) -> tuple[Tensor, Tensor]:
     """The samples in the order of their rows of the bank, and where each row's begin; or what is never read."""
-    if call.rows is None:
+    if call.prefix_ids is None:
         return call.q, call.q
-    order = call.rows.argsort(stable=True)
-    return order, torch.searchsorted(call.rows[order], torch.arange(T + 1, device=call.q.device))
+    order = call.prefix_ids.argsort(stable=True)
+    return order, torch.searchsorted(call.prefix_ids[order], torch.arange(T + 1, device=call.q.device))
 
 
 def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     B, H, _, L, _, _, _, D = call.sizes
     T = dmemory.shape[0]
-    by_row = T > 1 and call.rows is not None
+    by_row = T > 1 and call.prefix_ids is not None
     order, starts = _by_row(call, T) if by_row else (call.q, call.q)
     samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_row else (1, T)
     half = call.q.dtype in HALF_TYPES or INTERPRETED
@@ -257,15 +243,15 @@ def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -
     assert plan is not None
     prefix_attn_bwd_keys[(triton.cdiv(S, plan.block_n) * B * KV,)](
         *(call.q, call.k, call.v, call.readable_mask(), call.indices()[2], given.dout, given.lse, delta),
-        *(grads.dk, grads.dv),
+        *(grads.k, grads.v),
         *(s for t in (call.q, call.k, call.v) for s in t.stride()[:3]),
-        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.dk), *_strides(grads.dv)),
-        *(H, L, S, P, call.scale, call.softcap, *call.drops()[:2]),
+        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.k), *_strides(grads.v)),
+        *(H, L, S, P, call.scale, call.cap, *call.drops()[:2]),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        NEED_K=needs[1],
-        NEED_V=needs[2],
+        NEED_K=needs.k,
+        NEED_V=needs.v,
         **call.numbers(),
         **call.masks(),
         **options(plan),
@@ -277,18 +263,18 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     B, H, KV, L, S, _, P, _ = call.sizes
     plan = call.launch("bwd_queries")
     assert plan is not None
-    scores = call.q.new_empty((B, H, L, S) if needs[5] else 0, dtype=torch.float32)
+    scores = call.q.new_empty((B, H, L, S) if needs.attn_mask else 0, dtype=torch.float32)
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory()),
-        *(given.dout, given.lse, delta, grads.dq, scores),
-        *(s for t in call[:5] for s in t.stride()[:3]),
-        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.dq)),
-        *(B, H, L, S, P, call.scale, call.softcap, *call.drops()),
+        *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
+        *(given.dout, given.lse, delta, grads.q, scores),
+        *(s for t in call.operands for s in t.stride()[:3]),
+        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.q)),
+        *(B, H, L, S, P, call.scale, call.cap, *call.drops()),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        NEED_Q=needs[0],
-        NEED_MASK=needs[5],
+        NEED_Q=needs.q,
+        NEED_MASK=needs.attn_mask,
         **call.memories(),
         **call.rest(plan.block_n),
         **call.numbers(),
@@ -296,15 +282,15 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
         **call.prefixes(),
         **options(plan),
     )
-    if not needs[5]:
+    if not needs.attn_mask:
         return scores
-    assert call.mask is not None
-    return scores.sum_to_size(call.mask.shape).to(call.mask.dtype)
+    assert call.attn_mask is not None
+    return scores.sum_to_size(call.attn_mask.shape).to(call.attn_mask.dtype)
 
 
 def _mask_zeros(call: Call) -> Tensor:
-    assert call.mask is not None
-    return call.mask.new_zeros(call.mask.shape)
+    assert call.attn_mask is not None
+    return call.attn_mask.new_zeros(call.attn_mask.shape)
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:

@@ -1,11 +1,10 @@
 """The forward pass: which kernels run, with what grid."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
+from prefixattn.call import Results, Wants
 from prefixattn.kernels.call import Call, options, tile_width
 from prefixattn.kernels.prefix_attn_fwd import prefix_attn_fwd
 from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
@@ -14,36 +13,27 @@ from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, 
 from prefixattn.layout import empty_like_order, lse_type
 
 
-class Outputs(NamedTuple):
-    """What is wanted, allocated; what is not, empty [0]."""
-
-    out: Tensor  # [B, H, L, D]
-    lse: Tensor  # [B, H, L], of lse_type
-    mass: Tensor  # the weight on the prefix [B, H, L], float32
-    attended: Tensor  # out without the memory's part, lying as out does
-
-
-def forward(call: Call, want_mass: bool, want_attended: bool = False) -> Outputs:
+def forward(call: Call, wants: Wants) -> Results:
     B, H, _, L, _, _, _, _ = call.sizes
     out = empty_like_order(call.q)
     lse = call.q.new_empty((B, H, L), dtype=lse_type(call.q))
-    mass = call.q.new_empty((B, H, L) if want_mass else 0, dtype=torch.float32)
-    outputs = Outputs(out, lse, mass, torch.empty_like(out) if want_attended else call.q.new_empty(0))
+    mass = call.q.new_empty((B, H, L) if wants.mass else 0, dtype=torch.float32)
+    results = Results(out, lse, mass, torch.empty_like(out) if wants.attended else call.q.new_empty(0))
     if out.numel() == 0:
-        return outputs
+        return results
     if folds(call):
-        _online(call, outputs, _fold(call))
+        _online(call, results, _fold(call))
     elif (plan := short_plan(call)) is not None:
-        _short(call, outputs, plan)
+        _short(call, results, plan)
     else:
-        _online(call, outputs, [])
-    return outputs
+        _online(call, results, [])
+    return results
 
 
 def folds(call: Call) -> bool:
     """Whether few queries of many samples meet one long prefix, which a kernel of its own then reads once for all."""
     B, H, KV, L, _, T, P, _ = call.sizes
-    shared = T == 1 or call.rows is not None
+    shared = T == 1 or call.prefix_ids is not None
     few = L * (H // KV) <= FOLD_QUERIES and B * (H // KV) > 1
     return shared and few and P >= FOLD_PREFIX and call.prefix_dropout_p == 0
 
@@ -54,13 +44,13 @@ def short_plan(call: Call) -> Launch | None:
     return call.launch("fwd_short") if S + P <= SHORT_KEYS and L > 1 else None
 
 
-def _short(call: Call, outputs: Outputs, plan: Launch) -> None:
+def _short(call: Call, results: Results, plan: Launch) -> None:
     B, H, KV, L, S, _, P, _ = call.sizes
     prefix_attn_fwd_short[(triton.cdiv(L, plan.block_m) * B * H,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory(), *outputs),
-        *(s for t in call[:5] for s in t.stride()[:3]),
-        *(*call.mask_strides(), *outputs.out.stride()[:3]),
-        *(H, L, S, P, call.scale, call.softcap, *call.drops()),
+        *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
+        *(s for t in call.operands for s in t.stride()[:3]),
+        *(*call.mask_strides(), *results.out.stride()[:3]),
+        *(H, L, S, P, call.scale, call.cap, *call.drops()),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -68,8 +58,8 @@ def _short(call: Call, outputs: Outputs, plan: Launch) -> None:
         TAIL=tile_width((S + P) % plan.block_n),
         OWN_TILES=S // plan.block_n,
         SPLIT_TILE=S % plan.block_n > 0,
-        MASS=outputs.mass.numel() > 0,
-        KEEP=outputs.attended.numel() > 0,
+        MASS=results.mass.numel() > 0,
+        KEEP=results.attended.numel() > 0,
         **call.numbers(),
         **call.masks(),
         **call.prefixes(),
@@ -78,24 +68,24 @@ def _short(call: Call, outputs: Outputs, plan: Launch) -> None:
     )
 
 
-def _online(call: Call, outputs: Outputs, parts: list[Tensor]) -> None:
+def _online(call: Call, results: Results, parts: list[Tensor]) -> None:
     """`parts`: sums of values, largest scores and sums of weights over parts of the prefix, which then is done."""
     B, H, KV, L, S, _, P, _ = call.sizes
     plan = call.launch("fwd_medium") if L <= MEDIUM_QUERIES else None
     plan = plan or call.launch("fwd")
     assert plan is not None
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
-        *(*call[:5], call.readable_mask(), *call.indices(), call.readable_memory(), *outputs),
-        *(parts or [outputs.mass] * 3),
-        *(s for t in call[:5] for s in t.stride()[:3]),
-        *(*call.mask_strides(), *outputs.out.stride()[:3]),
-        *(B, H, L, S, P, call.scale, call.softcap, *call.drops()),
+        *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
+        *(parts or [results.mass] * 3),
+        *(s for t in call.operands for s in t.stride()[:3]),
+        *(*call.mask_strides(), *results.out.stride()[:3]),
+        *(B, H, L, S, P, call.scale, call.cap, *call.drops()),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         PARTS=len(parts[0]) if parts else 0,
-        MASS=outputs.mass.numel() > 0,
-        KEEP=outputs.attended.numel() > 0,
+        MASS=results.mass.numel() > 0,
+        KEEP=results.attended.numel() > 0,
         **call.rest(plan.block_n, prefix=not parts),
         **call.numbers(),
         **call.masks(),
@@ -115,17 +105,17 @@ def _fold(call: Call) -> list[Tensor]:
     parts = triton.cdiv(P, width)
     part_out = call.q.new_empty((parts, B, H, L, D), dtype=torch.float32)
     part_top, part_sum = (call.q.new_empty((parts, B, H, L), dtype=torch.float32) for _ in range(2))
-    rows, lengths, seed = call.indices()
-    order = call.q if call.rows is None else call.rows.argsort(stable=True)
+    ids, lengths, seed = call.indices()
+    order = call.q if call.prefix_ids is None else call.prefix_ids.argsort(stable=True)
     prefix_attn_fwd_fold[(tiles, KV * parts)](
-        *(call.q, call.prefix_k, call.prefix_v, order, rows, lengths, seed, part_out, part_top, part_sum),
+        *(call.q, call.prefix_k, call.prefix_v, order, ids, lengths, seed, part_out, part_top, part_sum),
         *(s for t in (call.q, call.prefix_k, call.prefix_v) for s in t.stride()[:3]),
-        *(B, H, L, P, call.scale, call.softcap, *call.drops()[:2], width),
+        *(B, H, L, P, call.scale, call.cap, *call.drops()[:2], width),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        HAS_ROWS=call.rows is not None,
-        HAS_LENGTHS=call.lengths is not None,
+        HAS_ROWS=call.prefix_ids is not None,
+        HAS_LENGTHS=call.prefix_lengths is not None,
         **call.numbers(),
         **options(plan),
     )

@@ -1,6 +1,6 @@
 """The backends of each op, fastest first. Each is a module with `unsupported`, `fwd` and `bwd`.
 
-The signatures are those of reference.py, and for the reparameterization of reparam/reference.py.
+They take the records of call.py, and for the reparameterization what reparam/reference.py takes.
 """
 
 import importlib
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from prefixattn.call import Call, Needs
 
 
 class Row(NamedTuple):
@@ -56,20 +58,21 @@ def module(name: str, op: str = "") -> ModuleType:
     return _modules[key]
 
 
-def choose(backend: str, q: Tensor, *args: object) -> str:
+def choose(backend: str, call: Call, needs: Needs) -> str:
     """The name of the backend to run: the first of the table, or the one named, that has no objection.
 
-    `args` are the rest of `unsupported`'s arguments. Raises NotImplementedError with every objection in words.
+    Raises NotImplementedError with every objection in words.
     """
-    return _choose(TABLE, "q", backend, q, *args)
+    return _choose(TABLE, "q", call.q, backend, call, needs)
 
 
 def choose_reparam(backend: str, x: Tensor, *args: object) -> str:
     """The same for the reparameterization."""
-    return _choose(REPARAM, "x", backend, x, *args)
+    return _choose(REPARAM, "x", x, backend, x, *args)
 
 
-def _choose(table: tuple[Row, ...], letter: str, backend: str, first: Tensor, *args: object) -> str:
+def _choose(table: tuple[Row, ...], letter: str, first: Tensor, backend: str, *args: object) -> str:
+    """`args`: those of `unsupported`."""
     names = [row.name for row in table if row.named]
     if backend != "auto" and backend not in names:
         *most, last = (f'"{name}"' for name in ("auto", *names))
@@ -77,7 +80,7 @@ def _choose(table: tuple[Row, ...], letter: str, backend: str, first: Tensor, *a
     rejected = []
     for row in table:
         if row.auto if backend == "auto" else row.name == backend:
-            reasons = objections(row, first, *args)
+            reasons = objections(row, *args)
             if not reasons:
                 return row.name
             rejected.append(f"\n  {row.name.removeprefix('guarded ')}: " + "; ".join(reasons))
@@ -85,10 +88,10 @@ def _choose(table: tuple[Row, ...], letter: str, backend: str, first: Tensor, *a
     raise NotImplementedError(f"no backend for {what}:" + "".join(rejected))
 
 
-def objections(row: Row, first: Tensor, *args: object) -> list[str]:
+def objections(row: Row, *args: object) -> list[str]:
     if row.key in _not_loaded:
         return [_not_loaded[row.key]]
-    reasons: list[str] = _modules[row.key].unsupported(first, *args)
+    reasons: list[str] = _modules[row.key].unsupported(*args)
     return reasons
 
 
@@ -97,8 +100,7 @@ def here() -> dict[str, list[str]]:
 
     def call(device: str) -> tuple[object, ...]:
         q, prefix = torch.zeros(1, 1, 8, 64, device=device), torch.zeros(1, 1, 8, 64, device=device)
-        needs = (True, True, True, True, True, False, False)
-        return q, q, q, prefix, prefix, None, None, None, None, 0.0, 0.0, False, 0.0, needs
+        return Call(q, q, q, prefix, prefix), Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True)
 
     return here_of(TABLE, call)
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
+from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.layout import empty_like_order, lse_type
-from prefixattn.reference import Grads, Needs, Results
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
 MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind
@@ -14,23 +14,8 @@ MAX_HEAD_DIM = 256
 ABSENT = 0, 0, 0, 0
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    attn_mask: Tensor | None,
-    memory: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    softcap: float,
-    needs: Needs,
-) -> list[str]:
-    reasons = []
+def unsupported(call: Call, needs: Needs) -> list[str]:
+    q, mask, reasons = call.q, call.attn_mask, []
     if q.device.type != "cpu":
         reasons.append(f"q is on {q.device.type}; needs cpu")
     if q.dtype not in DTYPES:
@@ -38,95 +23,68 @@ def unsupported(
     D = q.shape[3]
     if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
         reasons.append(f"head_dim={D}; needs a multiple of 8 up to {MAX_HEAD_DIM}")
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype, torch.float32):
-        reasons.append(f"attn_mask has dtype {attn_mask.dtype}; needs bool, {q.dtype} or float32")
-    if needs[5]:
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
+        reasons.append(f"attn_mask has dtype {mask.dtype}; needs bool, {q.dtype} or float32")
+    if needs.attn_mask:
         reasons.append("attn_mask requires a gradient, which has the size of the scores; the reference makes it")
     return reasons
 
 
-def fwd(
-    q: Tensor,  # [B, H, L, D]
-    k: Tensor,  # [B, Hkv, S, D]
-    v: Tensor,  # [B, Hkv, S, D]
-    prefix_k: Tensor,  # [T, Hkv, P, D]
-    prefix_v: Tensor,  # [T, Hkv, P, D]
-    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
-    memory: Tensor | None,  # [1 or T, H, D, D]
-    rows: Tensor | None,  # [B]
-    lengths: Tensor | None,  # [B]
-    seed: Tensor | None,  # [1]
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    phi: str,
-    softcap: float,
-    want_mass: bool,
-    want_attended: bool,
-) -> Results:
+def fwd(call: Call, wants: Wants) -> Results:
+    q = call.q
     out = empty_like_order(q)
     lse = q.new_empty(q.shape[:3], dtype=lse_type(q))
-    mass = q.new_empty(q.shape[:3] if want_mass else (0,), dtype=torch.float32)
-    attended = empty_like_order(q) if want_attended else q.new_empty(0)
-    _require_type_and_device(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, memory=memory)
-    q, k, v, prefix_k, prefix_v = map(_readable, (q, k, v, prefix_k, prefix_v))
-    rows, lengths = _indices(rows), _indices(lengths)
-    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    common = _common(*tensors, dropout_p, prefix_dropout_p, is_causal, scale, softcap, phi)
-    kept = _strided(attended) if want_attended else ABSENT
-    _C.prefix_attn_fwd(common, _strided(out), kept, lse.data_ptr(), mass.data_ptr() if want_mass else 0)
-    return out, lse, mass, attended
+    mass = q.new_empty(q.shape[:3] if wants.mass else (0,), dtype=torch.float32)
+    attended = empty_like_order(q) if wants.attended else q.new_empty(0)
+    call = _readable_call(call)
+    kept = _strided(attended) if wants.attended else ABSENT
+    _C.prefix_attn_fwd(_common(call), _strided(out), kept, lse.data_ptr(), mass.data_ptr() if wants.mass else 0)
+    return Results(out, lse, mass, attended)
 
 
-def bwd(
-    dout: Tensor,  # [B, H, L, D]
-    dlse: Tensor | None,  # [B, H, L]
-    q: Tensor,  # [B, H, L, D]
-    k: Tensor,  # [B, Hkv, S, D]
-    v: Tensor,  # [B, Hkv, S, D]
-    prefix_k: Tensor,  # [T, Hkv, P, D]
-    prefix_v: Tensor,  # [T, Hkv, P, D]
-    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
-    memory: Tensor | None,  # [1 or T, H, D, D]
-    rows: Tensor | None,  # [B]
-    lengths: Tensor | None,  # [B]
-    seed: Tensor | None,  # [1]
-    out: Tensor,  # [B, H, L, D]; with a memory, without its part
-    lse: Tensor,  # [B, H, L], of lse_type
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    phi: str,
-    softcap: float,
-    needs: Needs,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,  # where dq, dk and dv are to be written
-) -> Grads:
-    empty = q.new_empty(0)
-    inputs = (q, k, v, prefix_k, prefix_v)
-    if into is None:
-        grads = [empty_like_order(t) if need else empty for t, need in zip(inputs[:3], needs, strict=False)]
-    else:
-        grads = [t if need else empty for t, need in zip(into, needs, strict=False)]
-    # dense, whatever the prefix's own order: as the op's fake and the reference make them
-    grads += [t.new_empty(t.shape) if need else empty for t, need in zip(inputs[3:], needs[3:5], strict=True)]
-    dmemory = memory.new_empty(memory.shape) if memory is not None and needs[6] else empty
-    _require_type_and_device(q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, memory=memory, dout=dout, out=out)
-    q, k, v, prefix_k, prefix_v, dout = map(_readable, (*inputs, dout))
-    if any(needs[:6]):  # else it is not read, and may be empty
-        out = _readable(out)
-    rows, lengths = _indices(rows), _indices(lengths)
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.float().contiguous()
-    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    common = _common(*tensors, dropout_p, prefix_dropout_p, is_causal, scale, softcap, phi)
-    wanted = tuple(
-        _strided(g) if need else ABSENT for g, need in zip((*grads, dmemory), (*needs[:5], needs[6]), strict=True)
+def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
+    empty = call.q.new_empty(0)
+    dq, dk, dv = into or (None, None, None)
+
+    def own(t: Tensor, need: bool, at: Tensor | None) -> Tensor:
+        return empty if not need else empty_like_order(t) if at is None else at
+
+    def dense(t: Tensor | None, need: bool) -> Tensor:  # whatever t's order: as the op's fake and the reference make it
+        return t.new_empty(t.shape) if need and t is not None else empty
+
+    grads = Grads(
+        own(call.q, needs.q, dq),
+        own(call.k, needs.k, dk),
+        own(call.v, needs.v, dv),
+        dense(call.prefix_k, needs.prefix_k),
+        dense(call.prefix_v, needs.prefix_v),
+        empty,
+        dense(call.memory, needs.memory),
     )
-    given = _strided(out) if out.dim() == 4 else ABSENT
-    _C.prefix_attn_bwd(common, _strided(dout), given, lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(), wanted)
-    dq, dk, dv, dprefix_k, dprefix_v = grads
-    return dq, dk, dv, dprefix_k, dprefix_v, empty, dmemory
+    call = _readable_call(call, dout=given.dout, out=given.out)
+    dout, out, dlse = _readable(given.dout), given.out, given.dlse
+    if needs.softmax:  # else it is not read, and may be empty
+        out = _readable(out)
+    lse, dlse = given.lse.contiguous(), None if dlse is None else dlse.float().contiguous()
+    wanted = tuple(
+        _strided(getattr(grads, name)) if getattr(needs, name) else ABSENT
+        for name in ("q", "k", "v", "prefix_k", "prefix_v", "memory")
+    )
+    left = _strided(out) if out.dim() == 4 else ABSENT
+    dlse_at = 0 if dlse is None else dlse.data_ptr()
+    _C.prefix_attn_bwd(_common(call), _strided(dout), left, lse.data_ptr(), dlse_at, wanted)
+    return grads
+
+
+def _readable_call(call: Call, **others: Tensor) -> Call:
+    """The call as the kernels can read it; a refusal if a tensor of it or of `others` has another type or device."""
+    q, k, v, prefix_k, prefix_v, memory = call.q, call.k, call.v, call.prefix_k, call.prefix_v, call.memory
+    _require_type_and_device(q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, memory=memory, **others)
+    return call._replace(
+        q=_readable(q), k=_readable(k), v=_readable(v), prefix_k=_readable(prefix_k), prefix_v=_readable(prefix_v),
+        memory=None if memory is None else _readable(memory),
+        prefix_ids=_indices(call.prefix_ids), prefix_lengths=_indices(call.prefix_lengths),
+    )  # fmt: skip
 
 
 def _require_type_and_device(q: Tensor, **others: Tensor | None) -> None:
@@ -153,42 +111,26 @@ def _strided(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
 
 
-def _common(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    attn_mask: Tensor | None,
-    memory: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    softcap: float,
-    phi: str,
-) -> tuple[object, ...]:
+def _common(call: Call) -> tuple[object, ...]:
     """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
+    q, mask, memory, ids, lengths = call.q, call.attn_mask, call.memory, call.prefix_ids, call.prefix_lengths
     B, H, L, D = q.shape
-    T, Hkv, P, _ = prefix_k.shape
-    kind, mask, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]
-    if attn_mask is not None:
-        kind = {torch.bool: MASK_BOOL, q.dtype: MASK_SAME_AS_Q}.get(attn_mask.dtype, MASK_FLOAT32)
-        mask = attn_mask.data_ptr()
-        mask_strides = [s if n > 1 else 0 for s, n in zip(attn_mask.stride(), attn_mask.shape, strict=True)]
+    T, Hkv, P, _ = call.prefix_k.shape
+    kind, mask_at, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]
+    if mask is not None:
+        kind = {torch.bool: MASK_BOOL, q.dtype: MASK_SAME_AS_Q}.get(mask.dtype, MASK_FLOAT32)
+        mask_at = mask.data_ptr()
+        mask_strides = [s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True)]
     return (
         DTYPES[q.dtype],
-        *(B, H, Hkv, L, k.shape[2], T, P, D),
-        *map(_strided, (q, k, v, prefix_k, prefix_v)),
-        *((ABSENT, 0) if memory is None else (_strided(_readable(memory)), memory.shape[0])),
-        PHIS[phi],
-        0 if rows is None else rows.data_ptr(),
+        *(B, H, Hkv, L, call.k.shape[2], T, P, D),
+        *map(_strided, (q, call.k, call.v, call.prefix_k, call.prefix_v)),
+        *((ABSENT, 0) if memory is None else (_strided(memory), memory.shape[0])),
+        PHIS[call.phi],
+        0 if ids is None else ids.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
-        *(kind, (mask, *mask_strides[:3]), mask_strides[3]),
-        *(scale, softcap, is_causal, dropout_p, prefix_dropout_p),
-        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        *(kind, (mask_at, *mask_strides[:3]), mask_strides[3]),
+        *(call.scale, call.softcap, call.is_causal, call.dropout_p, call.prefix_dropout_p),
+        0 if call.seed is None else int(call.seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),
     )

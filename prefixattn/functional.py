@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
+from prefixattn.call import Call, Needs, Wants
 from prefixattn.checks import (
     FLOATS,
     as_number,
@@ -92,14 +93,14 @@ def prefix_attention(
     one_sample = all(isinstance(t, Tensor) and t.dim() == 3 for t in (q, k, v))
     if one_sample:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    inputs = _normal_form(
+    form = _normal_form(
         *(q, k, v, prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
         *(return_prefix_mass, backend),
     )
-    results = _asked_for(*_run(prefix_attn, inputs, inputs, dropout_p), return_lse, return_prefix_mass)
+    results = _asked_for(*_without_softmax(prefix_attn(*form), form, dropout_p), return_lse, return_prefix_mass)
     if not one_sample:
         return results
     return results.squeeze(0) if isinstance(results, Tensor) else tuple([t.squeeze(0) for t in results])
@@ -144,14 +145,14 @@ def prefix_attention_qkvpacked(
     if _autocasts(qkv):
         (qkv,) = _autocast(qkv)
     qkv = unit_stride(qkv)
-    inputs = _normal_form(
+    form = _normal_form(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
         *(return_prefix_mass, backend),
     )
-    out, lse, mass = _run(prefix_attn_qkvpacked, (qkv, *inputs[3:]), inputs, dropout_p)
+    out, lse, mass = _without_softmax(prefix_attn_qkvpacked(qkv, *form), form, dropout_p)
     # contiguous as it is, unless qkv's own axes lie in another order
     return _asked_for(out.transpose(1, 2).contiguous(), lse, mass, return_lse, return_prefix_mass)
 
@@ -175,7 +176,7 @@ def _normal_form(
     softcap: float | None,
     return_prefix_mass: bool,
     backend: str,
-) -> tuple[Any, ...]:
+) -> tuple[Call, Wants, str]:
     """The arguments of prefix_attn, checked, with a backend that takes them."""
     tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, prefix_lengths)
     check_types(tensors, (dropout_p, prefix_dropout_p, scale, softcap))
@@ -211,7 +212,7 @@ def _normal_form(
         attn_mask = _normal_mask(attn_mask, B, H, L, S, q)
     check_probability("dropout_p", dropout_p, one=True)
     check_probability("prefix_dropout_p", prefix_dropout_p, one=False)
-    dropout_p = 0.0 if dropout_p == 1 else dropout_p  # see _run
+    dropout_p = 0.0 if dropout_p == 1 else dropout_p  # see _without_softmax
     if scale is None:
         scale = D**-0.5 if D else 1.0
     check_scale(scale, q.dtype)
@@ -223,23 +224,26 @@ def _normal_form(
     if torch.compiler.is_compiling():
         q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
     q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
-    inputs = (q, k, v, prefix_k, prefix_v, attn_mask, memory)
-    needs = _wanted(inputs)
-    cap = 0.0 if softcap is None else softcap
-    chosen = backends.choose(backend, *inputs, prefix_ids, lengths, dropout_p, prefix_dropout_p, is_causal, cap, needs)
-    numbers = (dropout_p, prefix_dropout_p, is_causal, scale, phi, cap)
-    return *inputs, prefix_ids, lengths, seed, *numbers, return_prefix_mass, _keeps_attended(memory, needs), chosen
+    call = Call(
+        q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, lengths, seed,
+        dropout_p=dropout_p, prefix_dropout_p=prefix_dropout_p, is_causal=is_causal, scale=scale, phi=phi,
+        softcap=0.0 if softcap is None else softcap,
+    )  # fmt: skip
+    needs = _wanted(call)
+    chosen = backends.choose(backend, call, needs)
+    return call, Wants(return_prefix_mass, _keeps_attended(memory, needs)), chosen
 
 
-def _run(
-    op: Any, inputs: tuple[Any, ...], unpacked: tuple[Any, ...], dropout_p: float
+def _without_softmax(
+    results: tuple[Tensor, ...], form: tuple[Call, Wants, str], dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and mass; `unpacked`: the inputs as prefix_attn takes them."""
-    out, lse, mass, _ = op(*inputs)
+    """out, lse and mass; out without the softmax's part where all of that is dropped."""
+    out, lse, mass, _ = results
     if dropout_p == 1:  # what is left is the memory's part, and that a call without keys has
-        q, *others, _mask, memory, ids, _lengths = unpacked[:9]
-        nothing = [t[:, :, :0] for t in others]
-        out = prefix_attn(q, *nothing, None, memory, ids, None, *unpacked[9:])[0]
+        call, wants, backend = form
+        k, v, prefix_k, prefix_v = [t[:, :, :0] for t in (call.k, call.v, call.prefix_k, call.prefix_v)]
+        call = call._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, attn_mask=None, prefix_lengths=None)
+        out = prefix_attn(call, wants, backend)[0]
     return out, lse, mass
 
 
@@ -271,16 +275,16 @@ def _distinct(*tensors: Any) -> list[Any]:
     ]
 
 
-def _wanted(tensors: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+def _wanted(call: Call) -> Needs:
     if not torch.is_grad_enabled():
-        return (False,) * 7
-    return tuple([t is not None and t.requires_grad for t in tensors])
+        return Needs()
+    return Needs(*[t is not None and t.requires_grad for t in call.differentiable])
 
 
-def _keeps_attended(memory: Tensor | None, needs: tuple[bool, ...]) -> bool:
+def _keeps_attended(memory: Tensor | None, needs: Needs) -> bool:
     """Whether the softmax's own part of out is kept for the backward pass, which cannot take it out of their sum."""
     # who runs an exported program may want other gradients than who made it
-    wanted = torch.is_grad_enabled() if torch.compiler.is_exporting() else any(needs[:6])
+    wanted = torch.is_grad_enabled() if torch.compiler.is_exporting() else needs.softmax
     return memory is not None and wanted
 
 

@@ -6,13 +6,12 @@ over for the rest of the process, with a warning.
 """
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixattn import reference, triton
-from prefixattn.reference import Needs, Results
+from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
 
 # by rms, of the reference's rms: far above rounding, far below any mistake
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -33,33 +32,35 @@ Case = tuple[str, torch.device, torch.dtype, int]  # kind, device, type, head si
 verdicts: dict[Case, str] = {}  # what was wrong, or ""
 
 
-def unsupported(q: Tensor, *args: Any) -> list[str]:
-    reasons = triton.unsupported(q, *args)
-    if q.device.type != "cuda" and not reasons:
+def unsupported(call: Call, needs: Needs) -> list[str]:
+    reasons = triton.unsupported(call, needs)
+    if call.q.device.type != "cuda" and not reasons:
         reasons.append("Triton's interpreter is for tests")
     return reasons
 
 
-def fwd(*inputs: Any) -> Results:
-    q = inputs[0]
-    case = (triton.kind_of_forward(*inputs), q.device, q.dtype, q.shape[3])
+def fwd(call: Call, wants: Wants) -> Results:
+    case = _case(triton.kind_of_forward(call), call)
     if _trusted(case):
         try:
-            return triton.fwd(*inputs)
+            return triton.fwd(call, wants)
         except Exception as error:  # raised again, but for a compiler's
             _give_up(case, error)
-    return reference.fwd(*inputs)
+    return reference.fwd(call, wants)
 
 
-def bwd(*inputs: Any, into: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
-    q = inputs[2]
-    case = (triton.kind_of_backward(*inputs), q.device, q.dtype, q.shape[3])
+def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
+    case = _case(triton.kind_of_backward(call, needs), call)
     if _trusted(case):
         try:
-            return triton.bwd(*inputs, into=into)  # type: ignore[misc]
+            return triton.bwd(call, given, needs, into)
         except Exception as error:  # raised again, but for a compiler's
             _give_up(case, error)
-    return reference.bwd(*inputs, into=into)  # type: ignore[misc]
+    return reference.bwd(call, given, needs, into)
+
+
+def _case(kind: str, call: Call) -> Case:
+    return kind, call.q.device, call.q.dtype, call.q.shape[3]
 
 
 def verdict(case: Case) -> str:
@@ -99,8 +100,8 @@ def _try(case: Case) -> str:
     kind, device, dtype, D = case
     B, L, S, P = TRIALS[kind]
     with_memory, softcap = triton.MEMORY in kind, 1.0 if triton.SOFTCAP in kind else 0.0
-    numbers = (0.0, 0.0, True, D**-0.5, "elu", softcap)
-    needs: Needs = (True, True, True, True, True, False, with_memory)
+    wants = Wants(mass=True, attended=with_memory)
+    needs = Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True, memory=with_memory)
     try:
         B = B or triton.least_batch(device, _HEADS)
         generator = torch.Generator("cpu").manual_seed(0)
@@ -111,20 +112,18 @@ def _try(case: Case) -> str:
         memory = None
         if with_memory:
             memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
-        inputs: Any = (q, k, v, prefix_k, prefix_v, None, memory, None, None, None)
-        asked: Any = (*inputs, *numbers, True, with_memory)
+        call = Call(
+            q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap
+        )  # fmt: skip
         with torch.no_grad():
-            expected: tuple[Tensor, ...] = reference.fwd(*asked)
+            right = reference.fwd(call, wants)
             if kind.startswith("fwd"):
-                names = "out lse mass attended"
-                found: tuple[Tensor, ...] = triton.fwd(*asked)
+                found, expected = triton.fwd(call, wants)._asdict(), right._asdict()
             else:
-                names = "dq dk dv dprefix_k dprefix_v dmask dmemory"
-                out, lse, _, attended = expected
-                inputs = (dout, None, *inputs, attended if with_memory else out, lse, *numbers, needs)
-                found, expected = triton.bwd(*inputs), reference.bwd(*inputs)
-        compared = zip(names.split(), found, expected, strict=True)
-        wrong = [name for name, a, b in compared if b.numel() and not close(a, b, dtype)]
+                given = Given(dout, None, right.attended if with_memory else right.out, right.lse)
+                both = (backend.bwd(call, given, needs)._asdict() for backend in (triton, reference))
+                found, expected = ({f"d{name}": t for name, t in grads.items()} for grads in both)
+        wrong = [name for name, t in expected.items() if t.numel() and not close(found[name], t, dtype)]
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)} differ from the reference" if wrong else ""

@@ -2,17 +2,17 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.kernels.table import INTERPRETED
 from prefixattn.layout import lse_type, unit_stride
-from prefixattn.reference import Grads, Needs, Results
 
 if TYPE_CHECKING:
-    from prefixattn.kernels.call import Call
+    from prefixattn.kernels.call import Call as KernelCall
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
@@ -21,22 +21,8 @@ MEMORY, SOFTCAP = "_memory", "_softcap"  # how the kinds end that have one compi
 INSTALLED = find_spec("triton") is not None
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    attn_mask: Tensor | None,
-    memory: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    softcap: float,
-    needs: Needs,
-) -> list[str]:
+def unsupported(call: Call, needs: Needs) -> list[str]:
+    q = call.q
     reasons = []
     if not INSTALLED:
         reasons.append("triton is not installed")
@@ -47,7 +33,8 @@ def unsupported(
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         reasons.append(f"head_dim={q.shape[3]}; needs 1 to {MAX_HEAD_DIM}")
     # within a head the kernels count in 32 bits; the gradient of a packed projection has the longest rows
-    for name, t in {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}.items():
+    operands = {"q": q, "k": call.k, "v": call.v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v}
+    for name, t in operands.items():
         if max((t.shape[2] - 1) * t.stride(2), 3 * t.shape[1] * t.shape[2] * t.shape[3]) > LAST:
             reasons.append(f"{name} {list(t.shape)} spans more than 2**31 elements between the rows of one head")
     if (rows_of_q := q.shape[0] * q.shape[1] * q.shape[2]) > LAST:
@@ -55,100 +42,58 @@ def unsupported(
     return reasons
 
 
-def fwd(
-    q: Tensor,  # [B, H, L, D]
-    k: Tensor,  # [B, Hkv, S, D]
-    v: Tensor,  # [B, Hkv, S, D]
-    prefix_k: Tensor,  # [T, Hkv, P, D]
-    prefix_v: Tensor,  # [T, Hkv, P, D]
-    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
-    memory: Tensor | None,  # [1 or T, H, D, D]
-    rows: Tensor | None,  # [B]
-    lengths: Tensor | None,  # [B]
-    seed: Tensor | None,  # [1]
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    phi: str,
-    softcap: float,
-    want_mass: bool,
-    want_attended: bool,
-) -> Results:
+def fwd(call: Call, wants: Wants) -> Results:
     from prefixattn.kernels.launch_fwd import forward
 
-    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap))
+    q = call.q
     with _on(q):
-        out, lse, mass, attended = forward(call, want_mass, want_attended)
-    return out.to(q.dtype), lse.to(lse_type(q)), mass, attended.to(q.dtype)
+        results = forward(_readable_call(call), wants)
+    return results._replace(
+        out=results.out.to(q.dtype), lse=results.lse.to(lse_type(q)), attended=results.attended.to(q.dtype)
+    )
 
 
-def bwd(
-    dout: Tensor,  # [B, H, L, D]
-    dlse: Tensor | None,  # [B, H, L]
-    q: Tensor,  # [B, H, L, D]
-    k: Tensor,  # [B, Hkv, S, D]
-    v: Tensor,  # [B, Hkv, S, D]
-    prefix_k: Tensor,  # [T, Hkv, P, D]
-    prefix_v: Tensor,  # [T, Hkv, P, D]
-    attn_mask: Tensor | None,  # [B or 1, H or 1, L or 1, S or 1]
-    memory: Tensor | None,  # [1 or T, H, D, D]
-    rows: Tensor | None,  # [B]
-    lengths: Tensor | None,  # [B]
-    seed: Tensor | None,  # [1]
-    out: Tensor,  # [B, H, L, D]; with a memory, without its part
-    lse: Tensor,  # [B, H, L], of lse_type
-    dropout_p: float,
-    prefix_dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    phi: str,
-    softcap: float,
-    needs: Needs,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,  # buffers for dq, dk and dv
-) -> Grads:
-    from prefixattn.kernels.launch_bwd import Given, backward
+def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
+    from prefixattn.kernels.launch_bwd import backward
 
-    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, rows, lengths, seed)
-    call = _call(*tensors, (dropout_p, prefix_dropout_p, is_causal, scale, phi, softcap))
+    q, mask, dout = call.q, call.attn_mask, _readable(given.dout)
     # not read, and perhaps empty, if only the memory's gradient is wanted
-    out = _readable(out) if any(needs[:6]) else dout
-    given = Given(out, lse.contiguous(), _readable(dout), None if dlse is None else dlse.float().contiguous())
-    emulated = call.q.dtype != q.dtype
+    out = _readable(given.out) if needs.softmax else dout
+    given = Given(dout, None if given.dlse is None else given.dlse.float().contiguous(), out, given.lse.contiguous())
+    readable = _readable_call(call)
+    emulated = readable.q.dtype != q.dtype
     with _on(q):
-        grads = backward(call, given, needs, None if emulated else into)
+        made = backward(readable, given, needs, None if emulated else into)
+    grads = Grads(*(t.to(q.dtype) for t in made))
     if emulated and into is not None:
-        for buffer, grad, need in zip(into, grads, needs, strict=False):
+        for buffer, grad, need in zip(into, made, needs, strict=False):
             if need:
                 buffer.copy_(grad)
-        grads = grads._replace(dq=into[0], dk=into[1], dv=into[2])
-    *inputs, dmask, dmemory = (t.to(q.dtype) for t in grads)
-    dmask = grads.dmask if attn_mask is None or not needs[5] else grads.dmask.to(attn_mask.dtype)
-    dq, dk, dv, dprefix_k, dprefix_v = inputs
-    return dq, dk, dv, dprefix_k, dprefix_v, dmask, dmemory
+        dq, dk, dv = into
+        grads = grads._replace(q=dq, k=dk, v=dv)
+    of_mask = q.dtype if mask is None or not needs.attn_mask else mask.dtype
+    return grads._replace(attn_mask=made.attn_mask.to(of_mask))
 
 
-def kind_of_forward(q: Tensor, *inputs: Any) -> str:
-    """Which kernel fwd's inputs lead to, for guard.py: "fwd_short", "fwd_fold" or "fwd", and what is compiled in."""
+def kind_of_forward(call: Call) -> str:
+    """Which kernel a forward pass leads to, for guard.py: "fwd_short", "fwd_fold" or "fwd", and what is compiled in."""
     from prefixattn.kernels.launch_fwd import folds, short_plan
 
-    call = _call(q, *inputs[:9], inputs[9:15])  # type: ignore[call-arg]
-    kind = "fwd_fold" if folds(call) else "fwd_short" if short_plan(call) is not None else "fwd"
-    return kind + _compiled_in(call)
+    readable = _readable_call(call)
+    kind = "fwd_fold" if folds(readable) else "fwd_short" if short_plan(readable) is not None else "fwd"
+    return kind + _compiled_in(readable)
 
 
-def kind_of_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> str:
-    """The same of bwd's inputs: "bwd_short" or "bwd"."""
+def kind_of_backward(call: Call, needs: Needs) -> str:
+    """The same of a backward pass: "bwd_short" or "bwd"."""
     from prefixattn.kernels.launch_bwd import short_plan
 
-    call = _call(*inputs[:10], inputs[12:18])  # type: ignore[call-arg]
-    kind = "bwd" if short_plan(call, inputs[18]) is None else "bwd_short"
-    return kind + _compiled_in(call)
+    readable = _readable_call(call)
+    return ("bwd" if short_plan(readable, needs) is None else "bwd_short") + _compiled_in(readable)
 
 
-def _compiled_in(call: "Call") -> str:
-    return (MEMORY if call.memory is not None else "") + (SOFTCAP if call.softcap is not None else "")
+def _compiled_in(call: Call) -> str:
+    return (MEMORY if call.memory is not None else "") + (SOFTCAP if call.softcap else "")
 
 
 def least_batch(device: torch.device, heads: int) -> int:
@@ -158,28 +103,18 @@ def least_batch(device: torch.device, heads: int) -> int:
     return -(-processors(device) // heads)
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    attn_mask: Tensor | None,
-    memory: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    seed: Tensor | None,
-    numbers: tuple[float, float, bool, float, str, float],
-) -> "Call":
-    from prefixattn.kernels.call import Call
+def _readable_call(call: Call) -> "KernelCall":
+    from prefixattn.kernels.call import Call as KernelCall
 
-    mask = _emulated(attn_mask) if attn_mask is not None else None
-    rows, lengths = (None if t is None else t.contiguous() for t in (rows, lengths))
-    inputs = map(_readable, (q, k, v, prefix_k, prefix_v))
-    memory = None if memory is None else _emulated(memory).contiguous()
-    *drops, is_causal, scale, phi, softcap = numbers
-    others = (mask, rows, lengths, seed)
-    return Call(*inputs, *others, *drops, is_causal, scale, memory, phi, softcap or None)  # type: ignore[call-arg, arg-type]
+    mask, memory, ids, lengths = call.attn_mask, call.memory, call.prefix_ids, call.prefix_lengths
+    return KernelCall(*call)._replace(
+        q=_readable(call.q), k=_readable(call.k), v=_readable(call.v),
+        prefix_k=_readable(call.prefix_k), prefix_v=_readable(call.prefix_v),
+        attn_mask=None if mask is None else _emulated(mask),
+        memory=None if memory is None else _emulated(memory).contiguous(),
+        prefix_ids=None if ids is None else ids.contiguous(),
+        prefix_lengths=None if lengths is None else lengths.contiguous(),
+    )  # fmt: skip
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked, reference, triton
+from prefixattn.call import Call, Given, Needs, Wants
 from prefixattn.philox import PREFIX_K, PREFIX_V, keep
 
 NAMES = "q", "k", "v", "prefix_k", "prefix_v"
@@ -179,16 +180,16 @@ def test_the_triton_kernels_sum_many_samples_in_two_floats(of: str) -> None:
         pytest.skip("triton: " + "; ".join(reasons))
     tensors = inputs(1024, 1, 1, 4, 1, 2, 16)
     memory = torch.randn(1, 1, 16, 16) if of == "memory" else None
-    numbers = (0.0, 0.0, False, 0.25, "none", 0.0)
-    needs = (False, False, False, of == "prefix", of == "prefix", False, of == "memory")
+    needs = Needs(prefix_k=of == "prefix", prefix_v=of == "prefix", memory=of == "memory")
     dout = biased(tensors)
 
     def backward(backend: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         q, k, v, *prefix = (t.to(dtype) for t in tensors.values())
-        given = (q, k, v, *(t[None] for t in prefix), None, None if memory is None else memory.to(dtype))
-        out, lse, _, _ = reference.fwd(*given[:6], None, None, None, None, *numbers, False, False)
-        grads = backend.bwd(dout.to(dtype), None, *given, None, None, None, out, lse, *numbers, needs)
-        return {str(i): g for i, (g, need) in enumerate(zip(grads, needs, strict=True)) if need}
+        call = Call(q, k, v, *(t[None] for t in prefix), scale=0.25, phi="none")
+        out, lse, _, _ = reference.fwd(call, Wants())
+        call = call._replace(memory=None if memory is None else memory.to(dtype))
+        grads = backend.bwd(call, Given(dout.to(dtype), None, out, lse), needs)._asdict()
+        return {name: grad for name, grad in grads.items() if getattr(needs, name)}
 
     exact = backward(reference, torch.float64)
     for name, t in backward(triton, torch.float32).items():

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from prefixattn import backends, prefix_attention
+from prefixattn.call import Call, Given, Needs
 from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours, suited
 
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor and jvp still use TorchScript
@@ -36,40 +37,35 @@ def inputs_for(backend: str, shape: str = "grouped", dtype: torch.dtype = torch.
     return inputs
 
 
-def normal_form(inputs: Inputs) -> tuple[Any, ...]:
-    """The tensors of prefixattn::fwd but for the seed, from a bank's call."""
-    t, options = {n: t.detach() for n, t in inputs.tensors.items()}, inputs.options
-    rows = options["prefix_ids"]
-    mask = t.get("attn_mask", options.get("attn_mask"))
-    return (
-        *(t[n] for n in ("q", "k", "v", "prefix_k", "prefix_v")),
-        mask,
-        t.get("memory"),
-        rows,
-        options["prefix_lengths"][rows],
-    )
+def normal_form(inputs: Inputs, **more: Any) -> Call:
+    """The op's own form of a bank's call."""
+    tensors, options = {n: t.detach() for n, t in inputs.tensors.items()}, inputs.options
+    ids = options["prefix_ids"]
+    return Call(**{
+        "attn_mask": options.get("attn_mask"), **tensors, "prefix_ids": ids,
+        "prefix_lengths": options["prefix_lengths"][ids], "is_causal": True, "scale": 0.25, **more,
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_opcheck(backend: str, dropout_p: float) -> None:
     # strides that a fake could get wrong: views of a packed projection without dropout, stride 0 with it
     inputs = inputs_for(backend, "grouped", layout="expanded" if dropout_p else "packed", **EVERYTHING)
-    tensors = (*normal_form(inputs), torch.tensor([7]) if dropout_p else None)
-    numbers = (dropout_p, dropout_p / 2, True, 0.25, "elu", 0.0)
-    torch.library.opcheck(torch.ops.prefixattn.fwd, (*tensors, *numbers, not dropout_p, not dropout_p, backend))
-    out, lse, _, attended = torch.ops.prefixattn.fwd(*tensors, *numbers, True, True, backend)
-    partly = [True, False, False, True, False, False, False]
-    dlse, needs = (None, partly) if dropout_p else (lse, [True] * 5 + [False, True])
-    args = (torch.randn_like(out), dlse, *tensors, attended, lse, *numbers, needs, backend)
-    torch.library.opcheck(torch.ops.prefixattn.bwd, args)
+    dropout = {"dropout_p": dropout_p, "prefix_dropout_p": dropout_p / 2}
+    call = normal_form(inputs, seed=torch.tensor([7]) if dropout_p else None, **dropout)
+    torch.library.opcheck(torch.ops.prefixattn.fwd, (*call, not dropout_p, not dropout_p, backend))
+    out, lse, _, attended = torch.ops.prefixattn.fwd(*call, True, True, backend)
+    needs = Needs(q=True, prefix_k=True) if dropout_p else Needs(*[True] * 5, memory=True)
+    given = Given(torch.randn_like(out), None if dropout_p else lse, attended, lse)
+    torch.library.opcheck(torch.ops.prefixattn.bwd, (*given, *call, list(needs), backend))
 
 
 def test_opcheck_with_a_bias_that_learns() -> None:
-    tensors = (*normal_form(make_inputs("grouped", **{**EVERYTHING, "mask_dtype": "float"})), None)
-    numbers = (0.0, 0.0, True, 0.25, "gelu", 3.0)
-    out, lse, _, attended = torch.ops.prefixattn.fwd(*tensors, *numbers, False, True, "reference")
-    args = (torch.randn_like(out), None, *tensors, attended, lse, *numbers, [True] * 7, "reference")
-    torch.library.opcheck(torch.ops.prefixattn.bwd, args)
+    inputs = make_inputs("grouped", **{**EVERYTHING, "mask_dtype": "float"})
+    call = normal_form(inputs, phi="gelu", softcap=3.0)
+    out, lse, _, attended = torch.ops.prefixattn.fwd(*call, False, True, "reference")
+    given = Given(torch.randn_like(out), None, attended, lse)
+    torch.library.opcheck(torch.ops.prefixattn.bwd, (*given, *call, [True] * len(Needs._fields), "reference"))
 
 
 def assert_same(compiled: dict[str, Tensor], eager: dict[str, Tensor]) -> None:

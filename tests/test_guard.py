@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prefixattn import __main__, backends, guard, prefix_attention, reference, triton
+from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.kernels import table
 from prefixattn.reparam import guard as reparam_guard
 from prefixattn.testing import make_inputs, ours
@@ -68,21 +69,22 @@ def test_a_trial_runs_the_kernel_that_it_is_for(processors: int, monkeypatch: py
     for module in (launch_fwd, launch_bwd, table):
         monkeypatch.setattr(module, "processors", lambda device: processors)
     asked: list[str] = []
-    for kind in ("fwd", "bwd"):
-        run, kind_of = getattr(triton, kind), triton.kind_of_forward if kind == "fwd" else triton.kind_of_backward
-        monkeypatch.setattr(triton, kind, noting(asked, kind_of, run))
+    fwd, bwd = triton.fwd, triton.bwd
+
+    def noting_fwd(call: Call, wants: Wants) -> Results:
+        asked.append(triton.kind_of_forward(call))
+        return fwd(call, wants)
+
+    def noting_bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
+        asked.append(triton.kind_of_backward(call, needs))
+        return bwd(call, given, needs, into)
+
+    monkeypatch.setattr(triton, "fwd", noting_fwd)
+    monkeypatch.setattr(triton, "bwd", noting_bwd)
     for kind in guard.TRIALS:
         asked.clear()
         assert guard.verdict((kind, CPU, torch.bfloat16, 16)) == ""
         assert asked == [kind]
-
-
-def noting(asked: list[str], kind_of: Callable[..., str], run: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **options: Any) -> Any:
-        asked.append(kind_of(*args))
-        return run(*args, **options)
-
-    return call
 
 
 @pytest.mark.usefixtures("auto_takes_triton")
@@ -90,10 +92,10 @@ def noting(asked: list[str], kind_of: Callable[..., str], run: Callable[..., Any
 def test_features_that_do_not_compile_are_left_to_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = getattr(triton, kind)
 
-    def fails_with_dropout(*args: Any, **options: Any) -> Any:
-        if any(isinstance(x, float) and x == 0.3 for x in args):
+    def fails_with_dropout(call: Call, *rest: Any) -> Any:
+        if call.dropout_p == 0.3:
             raise RuntimeError("PassManager::run failed")
-        return run(*args, **options)
+        return run(call, *rest)
 
     monkeypatch.setattr(triton, kind, fails_with_dropout)
     inputs = make_inputs("ragged")
@@ -143,9 +145,9 @@ def test_a_wrong_forward_is_replaced_and_named(way: str, monkeypatch: pytest.Mon
     wrong, words = WRONG[way]
     run = triton.fwd
 
-    def broken(*args: Any) -> Any:
-        out, *rest = run(*args)
-        return wrong(out), *rest
+    def broken(*args: Any) -> Results:
+        results = run(*args)
+        return results._replace(out=wrong(results.out))
 
     monkeypatch.setattr(triton, "fwd", broken)
     inputs = make_inputs("ragged", torch.bfloat16, grad=False)
@@ -163,9 +165,9 @@ def test_a_wrong_forward_is_replaced_and_named(way: str, monkeypatch: pytest.Mon
 def test_a_wrong_backward_is_replaced_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     run = triton.bwd
 
-    def broken(*args: Any, **options: Any) -> Any:
-        *grads, dprefix_v, dmask, dmemory = run(*args, **options)
-        return *grads, dprefix_v * 0.9, dmask, dmemory
+    def broken(*args: Any) -> Grads:
+        grads = run(*args)
+        return grads._replace(prefix_v=grads.prefix_v * 0.9)
 
     monkeypatch.setattr(triton, "bwd", broken)
     inputs = make_inputs("ragged")
@@ -204,7 +206,7 @@ def test_trying_draws_no_random_numbers() -> None:
 @pytest.mark.usefixtures("auto_takes_triton")
 def test_a_compiled_call_is_guarded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     run = triton.fwd
-    monkeypatch.setattr(triton, "fwd", lambda *args: tuple(t * 2 for t in run(*args)))
+    monkeypatch.setattr(triton, "fwd", lambda *args: Results(*(t * 2 for t in run(*args))))
     inputs = make_inputs("ragged", grad=False)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="triton kernels fail"):
@@ -214,13 +216,13 @@ def test_a_compiled_call_is_guarded_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_on_a_cpu_auto_does_not_interpret() -> None:
     inputs = make_inputs("single", torch.float64, grad=False)
-    assert backends.choose("auto", *call_of(inputs)) == "reference"
-    assert "Triton's interpreter is for tests" in guard.unsupported(*call_of(make_inputs("single", grad=False)))
+    assert backends.choose("auto", call_of(inputs), Needs()) == "reference"
+    assert "Triton's interpreter is for tests" in guard.unsupported(call_of(make_inputs("single", grad=False)), Needs())
 
 
-def call_of(inputs: Any) -> tuple[Any, ...]:
+def call_of(inputs: Any) -> Call:
     q, k, v, prefix_k, prefix_v = inputs.tensors.values()
-    return q, k, v, prefix_k[None], prefix_v[None], None, None, None, None, 0.0, 0.0, False, 0.0, (False,) * 7
+    return Call(q, k, v, prefix_k[None], prefix_v[None])
 
 
 def test_the_command_prints_verdicts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

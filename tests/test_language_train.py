@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="the runs need transformers")
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from language import presets, tasks, train
+from language import encode, presets, tasks, train
 from language.data import Part, Record, Task
 from language.decode import groups
 from language.methods import METHODS
@@ -233,6 +233,27 @@ def test_a_search_may_take_less(folders: dict[str, Path], tmp_path: Path) -> Non
     assert (final["pairs"], final["steps"]) == (8, 2) and (searched["pairs"], searched["steps"]) == (4, 1)
     fewer = train.work({**config("none", folders["gpt2"], subset=4, dev=2), "phase": "search"}, tmp_path / "fewer")
     assert searched["dev_loss"] == fewer["dev_loss"] != final["dev_loss"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_dev_batches_are_alike_in_length_and_change_no_loss(
+    family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train.Run(train.Settings.of(config("deep", folders[family], batch=3)))
+    samples = run.samples(run.task.dev.pairs())
+    alone = [run.collated([sample]) for sample in samples]
+    with torch.no_grad():
+        mean = sum(float(run.loss(batch)) for batch in alone) / sum(run.tokens(batch["labels"]) for batch in alone)
+    lengths: list[int] = []
+    collated = run.collated
+
+    def noted(rows: Any) -> Any:
+        lengths.extend(map(encode.tokens, rows))
+        return collated(rows)
+
+    monkeypatch.setattr(run, "collated", noted)
+    assert run.dev_loss(samples) == pytest.approx(mean, rel=1e-5)
+    assert lengths == sorted(map(encode.tokens, samples)) and len(set(lengths)) > 2
 
 
 def test_rates_rise_and_fall() -> None:

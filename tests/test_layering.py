@@ -22,7 +22,7 @@ LAYERS = """
     cpu triton
     kernels
     reference testing_plain
-    checks philox layout _C
+    call checks philox layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked
+from prefixattn.call import Call, Given, Needs
 from prefixattn.testing import (
     FEATURES,
     SHAPES,
@@ -108,14 +109,14 @@ def test_prefixes_alone_compute_nothing_for_qkv(backend: str, monkeypatch: pytes
     module, asked = backends.module(backend), []
     right = module.bwd
 
-    def bwd(*args: Any, into: Any) -> Any:
-        asked.append((tuple(args[-1]), into))
-        return right(*args, into=into)
+    def bwd(call: Call, given: Given, needs: Needs, into: Any) -> Any:
+        asked.append((needs, into))
+        return right(call, given, needs, into)
 
     monkeypatch.setattr(module, "bwd", bwd)
     with Recorder() as recorder:
         ours_packed(inputs, backend)
-    assert asked == [((False, False, False, True, True, False, False), None)]
+    assert asked == [(Needs(prefix_k=True, prefix_v=True), None)]
     dqkv, *_ = [made for made in recorder.made if made.by == "prefixattn::bwd_qkvpacked"]
     assert dqkv.shape == (0,)
 

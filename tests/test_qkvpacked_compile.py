@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from prefixattn import prefix_attention_qkvpacked
+from prefixattn.call import Call, Given
 from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours_packed, packed, parts, suited
 
 # torch's own, as in test_compile.py
@@ -46,40 +47,27 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_opcheck(backend: str, dropout_p: float, needs: str) -> None:
     inputs = inputs_for(backend, grad=False, **EVERYTHING)
-    *tensors, memory = inputs.tensors.values()
-    rows = inputs.options["prefix_ids"]
-    rest = (inputs.options["attn_mask"], memory, rows, inputs.options["prefix_lengths"][rows])
-    seed = torch.tensor([7]) if dropout_p else None
-    numbers = (dropout_p, dropout_p / 2, True, 0.25, "relu", 0.0)
-    out, lse, _, attended = torch.ops.prefixattn.fwd(
-        *parts(tensors[0]).values(), *tensors[1:], *rest, seed, *numbers, False, True, backend
-    )
-    args = (torch.randn_like(out), None if dropout_p else lse, *tensors, *rest, seed, attended, lse, *numbers)
-    torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, (*args, [need == "1" for need in needs], backend))
+    qkv, prefix_k, prefix_v, memory = inputs.tensors.values()
+    ids = inputs.options["prefix_ids"]
+    call = Call(
+        *parts(qkv).values(), prefix_k, prefix_v, inputs.options["attn_mask"], memory, ids,
+        inputs.options["prefix_lengths"][ids], torch.tensor([7]) if dropout_p else None,
+        dropout_p=dropout_p, prefix_dropout_p=dropout_p / 2, is_causal=True, scale=0.25, phi="relu",
+    )  # fmt: skip
+    out, lse, _, attended = torch.ops.prefixattn.fwd(*call, False, True, backend)
+    given = Given(torch.randn_like(out), None if dropout_p else lse, attended, lse)
+    wanted = [need == "1" for need in needs]
+    torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, (*given, qkv, *call[3:], wanted, backend))
 
 
 def test_opcheck_with_a_bias_that_learns() -> None:
     tensors = [t.detach() for t in packed(make_inputs("ragged", **FEATURES["key_bias"])).tensors.values()]
-    tensors[1:3] = (t.unsqueeze(0) for t in tensors[1:3])
-    numbers = (0.0, 0.0, True, 0.25, "none", 0.0)
-    out, lse, _, _ = torch.ops.prefixattn.fwd(
-        *parts(tensors[0]).values(), *tensors[1:], None, None, None, None, *numbers, False, False, "reference"
-    )
-    args = (
-        torch.randn_like(out),
-        None,
-        *tensors,
-        None,
-        None,
-        None,
-        None,
-        out,
-        lse,
-        *numbers,
-        [True] * 4 + [False],
-        "reference",
-    )
-    torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, args)
+    qkv, prefix_k, prefix_v, mask = tensors
+    call = Call(*parts(qkv).values(), prefix_k[None], prefix_v[None], mask, is_causal=True, scale=0.25)
+    out, lse, _, _ = torch.ops.prefixattn.fwd(*call, False, False, "reference")
+    given = Given(torch.randn_like(out), None, out, lse)
+    wanted = [True] * 4 + [False]  # qkv, prefix_k, prefix_v, attn_mask, memory
+    torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, (*given, qkv, *call[3:], wanted, "reference"))
 
 
 @pytest.mark.parametrize("feature", ["plain", "bias", "bank_sample_lengths", "memory"])

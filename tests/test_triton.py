@@ -20,6 +20,7 @@ from prefixattn.testing import (
 if reasons := backends.here()["triton"]:
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
 
+from prefixattn.call import Needs
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import OWN, PREFIX, SPLIT, Call, tile_width
 from prefixattn.kernels.table import Launch
@@ -254,7 +255,7 @@ def call(S: int, P: int, causal: bool = False, dtype: torch.dtype = torch.bfloat
     q, prefix = torch.empty(2, 2, 8, 64, dtype=dtype), torch.empty(1, 2, P, 64, dtype=dtype)
     k = torch.empty(2, 2, S, 64, dtype=dtype)
     ragged = torch.zeros(2, dtype=torch.int64) if lengths else None
-    return Call(q, k, k, prefix, prefix, None, None, ragged, None, 0.0, 0.0, causal, 0.125)
+    return Call(q, k, k, prefix, prefix, prefix_lengths=ragged, is_causal=causal, scale=0.125)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +328,7 @@ def test_one_query_needs_no_causality() -> None:
 def test_rows_too_far_apart_are_refused() -> None:
     far = torch.empty_strided((1, 1, 3, 16), (0, 0, 2**30 + 1, 1), device="meta")
     near = torch.zeros(1, 1, 3, 16)
-    needs = (False,) * 7
-    [words] = triton.unsupported(near, far, near, near, near, None, None, None, None, 0.0, 0.0, False, 0.0, needs)  # type: ignore[arg-type]
+    [words] = triton.unsupported(Call(near, far, near, near, near), Needs())
     assert words == "k [1, 1, 3, 16] spans more than 2**31 elements between the rows of one head"
 
 

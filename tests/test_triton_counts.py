@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from prefixattn.reference import Needs
 from prefixattn.triton import INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton_counts
+from prefixattn.call import Given, Needs, Wants
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import Call
-from prefixattn.kernels.launch_bwd import Given, backward
+from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.kernels.table import Launch
 from triton_counts import ALL, COUNTS, SHAPES, Count, Launched, count, intercepted
@@ -109,7 +109,10 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         prefix_k, prefix_v = (torch.randn(B if per_sample else 1, KV, P, D).to(dtype) for _ in range(2))
         seed = torch.tensor([3]) if max(dropout) else None
         memory = torch.randn(B if per_sample else 1, H, D, D).to(dtype) if phi else None
-        call = Call(q, k, v, prefix_k, prefix_v, None, None, None, seed, *dropout, causal, D**-0.5, memory, phi)
+        call = Call(
+            q, k, v, prefix_k, prefix_v, memory=memory, seed=seed, dropout_p=dropout[0], prefix_dropout_p=dropout[1],
+            is_causal=causal, scale=D**-0.5, phi=phi or "none",
+        )  # fmt: skip
         names: list[str] = []
 
         def take(launched: Launched, really: Callable[[], Any]) -> None:
@@ -119,10 +122,9 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
             assert count(launched) == issued.count(), names
 
         with intercepted(take, processors):
-            out, lse, _, attended = forward(call, dlse, want_attended=phi != "")
-            backward(
-                call, Given(attended if phi else out, lse, dout, torch.randn_like(lse) if dlse else None), needs, None
-            )
+            out, lse, _, attended = forward(call, Wants(mass=dlse, attended=phi != ""))
+            given = Given(dout, torch.randn_like(lse) if dlse else None, attended if phi else out, lse)
+            backward(call, given, needs, None)
         return names
 
     yield run
@@ -199,7 +201,7 @@ def test_fold(compare: Run, group: int) -> None:
 def test_fewer_gradients(compare: Run, monkeypatch: pytest.MonkeyPatch, short: bool, needs: str) -> None:
     if not short:
         long_kernels(monkeypatch)
-    compare(Case(2, 4, 2, 70, 70, 17, 16, True), needs=(*(letter != "." for letter in needs), False, False))
+    compare(Case(2, 4, 2, 70, 70, 17, 16, True), needs=Needs(*(letter != "." for letter in needs)))
 
 
 @interpreted
@@ -227,13 +229,13 @@ def test_features(compare: Run, monkeypatch: pytest.MonkeyPatch, short: bool, op
 def test_a_memory(compare: Run, monkeypatch: pytest.MonkeyPatch, short: bool, per_sample: bool) -> None:
     if not short:
         long_kernels(monkeypatch)
-    names = compare(Case(2, 4, 2, 40, 40, 0, 24, True), (*ALL[:6], True), per_sample=per_sample, phi="elu")
+    names = compare(Case(2, 4, 2, 40, 40, 0, 24, True), ALL._replace(memory=True), per_sample=per_sample, phi="elu")
     assert names[1] == "bwd_memory" and ("bwd_short" in names) == short
 
 
 @interpreted
 def test_the_gradient_of_a_memory_is_shared_out(compare: Run) -> None:
-    needs = (False,) * 6 + (True,)
+    needs = Needs(memory=True)
     assert compare(Case(2, 1, 1, 600, 2, 0, 16), needs, phi="elu") == ["fwd_short", "bwd_memory", "bwd_reduce"]
 
 

@@ -65,6 +65,11 @@ def _between(tokenizer: Any, texts: list[str], limit: int) -> list[list[int]]:
     return found
 
 
+def tokens(sample: Sample | Seq2SeqSample) -> int:
+    """That the model reads."""
+    return len(sample.ids) if isinstance(sample, Sample) else len(sample.source) + len(sample.target)
+
+
 def collate_seq2seq(samples: Sequence[Seq2SeqSample], pad: int) -> dict[str, Tensor]:
     """input_ids and attention_mask [B, S], labels [B, T] with -100 for padding, on the right; the model shifts them."""
     return {

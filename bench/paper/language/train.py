@@ -169,6 +169,7 @@ class Run:
     def dev_loss(self, samples: Sequence[Any]) -> float:
         """Cross entropy per labelled token, in nats."""
         self.tuned.train(False)
+        samples = sorted(samples, key=encode.tokens)  # of a batch alike in length: little padding
         total, tokens = 0.0, 0
         for at in ranks.part(range(0, len(samples), self.settings.batch)):
             batch = self.collated(samples[at : at + self.settings.batch])

@@ -1,0 +1,101 @@
+"""The records of an attention call: what backends take and return, by name. torch's flat schemas are made from them.
+
+A backend has `unsupported(call, needs)`, `fwd(call, wants)` and `bwd(call, given, needs, into)`.
+"""
+
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """A call in the normal form of functional.py: checked, and complete but for what is None."""
+
+    q: Tensor  # [B, H, L, D]
+    k: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, D]
+    prefix_k: Tensor  # [T, Hkv, P, D]
+    prefix_v: Tensor  # [T, Hkv, P, D]
+    attn_mask: Tensor | None = None  # [B or 1, H or 1, L or 1, S or 1]
+    memory: Tensor | None = None  # [1 or T, H, D, D]
+    prefix_ids: Tensor | None = None  # int64 [B]: each sample's prefix; None: the only one, or prefix b of sample b
+    prefix_lengths: Tensor | None = None  # int64 [B], per sample
+    seed: Tensor | None = None  # int64 [1], where there is dropout of either kind
+    dropout_p: float = 0.0
+    prefix_dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float = 1.0
+    phi: str = "elu"
+    softcap: float = 0.0  # 0: none
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient, in the order of `Needs`."""
+        return self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.attn_mask, self.memory
+
+
+class Needs(NamedTuple):
+    """Whose gradient is wanted: of the first fields of `Call`, in their order."""
+
+    q: bool = False
+    k: bool = False
+    v: bool = False
+    prefix_k: bool = False
+    prefix_v: bool = False
+    attn_mask: bool = False
+    memory: bool = False
+
+    @property
+    def softmax(self) -> bool:
+        """Whether any is wanted that goes through the softmax: all but the memory's."""
+        return any(self[:-1])
+
+
+class Wants(NamedTuple):
+    """What else a forward pass is to return."""
+
+    mass: bool = False
+    attended: bool = False
+
+
+class Results(NamedTuple):
+    """Of a forward pass; what was not wanted is empty [0]."""
+
+    out: Tensor  # [B, H, L, D]
+    lse: Tensor  # [B, H, L], natural log, of layout.lse_type
+    mass: Tensor  # the softmax weight on the prefix [B, H, L], float32
+    attended: Tensor  # out without the memory's part [B, H, L, D]
+
+
+class Given(NamedTuple):
+    """What a backward pass is given beside the call: what arrived, and what the forward pass left."""
+
+    dout: Tensor  # [B, H, L, D]
+    dlse: Tensor | None  # [B, H, L]
+    out: Tensor  # [B, H, L, D]; with a memory what was `attended`, or empty if no gradient but the memory's is wanted
+    lse: Tensor  # [B, H, L]
+
+
+class Grads(NamedTuple):
+    """Each in its input's shape, in the order of `Needs`; what is not wanted is empty [0]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor
+    prefix_v: Tensor
+    attn_mask: Tensor
+    memory: Tensor
+
+
+Into = tuple[Tensor, Tensor, Tensor]  # where the gradients of q, k and v are written: strides as they come, 1 in D
+
+_SPELLED = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str"}
+TENSORS = tuple(name for name, of in get_type_hints(Call).items() if of in (Tensor, Tensor | None))
+NUMBERS = tuple(name for name in Call._fields if name not in TENSORS)
+
+
+def schema(record: type[tuple[object, ...]], prefix: str = "", first: int = 0) -> str:
+    """A record's fields from the `first` as the arguments of a torch operator, their names behind `prefix`."""
+    fields = list(get_type_hints(record).items())[first:]
+    return ", ".join(f"{_SPELLED[of]} {prefix}{name}" for name, of in fields)

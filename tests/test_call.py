@@ -1,0 +1,50 @@
+"""torch's flat schemas and the records of a call are one list; each backend is asked and answers by these records."""
+
+import inspect
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixattn import backends
+from prefixattn.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants
+
+SPELLED = {"Tensor": Tensor, "Optional[Tensor]": Tensor | None, "float": float, "bool": bool, "str": str}
+
+
+def arguments(op: Any) -> list[tuple[str, object]]:
+    return [(a.name, SPELLED[str(a.type)]) for a in op._schema.arguments if str(a.type) != "List[bool]"]
+
+
+def fields(record: Any, prefix: str = "") -> list[tuple[str, object]]:
+    return [(prefix + name, of) for name, of in get_type_hints(record).items()]
+
+
+def test_the_schemas_are_the_records() -> None:
+    ops = torch.ops.prefixattn
+    call, backend = fields(Call), [("backend", str)]
+    assert arguments(ops.fwd.default) == [*call, *fields(Wants, "want_"), *backend]
+    assert arguments(ops.bwd.default) == [*fields(Given), *call, *backend]
+    assert arguments(ops.bwd_qkvpacked.default) == [*fields(Given), ("qkv", Tensor), *call[3:], *backend]
+    for op, record, prefix in ((ops.fwd, Results, ""), (ops.bwd, Grads, "d")):
+        assert [r.name for r in op.default._schema.returns] == [name for name, _ in fields(record, prefix)]
+    assert [r.name for r in ops.bwd_qkvpacked.default._schema.returns][1:] == [f"d{n}" for n in Grads._fields[3:]]
+
+
+def test_gradients_are_of_the_first_fields() -> None:
+    assert Call._fields[: len(Needs._fields)] == Needs._fields == Grads._fields
+    assert Call._fields == (*TENSORS, *NUMBERS)
+    for name in Needs._fields:
+        assert Needs(**{name: True}).softmax == (name != "memory")
+    assert not Needs().softmax
+
+
+@pytest.mark.parametrize("name", [row.name for row in backends.TABLE])
+@pytest.mark.parametrize("function", ["unsupported", "fwd", "bwd"])
+def test_backends_take_and_return_the_records(name: str, function: str) -> None:
+    if name not in backends._modules:
+        pytest.skip(backends._not_loaded[name])
+    modules = backends.module(name), backends.module("reference")
+    found, right = (inspect.get_annotations(getattr(module, function)) for module in modules)
+    assert found == right and right["call"] is Call
