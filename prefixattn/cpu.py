@@ -1,5 +1,7 @@
 """The CPU kernels of csrc/cpu as a backend: torch tensors to addresses and strides, outputs allocated here or given."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -78,33 +80,45 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
 
 def _readable_call(call: Call, **others: Tensor) -> Call:
     """The call as the kernels can read it; a refusal if a tensor of it or of `others` has another type or device."""
-    q, k, v, prefix_k, prefix_v, memory = call.q, call.k, call.v, call.prefix_k, call.prefix_v, call.memory
-    _require_type_and_device(q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, memory=memory, **others)
+    memory, ids, lengths, dtype = call.memory, call.prefix_ids, call.prefix_lengths, call.q.dtype
+    tensors = [call.q, call.k, call.v, call.prefix_k, call.prefix_v]
+    if memory is not None:
+        tensors.append(memory)
+    # an exported program, or parts of it, can be moved or cast after its backend was chosen
+    if dtype not in DTYPES or not all([t.dtype == dtype and t.is_cpu for t in (*tensors, *others.values())]):
+        _refuse(call, others)
+    indices = [t for t in (ids, lengths) if t is not None]
+    if all([_is_readable(t) for t in tensors]) and all([t.is_contiguous() for t in indices]):
+        return call
     return call._replace(
-        q=_readable(q), k=_readable(k), v=_readable(v), prefix_k=_readable(prefix_k), prefix_v=_readable(prefix_v),
+        q=_readable(call.q), k=_readable(call.k), v=_readable(call.v),
+        prefix_k=_readable(call.prefix_k), prefix_v=_readable(call.prefix_v),
         memory=None if memory is None else _readable(memory),
-        prefix_ids=_indices(call.prefix_ids), prefix_lengths=_indices(call.prefix_lengths),
+        prefix_ids=None if ids is None else ids.contiguous(),
+        prefix_lengths=None if lengths is None else lengths.contiguous(),
     )  # fmt: skip
 
 
-def _require_type_and_device(q: Tensor, **others: Tensor | None) -> None:
-    """An exported program, or parts of it, can be moved or cast after its backend was chosen."""
+def _refuse(call: Call, others: dict[str, Tensor]) -> NoReturn:
+    q = call.q
     if q.dtype not in DTYPES:
         raise NotImplementedError(f"the cpu kernels were called with q {q.dtype}; they take float32, bfloat16, float16")
-    for name, t in {"q": q, **others}.items():
-        if t is not None and (t.dtype != q.dtype or t.device.type != "cpu"):
-            raise NotImplementedError(
-                f"the cpu kernels were called with {name} {t.dtype} on {t.device.type}, expected {q.dtype} on cpu"
-            )
+    named = {name: getattr(call, name) for name in ("q", "k", "v", "prefix_k", "prefix_v", "memory")} | others
+    [(name, t), *_] = [
+        (name, t) for name, t in named.items() if t is not None and (t.dtype != q.dtype or not t.is_cpu)
+    ]  # fmt: skip
+    raise NotImplementedError(
+        f"the cpu kernels were called with {name} {t.dtype} on {t.device.type}, expected {q.dtype} on cpu"
+    )
+
+
+def _is_readable(t: Tensor) -> bool:
+    return t.stride(3) == 1 or t.shape[3] == 1
 
 
 def _readable(t: Tensor) -> Tensor:
     # gradients arrive in any layout, an expanded scalar's (stride 0) among them
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-
-
-def _indices(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    return t if _is_readable(t) else t.contiguous()
 
 
 def _strided(t: Tensor) -> tuple[int, int, int, int]:

@@ -25,6 +25,8 @@ from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.reference import PHIS
 
+NOTHING = Needs()
+
 
 def prefix_attention(
     q: Tensor,  # [B, H, L, D], or without B in q, k and v
@@ -277,7 +279,7 @@ def _distinct(*tensors: Any) -> list[Any]:
 
 def _wanted(call: Call) -> Needs:
     if not torch.is_grad_enabled():
-        return Needs()
+        return NOTHING
     return Needs(*[t is not None and t.requires_grad for t in call.differentiable])
 
 

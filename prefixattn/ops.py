@@ -23,7 +23,7 @@ from prefixattn.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results
 from prefixattn.layout import empty_like_order, lse_type, unit_stride, unpacked
 
 _QKV = 3  # fields of Call whose place a packed projection takes
-_GIVEN = len(Given._fields)
+_CALL, _GIVEN = len(Call._fields), len(Given._fields)
 _MEMORY = TENSORS.index("memory") - len(TENSORS)  # from the end, as a packed call has fewer
 _OTHERS = len(Call._fields) - len(Needs._fields) + len(Wants._fields) + 1  # arguments of fwd without a gradient
 Flat = tuple[Tensor, ...]  # torch hands out the fields of Results as a plain tuple
@@ -40,11 +40,11 @@ for _signature in (
 
 
 def _of_forward(args: Sequence[Any]) -> tuple[Call, Wants]:
-    return Call(*args[: len(Call._fields)]), Wants(*args[len(Call._fields) : -1])
+    return Call._make(args[:_CALL]), Wants._make(args[_CALL:-1])  # a third of what Call(*args) takes
 
 
 def _of_backward(args: Sequence[Any]) -> tuple[Given, Call, Needs]:
-    return Given(*args[:_GIVEN]), Call(*args[_GIVEN:-2]), Needs(*args[-2])
+    return Given._make(args[:_GIVEN]), Call._make(args[_GIVEN:-2]), Needs._make(args[-2])
 
 
 def _of_backward_qkvpacked(args: Sequence[Any]) -> tuple[Given, Tensor, Call, Needs]:

@@ -57,7 +57,7 @@ def fwd(call: Call, wants: Wants) -> Results:
 
 
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
-    """The gradients that are wanted; those of q, k and v are written to `into` and returned from there, if it is given."""
+    """The gradients that are wanted. `into`, if given, takes those of q, k and v, which are returned from there."""
     q, memory = call.q, call.memory
     T, P = call.prefix_k.shape[0], call.prefix_k.shape[2]
     into_q, into_k, into_v = into or (None, None, None)
