@@ -25,7 +25,7 @@ from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.reference import PHIS
 
-NOTHING = Needs()
+NOTHING = Needs()  # made once, for calls that want no gradient
 
 
 def prefix_attention(

@@ -178,13 +178,13 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Flat) -> None:
     out, lse, mass, attended = output
     ctx.mark_non_differentiable(mass, attended)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out if tensors[_MEMORY] is None else attended, lse, *tensors)
+    ctx.save_for_backward(*tensors, out if tensors[_MEMORY] is None else attended, lse)
     ctx.numbers, ctx.backend = numbers, inputs[-1]
 
 
 def _gradients(op: Any, count: int, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """A gradient, or None, for each input: the first `count` may have one, and `op` makes those."""
-    out, lse, *tensors = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors
     if dout is None:  # only lse was used: its gradient alone has to go through
         if out.dim() == 4:
             dout = torch.zeros_like(out)

@@ -1,4 +1,5 @@
-"""Two processes under torchrun train each run as one does, whoever averages the gradients; and write the same texts."""
+"""Two processes under torchrun train each run as one does, whoever averages the gradients; write the same texts; go on
+from a checkpoint when one of them was killed."""
 
 import json
 import os
@@ -60,10 +61,47 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+NLG = ROOT / "bench" / "paper" / "nlg.py"
+KILLED = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{str(NLG.parent)!r}, {str(NLG.parents[1])!r}]
+import nlg
+from language import ranks, train
+
+train.SAVED_EVERY, step, here = 0.0, train.Loop.step, Path(__file__).parent
+
+def noted(self, number, rows):
+    if self.run.settings.method == "deep":
+        with open(here / f"steps-{{ranks.rank()}}", "a") as file:
+            file.write(f"{{number}} ")
+        if number == 5 and ranks.rank() == 1 and not (here / "killed").exists():
+            (here / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, rows)
+
+train.Loop.step = noted
+sys.exit(nlg.main())
+"""
+
+
 def results(made: Path, out: str, *before: str) -> dict[str, dict[str, Any]]:
+    """Of a command that succeeds, by label."""
+    ran = launched(made, out, *before, str(NLG))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return finished(made / out)
+
+
+def finished(out: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in out.rglob("final*.json")]
+    return {run["name"].split("/")[2]: run["result"] for run in found}
+
+
+def launched(made: Path, out: str, *python: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PREFIXATTN_")}
     words = ("--grid", str(made / "grid.toml"), "--data", str(made / "data"), "--model", str(made / "model"))
-    command = (sys.executable, "-W", "ignore", *before, str(ROOT / "bench" / "paper" / "nlg.py"), *words)
+    command = (sys.executable, "-W", "ignore", *python, *words)
     (made / "data" / "e2e").mkdir(parents=True, exist_ok=True)
     for part in ("trainset", "devset", "testset_w_refs"):
         rows = [
@@ -71,18 +109,19 @@ def results(made: Path, out: str, *before: str) -> dict[str, dict[str, Any]]:
             for n in range(12)
         ]
         (made / "data" / "e2e" / f"{part}.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
-    ran = subprocess.run(
+    return subprocess.run(
         (*command, "--out", str(made / out)), capture_output=True, text=True, timeout=600,
         env={**variables, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = [json.loads(path.read_text()) for path in (made / out).rglob("final*.json")]
-    return {run["name"].split("/")[2]: run["result"] for run in found}
 
 
-def test_two_processes_train_as_one(made: Path) -> None:
+@pytest.fixture(scope="module")
+def two(made: Path) -> dict[str, dict[str, Any]]:
+    return results(made, "two", *TORCHRUN)
+
+
+def test_two_processes_train_as_one(made: Path, two: dict[str, dict[str, Any]]) -> None:
     one = results(made, "one")
-    two = results(made, "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert set(one) == set(two) == {label for _, label, *_ in METHODS}
     for label, result in one.items():
         other = two[label]
@@ -94,9 +133,26 @@ def test_two_processes_train_as_one(made: Path) -> None:
         assert other["texts"] == result["texts"] and len(other["texts"]) == 5
 
 
+def test_a_process_that_is_killed_costs_no_step_and_no_number(made: Path, two: dict[str, dict[str, Any]]) -> None:
+    script = made / "killed.py"
+    script.write_text(KILLED)
+    ran = launched(made, "killed-runs", *TORCHRUN, str(script))
+    assert ran.returncode != 0 and (made / "killed").exists()
+    assert "deep" not in finished(made / "killed-runs")
+    ran = launched(made, "killed-runs", *TORCHRUN, str(script))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for rank in range(2):
+        steps = [int(number) for number in (made / f"steps-{rank}").read_text().split()]
+        assert steps == [*range(6), *range(5, 9)], rank
+    again = finished(made / "killed-runs")
+    for label, result in two.items():
+        for key in ("losses", "norms", "dev_loss", "texts"):
+            assert again[label][key] == result[key], (label, key)
+
+
 def test_processes_together_are_one_worker(made: Path) -> None:
     ran = subprocess.run(
-        (sys.executable, str(ROOT / "bench" / "paper" / "nlg.py"), "--grid", str(made / "grid.toml"), "--workers", "2",
+        (sys.executable, str(NLG), "--grid", str(made / "grid.toml"), "--workers", "2",
          "--model", str(made / "model")),
         capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
     )  # fmt: skip
