@@ -25,9 +25,10 @@ demo: build
 	$(PY) bench/paper/nlg.py times --suite demo --methods deep peft original --rounds 4
 	$(PY) bench/paper/vision.py --suite tiny --workers 2
 
-# a thread for each worker: more would wait for each other, and the tests take twice as long
+# a thread for each worker: more would wait for each other, and the tests take twice as long. --benchmark-disable:
+# pytest-benchmark 5.1 warns under xdist, and a warning is an error here
 test: build $(VENV)/quantised
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --benchmark-disable $(TESTS)
 
 # the oldest versions that pyproject.toml allows, in a .venv of their own:   make lowest TESTS=tests/test_timm.py
 lowest:
