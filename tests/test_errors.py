@@ -160,7 +160,8 @@ def test_a_mask_of_another_half_type_is_refused() -> None:
 
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_a_named_backend_says_why_it_cannot(needs_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing = types.SimpleNamespace(unsupported=lambda q, *_: [f"head_dim={q.shape[3]}; needs 16", "a second reason"])
+    reasons = [f"head_dim={D}; needs 16", "a second reason"]
+    refusing = types.SimpleNamespace(unsupported=lambda call, needs: reasons if call.q.shape[3] == D else [])
     monkeypatch.setitem(backends._modules, "cpu", refusing)
     monkeypatch.delitem(backends._not_loaded, "cpu", raising=False)
     words = "no backend for q [2, 4, 3, 8] torch.float32 on cpu:\n  cpu: head_dim=8; needs 16; a second reason"

@@ -240,10 +240,11 @@ def test_the_gradient_of_a_memory_is_shared_out(compare: Run) -> None:
 
 
 def test_what_is_not_counted_is_refused() -> None:
-    call = triton_counts.operands(SHAPES[0])._replace(lengths=torch.empty(64, dtype=torch.int64, device="meta"))
+    lengths = torch.empty(64, dtype=torch.int64, device="meta")
+    call = triton_counts.operands(SHAPES[0])._replace(prefix_lengths=lengths)
     found: list[Launched] = []
     with intercepted(lambda launched, _: found.append(launched), processors=4):
-        forward(call, False)
+        forward(call, Wants())
     with pytest.raises(ValueError, match="fwd_short with HAS_LENGTHS is not counted"):
         count(found[0])
 
