@@ -1,6 +1,7 @@
 """Training steps of whole models on a CPU, float32, each beside the same frozen model without a prefix.
 
-    python bench/bench_models.py                            # half an hour, then   bench/results/models-<device>.json
+    python bench/bench_models.py                            # then bench/results/models-<device>.json: some 15 minutes,
+                                                            # and up to 30 more for the case of batch 64
     python bench/bench_models.py --case "vit-b16 P10"       # one case anew, or several
     python bench/bench_models.py --tiny --out try.json      # every line of the code, in seconds
 
@@ -36,13 +37,13 @@ import plot_models
 import whole_arms
 from command import command
 from model_cases import CASES, WAYS, Case
-from record import RESULTS, device_slug, header
+from record import RESULTS, device_slug, header, kept
 from timing import interleave, quantiles
 from whole_arms import Arm
 from whole_step import Row, Step
 
 SAME = 1e-4  # of the loss, and of the gradient's norm
-WHAT_TELLS_RUNS_APART = ("device", "threads", "torch", "transformers", "peft", "commit", "tree", "tiny")
+WHAT_TELLS_RUNS_APART = ("device", "capability", "threads", "torch", "transformers", "peft", "commit", "tree", "tiny")
 
 
 def check(name: str, case: Case, arms: dict[str, Arm]) -> dict[str, dict[str, float]]:
@@ -113,19 +114,6 @@ def rounded(ms: list[float]) -> list[float]:
     return [round(t, 3) for t in quantiles(ms)]
 
 
-def kept(path: Path, head: Row) -> list[Row]:
-    """The rows of an earlier command that this one goes on from."""
-    if not path.is_file():
-        return []
-    before: Row = json.loads(path.read_text())
-    apart = [key for key in WHAT_TELLS_RUNS_APART if before.get(key) != head.get(key)]
-    if apart:
-        print(f"{path} is of another {', '.join(apart)}: all cases are measured anew")
-        return []
-    rows: list[Row] = before["rows"]
-    return rows
-
-
 def write(path: Path, result: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
@@ -147,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(?!prefixattn)")  # the libraries' own, one for each model made
     path: Path = args.out or RESULTS / f"models-{device_slug()}.json"
     head: Row = header() | {name: version(name) for name in ("transformers", "peft")} | {"tiny": args.tiny}
-    rows = [] if args.fresh else kept(path, head)
+    rows = [] if args.fresh else kept(path, head, WHAT_TELLS_RUNS_APART)
     todo = args.case or [name for name in CASES if all(row["case"] != name for row in rows)]
     failed = False
     for name in todo:

@@ -162,4 +162,4 @@ CASES |= {
 }
 if importlib.util.find_spec("timm"):
     CASES |= {f"vit-b16, timm, P{P}": Case(SmallBatchTimmViT, P, ("frozen", "ours", "original")) for P in (10, 50, 200)}
-    CASES["vit-b16, timm, batch 64, P50"] = Case(TimmViT, 50, ("frozen", "ours", "original"))  # the paper's batch
+    CASES["vit-b16, timm, batch 64, P50"] = Case(TimmViT, 50, ("frozen", "ours", "original"))  # the paper's batch; 9 GB

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def device_name(device: str) -> str:
 
 
 def device_slug(device: str = "cpu") -> str:
-    name = device_name(device) if device == "cuda" else f"cpu {cpu_name()} {torch.get_num_threads()} threads"
+    """For names of files. CPUs of one name differ in their vectors: an "AMD EPYC" has AVX2 or AVX-512."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = f"cpu {cpu_name()} {capability} {torch.get_num_threads()} threads"
+    name = device_name(device) if device == "cuda" else name
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -61,6 +65,18 @@ def gpu_versions() -> dict[str, object]:
         "processors": torch.cuda.get_device_properties(0).multi_processor_count,
         **{name: importlib.metadata.version(name) for name, there in found.items() if there},
     }
+
+
+def kept(path: Path, head: dict[str, Any], apart: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier command that this one goes on from: of the same `apart`, which are keys of the header."""
+    if not path.is_file():
+        return []
+    before: dict[str, Any] = json.loads(path.read_text())
+    if other := [key for key in apart if before.get(key) != head.get(key)]:
+        print(f"{path} is of another {', '.join(other)}: all of it is measured anew")
+        return []
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
 
 
 def header(device: str = "cpu") -> dict[str, object]:

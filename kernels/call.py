@@ -79,7 +79,8 @@ class Call(call.Call):
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, lengths and seed, or what is never read."""
-        return tuple(self.q if t is None else t for t in (self.prefix_ids, self.prefix_lengths, self.seed))  # type: ignore[return-value]
+        ids, lengths, seed = (self.q if t is None else t for t in (self.prefix_ids, self.prefix_lengths, self.seed))
+        return ids, lengths, seed
 
     def drops(self) -> tuple[int, float, int, float]:
         """Threshold and gain of attention dropout, then of prefix dropout."""

@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn.call import Given, Grads, Into, Needs
+from prefixattn.call import Given, Grads, Into, Needs, allocated
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
@@ -15,24 +15,7 @@ from prefixattn.layout import empty_like_order
 
 
 def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads:
-    empty = call.q.new_empty(0)
-    dq, dk, dv = into or (None, None, None)
-
-    def own(t: Tensor, need: bool, at: Tensor | None) -> Tensor:
-        return empty if not need else empty_like_order(t) if at is None else at
-
-    def dense(t: Tensor | None, need: bool) -> Tensor:
-        return t.new_empty(t.shape) if need and t is not None else empty
-
-    grads = Grads(
-        own(call.q, needs.q, dq),
-        own(call.k, needs.k, dk),
-        own(call.v, needs.v, dv),
-        dense(call.prefix_k, needs.prefix_k),
-        dense(call.prefix_v, needs.prefix_v),
-        empty,
-        dense(call.memory, needs.memory),
-    )
+    grads = allocated(call, needs, into)
     if call.q.numel() == 0:
         for grad in grads:
             grad.zero_()

@@ -7,6 +7,8 @@ from typing import NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from prefixattn.layout import empty_like_order
+
 
 class Call(NamedTuple):
     """A call in the normal form of functional.py: checked, and complete but for what is None."""
@@ -89,6 +91,29 @@ class Grads(NamedTuple):
 
 
 Into = tuple[Tensor, Tensor, Tensor]  # where the gradients of q, k and v are written: strides as they come, 1 in D
+
+
+def allocated(call: Call, needs: Needs, into: Into | None) -> Grads:
+    """Memory for the gradients that are wanted, `into` for those of q, k and v; all others are empty."""
+    empty = call.q.new_empty(0)
+    dq, dk, dv = into or (None, None, None)
+
+    def own(t: Tensor, need: bool, at: Tensor | None) -> Tensor:
+        return empty if not need else empty_like_order(t) if at is None else at
+
+    def dense(t: Tensor | None, need: bool) -> Tensor:  # whatever t's order: as the op's fake and the reference make it
+        return t.new_empty(t.shape) if need and t is not None else empty
+
+    return Grads(
+        own(call.q, needs.q, dq),
+        own(call.k, needs.k, dk),
+        own(call.v, needs.v, dv),
+        dense(call.prefix_k, needs.prefix_k),
+        dense(call.prefix_v, needs.prefix_v),
+        empty,
+        dense(call.memory, needs.memory),
+    )
+
 
 _SPELLED = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str"}
 TENSORS = tuple(name for name, of in get_type_hints(Call).items() if of in (Tensor, Tensor | None))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
-from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated
 from prefixattn.layout import empty_like_order, lse_type
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
@@ -45,24 +45,7 @@ def fwd(call: Call, wants: Wants) -> Results:
 
 
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
-    empty = call.q.new_empty(0)
-    dq, dk, dv = into or (None, None, None)
-
-    def own(t: Tensor, need: bool, at: Tensor | None) -> Tensor:
-        return empty if not need else empty_like_order(t) if at is None else at
-
-    def dense(t: Tensor | None, need: bool) -> Tensor:  # whatever t's order: as the op's fake and the reference make it
-        return t.new_empty(t.shape) if need and t is not None else empty
-
-    grads = Grads(
-        own(call.q, needs.q, dq),
-        own(call.k, needs.k, dk),
-        own(call.v, needs.v, dv),
-        dense(call.prefix_k, needs.prefix_k),
-        dense(call.prefix_v, needs.prefix_v),
-        empty,
-        dense(call.memory, needs.memory),
-    )
+    grads = allocated(call, needs, into)
     call = _readable_call(call, dout=given.dout, out=given.out)
     dout, out, dlse = _readable(given.dout), given.out, given.dlse
     if needs.softmax:  # else it is not read, and may be empty
@@ -104,9 +87,7 @@ def _refuse(call: Call, others: dict[str, Tensor]) -> NoReturn:
     if q.dtype not in DTYPES:
         raise NotImplementedError(f"the cpu kernels were called with q {q.dtype}; they take float32, bfloat16, float16")
     named = {name: getattr(call, name) for name in ("q", "k", "v", "prefix_k", "prefix_v", "memory")} | others
-    [(name, t), *_] = [
-        (name, t) for name, t in named.items() if t is not None and (t.dtype != q.dtype or not t.is_cpu)
-    ]  # fmt: skip
+    name, t = next((n, t) for n, t in named.items() if t is not None and (t.dtype != q.dtype or not t.is_cpu))
     raise NotImplementedError(
         f"the cpu kernels were called with {name} {t.dtype} on {t.device.type}, expected {q.dtype} on cpu"
     )

@@ -25,7 +25,7 @@ from prefixattn.layout import unit_stride, unpacked
 from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.reference import PHIS
 
-NOTHING = Needs()  # made once, for calls that want no gradient
+_NOTHING = Needs()  # made once, for calls that want no gradient
 
 
 def prefix_attention(
@@ -279,7 +279,7 @@ def _distinct(*tensors: Any) -> list[Any]:
 
 def _wanted(call: Call) -> Needs:
     if not torch.is_grad_enabled():
-        return NOTHING
+        return _NOTHING
     return Needs(*[t is not None and t.requires_grad for t in call.differentiable])
 
 

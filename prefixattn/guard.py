@@ -112,9 +112,7 @@ def _try(case: Case) -> str:
         memory = None
         if with_memory:
             memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
-        call = Call(
-            q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap
-        )  # fmt: skip
+        call = Call(q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap)
         with torch.no_grad():
             right = reference.fwd(call, wants)
             if kind.startswith("fwd"):

@@ -299,7 +299,8 @@ def allowed_error(same: Tensor, exact: Tensor, dtype: torch.dtype, factor: float
     # luck (weights that are exactly one) must not ask for more than the last bit: of the type, and of its accumulator
     accumulator = torch.promote_types(dtype, torch.float32)
     last_bit = max(rms(exact.to(dtype).double() - exact), torch.finfo(accumulator).eps * rms(exact))
-    last_bit = max(last_bit, torch.finfo(accumulator).tiny)  # below it exponentials are 0 in some instruction sets
+    # weights below the least normal number are 0 where an instruction set has no scaling of exponents: csrc/cpu/vec.h
+    last_bit = max(last_bit, torch.finfo(accumulator).tiny)
     # so does the rms of a few numbers; and float64 is compared with its like
     factor *= 8 if accumulator == torch.float64 else 1
     return factor * max(plain, last_bit) * (1 + 3 / exact.numel() ** 0.5)

@@ -22,7 +22,8 @@ LAYERS = """
     cpu triton
     kernels
     reference testing_plain
-    call checks philox layout _C
+    call
+    checks philox layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 

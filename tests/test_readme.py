@@ -29,7 +29,7 @@ def record(path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("causal, label", [(False, "bidirectional (ViT)"), (True, "causal (GPT)")])
 def test_speed_is_the_records(causal: bool, label: str) -> None:
-    pairs = plot.pair(record("bench/results/cpu-amd-epyc-2-threads.json")["rows"])
+    pairs = plot.pair(record("bench/results/cpu-amd-epyc-avx512-2-threads.json")["rows"])
     cells = []
     for dtype, passes in plot.COLUMNS:
         ratios = [p["ratio"] for p in pairs if (p["causal"], p["dtype"], p["pass"]) == (causal, dtype, passes)]
@@ -38,7 +38,7 @@ def test_speed_is_the_records(causal: bool, label: str) -> None:
 
 
 def test_memory_is_the_records() -> None:
-    pairs = plot.pair(record("bench/results/cpu-amd-epyc-2-threads.json")["rows"])
+    pairs = plot.pair(record("bench/results/cpu-amd-epyc-avx512-2-threads.json")["rows"])
     case = ("vit B2 N577 P50 D64", "torch.float32", "fwd+bwd")
     [row] = [p for p in pairs if (p["name"], p["dtype"], p["pass"]) == case]
     ours, peer, necessary = row["ours"]["peak_mib"], row["peer"]["peak_mib"], row["ours"]["necessary_mib"]
@@ -55,7 +55,7 @@ def test_table_to_text_is_the_records() -> None:
 
 
 def test_the_networks_tables_are_the_records() -> None:
-    result = record("bench/results/reparam-cpu-amd-epyc-2-threads.json")
+    result = record("bench/results/reparam-cpu-amd-epyc-avx512-2-threads.json")
     for line in plot_reparam.times(result) + plot_reparam.memory(result):
         assert line in README
 

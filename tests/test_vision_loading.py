@@ -34,6 +34,10 @@ def test_a_row_for_each_setting(tmp_path: Path) -> None:
     assert all(0 <= row["busy_steps"] <= 1 and row["images_per_second"] > 0 for row in rows)
     assert all(20 < row["kilobytes_per_image"] < 200 for row in rows)
     assert rows[1]["longest_wait"] > 0  # without a process of its own every image is waited for
+    record = json.loads(out.read_text())
+    out.write_text(json.dumps({**record, "capability": "another"}))  # rows of two CPUs never stand under one header
+    assert loading.main([*small, "--loaders", "1"]) == 0
+    assert [row["loaders"] for row in json.loads(out.read_text())["rows"]] == [1]
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

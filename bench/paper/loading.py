@@ -24,11 +24,12 @@ from PIL import Image
 
 import runs  # first: it makes bench/ importable
 from command import NOTHING, command
-from record import RESULTS, device_slug, header
+from record import RESULTS, device_slug, header, kept
 from visual import fgvc, train
 from visual.transforms import loader
 
 SET = "flowers"
+WHAT_TELLS_RUNS_APART = ("device", "capability", "threads", "torch", "commit", "tree")
 SIDES = 500, 400  # pixels, as a photograph from the web; resized to 256 on its shorter side
 NOISE, QUALITY = 12.0, 90  # make files of about 80 kB
 
@@ -106,9 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
         row = measure(given.model, given.batch, given.loaders, given.epochs, given.bf16)
     row["kilobytes_per_image"] = round(kilobytes, 1)
     what = {key: row[key] for key in ("model", "batch", "loaders", "bf16")}
-    before = json.loads(path.read_text()).get("rows", []) if path.is_file() else []
+    head = header()
+    before = kept(path, head, WHAT_TELLS_RUNS_APART)
     rows = [other for other in before if any(other[key] != value for key, value in what.items())]
-    runs.write_json(path, header() | {"op": "loading", "threads": torch.get_num_threads(), "rows": [*rows, row]})
+    runs.write_json(path, head | {"op": "loading", "threads": torch.get_num_threads(), "rows": [*rows, row]})
     print(f"{row['busy_steps']:.1%} of {row['steps']} steps were busy; {path}")
     return 0
 

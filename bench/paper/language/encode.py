@@ -66,7 +66,7 @@ def _between(tokenizer: Any, texts: list[str], limit: int) -> list[list[int]]:
 
 
 def tokens(sample: Sample | Seq2SeqSample) -> int:
-    """That the model reads."""
+    """How many of it the model reads."""
     return len(sample.ids) if isinstance(sample, Sample) else len(sample.source) + len(sample.target)
 
 
