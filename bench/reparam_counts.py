@@ -39,8 +39,8 @@ from command import NOTHING, command
 from prefixattn.kernels import launch_reparam
 from prefixattn.optim.source import Source, X
 from prefixattn.reparam import triton as backend
+from prefixattn.reparam.call import Call, Form
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.reference import Form
 
 Launched = tuple[str, SimpleNamespace]  # the kernel's name, its arguments by theirs
 
@@ -175,7 +175,7 @@ def step(
     moments = [moment(w2, signed) if eight else torch.zeros_like(w2) for signed in (True, False)]
     numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     with phase("forward"):
-        _, z = backend.fwd(*parameters, form, dtype)
+        z = backend.fwd(Call(*parameters, form, dtype)).z
     with phase("finite"):
         source = Source(parameters, z, dbank, form, lambda: None)
         source.averaged = True

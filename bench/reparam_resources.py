@@ -20,8 +20,8 @@ from triton.runtime.jit import JITFunction
 
 from command import NOTHING, command
 from prefixattn.kernels import launch_reparam
+from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import Moment8
-from prefixattn.reparam.reference import Form
 from reparam_counts import CASES, Case, moment, step
 from triton_resources import TARGETS, Compiled, Target, resources
 

@@ -15,6 +15,7 @@ from prefixattn.kernels.factored_adamw import factored_adamw, factored_sgd
 from prefixattn.kernels.reparam_bwd import reparam_dh, reparam_dw2
 from prefixattn.kernels.reparam_fwd import reparam_bank, reparam_hidden
 from prefixattn.kernels.table import Launch
+from prefixattn.reparam.call import Call, Form, Results
 
 DATE = "2026-11-25"
 ACTIVATIONS = {
@@ -74,16 +75,8 @@ def tile(n: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(n)))
 
 
-def forward(
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    b1: Tensor | None,  # [G, M]
-    w2: Tensor,  # [G, O, M]
-    b2: Tensor | None,  # [G, O]
-    form: Any,  # of reparam/reference.py
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The bank [N, 2, Hkv, P, D] and z [G, P, M]."""
+def forward(call: Call) -> Results:
+    x, w1, b1, w2, b2, form, dtype = call
     (G, P, E), (O, M) = x.shape, w2.shape[1:]
     z, h = (x.new_empty(G, P, M) for _ in range(2))
     bank = x.new_empty((G * form.layers, 2, form.kv_heads, P, form.head_dim), dtype=dtype)
@@ -111,10 +104,10 @@ def forward(
         PRECISION=precision(M),
         **options(Launch(0, 0, 4, 3)),
     )
-    return bank, z
+    return Results(bank, z)
 
 
-def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Any = None, scale: float = 1.0) -> Tensor:
+def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Form | None = None, scale: float = 1.0) -> Tensor:
     """dh [G, P, M] = scale * dy w2. dy: rows [G, P, O], or with a form the gradient of a bank."""
     sizes = Sizes(w2.shape[0], P, *w2.shape[1:])
     block_p, block_m = tile(P, 64), tile(sizes.M, 64)
@@ -135,7 +128,7 @@ def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Any = None, scale: flo
     return added(part)
 
 
-def matrix_gradient(dbank: Tensor, h: Tensor, w2: Tensor, form: Any) -> Tensor:
+def matrix_gradient(dbank: Tensor, h: Tensor, w2: Tensor, form: Form) -> Tensor:
     """dw2 [G, O, M]."""
     G, P, M = h.shape
     O = w2.shape[1]
@@ -161,7 +154,7 @@ def adamw(
     scales: tuple[Tensor | None, Tensor | None],  # of codes
     h: Tensor,  # [G, P, M]
     dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
-    form: Any,
+    form: Form | None,
     numbers: tuple[float, ...],  # factored_adamw's from scale to salt
     want_dh: bool,
     found_inf: Tensor | None,
@@ -177,7 +170,7 @@ def sgd(
     buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
     dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
-    form: Any,
+    form: Form | None,
     numbers: tuple[float, ...],  # factored_sgd's from scale to weight_decay
     nesterov: bool,
     first: bool,
@@ -196,7 +189,7 @@ def _sweep(
     scales: tuple[Tensor, ...],
     h: Tensor,
     dy: Tensor,
-    form: Any,
+    form: Form | None,
     numbers: tuple[float, ...],
     want_dh: bool,
     found_inf: Tensor | None,
@@ -251,13 +244,13 @@ def added(part: Tensor) -> Tensor:
     return part[0] if len(part) == 1 else part.sum(0)
 
 
-def head_dim(form: Any) -> int:
+def head_dim(form: Form | None) -> int:
     return 1 if form is None else int(form.head_dim)
 
 
-def heads_d(form: Any) -> int:
+def heads_d(form: Form | None) -> int:
     return 1 if form is None else int(form.kv_heads * form.head_dim)
 
 
-def layout(form: Any) -> int:
+def layout(form: Form | None) -> int:
     return PLAIN if form is None else INTERLEAVED if form.interleaved else BLOCKED

@@ -1,6 +1,6 @@
 """The backends of each op, fastest first. Each is a module with `unsupported`, `fwd` and `bwd`.
 
-They take the records of call.py, and for the reparameterization what reparam/reference.py takes.
+They take the records of call.py, and for the reparameterization those of reparam/call.py.
 """
 
 import importlib
@@ -8,12 +8,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefixattn.call import Call, Needs
+from prefixattn.reparam.call import Call as ReparamCall
+from prefixattn.reparam.call import Needs as ReparamNeeds
 
 
 class Row(NamedTuple):
@@ -66,13 +68,12 @@ def choose(backend: str, call: Call, needs: Needs) -> str:
     return _choose(TABLE, "q", call.q, backend, call, needs)
 
 
-def choose_reparam(backend: str, x: Tensor, *args: object) -> str:
+def choose_reparam(backend: str, call: ReparamCall, needs: ReparamNeeds) -> str:
     """The same for the reparameterization."""
-    return _choose(REPARAM, "x", x, backend, x, *args)
+    return _choose(REPARAM, "x", call.x, backend, call, needs)
 
 
-def _choose(table: tuple[Row, ...], letter: str, first: Tensor, backend: str, *args: object) -> str:
-    """`args`: those of `unsupported`."""
+def _choose(table: tuple[Row, ...], letter: str, first: Tensor, backend: str, call: object, needs: object) -> str:
     names = [row.name for row in table if row.named]
     if backend != "auto" and backend not in names:
         *most, last = (f'"{name}"' for name in ("auto", *names))
@@ -80,7 +81,7 @@ def _choose(table: tuple[Row, ...], letter: str, first: Tensor, backend: str, *a
     rejected = []
     for row in table:
         if row.auto if backend == "auto" else row.name == backend:
-            reasons = objections(row, *args)
+            reasons = objections(row, call, needs)
             if not reasons:
                 return row.name
             rejected.append(f"\n  {row.name.removeprefix('guarded ')}: " + "; ".join(reasons))
@@ -88,24 +89,24 @@ def _choose(table: tuple[Row, ...], letter: str, first: Tensor, backend: str, *a
     raise NotImplementedError(f"no backend for {what}:" + "".join(rejected))
 
 
-def objections(row: Row, *args: object) -> list[str]:
+def objections(row: Row, call: object, needs: object) -> list[str]:
     if row.key in _not_loaded:
         return [_not_loaded[row.key]]
-    reasons: list[str] = _modules[row.key].unsupported(*args)
+    reasons: list[str] = _modules[row.key].unsupported(call, needs)
     return reasons
 
 
 def here() -> dict[str, list[str]]:
     """What each backend objects to on this machine, asked with a small ordinary call on each kind of device."""
 
-    def call(device: str) -> tuple[object, ...]:
+    def call(device: str) -> tuple[object, object]:
         q, prefix = torch.zeros(1, 1, 8, 64, device=device), torch.zeros(1, 1, 8, 64, device=device)
         return Call(q, q, q, prefix, prefix), Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True)
 
     return here_of(TABLE, call)
 
 
-def here_of(table: tuple[Row, ...], call: Callable[[str], tuple[Any, ...]]) -> dict[str, list[str]]:
+def here_of(table: tuple[Row, ...], call: Callable[[str], tuple[object, object]]) -> dict[str, list[str]]:
     """The same for another op's table, asked with what `call` makes for a device."""
     found: dict[str, list[str]] = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

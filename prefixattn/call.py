@@ -5,6 +5,7 @@ A backend has `unsupported(call, needs)`, `fwd(call, wants)` and `bwd(call, give
 
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 from prefixattn.layout import empty_like_order
@@ -115,12 +116,23 @@ def allocated(call: Call, needs: Needs, into: Into | None) -> Grads:
     )
 
 
-_SPELLED = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str"}
+_SPELLED = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
 TENSORS = tuple(name for name, of in get_type_hints(Call).items() if of in (Tensor, Tensor | None))
 NUMBERS = tuple(name for name in Call._fields if name not in TENSORS)
 
 
 def schema(record: type[tuple[object, ...]], prefix: str = "", first: int = 0) -> str:
-    """A record's fields from the `first` as the arguments of a torch operator, their names behind `prefix`."""
+    """A record's fields from the `first` as the arguments of a torch operator, their names behind `prefix`.
+
+    A record within it stands as its own fields.
+    """
     fields = list(get_type_hints(record).items())[first:]
-    return ", ".join(f"{_SPELLED[of]} {prefix}{name}" for name, of in fields)
+    return ", ".join(f"{_SPELLED[of]} {prefix}{name}" if of in _SPELLED else schema(of) for name, of in fields)

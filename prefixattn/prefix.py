@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefixattn.config import PrefixConfig
+from prefixattn.reparam.call import Call, Form
 from prefixattn.reparam.functional import bank_and_z, bank_onto, reparameterize
-from prefixattn.reparam.reference import ACTIVATIONS, Form, bank_view
+from prefixattn.reparam.reference import ACTIVATIONS, bank_view
 from prefixattn.taken import CHANGED, State, Taken, arrived
 
 Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> [2, Hkv, P, D]
@@ -122,7 +123,7 @@ class DeepShare(Taken):
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             if torch.compiler.is_compiling():
                 if self._stand_in is not None and self._trained():
-                    return bank_onto(self._stand_in, *self.operands(), self.form, dtype)
+                    return bank_onto(self._stand_in, Call(*self.operands(), self.form, dtype))
             elif self.factored:
                 return self.leaf(dtype)
         return reparameterize(*self.operands(), **self.form._asdict(), dtype=dtype)
@@ -186,7 +187,7 @@ class DeepShare(Taken):
         """The bank in `dtype` as a leaf that wants a gradient, the same one until a parameter changes."""
         known = self._known(self.parameters_in_order())
         if dtype not in known.banks:
-            bank, z = bank_and_z(*self.operands(), self.form, dtype)
+            bank, z = bank_and_z(Call(*self.operands(), self.form, dtype))
             known.z = z if known.z is None else known.z
             return self._as_leaf(bank, known)
         return known.banks[dtype]
@@ -200,7 +201,7 @@ class DeepShare(Taken):
                 reparameterize(*self.operands(), **self.form._asdict(), dtype=dbank.dtype).backward(dbank)
             return
         if known.z is None:
-            known.z = bank_and_z(*self.operands(), self.form, dbank.dtype)[1]
+            known.z = bank_and_z(Call(*self.operands(), self.form, dbank.dtype)).z
         receive(self, dbank, known.z)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "DeepShare":

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from prefixattn import backends
 from prefixattn.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants
+from prefixattn.reparam import call as reparam
 
 SPELLED = {"Tensor": Tensor, "Optional[Tensor]": Tensor | None, "float": float, "bool": bool, "str": str}
+SPELLED["int"] = int  # and so the schema says ScalarType
 
 
 def arguments(op: Any) -> list[tuple[str, object]]:
@@ -18,7 +20,11 @@ def arguments(op: Any) -> list[tuple[str, object]]:
 
 
 def fields(record: Any, prefix: str = "") -> list[tuple[str, object]]:
-    return [(prefix + name, of) for name, of in get_type_hints(record).items()]
+    """A record's fields and types, of a record within it its own."""
+    found: list[tuple[str, object]] = []
+    for name, of in get_type_hints(record).items():
+        found += fields(of) if hasattr(of, "_fields") else [(prefix + name, int if of is torch.dtype else of)]
+    return found
 
 
 def test_the_schemas_are_the_records() -> None:
@@ -32,6 +38,17 @@ def test_the_schemas_are_the_records() -> None:
     assert [r.name for r in ops.bwd_qkvpacked.default._schema.returns][1:] == [f"d{n}" for n in Grads._fields[3:]]
 
 
+def test_those_of_the_reparameterization_are_too() -> None:
+    ops, call, backend = torch.ops.prefixattn, fields(reparam.Call), [("backend", str)]
+    assert arguments(ops.reparam_fwd.default) == [*call, *backend]
+    assert arguments(ops.reparam_bwd.default) == [*fields(reparam.Given), *call, *backend]
+    for op, record, prefix in ((ops.reparam_fwd, reparam.Results, ""), (ops.reparam_bwd, reparam.Grads, "d")):
+        assert [r.name for r in op.default._schema.returns] == [name for name, _ in fields(record, prefix)]
+    assert reparam.Call._fields[: len(reparam.Needs._fields)] == reparam.Needs._fields == reparam.Grads._fields
+    for name in reparam.Needs._fields:
+        assert reparam.Needs(**{name: True}).hidden == (name in ("x", "w1", "b1"))
+
+
 def test_gradients_are_of_the_first_fields() -> None:
     assert Call._fields[: len(Needs._fields)] == Needs._fields == Grads._fields
     assert Call._fields == (*TENSORS, *NUMBERS)
@@ -40,11 +57,11 @@ def test_gradients_are_of_the_first_fields() -> None:
     assert not Needs().softmax
 
 
-@pytest.mark.parametrize("name", [row.name for row in backends.TABLE])
+@pytest.mark.parametrize("row", backends.TABLE + backends.REPARAM, ids=lambda row: row.key)
 @pytest.mark.parametrize("function", ["unsupported", "fwd", "bwd"])
-def test_backends_take_and_return_the_records(name: str, function: str) -> None:
-    if name not in backends._modules:
-        pytest.skip(backends._not_loaded[name])
-    modules = backends.module(name), backends.module("reference")
+def test_backends_take_and_return_the_records(row: backends.Row, function: str) -> None:
+    if row.key not in backends._modules:
+        pytest.skip(backends._not_loaded[row.key])
+    modules = backends.module(row.name, row.op), backends.module("reference", row.op)
     found, right = (inspect.get_annotations(getattr(module, function)) for module in modules)
-    assert found == right and right["call"] is Call
+    assert found == right and right["call"] is (reparam.Call if row.op else Call)

@@ -22,15 +22,20 @@ LAYERS = """
     cpu triton
     kernels
     reference testing_plain
-    call
+    call reparam.call
     checks philox layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 
 
+def place(parts: list[str]) -> str:
+    """A file's own name where it has a place of its own, else its folder's."""
+    whole = ".".join(parts[:2])
+    return whole if whole in RANK else parts[0]
+
+
 def layer(path: Path) -> str:
-    inside = path.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+    return place(list(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 def imported(path: Path) -> set[str]:
@@ -43,7 +48,7 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: a relative import hides what it points to"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     parts = [name.split(".") for name in found]
-    return {p[1] for p in parts if p[0] == "prefixattn" and len(p) > 1 and p[1] in RANK}
+    return {place(p[1:]) for p in parts if p[0] == "prefixattn" and len(p) > 1 and place(p[1:]) in RANK}
 
 
 SOURCES = sorted(

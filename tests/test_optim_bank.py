@@ -16,8 +16,8 @@ from prefixattn.optim.source import is_finite
 from prefixattn.optim.sweeps import choose
 from prefixattn.optim.testing import NETWORKS, loss, network, parameters, targets, train
 from prefixattn.reparam import reference, sweep
+from prefixattn.reparam.call import Form
 from prefixattn.reparam.functional import here
-from prefixattn.reparam.reference import Form
 from reparam_cases import CASES
 
 NO_KERNELS = here()["cpu"]

@@ -13,6 +13,8 @@ import prefixattn
 from prefixattn import PrefixConfig, prefix
 from prefixattn.prefix import DeepShare, Geometry
 from prefixattn.reparam import reference
+from prefixattn.reparam.call import Call, Given
+from prefixattn.reparam.testing import NEEDS
 
 GEOMETRY = Geometry(model_type="toy", layers=3, kv_heads=2, head_dim=4, width=6)
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor still uses TorchScript
@@ -43,7 +45,8 @@ class Owner:
         total = None
         for network, dbank, z in self.arrived:
             x, w1, _, w2, _ = (t.detach() for t in network.operands())
-            grads = reference.bwd(dbank.contiguous(), x, w1, w2, z, network.form, (True,) * 5)
+            call = Call(x, w1, None, w2, None, network.form, dbank.dtype)
+            grads = reference.bwd(call, Given(dbank.contiguous(), z), NEEDS)
             total = grads if total is None else tuple(map(torch.add, total, grads))
         assert total is not None
         return [grad.view_as(p) for grad, p in zip(total, network.parameters_in_order(), strict=True)]

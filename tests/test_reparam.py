@@ -8,12 +8,14 @@ from torch import Tensor
 
 from prefixattn import backends, reparameterize
 from prefixattn.reparam import functional, reference
+from prefixattn.reparam.call import Given, Needs
 from prefixattn.reparam.testing import (
     FEATURES,
     PARAMETERS,
     SHAPES,
     Inputs,
     Shape,
+    detached,
     exact,
     from_module,
     make_inputs,
@@ -143,23 +145,23 @@ def test_only_the_gradients_that_are_wanted(backend: str, name: str, alone: bool
 def test_a_backends_own_backward_leaves_the_unwanted_empty(backend: str) -> None:
     inputs = taken(backend, make_inputs("five_rows"))
     module = backends.module(backend, "reparam")
-    x, w1, b1, w2, b2 = (t.detach() for t in inputs.tensors.values())
-    _, z = module.fwd(x, w1, b1, w2, b2, inputs.form, torch.float32)
-    for i in range(5):
-        needs = tuple(j == i for j in range(5))
-        grads = module.bwd(inputs.dbank, x, w1, w2, z, inputs.form, needs)
-        shapes = [t.shape if j == i else (0,) for j, t in enumerate((x, w1, b1, w2, b2))]
-        assert [tuple(g.shape) for g in grads] == [tuple(shape) for shape in shapes]
+    call = detached(inputs)
+    z = module.fwd(call).z
+    for wanted in PARAMETERS:
+        grads = module.bwd(call._replace(b1=None, b2=None), Given(inputs.dbank, z), Needs(**{wanted: True}))
+        shapes = {name: t.shape if name == wanted else (0,) for name, t in inputs.tensors.items()}
+        assert {name: grad.shape for name, grad in grads._asdict().items()} == shapes
 
 
 def test_the_small_half_of_the_backward_pass(backend: str) -> None:
     inputs = taken(backend, make_inputs("three_networks", activation="gelu"))
     module = backends.module(backend, "reparam")
-    x, w1, b1, w2, b2 = (t.detach() for t in inputs.tensors.values())
-    _, z = module.fwd(x, w1, b1, w2, b2, inputs.form, torch.float32)
-    dh = reference.rows_of(inputs.dbank, inputs.form, 3, torch.float32) @ w2
+    call = detached(inputs)
+    z = module.fwd(call).z
+    dh = reference.rows_of(inputs.dbank, inputs.form, 3, torch.float32) @ call.w2
     same, right = same_dtype(inputs), exact(inputs)
-    for name, grad in zip(PARAMETERS, module.hidden_bwd(dh, x, w1, z, inputs.form, (True,) * 3), strict=False):
+    grads = module.hidden_bwd(dh, call.x, call.w1, z, inputs.form, Needs(x=True, w1=True, b1=True))
+    for name, grad in zip(PARAMETERS, grads, strict=False):
         assert_as_accurate("d" + name, grad, same["d" + name], right["d" + name])
 
 

@@ -42,7 +42,7 @@ def test_opcheck(backend: str) -> None:
         x, w1, _, w2, _ = inputs.parameters
         _, z = torch.ops.prefixattn.reparam_fwd(*args)
         for needs in ([t is not None for t in inputs.parameters], [True, False, False, True, False]):
-            args = (inputs.dbank, x, w1, w2, z, *inputs.form, needs, backend)
+            args = (inputs.dbank, z, x, w1, None, w2, None, *inputs.form, torch.bfloat16, needs, backend)
             torch.library.opcheck(torch.ops.prefixattn.reparam_bwd, args)
 
 

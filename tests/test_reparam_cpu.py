@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 from prefixattn.reparam import functional, moments8, sweep
+from prefixattn.reparam.call import Given, Needs
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.testing import FEATURES, SHAPES, Shape, exact, from_module, make_inputs, ours, same_dtype
+from prefixattn.reparam.testing import (
+    FEATURES,
+    NEEDS,
+    PARAMETERS,
+    SHAPES,
+    Shape,
+    detached,
+    exact,
+    from_module,
+    make_inputs,
+    ours,
+    same_dtype,
+)
 from prefixattn.testing import assert_all_as_accurate
 
 if reasons := functional.here()["cpu"]:
@@ -282,13 +295,12 @@ def test_bits_do_not_depend_on_threads(size: tuple[int, int, int, int]) -> None:
 
 def test_each_gradient_alone_is_the_same() -> None:
     inputs = make_inputs("three_networks")
-    x, w1, b1, w2, b2 = (None if t is None else t.detach() for t in inputs.parameters)
-    _, z = cpu.fwd(x, w1, b1, w2, b2, inputs.form, inputs.dtype)  # type: ignore[arg-type]
-    every = cpu.bwd(inputs.dbank, x, w1, w2, z, inputs.form, (True,) * 5)  # type: ignore[arg-type]
-    for i in range(5):
-        needs = tuple(k == i for k in range(5))
-        for k, grad in enumerate(cpu.bwd(inputs.dbank, x, w1, w2, z, inputs.form, needs)):  # type: ignore[arg-type]
-            assert torch.equal(grad, every[k]) if k == i else grad.numel() == 0
+    call = detached(inputs)
+    given = Given(inputs.dbank, cpu.fwd(call).z)
+    every = cpu.bwd(call, given, NEEDS)._asdict()
+    for wanted in PARAMETERS:
+        for name, grad in cpu.bwd(call, given, Needs(**{wanted: True}))._asdict().items():
+            assert torch.equal(grad, every[name]) if name == wanted else grad.numel() == 0
 
 
 def test_refusals_are_in_words() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefixattn import backends, reparameterize
-from prefixattn.reparam.testing import make_inputs
+from prefixattn.reparam.testing import NEEDS, detached, make_inputs
 
 
 def bad(**changes: Any) -> dict[str, Any]:
@@ -63,8 +63,7 @@ def test_auto_takes_the_first_without_an_objection(monkeypatch: pytest.MonkeyPat
     refusing = type("Refusing", (), {"unsupported": staticmethod(lambda *_: ["it is Sunday"])})
     monkeypatch.setitem(backends._modules, "reparam cpu", refusing)
     monkeypatch.delitem(backends._not_loaded, "reparam cpu", raising=False)
-    call = (*inputs.parameters, inputs.form, inputs.dtype)
-    assert backends.choose_reparam("auto", *call) == "reference"  # type: ignore[arg-type]
+    assert backends.choose_reparam("auto", detached(inputs), NEEDS) == "reference"
     with pytest.raises(
         NotImplementedError, match=r"no backend for x \[1, 10, 64\] torch.float32 on cpu:\n  cpu: it is S"
     ):

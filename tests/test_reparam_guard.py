@@ -10,6 +10,7 @@ import torch
 
 from prefixattn import backends
 from prefixattn.reparam import functional, guard, reference, sweep, triton
+from prefixattn.reparam.call import Call, Form, Needs
 
 CPU = torch.device("cpu")
 
@@ -37,8 +38,8 @@ def shifted(function: Any) -> Any:
 
     def wrong(operand: Any, /, *args: Any, **kwargs: Any) -> Any:
         result = function(operand, *args, **kwargs)
-        if isinstance(result, tuple):
-            return tuple(t.roll(1, -1) for t in result)
+        if isinstance(result, tuple):  # a record
+            return type(result)._make(t.roll(1, -1) for t in result)
         operand.add_(0.1)  # a sweep's matrix
         return result
 
@@ -71,8 +72,8 @@ def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypat
             assert torch.equal(w, expected)
         if kind == "fwd":
             x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
-            call = (x, w1, None, w2, None, reference.Form(1, 2, 4, False, "tanh"), torch.float32)
-            assert torch.equal(guard.fwd(*call)[0], reference.fwd(*call)[0])
+            call = Call(x, w1, None, w2, None, Form(1, 2, 4, False, "tanh"), torch.float32)
+            assert torch.equal(guard.fwd(call).bank, reference.fwd(call).bank)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -111,9 +112,9 @@ def test_each_case_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_cpu_auto_does_not_interpret() -> None:
     x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
-    call = (x, w1, None, w2, None, reference.Form(1, 2, 4, False, "tanh"), torch.float32)
-    assert guard.unsupported(*call) == ["Triton's interpreter is for tests"]
-    assert backends.choose_reparam("auto", *call) in ("cpu", "reference")
+    call = Call(x, w1, None, w2, None, Form(1, 2, 4, False, "tanh"), torch.float32)
+    assert guard.unsupported(call, Needs()) == ["Triton's interpreter is for tests"]
+    assert backends.choose_reparam("auto", call, Needs()) in ("cpu", "reference")
 
 
 def test_trying_draws_no_random_numbers() -> None:

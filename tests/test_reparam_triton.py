@@ -11,11 +11,11 @@ from torch import Tensor
 from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
 from prefixattn.reparam import triton
-from prefixattn.reparam.reference import Form
-from prefixattn.reparam.testing import Shape, exact, from_module, make_inputs, same_dtype
+from prefixattn.reparam.call import Call, Form
+from prefixattn.reparam.testing import NEEDS, Shape, detached, exact, from_module, make_inputs, same_dtype
 from prefixattn.testing import assert_all_as_accurate, assert_as_accurate, rms
 
-if reasons := triton.unsupported(*make_inputs("tiny").parameters, make_inputs("tiny").form, torch.float32):
+if reasons := triton.unsupported(detached(make_inputs("tiny")), NEEDS):
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
 
 from prefixattn.kernels import launch_reparam
@@ -62,7 +62,7 @@ def test_tanh_is_accurate_everywhere() -> None:
     z = torch.cat([-z, torch.tensor([0.0, 1e30, -1e30]), z])[None, None]  # [1, 1, E]
     x, one = z.mT.contiguous(), torch.ones(1, 1, 1)  # P = numbers, E = M = 1
     form = make_inputs("tiny").form._replace(head_dim=1)
-    bank, _ = triton.fwd(x, one, None, torch.ones(1, 2, 1), None, form, torch.float32)
+    bank = triton.fwd(Call(x, one, None, torch.ones(1, 2, 1), None, form, torch.float32)).bank
     right = torch.tanh(z.double()).flatten()
     error = (bank[0, 0, 0, :, 0].double() - right).abs() / right.abs().clamp(min=1e-300)
     assert error.max() < 2 * torch.finfo(torch.float32).eps
@@ -84,8 +84,7 @@ def test_a_call_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
                 return self.kernel[grid]
 
         monkeypatch.setattr(launch_reparam, name, Recorded(name, kernel))
-    x, w1, b1, w2, b2 = (t.detach() for t in make_inputs("three_networks").tensors.values())
-    triton.fwd(x, w1, b1, w2, b2, make_inputs("three_networks").form, torch.float32)
+    triton.fwd(detached(make_inputs("three_networks")))
     assert launched == ["reparam_hidden", "reparam_bank"]
 
 
@@ -96,16 +95,16 @@ def test_the_same_bits_again() -> None:
 
 
 def test_refusals() -> None:
-    inputs = make_inputs("tiny")
-    x, w1, b1, w2, b2 = (t.detach() for t in inputs.tensors.values())
-    words = triton.unsupported(x.double(), w1, b1, w2, b2, inputs.form, torch.float64)
+    call = detached(make_inputs("tiny"))
+    words = triton.unsupported(call._replace(x=call.x.double(), dtype=torch.float64), NEEDS)
     assert words == [
         "x is torch.float64; needs float32",
         "dtype=torch.float64; needs float32, bfloat16 or float16",
     ]
     huge = torch.empty(1, 2**16, 2**15, device="meta")
-    assert "2147483648" in triton.unsupported(x, w1, b1, huge, b2, inputs.form, torch.float32)[-1]
-    words = triton.sweep_unsupported(w2, w2.to(torch.int8), w2.half(), x, torch.zeros(1, 3, 8).mT)
+    assert "2147483648" in triton.unsupported(call._replace(w2=huge), NEEDS)[-1]
+    w2 = call.w2
+    words = triton.sweep_unsupported(w2, w2.to(torch.int8), w2.half(), call.x, torch.zeros(1, 3, 8).mT)
     assert [w.split(";")[0] for w in words] == [
         "exp_avg is torch.int8",
         "exp_avg_sq is torch.float16",

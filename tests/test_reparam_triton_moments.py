@@ -13,11 +13,11 @@ from prefixattn.optim.testing import targets, train
 from prefixattn.reparam import moments8, triton
 from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
+from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.reference import Form
-from prefixattn.reparam.testing import make_inputs
+from prefixattn.reparam.testing import NEEDS, detached, make_inputs
 
-if reasons := triton.unsupported(*make_inputs("tiny").parameters, make_inputs("tiny").form, torch.float32):
+if reasons := triton.unsupported(detached(make_inputs("tiny")), NEEDS):
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
 
 import triton as compiler

@@ -11,8 +11,8 @@ from prefixattn.optim.fusing import fusible
 from prefixattn.optim.moments import FORMATS, as_format, check_moment, moment
 from prefixattn.optim.source import W2, stacked
 from prefixattn.optim.sweeps import choose
+from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import Moment8
-from prefixattn.reparam.reference import Form
 from prefixattn.reparam.sweep import adamw_tile, tiles
 
 

@@ -16,7 +16,7 @@ from prefixattn.optim.gradient import FactoredGradient, LazyGradient
 from prefixattn.optim.projected import deliver_projected
 from prefixattn.optim.source import B1, W1, W2, X, is_finite, local, stacked
 from prefixattn.optim.sweeps import check_name
-from prefixattn.reparam.reference import Form
+from prefixattn.reparam.call import Form
 
 Hyper = dict[str, Any]  # a parameter group
 # h, dy (rows, or with a form the gradient of a bank), the form, scale, dh wanted -> dh

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prefixattn.optim.gradient import LazyGradient, lazy
 from prefixattn.optim.source import Parameters, Source, Value
-from prefixattn.reparam.reference import Form
+from prefixattn.reparam.call import Form
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim.source import W2, Scale, Source, Value
-from prefixattn.reparam.reference import Form
+from prefixattn.reparam.call import Form
 
 CHUNK = 4096  # outputs whose products are summed in float64 at a time
 _warned = False

@@ -10,7 +10,7 @@ from prefixattn.optim.base import Factored, Hyper, Sweep
 from prefixattn.optim.fusing import fusible
 from prefixattn.optim.source import W2, stacked
 from prefixattn.optim.sweeps import choose
-from prefixattn.reparam.reference import Form
+from prefixattn.reparam.call import Form
 
 
 class FactoredSGD(Factored):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from prefixattn.optim.sweeps import choose
 from prefixattn.reparam import reference
-from prefixattn.reparam.reference import Form, hidden, hidden_bwd
+from prefixattn.reparam.call import Form, Needs
+from prefixattn.reparam.reference import hidden, hidden_bwd
 
 X, W1, B1, W2, B2 = range(5)
 NAMES = ("x", "w1", "b1", "w2", "b2")
@@ -77,7 +78,7 @@ class Source:
 
     def dbank_in(self, form: Form) -> Tensor:
         """The gradient as if the bank had another form, in the type of z."""
-        if self.form[:4] == form[:4]:
+        if self.form.layout == form.layout:
             return self.ready().dbank.to(self.z.dtype)
         return reference.bank_of(self.rows(), form, self.z.dtype)
 
@@ -126,7 +127,7 @@ class Source:
             return reference.rows_of(self.row, self.form, len(self.z), self.z.dtype)[:, 0]
         if self._small is None:
             x, w1 = self.parameter(X), self.parameter(W1)
-            self._small = hidden_bwd(self.dh, x, w1, self.z, self.form, (True, True, True))
+            self._small = hidden_bwd(self.dh, x, w1, self.z, self.form, Needs(x=True, w1=True, b1=True))
         return self._small[index]
 
     def check(self, dh_comes: bool) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from prefixattn import backends
 from prefixattn.reparam import sweep as reference
+from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import Moment8
-from prefixattn.reparam.reference import Form
 
 
 def check_name(backend: str) -> None:

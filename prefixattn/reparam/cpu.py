@@ -8,8 +8,9 @@ from torch import Tensor
 import prefixattn._C as _C
 from prefixattn.cpu import DTYPES
 from prefixattn.reparam import moments8, reference
+from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 from prefixattn.reparam.moments8 import Moment8
-from prefixattn.reparam.reference import Form, Needs, hidden_bwd
+from prefixattn.reparam.reference import hidden_bwd
 from prefixattn.reparam.sweep import Moment
 
 __all__ = [
@@ -26,15 +27,8 @@ __all__ = [
 MOMENT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # enum MomentFormat of csrc/reparam.h
 
 
-def unsupported(
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    b1: Tensor | None,  # [G, M]
-    w2: Tensor,  # [G, O, M]
-    b2: Tensor | None,  # [G, O]
-    form: Form,
-    dtype: torch.dtype,
-) -> list[str]:
+def unsupported(call: Call, needs: Needs) -> list[str]:
+    x, dtype = call.x, call.dtype
     reasons = []
     if x.device.type != "cpu":
         reasons.append(f"x is on {x.device.type}; needs cpu")
@@ -45,60 +39,45 @@ def unsupported(
     return reasons
 
 
-def fwd(
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    b1: Tensor | None,  # [G, M]
-    w2: Tensor,  # [G, O, M]
-    b2: Tensor | None,  # [G, O]
-    form: Form,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    _require(unsupported(x, w1, b1, w2, b2, form, dtype))
+def fwd(call: Call) -> Results:
+    _require(unsupported(call, Needs()))
+    x, form = call.x, call.form
     with torch.autocast("cpu", enabled=False):
-        z = x @ w1.mT
-        if b1 is not None:
-            z += b1[:, None]
+        z = x @ call.w1.mT
+        if call.b1 is not None:
+            z += call.b1[:, None]
         h = reference.hidden(z, form).contiguous()
-    w2, b2 = w2.contiguous(), None if b2 is None else b2.contiguous()
-    n, Hkv, D = form[:3]
-    bank = x.new_empty((x.shape[0] * n, 2, Hkv, x.shape[1], D), dtype=dtype)
+    w2, b2 = call.w2.contiguous(), None if call.b2 is None else call.b2.contiguous()
+    shape = x.shape[0] * form.layers, 2, form.kv_heads, x.shape[1], form.head_dim
+    bank = x.new_empty(shape, dtype=call.dtype)
     sizes = _sizes(w2, h)
     workspace = x.new_empty(_C.reparam_fwd_workspace(sizes))
     tensors = (h.data_ptr(), w2.data_ptr(), _address(b2), workspace.data_ptr(), bank.data_ptr())
-    _C.reparam_fwd(sizes, form[:4], DTYPES[dtype], tensors)
-    return bank, z
+    _C.reparam_fwd(sizes, form.layout, DTYPES[call.dtype], tensors)
+    return Results(bank, z)
 
 
-def bwd(
-    dbank: Tensor,  # [N, 2, Hkv, P, D]
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    w2: Tensor,  # [G, O, M]
-    z: Tensor,  # [G, P, M]
-    form: Form,
-    needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     """One read of w2 gives dh; its own gradient is made from the same block of dbank."""
-    _require(unsupported(x, w1, None, w2, None, form, torch.float32))
+    _require(unsupported(call._replace(dtype=torch.float32), needs))
+    x, form, z, dbank = call.x, call.form, given.z, given.dbank
     if dbank.dtype not in DTYPES:
         dbank = dbank.float()
-    dbank, w2 = dbank.contiguous(), w2.contiguous()
+    dbank, w2 = dbank.contiguous(), call.w2.contiguous()
     empty = x.new_empty(0)
-    dw2 = torch.empty_like(w2) if needs[3] else empty
-    db2 = w2.new_empty(w2.shape[:2]) if needs[4] else empty
-    small = needs[:3]
-    dh = torch.empty_like(z) if any(small) else None
+    dw2 = torch.empty_like(w2) if needs.w2 else empty
+    db2 = w2.new_empty(w2.shape[:2]) if needs.b2 else empty
+    dh = torch.empty_like(z) if needs.hidden else None
     if any(needs):
         with torch.autocast("cpu", enabled=False):
-            h = reference.hidden(z, form).contiguous() if needs[3] else None
+            h = reference.hidden(z, form).contiguous() if needs.w2 else None
         sizes = _sizes(w2, z)
         workspace = z.new_empty(_C.reparam_sweep_workspace(sizes))
         tensors = (_address(h), dbank.data_ptr(), w2.data_ptr(), _address(dh), workspace.data_ptr())
-        dw_db = (t.data_ptr() if need else 0 for t, need in zip((dw2, db2), needs[3:], strict=True))
-        _C.reparam_bwd(sizes, tensors, form[:4], DTYPES[dbank.dtype], *dw_db)
-    dx, dw1, db1 = (empty, empty, empty) if dh is None else hidden_bwd(dh, x, w1, z, form, small)
-    return dx, dw1, db1, dw2, db2
+        dw_db = dw2.data_ptr() if needs.w2 else 0, db2.data_ptr() if needs.b2 else 0
+        _C.reparam_bwd(sizes, tensors, form.layout, DTYPES[dbank.dtype], *dw_db)
+    dx, dw1, db1 = (empty, empty, empty) if dh is None else hidden_bwd(dh, x, call.w1, z, form, needs)
+    return Grads(dx, dw1, db1, dw2, db2)
 
 
 def sweep_unsupported(
@@ -194,7 +173,7 @@ def _sweep(
     dh = torch.empty_like(h) if want_dh else None
     workspace = w.new_empty(_C.reparam_sweep_workspace(sizes))
     tensors = (h.data_ptr(), dy.data_ptr(), w.data_ptr(), _address(dh), workspace.data_ptr())
-    bank = () if form is None else (*form[:4], DTYPES[dy.dtype])
+    bank = () if form is None else (*form.layout, DTYPES[dy.dtype])
     return sizes, (*tensors, *bank), dh, (h, workspace)
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.reparam.ops import reparam, reparam_onto
-from prefixattn.reparam.reference import ACTIVATIONS, Form
+from prefixattn.reparam.call import Call, Form, Needs, Results
+from prefixattn.reparam.ops import reparam, reparam_fwd, reparam_onto
+from prefixattn.reparam.reference import ACTIVATIONS
 
 _FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -58,43 +59,36 @@ def reparameterize(
         dtype = x.dtype
     elif dtype not in _FLOATS:
         raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or float64")
-    chosen = backends.choose_reparam(backend, x, w1, b1, w2, b2, form, dtype)
-    return reparam(x, w1, b1, w2, b2, *form, dtype, chosen)
+    call = Call(x, w1, b1, w2, b2, form, dtype)
+    return reparam(call, _chosen(backend, call))
 
 
-def bank_and_z(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, form: Form, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def bank_and_z(call: Call) -> Results:
     """The bank and z [G, P, M] without a graph, for who carries the gradient back himself."""
     with torch.inference_mode(False), torch.no_grad():
-        chosen = backends.choose_reparam("auto", x, w1, b1, w2, b2, form, dtype)
-        result: tuple[Tensor, Tensor] = torch.ops.prefixattn.reparam_fwd(x, w1, b1, w2, b2, *form, dtype, chosen)
-    return result
+        return reparam_fwd(call, _chosen("auto", call))
 
 
-def bank_onto(
-    stand_in: Tensor,  # [N, 2, Hkv, P, D]
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    form: Form,
-    dtype: torch.dtype,
-) -> Tensor:
+def bank_onto(stand_in: Tensor, call: Call) -> Tensor:  # stand_in [N, 2, Hkv, P, D]
     """The bank, whose gradient becomes that of `stand_in`; the parameters get none. Compiles."""
-    x, w1, b1, w2, b2 = (None if t is None else t.detach() for t in (x, w1, b1, w2, b2))  # type: ignore[assignment]
-    chosen = backends.choose_reparam("auto", x, w1, b1, w2, b2, form, dtype)
-    return reparam_onto(stand_in, x, w1, b1, w2, b2, *form, dtype, chosen)
+    call = call.each(Tensor.detach)
+    return reparam_onto(stand_in, call, _chosen("auto", call))
+
+
+def _chosen(backend: str, call: Call) -> str:
+    recorded = torch.is_grad_enabled()
+    needs = Needs(*[recorded and t is not None and t.requires_grad for t in call.tensors])
+    return backends.choose_reparam(backend, call, needs)
 
 
 def here() -> dict[str, list[str]]:
     """What each backend objects to on this machine, asked with a small ordinary call on each kind of device."""
 
-    def call(device: str) -> tuple[Any, ...]:
+    def call(device: str) -> tuple[Call, Needs]:
         x, w1, w2 = (torch.zeros(1, n, m, device=device) for n, m in ((8, 64), (64, 64), (128, 64)))
         b1, b2 = torch.zeros(1, 64, device=device), torch.zeros(1, 128, device=device)
-        return x, w1, b1, w2, b2, Form(1, 1, 64, False, "tanh"), torch.float32
+        every = Needs(x=True, w1=True, b1=True, w2=True, b2=True)
+        return Call(x, w1, b1, w2, b2, Form(1, 1, 64, False, "tanh"), torch.float32), every
 
     return backends.here_of(backends.REPARAM, call)
 

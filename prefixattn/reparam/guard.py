@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prefixattn.guard import close, name
 from prefixattn.reparam import reference, sweep, triton
+from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.reference import Form
 from prefixattn.reparam.sweep import Moment
 
 Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of the bank or of moments (8 bits: float32)
@@ -26,8 +26,8 @@ _LENGTHS = 5, 40  # P: less than a tile of rows, and more
 _FORM = Form(2, 2, 16, False, "tanh")
 
 
-def unsupported(x: Tensor, *args: Any) -> list[str]:
-    return _on_a_gpu(x, triton.unsupported(x, *args))
+def unsupported(call: Call, needs: Needs) -> list[str]:
+    return _on_a_gpu(call.x, triton.unsupported(call, needs))
 
 
 def sweep_unsupported(w: Tensor, *args: Any) -> list[str]:
@@ -38,14 +38,13 @@ def _on_a_gpu(t: Tensor, reasons: list[str]) -> list[str]:
     return reasons if reasons or t.device.type == "cuda" else ["Triton's interpreter is for tests"]
 
 
-def fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    x, dtype = args[0], args[-1]
-    return (triton if _trusted(("fwd", x.device, dtype)) else reference).fwd(*args)
+def fwd(call: Call) -> Results:
+    return (triton if _trusted(("fwd", call.x.device, call.dtype)) else reference).fwd(call)
 
 
-def bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dbank = args[0]
-    return (triton if _trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(*args)
+def bwd(call: Call, given: Given, needs: Needs) -> Grads:
+    dbank = given.dbank
+    return (triton if _trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(call, given, needs)
 
 
 def adamw_sweep(w: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *args: Any, **numbers: Any) -> Tensor | None:
@@ -131,11 +130,13 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
     first, second = normal(G, O, M).to(dtype), normal(G, O, M).square().to(dtype)
     network, optimizer = module or reference, module or sweep
     if kind == "fwd":
-        bank, z = network.fwd(x, w1, b1, w2, b2, form, dtype)
-        return {"bank": bank, "z": z}
+        found: dict[str, Tensor] = network.fwd(Call(x, w1, b1, w2, b2, form, dtype))._asdict()
+        return found
     if kind == "bwd":
-        names = ("dx", "dw1", "db1", "dw2", "db2")
-        return dict(zip(names, network.bwd(dbank, x, w1, w2, b1[:, None] + h, form, (True,) * 5), strict=True))
+        every = Needs(x=True, w1=True, b1=True, w2=True, b2=True)
+        call = Call(x, w1, None, w2, None, form, dtype)
+        grads = network.bwd(call, Given(dbank, b1[:, None] + h), every)
+        return {"d" + name: grad for name, grad in grads._asdict().items()}
     if kind == "dh":
         return {"dh": optimizer.dh_only(w2, dy), "dh of a bank": optimizer.dh_only(w2, dbank, form)}
     numbers = {"lr": 1e-2, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}

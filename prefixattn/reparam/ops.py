@@ -1,61 +1,67 @@
 """prefixattn::reparam_fwd and ::reparam_bwd: made as the ops of attention are, see prefixattn/ops.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.reparam.reference import Form
+from prefixattn.call import schema
+from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 
-_FORM = "int layers, int kv_heads, int head_dim, bool interleaved, str activation"
+_TENSORS, _FORM, _GIVEN = len(Needs._fields), len(Form._fields), len(Given._fields)
+_OTHERS = _FORM + 2  # arguments of reparam_fwd without a gradient: the form, dtype and backend
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIB = torch.library.Library("prefixattn", "FRAGMENT")
-_LIB.define(
-    f"reparam_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_FORM}, ScalarType dtype, str backend)"
-    " -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_LIB.define(
-    f"reparam_bwd(Tensor dbank, Tensor x, Tensor w1, Tensor w2, Tensor z, {_FORM}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
+for _signature in (
+    f"reparam_fwd({schema(Call)}, str backend) -> ({schema(Results)})",
+    f"reparam_bwd({schema(Given)}, {schema(Call)}, bool[] needs, str backend) -> ({schema(Grads, 'd')})",
+):
+    _LIB.define(_signature, tags=_TAGS)
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, layers, kv_heads, head_dim, interleaved, activation, dtype, backend = args
-    form = Form(layers, kv_heads, head_dim, interleaved, activation)
-    result: tuple[Tensor, Tensor] = backends.module(backend, "reparam").fwd(*_dense(tensors), form, dtype)
+def _flat(call: Call) -> tuple[Any, ...]:
+    """The call as the ops' arguments, which _call takes back."""
+    return *call.tensors, *call.form, call.dtype
+
+
+def _call(args: Sequence[Any]) -> Call:
+    return Call._make((*args[:_TENSORS], Form._make(args[_TENSORS:-1]), args[-1]))
+
+
+def _fwd(*args: Any) -> Results:
+    result: Results = backends.module(args[-1], "reparam").fwd(_call(args[:-1]).each(Tensor.contiguous))
     return result
 
 
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    *tensors, layers, kv_heads, head_dim, interleaved, activation, needs, backend = args
-    form = Form(layers, kv_heads, head_dim, interleaved, activation)
-    result: tuple[Tensor, ...] = backends.module(backend, "reparam").bwd(*_dense(tensors), form, tuple(needs))
+def _bwd(*args: Any) -> Grads:
+    given, call, needs = _of_backward(args)
+    given = Given(given.dbank.contiguous(), given.z.contiguous())  # also of a bank that was taken apart into layers
+    result: Grads = backends.module(args[-1], "reparam").bwd(call.each(Tensor.contiguous), given, needs)
     return result
 
 
-def _dense(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Contiguous: parameters are, and so is the gradient of a bank that was taken apart into layers."""
-    return [None if t is None else t.contiguous() for t in tensors]
+def _of_backward(args: Sequence[Any]) -> tuple[Given, Call, Needs]:
+    return Given(*args[:_GIVEN]), _call(args[_GIVEN:-2]), Needs(*args[-2])
 
 
-def _fwd_fake(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *args: Any
-) -> tuple[Tensor, ...]:
-    layers, kv_heads, head_dim, _, _, dtype, _ = args
-    bank = x.new_empty((x.shape[0] * layers, 2, kv_heads, x.shape[1], head_dim), dtype=dtype)
-    z = x.new_empty((*x.shape[:2], w1.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    return bank, z
+def _fwd_fake(*args: Any) -> Results:
+    call = _call(args[:-1])
+    x, form = call.x, call.form
+    shape = x.shape[0] * form.layers, 2, form.kv_heads, x.shape[1], form.head_dim
+    bank = x.new_empty(shape, dtype=call.dtype)
+    return Results(
+        bank, x.new_empty((*x.shape[:2], call.w1.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+    )
 
 
-def _bwd_fake(dbank: Tensor, x: Tensor, w1: Tensor, w2: Tensor, z: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs = args[-2]
+def _bwd_fake(*args: Any) -> Grads:
+    _, call, needs = _of_backward(args)
+    x, w1, w2 = call.x, call.w1, call.w2
     shapes = (x.shape, w1.shape, w1.shape[:2], w2.shape, w2.shape[:2])
-    return tuple([x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)])
+    return Grads(*[x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)])
 
 
 def _no_vmap(*_: Any) -> Any:
@@ -82,25 +88,26 @@ class _Reparameterize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dbank: Tensor | None, _dz: None) -> tuple[Tensor | None, ...]:
         if dbank is None:
-            return (None,) * 12
-        needs = ctx.needs_input_grad[:5]
-        args = (dbank, *ctx.saved_tensors, *ctx.form, needs, ctx.backend)
+            return (None,) * (_TENSORS + _OTHERS)
+        x, w1, w2, z = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:_TENSORS]
+        args = (dbank, z, x, w1, None, w2, None, *ctx.rest, needs, ctx.backend)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _Once.apply(*args)
         else:
             grads = _BWD(*args)
-        return *[grad if need else None for grad, need in zip(grads, needs, strict=True)], *(None,) * 7
+        return *[grad if need else None for grad, need in zip(grads, needs, strict=True)], *(None,) * _OTHERS
 
     vmap = staticmethod(_no_vmap)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, _, w2, _, *form, _dtype, backend = inputs
+    x, w1, _, w2, _, *rest, backend = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w1, w2, z)
-    ctx.form, ctx.backend = tuple(form), backend
+    ctx.rest, ctx.backend = tuple(rest), backend
 
 
 class _Transformed(_Reparameterize):
@@ -141,7 +148,12 @@ torch.library.register_autograd(
 )
 
 
-def reparam(*args: Any) -> Tensor:
+def reparam_fwd(call: Call, backend: str) -> Results:
+    """prefixattn::reparam_fwd, for who wants no gradient of it."""
+    return Results(*_FWD(*_flat(call), backend))
+
+
+def reparam(call: Call, backend: str) -> Tensor:
     """The bank by prefixattn::reparam_fwd, with its gradient rule."""
     transformed = torch._C._are_functorch_transforms_active()
     if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
@@ -149,7 +161,7 @@ def reparam(*args: Any) -> Tensor:
             "reparameterize inside torch.func's transforms does not compile; compile a function that calls "
             "torch.autograd.grad or backward, or leave the transform uncompiled"
         )
-    bank: Tensor = (_Transformed if transformed else _Reparameterize).apply(*args)[0]
+    bank: Tensor = (_Transformed if transformed else _Reparameterize).apply(*_flat(call), backend)[0]
     return bank
 
 
@@ -165,7 +177,7 @@ class _Onto(torch.autograd.Function):
         return dbank, *(None,) * ctx.inputs
 
 
-def reparam_onto(stand_in: Tensor, *args: Any) -> Tensor:
+def reparam_onto(stand_in: Tensor, call: Call, backend: str) -> Tensor:
     """The bank by prefixattn::reparam_fwd, with its gradient for that of a tensor that it does not depend on."""
-    bank: Tensor = _Onto.apply(stand_in, *args)
+    bank: Tensor = _Onto.apply(stand_in, *_flat(call), backend)
     return bank

@@ -12,24 +12,12 @@ All tensors are contiguous, the parameters of one type.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Form(NamedTuple):
-    """What the tensors' shapes do not say."""
-
-    layers: int  # n, of each network
-    kv_heads: int  # Hkv
-    head_dim: int  # D
-    interleaved: bool
-    activation: str  # a key of ACTIVATIONS
-
-
-Needs = tuple[bool, bool, bool, bool, bool]  # gradients wanted: x, w1, b1, w2, b2
+from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 
 
 def _one(z: Tensor) -> Tensor:
@@ -57,47 +45,29 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
-def unsupported(*_: object) -> list[str]:
+def unsupported(call: Call, needs: Needs) -> list[str]:
     return []
 
 
-def fwd(
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    b1: Tensor | None,  # [G, M]
-    w2: Tensor,  # [G, O, M]
-    b2: Tensor | None,  # [G, O]
-    form: Form,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Returns the bank [N, 2, Hkv, P, D] in `dtype`, contiguous, and z [G, P, M] in float32 (float64 of float64)."""
-    with torch.autocast(x.device.type, enabled=False):
-        z = _linear(x, w1, b1)
-        y = _linear(hidden(z, form), w2, b2)
-        return bank_of(y, form, dtype), z
+def fwd(call: Call) -> Results:
+    with torch.autocast(call.x.device.type, enabled=False):
+        z = _linear(call.x, call.w1, call.b1)
+        y = _linear(hidden(z, call.form), call.w2, call.b2)
+        return Results(bank_of(y, call.form, call.dtype), z)
 
 
-def bwd(
-    dbank: Tensor,  # [N, 2, Hkv, P, D], any float type, contiguous
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    w2: Tensor,  # [G, O, M]
-    z: Tensor,  # [G, P, M]
-    form: Form,
-    needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, w1, b1, w2 and b2, each contiguous in the type of x, or empty [0]."""
-    need_x, need_w1, need_b1, need_w2, need_b2 = needs
+def bwd(call: Call, given: Given, needs: Needs) -> Grads:
+    x, z, form = call.x, given.z, call.form
     dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
     with torch.autocast(x.device.type, enabled=False):
-        dy = rows_of(dbank, form, x.shape[0], z.dtype)
-        if need_w2:
+        dy = rows_of(given.dbank, form, x.shape[0], z.dtype)
+        if needs.w2:
             dw2 = (dy.mT @ hidden(z, form)).to(x.dtype)
-        if need_b2:
+        if needs.b2:
             db2 = dy.sum(1).to(x.dtype)
-        if need_x or need_w1 or need_b1:
-            dx, dw1, db1 = hidden_bwd(dy @ w2.to(z.dtype), x, w1, z, form, (need_x, need_w1, need_b1))
-    return dx, dw1, db1, dw2, db2
+        if needs.hidden:
+            dx, dw1, db1 = hidden_bwd(dy @ call.w2.to(z.dtype), x, call.w1, z, form, needs)
+    return Grads(dx, dw1, db1, dw2, db2)
 
 
 def hidden_bwd(
@@ -106,17 +76,17 @@ def hidden_bwd(
     w1: Tensor,  # [G, M, E]
     z: Tensor,  # [G, P, M]
     form: Form,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The small half of bwd: the gradients of x, w1 and b1 from that of the hidden rows."""
-    dx, dw1, db1 = (x.new_empty(0) for _ in needs)
+    dx, dw1, db1 = (x.new_empty(0) for _ in range(3))
     with torch.autocast(x.device.type, enabled=False):
         dz = dh * ACTIVATIONS[form.activation][1](z)  # [G, P, M]
-        if needs[0]:
+        if needs.x:
             dx = (dz @ w1.to(z.dtype)).to(x.dtype)
-        if needs[1]:
+        if needs.w1:
             dw1 = (dz.mT @ x.to(z.dtype)).to(x.dtype)
-        if needs[2]:
+        if needs.b1:
             db1 = dz.sum(1).to(x.dtype)
     return dx, dw1, db1
 
@@ -136,7 +106,7 @@ def bank_of(y: Tensor, form: Form, dtype: torch.dtype) -> Tensor:  # y [G, P, O]
 def bank_view(y: Tensor, form: Form) -> Tensor:  # y [G, P, O]
     """y seen as [G, n, 2, Hkv, P, D]."""
     G, P, _ = y.shape
-    n, Hkv, D = form[:3]
+    n, Hkv, D = form.layers, form.kv_heads, form.head_dim
     if form.interleaved:
         return y.view(G, P, n, Hkv, D, 2).permute(0, 2, 5, 3, 1, 4)
     return y.view(G, P, n, 2, Hkv, D).permute(0, 2, 3, 4, 1, 5)
@@ -145,7 +115,7 @@ def bank_view(y: Tensor, form: Form) -> Tensor:  # y [G, P, O]
 def rows_of(bank: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tensor:  # bank [N, 2, Hkv, P, D]
     """The rows [G, P, O] that the bank is, or their gradient, contiguous: bank_of undone."""
     G, P = networks, bank.shape[3]
-    n, Hkv, D = form[:3]
+    n, Hkv, D = form.layers, form.kv_heads, form.head_dim
     grouped = bank.unflatten(0, (G, n))  # [G, n, 2, Hkv, P, D]
     order = (0, 4, 1, 3, 5, 2) if form.interleaved else (0, 4, 1, 2, 3, 5)
     rows = grouped.permute(order)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import Moment8
-from prefixattn.reparam.reference import Form, as_rows
+from prefixattn.reparam.reference import as_rows
 
 Moment = Tensor | Moment8
 TILE = 1 << 16  # numbers in a tile, 256 kB of float32: with its moments it stays in a cache

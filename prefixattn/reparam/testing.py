@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.reparam.reference import Form
+from prefixattn.reparam.call import Call, Form, Given, Needs
 from prefixattn.testing_plain import ORDERS, Roundings
 
 
@@ -55,7 +55,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "strided": {"strided": True},  # parameters that are views: a last axis with a stride, a transposed matrix
 }
 
-PARAMETERS = ("x", "w1", "b1", "w2", "b2")
+PARAMETERS = Needs._fields
+NEEDS = Needs(x=True, w1=True, b1=True, w2=True, b2=True)
 
 
 @dataclass
@@ -134,12 +135,15 @@ def _strided(t: Tensor, transposed: bool) -> Tensor:
     return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
 
 
+def detached(inputs: Inputs) -> Call:
+    """The record that backends take."""
+    return Call._make((*inputs.parameters, inputs.form, inputs.dtype)).each(Tensor.detach)
+
+
 def objections(backend: str, inputs: Inputs) -> str:
     """Why a backend refuses these inputs, in its own words; empty if it does not."""
     [row] = [row for row in backends.REPARAM if row.name == backend]
-    x, *others = (None if t is None else t.detach() for t in inputs.parameters)
-    assert x is not None
-    return "; ".join(backends.objections(row, x, *others, inputs.form, inputs.dtype))
+    return "; ".join(backends.objections(row, detached(inputs), NEEDS))
 
 
 def results(inputs: Inputs, bank: Tensor) -> dict[str, Tensor]:
@@ -158,13 +162,11 @@ def ours(inputs: Inputs, backend: str = "auto", **options: Any) -> dict[str, Ten
 
 def from_module(inputs: Inputs, module: Any) -> dict[str, Tensor]:
     """The bank and every gradient from `fwd` and `bwd` of a backend's module, called without the op around them."""
-    parameters = [None if t is None else t.detach() for t in inputs.parameters]
-    x, w1, b1, w2, b2 = parameters
-    bank, z = module.fwd(x, w1, b1, w2, b2, inputs.form, inputs.dtype)
-    needs = tuple(t is not None for t in parameters)
-    grads = module.bwd(inputs.dbank, x, w1, w2, z, inputs.form, needs)
-    named = zip(PARAMETERS, grads, strict=True)
-    return {"bank": bank} | {"d" + name: grad for name, grad in named if name in inputs.tensors}
+    call = detached(inputs)
+    bank, z = module.fwd(call)
+    needs = Needs(**{name: name in inputs.tensors for name in PARAMETERS})
+    grads = module.bwd(call._replace(b1=None, b2=None), Given(inputs.dbank, z), needs)
+    return {"bank": bank} | {"d" + name: grad for name, grad in grads._asdict().items() if name in inputs.tensors}
 
 
 def exact(inputs: Inputs) -> dict[str, Tensor]:

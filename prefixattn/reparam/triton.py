@@ -11,8 +11,9 @@ from torch import Tensor
 
 from prefixattn.kernels.table import INTERPRETED
 from prefixattn.reparam import moments8, reference
+from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 from prefixattn.reparam.moments8 import Moment8
-from prefixattn.reparam.reference import Form, Needs, hidden_bwd
+from prefixattn.reparam.reference import hidden_bwd
 from prefixattn.reparam.sweep import Moment
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -20,68 +21,44 @@ LAST = 2**31 - 1
 INSTALLED = find_spec("triton") is not None
 
 
-def unsupported(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    form: Form,
-    dtype: torch.dtype,
-) -> list[str]:
+def unsupported(call: Call, needs: Needs) -> list[str]:
+    x, dtype, form = call.x, call.dtype, call.form
     reasons = _not_here("x", x)
-    for name, t in {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
+    for name in ("x", "w1", "b1", "w2", "b2"):
+        t = getattr(call, name)
         if t is not None and t.dtype != torch.float32:
             reasons.append(f"{name} is {t.dtype}; needs float32")
     if dtype not in DTYPES:
         reasons.append(f"dtype={dtype}; needs float32, bfloat16 or float16")
     if form.activation not in reference.ACTIVATIONS:
         reasons.append(f'activation="{form.activation}"; needs {", ".join(reference.ACTIVATIONS)}')
-    return reasons + _too_large(w2, x.shape[1], w1.shape[1:])
+    return reasons + _too_large(call.w2, x.shape[1], call.w1.shape[1:])
 
 
-def fwd(
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    b1: Tensor | None,  # [G, M]
-    w2: Tensor,  # [G, O, M]
-    b2: Tensor | None,  # [G, O]
-    form: Form,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The bank [N, 2, Hkv, P, D] in `dtype`, and z [G, P, M]."""
+def fwd(call: Call) -> Results:
     from prefixattn.kernels.launch_reparam import forward
 
-    x, w1, w2 = (t.contiguous() for t in (x, w1, w2))
-    b1, b2 = (None if t is None else t.contiguous() for t in (b1, b2))
-    with _on(x):
-        bank, z = forward(x, w1, b1, w2, b2, form, torch.float32 if _is_emulated(dtype) else dtype)
-    return bank.to(dtype), z
+    dtype = torch.float32 if _is_emulated(call.dtype) else call.dtype
+    with _on(call.x):
+        bank, z = forward(call._replace(dtype=dtype))
+    return Results(bank.to(call.dtype), z)
 
 
-def bwd(
-    dbank: Tensor,  # [N, 2, Hkv, P, D]
-    x: Tensor,  # [G, P, E]
-    w1: Tensor,  # [G, M, E]
-    w2: Tensor,  # [G, O, M]
-    z: Tensor,  # [G, P, M]
-    form: Form,
-    needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     from prefixattn.kernels.launch_reparam import hidden_gradient, matrix_gradient
 
+    x, w2, form, z = call.x, call.w2, call.form, given.z
     dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
-    dbank = _emulated(dbank).contiguous()
-    w2 = w2.contiguous()
+    dbank = _emulated(given.dbank)
     with _on(x):
-        if needs[3]:
+        if needs.w2:
             dw2 = matrix_gradient(dbank, reference.hidden(z, form).contiguous(), w2, form)
-        if any(needs[:3]):
+        if needs.hidden:
             dh = hidden_gradient(dbank, w2, x.shape[1], form)
-            dx, dw1, db1 = hidden_bwd(dh, x, w1, z, form, needs[:3])
-    if needs[4]:
+            dx, dw1, db1 = hidden_bwd(dh, x, call.w1, z, form, needs)
+    if needs.b2:
         db2 = reference.rows_of(dbank.sum(3, keepdim=True, dtype=torch.float32), form, len(x), torch.float32)[:, 0]
-    return dx, dw1, db1, dw2, db2
+    return Grads(dx, dw1, db1, dw2, db2)
 
 
 def sweep_unsupported(
