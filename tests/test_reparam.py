@@ -24,8 +24,7 @@ from prefixattn.reparam.testing import (
     same_dtype,
 )
 from prefixattn.testing import assert_all_as_accurate, assert_as_accurate
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tests.grids import DTYPES, TYPES, by_backend
 
 
 @pytest.fixture
@@ -47,17 +46,20 @@ def case(shape: str, feature: str, dtype: str) -> tuple[Inputs, dict[str, Tensor
     return inputs, same_dtype(inputs), exact(inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("feature", ["plain", "interleaved"])
-@pytest.mark.parametrize("shape", SHAPES)
+GRIDDED = "reparam_backend, dtype, shape, feature"
+
+
+@pytest.mark.parametrize(GRIDDED, by_backend(TYPES, SHAPES, ["plain", "interleaved"]), indirect=["reparam_backend"])
 def test_shapes(backend: str, shape: str, feature: str, dtype: str) -> None:
     inputs, same, right = case(shape, feature, dtype)
     assert_all_as_accurate(ours(taken(backend, inputs), backend), same, right)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f not in ("plain", "interleaved")])
-@pytest.mark.parametrize("shape", ["five_rows", "tile_past", "three_networks", "per_layer"])
+FEATURED = [f for f in FEATURES if f not in ("plain", "interleaved")]
+CROWDED = ["five_rows", "tile_past", "three_networks", "per_layer"]
+
+
+@pytest.mark.parametrize(GRIDDED, by_backend(TYPES, CROWDED, FEATURED), indirect=["reparam_backend"])
 def test_features(backend: str, shape: str, feature: str, dtype: str) -> None:
     inputs, same, right = case(shape, feature, dtype)
     assert_all_as_accurate(ours(taken(backend, inputs), backend), same, right)

@@ -1,0 +1,60 @@
+"""Grids of cases: in every run a cover of all pairs, the whole product by `make test-all`."""
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+
+from prefixattn import backends
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# those that a backend has kernels for
+TYPES = {name: [d for d in DTYPES if d != "fp64" or name == "reference"] for name in backends.NAMES}
+
+
+def pairs(case: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
+    return {(i, case[i], j, case[j]) for i, j in combinations(range(len(case)), 2)}
+
+
+def cover_of(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """A few of the cases in which each two values that meet in one of all cases meet, in their order.
+
+    Each next one is the first of those that bring most new pairs.
+    """
+    open_pairs = set().union(*map(pairs, cases))
+    chosen = set()
+    while open_pairs:
+        best = max(cases, key=lambda case: len(pairs(case) & open_pairs))
+        chosen.add(best)
+        open_pairs -= pairs(best)
+    return [case for case in cases if case in chosen]
+
+
+def covered(*axes: Iterable[Any]) -> list[Any]:
+    """The product of the axes as pytest's parameters, marked `full` where a cover of all pairs does without."""
+    cases = list(product(*axes))
+    every_run = set(cover_of(cases))
+    return [pytest.param(*case, marks=() if case in every_run else pytest.mark.full) for case in cases]
+
+
+def by_backend(dtypes: dict[str, Sequence[str]], *axes: Iterable[Any]) -> list[Any]:
+    """(backend, dtype, ...): `covered` for each backend, in the types that it has kernels for."""
+    kept = [list(axis) for axis in axes]
+    return [
+        pytest.param(backend, *case.values, marks=case.marks)
+        for backend, names in dtypes.items()
+        for case in covered(names, *kept)
+    ]
+
+
+def in_turn(dtypes: dict[str, Sequence[str]], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """(backend, dtype, *case): each case in one of a backend's types in every run, in all by `make test-all`."""
+    kept = list(cases)
+    return [
+        pytest.param(backend, name, *case, marks=() if i % len(names) == turn else pytest.mark.full)
+        for backend, names in dtypes.items()
+        for i, case in enumerate(kept)
+        for turn, name in enumerate(names)
+    ]
