@@ -153,6 +153,9 @@ def place(built: Path, target: Path) -> None:
     fresh.replace(target)
 
 
+FOLDERS = "attach attach.hf attach.timm attention optim prefixes reparam testing".split()
+
+
 class NinjaBuildExt(build_ext):
     def run(self) -> None:
         [extension] = self.extensions
@@ -186,7 +189,7 @@ class NinjaBuildExt(build_ext):
 
 setup(
     # written out: kernels/ would not be found by looking for packages, and bench/ or tests/ must never be
-    packages=["prefixattn", "prefixattn.attach", "prefixattn.kernels", "prefixattn.optim", "prefixattn.reparam"],
+    packages=["prefixattn", "prefixattn.kernels", *(f"prefixattn.{name}" for name in FOLDERS)],
     ext_modules=[Extension("prefixattn._C", sources=[])],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peers import Attention, Shape, eager_concat, forward, forward_backward, make_inputs
 from platforms import Platform
-from prefixattn.testing import assert_as_accurate
+from prefixattn.testing.attention import assert_as_accurate
 from record import Record
 from timing import quantiles
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import prefixattn
-from prefixattn.attach.interface import PrefixCall
+from prefixattn.attach.hf.interface import PrefixCall
 from whole_arms import Arm, Frozen, Ours, OursLabelled, Peft, original
 from whole_models import GPT2, IGNORED, Bart, Family, TimmViT, ViT
 

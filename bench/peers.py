@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixattn import prefix_attention, prefix_attention_qkvpacked
-from prefixattn.layout import unpacked
+from prefixattn.attention.layout import unpacked
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim import FactoredAdamW
-from prefixattn.prefix import DeepShare, Geometry
+from prefixattn.prefixes.networks import DeepShare, Geometry
 
 ROWS = 8  # samples of a batch, each of which published code sends through the network
 

@@ -30,12 +30,12 @@ from triton import cdiv
 from triton.runtime.jit import KernelInterface
 
 from command import NOTHING, command
-from prefixattn.call import Given, Needs, Wants
+from prefixattn.attention.call import Given, Needs, Wants
+from prefixattn.attention.layout import unpacked
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import PREFIX, Call
 from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
-from prefixattn.layout import unpacked
 from triton_shapes import SHAPES, Shape
 
 # ceilings of an H200, as the targets were set with: products of bf16, flops a second; device memory, bytes a second

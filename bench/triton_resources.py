@@ -29,7 +29,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from command import NOTHING, command
-from prefixattn.call import Given, Needs, Wants
+from prefixattn.attention.call import Given, Needs, Wants
 from prefixattn.kernels import table
 from prefixattn.kernels.call import Call
 from prefixattn.kernels.launch_bwd import backward

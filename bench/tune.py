@@ -24,7 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel does not compi
 import torch
 
 from command import NOTHING, command
-from prefixattn.call import Given, Wants
+from prefixattn.attention.call import Given, Wants
 from prefixattn.kernels import table
 from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefixattn.call import Call
+from prefixattn.attention.call import Call
 from whole_models import GPT2, SEED, Bart, Family
 
 Pair = tuple[Tensor, Tensor]  # key and value of one attention call; [H, P, D] each, or [B, H, P, D] once expanded

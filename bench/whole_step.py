@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parent / "paper"))
 
 import whole_arms
 from command import command
-from prefixattn import guard
+from prefixattn.attention import guard
 from record import RESULTS, device_slug, header
 from timing import interleave, quantiles
 from whole_arms import Arm, collect

@@ -1,5 +1,5 @@
 // Python's door: plain integers in, nothing returned. Shapes were checked by whoever called the op (functional.py),
-// types and devices in prefixattn/cpu.py.
+// types and devices in prefixattn/attention/cpu.py.
 #include "bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -69,7 +69,7 @@ T *address(uintptr_t x) {
     return reinterpret_cast<T *>(x);
 }
 
-struct Common {  // what prefixattn/cpu.py passes as one tuple, in this order
+struct Common {  // what prefixattn/attention/cpu.py passes as one tuple, in this order
     template <class P>
     static void read(const py::tuple &t, P &p) {
         int i = 0;

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn import call
+from prefixattn.attention import call
+from prefixattn.attention.philox import threshold
 from prefixattn.kernels import memory_tiles, tiles
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
-from prefixattn.philox import threshold
 
 HALF_TYPES = torch.bfloat16, torch.float16
 OWN, PREFIX, SPLIT = tiles.OWN.value, tiles.PREFIX.value, tiles.SPLIT.value

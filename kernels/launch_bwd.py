@@ -4,14 +4,14 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn.call import Given, Grads, Into, Needs, allocated
+from prefixattn.attention.call import Given, Grads, Into, Needs, allocated
+from prefixattn.attention.layout import empty_like_order
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
 from prefixattn.kernels.prefix_attn_bwd_prefix import prefix_attn_bwd_prefix, prefix_attn_bwd_reduce
 from prefixattn.kernels.prefix_attn_bwd_short import prefix_attn_bwd_short
 from prefixattn.kernels.table import HEAD_KEYS, INTERPRETED, Launch, processors
-from prefixattn.layout import empty_like_order
 
 
 def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads:

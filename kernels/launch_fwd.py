@@ -4,13 +4,13 @@ import torch
 import triton
 from torch import Tensor
 
-from prefixattn.call import Results, Wants
+from prefixattn.attention.call import Results, Wants
+from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.kernels.call import Call, options, tile_width
 from prefixattn.kernels.prefix_attn_fwd import prefix_attn_fwd
 from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
 from prefixattn.kernels.prefix_attn_fwd_short import prefix_attn_fwd_short
 from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, SHORT_KEYS, Launch, processors
-from prefixattn.layout import empty_like_order, lse_type
 
 
 def forward(call: Call, wants: Wants) -> Results:

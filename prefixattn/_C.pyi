@@ -1,4 +1,4 @@
-"""The compiled kernels (csrc/bindings.cpp). Addresses, sizes and strides; prefixattn/cpu.py says what goes where."""
+"""The compiled kernels (csrc/bindings.cpp). Addresses, sizes, strides; attention/cpu.py says what goes where."""
 
 _Strided = tuple[int, int, int, int]  # address and three strides, in elements; the fourth is 1
 

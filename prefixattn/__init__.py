@@ -7,13 +7,13 @@ from typing import Any
 from prefixattn.attach import attach, load
 from prefixattn.attach.bank import PrefixBank
 from prefixattn.attach.combine import combine
-from prefixattn.attach.labelled import labelled_loss
+from prefixattn.attach.hf.labelled import labelled_loss
 from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
-from prefixattn.config import PrefixConfig
-from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attention.functional import prefix_attention, prefix_attention_qkvpacked
 from prefixattn.optim import FactoredAdamW, FactoredSGD
-from prefixattn.plus import PrefixPlusConfig
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.plus import PrefixPlusConfig
 from prefixattn.reparam.functional import reparameterize
 
 __version__ = "0.1.0"
@@ -39,8 +39,8 @@ __all__ = [
 
 
 _LAZY = {  # names that need a library that is optional
-    "PrefixTrainer": ("prefixattn.attach.trainer", "PrefixTrainer"),
-    "timm_attention": ("prefixattn.attach.timm_layers", "PrefixAttention"),
+    "PrefixTrainer": ("prefixattn.attach.hf.trainer", "PrefixTrainer"),
+    "timm_attention": ("prefixattn.attach.timm.layers", "PrefixAttention"),
 }
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from prefixattn import __version__, backends, guard, triton
+from prefixattn import __version__, backends
+from prefixattn.attention import guard, triton
 from prefixattn.reparam import functional as reparam
 from prefixattn.reparam import guard as reparam_guard
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefixattn.call import Call, Needs
+from prefixattn.attention.call import Call, Needs
 from prefixattn.reparam.call import Call as ReparamCall
 from prefixattn.reparam.call import Needs as ReparamNeeds
 
@@ -34,10 +34,10 @@ class Row(NamedTuple):
 
 # "auto" takes the first row without an objection; a row stands ahead of the reference where a measurement put it
 TABLE = (
-    Row("cpu", "prefixattn.cpu", "prefixattn._C is not built"),
-    Row("guarded triton", "prefixattn.guard", "prefixattn.guard is missing", named=False),
-    Row("triton", "prefixattn.triton", "prefixattn.triton is missing", auto=False),
-    Row("reference", "prefixattn.reference", "prefixattn.reference is missing"),
+    Row("cpu", "prefixattn.attention.cpu", "prefixattn._C is not built"),
+    Row("guarded triton", "prefixattn.attention.guard", "prefixattn.attention.guard is missing", named=False),
+    Row("triton", "prefixattn.attention.triton", "prefixattn.attention.triton is missing", auto=False),
+    Row("reference", "prefixattn.attention.reference", "prefixattn.attention.reference is missing"),
 )
 NAMES = tuple(row.name for row in TABLE if row.named)
 REPARAM = (

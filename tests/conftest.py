@@ -12,7 +12,7 @@ else:
 
 from prefixattn import backends
 from prefixattn.reparam import functional as reparam
-from prefixattn.testing import round_products_once
+from prefixattn.testing.attention import round_products_once
 
 DEVICE = os.environ.get("PREFIXATTN_TEST_DEVICE", "cpu")
 round_products_once()

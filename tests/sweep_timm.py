@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import make_adapter
-from prefixattn.attach.testing_timm import concatenating
+from prefixattn.testing.timm import concatenating
 
 FILE = Path(__file__).with_suffix(".json")
 MOST_PARAMETERS = 40_000_000

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixattn.reparam import testing as reparam_testing
-from prefixattn.testing import (
+from prefixattn.testing import reparam as reparam_testing
+from prefixattn.testing.attention import (
     FEATURES,
     Shape,
     allowed_error,
@@ -19,7 +19,7 @@ from prefixattn.testing import (
     same_dtype,
     suited,
 )
-from prefixattn.testing_plain import Roundings
+from prefixattn.testing.plain import Roundings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS = [

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked, reference, triton
-from prefixattn.call import Call, Given, Needs, Wants
-from prefixattn.philox import PREFIX_K, PREFIX_V, keep
+from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attention import reference, triton
+from prefixattn.attention.call import Call, Given, Needs, Wants
+from prefixattn.attention.philox import PREFIX_K, PREFIX_V, keep
 
 NAMES = "q", "k", "v", "prefix_k", "prefix_v"
 # where a sum is exact but for its last rounding: of float32, by rms of a uniform error, and some more

@@ -6,8 +6,8 @@ import transformers
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach import interface
-from prefixattn.attach.testing import token_ids
+from prefixattn.attach.hf import interface
+from prefixattn.testing.models import token_ids
 
 TEXT = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 TEXT |= dict(max_position_embeddings=64, pad_token_id=1, initializer_range=0.2)

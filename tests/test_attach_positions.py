@@ -7,7 +7,7 @@ from torch import nn
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing import token_ids
+from prefixattn.testing.models import token_ids
 
 P = 3
 TEXT = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)

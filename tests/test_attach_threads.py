@@ -8,7 +8,7 @@ import torch
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing import tiny, token_ids
+from prefixattn.testing.models import tiny, token_ids
 
 ROUNDS = 12
 

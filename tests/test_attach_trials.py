@@ -6,8 +6,8 @@ import transformers
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach import probe
-from prefixattn.attach.testing import token_ids
+from prefixattn.attach.hf import probe
+from prefixattn.testing.models import token_ids
 
 TEXT = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 FREE = PrefixConfig(length=3, share="none")

@@ -11,7 +11,7 @@ from torch import nn
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing import token_ids
+from prefixattn.testing.models import token_ids
 
 TEXT = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 BART = dict(vocab_size=60, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4)

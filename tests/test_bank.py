@@ -10,8 +10,8 @@ from prefixattn import PrefixBank, PrefixConfig
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from prefixattn.attach import interface
-from prefixattn.attach.testing import model_inputs, tiny, token_ids
+from prefixattn.attach.hf import interface
+from prefixattn.testing.models import model_inputs, tiny, token_ids
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 # dynamo makes a context for each autograd function in a way that torch itself warns of

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import prefixattn
-from prefixattn import PrefixBank, PrefixConfig, saving
+from prefixattn import PrefixBank, PrefixConfig
+from prefixattn.prefixes import saving
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 from prefixattn.attach import attached  # noqa: E402
-from prefixattn.attach.testing import tiny_gpt2, token_ids  # noqa: E402
+from prefixattn.testing.models import tiny_gpt2, token_ids  # noqa: E402
 
 IDS = torch.tensor([2, 0, 2])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import bench_models
 import plot_models
 from model_cases import ATTACHED, CASES, LANGUAGE
-from prefixattn.attach import interface
+from prefixattn.attach.hf import interface
 
 pytest.importorskip("peft", reason="the benchmark measures PEFT's way too")
 # what transformers and PEFT warn of while models are made

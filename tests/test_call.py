@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants
+from prefixattn.attention.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants
 from prefixattn.reparam import call as reparam
 
 SPELLED = {"Tensor": Tensor, "Optional[Tensor]": Tensor | None, "float": float, "bool": bool, "str": str}

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import prefixattn
-from prefixattn import FactoredAdamW, PrefixConfig, saving
+from prefixattn import FactoredAdamW, PrefixConfig
+from prefixattn.prefixes import saving
 
 pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 from prefixattn.attach import attached  # noqa: E402
-from prefixattn.attach.testing import model_inputs, tiny, tiny_gpt2  # noqa: E402
+from prefixattn.testing.models import model_inputs, tiny, tiny_gpt2  # noqa: E402
 
 P = 5
 SHARES = ["deep", "simple", "none"]

@@ -8,7 +8,7 @@ from prefixattn import PrefixConfig
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from prefixattn.attach import attached
-from prefixattn.attach.testing import concat_twin, model_inputs, tiny, token_ids
+from prefixattn.testing.models import concat_twin, model_inputs, tiny, token_ids
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 

@@ -12,8 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from prefixattn import backends, prefix_attention
-from prefixattn.call import Call, Given, Needs
-from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours, suited
+from prefixattn.attention.call import Call, Given, Needs
+from prefixattn.testing.attention import FEATURES, Inputs, Shape, make_inputs, ours, suited
 
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor and jvp still use TorchScript
 pytestmark = [
@@ -77,7 +77,7 @@ def assert_same(compiled: dict[str, Tensor], eager: dict[str, Tensor]) -> None:
 
 def compiled(inputs: Inputs, call: Callable[..., Any], backend: str) -> dict[str, Tensor]:
     """`ours` of inputs with prefix_attention replaced by its compiled form."""
-    from prefixattn.testing import results
+    from prefixattn.testing.attention import results
 
     options = {**inputs.options, "backend": backend, "return_lse": True, "return_prefix_mass": True}
     return results(inputs, *call(**inputs.tensors, **options))

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing_timm import images
+from prefixattn.testing.timm import images
 
 SAME = dict(rtol=0, atol=0)
 FREE = PrefixConfig(length=4, share="none")
@@ -28,14 +28,14 @@ SHARES = {
 
 
 def of_timm() -> tuple[Any, Callable[[Any], torch.Tensor]]:
-    from prefixattn.attach.testing_timm import tiny
+    from prefixattn.testing.timm import tiny
 
     return tiny("vit"), lambda model: model(images())
 
 
 def of_transformers() -> tuple[Any, Callable[[Any], torch.Tensor]]:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from prefixattn.attach.testing import tiny, token_ids
+    from prefixattn.testing.models import tiny, token_ids
 
     return tiny("gpt2"), lambda model: model(token_ids()).logits
 

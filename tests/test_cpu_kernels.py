@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from prefixattn import backends, prefix_attention
-from prefixattn.testing import FEATURES, Shape, assert_all_as_accurate, exact, make_inputs, ours, same_dtype, suited
+from prefixattn.testing.attention import (
+    FEATURES,
+    Shape,
+    assert_all_as_accurate,
+    exact,
+    make_inputs,
+    ours,
+    same_dtype,
+    suited,
+)
 
 if reasons := backends.here()["cpu"]:
     pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)

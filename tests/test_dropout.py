@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from prefixattn import philox, prefix_attention
-from prefixattn.testing import Shape, assert_all_as_accurate, exact, make_inputs, objections, ours, same_dtype, suited
+from prefixattn import prefix_attention
+from prefixattn.attention import philox
+from prefixattn.testing.attention import (
+    Shape,
+    assert_all_as_accurate,
+    exact,
+    make_inputs,
+    objections,
+    ours,
+    same_dtype,
+    suited,
+)
 
 WORD = 0xFFFFFFFF
 

@@ -189,8 +189,8 @@ def test_every_reason_is_given_when_none_works(monkeypatch: pytest.MonkeyPatch) 
     for row in backends.TABLE:
         monkeypatch.setitem(backends._not_loaded, row.name, f"{row.module} is away")
     words = (
-        "no backend for q [2, 4, 3, 8] torch.float32 on cpu:\n  cpu: prefixattn.cpu is away\n"
-        "  triton: prefixattn.guard is away\n  reference: prefixattn.reference is away"
+        "no backend for q [2, 4, 3, 8] torch.float32 on cpu:\n  cpu: prefixattn.attention.cpu is away\n"
+        "  triton: prefixattn.attention.guard is away\n  reference: prefixattn.attention.reference is away"
     )
     with pytest.raises(NotImplementedError, match=f"^{re.escape(words)}$"):
         call()
@@ -217,7 +217,7 @@ def test_an_extension_that_does_not_load_is_named_with_its_error(
     monkeypatch.setattr(backends.importlib, "import_module", fail)
     monkeypatch.setattr(backends, "_not_loaded", {})
     backends._load(backends.TABLE[0])
-    assert backends._not_loaded == {"cpu": "prefixattn.cpu does not load: undefined symbol: prefix_attn_fwd"}
+    assert backends._not_loaded == {"cpu": "prefixattn.attention.cpu does not load: undefined symbol: prefix_attn_fwd"}
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -9,7 +9,7 @@ from prefixattn import PrefixConfig
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from prefixattn.attach.testing import (  # noqa: E402
+from prefixattn.testing.models import (  # noqa: E402
     DECODERS,
     ENCODER_DECODERS,
     FAMILIES,

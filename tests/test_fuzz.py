@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefixattn import backends
-from prefixattn.testing import rms, same_dtype
+from prefixattn.testing.attention import rms, same_dtype
 from tests.fuzz import tally
 from tests.fuzz.cases import make
 from tests.fuzz.judge import Judge

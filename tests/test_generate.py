@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import GenerationConfig, cache_utils
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from prefixattn.attach.testing import ENCODER_DECODERS, concat_twin, tiny, token_ids
+from prefixattn.testing.models import ENCODER_DECODERS, concat_twin, tiny, token_ids
 
 P, STEPS = 5, 6
 FAMILIES = ("gpt2", "llama", "mistral", "gemma3", "bart", "t5")  # with a window of 5 tokens: mistral, gemma3

@@ -13,8 +13,9 @@ from prefixattn import Prefix, PrefixConfig
 pytest.importorskip("transformers")
 from transformers import DynamicCache, GPT2LMHeadModel, GPT2Model
 
-from prefixattn.attach import attached, interface
-from prefixattn.attach.testing import concat_twin, tiny_gpt2, token_ids
+from prefixattn.attach import attached
+from prefixattn.attach.hf import interface
+from prefixattn.testing.models import concat_twin, tiny_gpt2, token_ids
 
 P = 5
 CLOSE = dict(rtol=1e-5, atol=1e-5)

@@ -10,8 +10,8 @@ from prefixattn import PrefixConfig
 pytest.importorskip("transformers")
 from transformers import DynamicCache, StaticCache
 
-from prefixattn.attach import interface
-from prefixattn.attach.testing import concat_twin, tiny_gpt2, token_ids
+from prefixattn.attach.hf import interface
+from prefixattn.testing.models import concat_twin, tiny_gpt2, token_ids
 
 P = 5
 CLOSE = dict(rtol=1e-5, atol=1e-5)

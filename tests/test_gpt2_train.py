@@ -8,7 +8,7 @@ import prefixattn
 from prefixattn import Prefix, PrefixConfig
 
 pytest.importorskip("transformers")
-from prefixattn.attach.testing import tiny_gpt2, token_ids
+from prefixattn.testing.models import tiny_gpt2, token_ids
 
 P = 5
 CLOSE = dict(rtol=1e-5, atol=1e-5)

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from prefixattn import __main__, backends, guard, prefix_attention, reference, triton
-from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn import __main__, backends, prefix_attention
+from prefixattn.attention import guard, reference, triton
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.kernels import table
 from prefixattn.reparam import guard as reparam_guard
-from prefixattn.testing import make_inputs, ours
+from prefixattn.testing.attention import make_inputs, ours
 
 if reasons := backends.here()["triton"]:
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)

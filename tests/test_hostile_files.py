@@ -20,9 +20,9 @@ from prefixattn import PrefixBank, PrefixConfig, PrefixPlusConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
-from prefixattn import checkpoint, files
 from prefixattn.attach import attached
-from prefixattn.attach.testing import tiny_gpt2
+from prefixattn.prefixes import checkpoint, files
+from prefixattn.testing.models import tiny_gpt2
 
 SAVED = {
     "deep": PrefixConfig(3, hidden=4),

@@ -7,7 +7,7 @@ import prefixattn
 from prefixattn import PrefixConfig, labelled_loss
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-from prefixattn.attach.testing import DECODERS, ENCODER_DECODERS, FAMILIES, tiny, token_ids  # noqa: E402
+from prefixattn.testing.models import DECODERS, ENCODER_DECODERS, FAMILIES, tiny, token_ids  # noqa: E402
 
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
 

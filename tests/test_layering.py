@@ -11,44 +11,55 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "prefixattn"
 
-# a module may import those in lines below its own; those of one line do not know each other, except the first ones
+# a module may import those in lines below its own, and of its own folder what is in no circle with it
 LAYERS = """
-    __main__ __init__ attach checkpoint config files optim peft plus prefix saving taken
+    __main__ __init__
     testing
-    functional reparam
-    ops
-    backends testing_plain
-    guard
-    cpu triton
+    attach
+    optim
+    prefixes
+    attention.functional reparam.functional
+    attention.ops reparam.ops
+    backends
+    reparam.guard
+    attention.guard
+    reparam.cpu reparam.triton
+    attention.cpu attention.triton
     kernels
-    reference testing_plain
-    call reparam.call
-    checks philox layout _C
+    reparam.sweep
+    reparam.moments8 reparam.reference attention.reference
+    attention.call attention.checks attention.philox reparam.call
+    attention.layout _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
+FACES = {"attention", "reparam"}  # packages whose own __init__ holds nothing
 
 
-def place(parts: list[str]) -> str:
-    """A file's own name where it has a place of its own, else its folder's."""
-    whole = ".".join(parts[:2])
-    return whole if whole in RANK else parts[0]
+def place(module: str) -> str:
+    """The layer of a module, named without the package's name: its own, or its folder's."""
+    while module not in RANK and "." in module:
+        module = module.rpartition(".")[0]
+    return module
 
 
-def layer(path: Path) -> str:
-    return place(list(path.relative_to(PACKAGE).with_suffix("").parts))
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of prefixattn that a file imports, by their layer's name."""
+    """The modules of prefixattn that a file imports, wherever in it, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: a relative import hides what it points to"
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    parts = [name.split(".") for name in found]
-    return {place(p[1:]) for p in parts if p[0] == "prefixattn" and len(p) > 1 and place(p[1:]) in RANK}
+            # of a package its submodule, if the name is one
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner.removeprefix("prefixattn.") in MODULES else str(node.module))
+    ours = {name.removeprefix("prefixattn.") for name in found if name.startswith("prefixattn.")}
+    return {name + ".__init__" if name + ".__init__" in MODULES else name for name in ours}
 
 
 SOURCES = sorted(
@@ -59,12 +70,36 @@ SOURCES = sorted(
 )
 
 
+MODULES = {module_of(path) for path in SOURCES} | {"_C"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    own = layer(path)
+    own = place(module_of(path))
+    if own in FACES:
+        assert not imported(path)
+        return
     assert own in RANK, f"{own} has no place in LAYERS"
-    upward = {name for name in imported(path) if name != own and RANK[name] <= RANK[own] and RANK[own]}
+    others = {place(name) for name in imported(path)} - FACES - {own}
+    upward = {name for name in others if RANK[name] <= RANK[own] and RANK[own]}
     assert not upward, f"{own} imports {upward}, which does not stand below it"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    """Nor those inside functions."""
+    imports = {module_of(path): imported(path) & MODULES for path in SOURCES}
+    imports["_C"] = set()
+    while free := [name for name, others in imports.items() if not others & imports.keys()]:
+        for name in free:
+            del imports[name]
+    assert not imports, f"in a circle, or above one: {sorted(imports)}"
+
+
+def test_a_packages_own_file_has_no_logic() -> None:
+    for path in SOURCES:
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            kinds = {type(node) for node in ast.parse(path.read_text()).body}
+            assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}, path
 
 
 def test_import_is_light_and_silent() -> None:

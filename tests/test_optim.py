@@ -12,22 +12,12 @@ import torch
 
 from prefixattn import backends
 from prefixattn.attach import attach
-from prefixattn.attach.testing import tiny_gpt2, token_ids
-from prefixattn.config import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
 from prefixattn.optim.sweeps import choose
-from prefixattn.optim.testing import (
-    NETWORKS,
-    Largest,
-    assert_as_close,
-    loss,
-    network,
-    parameters,
-    targets,
-    train,
-    twin,
-)
+from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.reparam import sweep
+from prefixattn.testing.models import tiny_gpt2, token_ids
+from prefixattn.testing.optim import NETWORKS, Largest, assert_as_close, loss, network, parameters, targets, train, twin
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.1}
 SGD = [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True}, {"momentum": 0.5, "dampening": 0.1}]

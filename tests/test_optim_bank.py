@@ -14,10 +14,10 @@ from prefixattn import backends
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.optim.source import is_finite
 from prefixattn.optim.sweeps import choose
-from prefixattn.optim.testing import NETWORKS, loss, network, parameters, targets, train
 from prefixattn.reparam import reference, sweep
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.functional import here
+from prefixattn.testing.optim import NETWORKS, loss, network, parameters, targets, train
 from reparam_cases import CASES
 
 NO_KERNELS = here()["cpu"]

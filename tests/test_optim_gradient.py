@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from prefixattn.optim import DeferredGradient, FactoredAdamW, FactoredGradient, FactoredSGD, gradient
-from prefixattn.optim.testing import NETWORKS, assert_as_close, loss, network, parameters, targets, twin
+from prefixattn.testing.optim import NETWORKS, assert_as_close, loss, network, parameters, targets, twin
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import prefixattn
 from prefixattn import FactoredAdamW, FactoredSGD
-from prefixattn.optim.testing import loss, network, targets, twin
+from prefixattn.testing.optim import loss, network, targets, twin
 
 
 def losses(net: Any, step: Any, count: int = 4) -> list[float]:
@@ -67,7 +67,7 @@ def test_the_matrix_alone_is_ours(fused: bool) -> None:
 @pytest.mark.parametrize("make", [FactoredAdamW, lambda p, lr: torch.optim.AdamW(p.parameters(), lr=lr, fused=True)])
 @pytest.mark.parametrize("frozen", ["", "up.weight"])
 def test_evaluation_sees_each_step(share: str, make: Any, frozen: str) -> None:
-    from prefixattn.attach.testing import tiny_gpt2, token_ids
+    from prefixattn.testing.models import tiny_gpt2, token_ids
 
     if frozen and share != "deep":
         pytest.skip("only deep share has a network")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.attach import attach
-from prefixattn.attach.testing import tiny_gpt2, token_ids
-from prefixattn.config import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredSGD
-from prefixattn.optim.testing import loss, network, targets, two_processes
-from prefixattn.plus import PrefixPlusConfig
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.plus import PrefixPlusConfig
+from prefixattn.testing.models import tiny_gpt2, token_ids
+from prefixattn.testing.optim import loss, network, targets, two_processes
 
 STEPS = 4
 

@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from prefixattn.attach import attach
-from prefixattn.attach.testing import tiny_gpt2, token_ids
-from prefixattn.config import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredSGD
-from prefixattn.optim.testing import two_processes
-from prefixattn.plus import PrefixPlusConfig
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.plus import PrefixPlusConfig
+from prefixattn.testing.models import tiny_gpt2, token_ids
+from prefixattn.testing.optim import two_processes
 
 STEPS = 3
 PLUS = PrefixPlusConfig(init="normal")
@@ -119,7 +119,7 @@ def train(
 
 
 def timm_model(rank: int | None, optimizer: str = "adamw", clip: float = 0.01) -> list[Tensor]:
-    from prefixattn.attach.testing_timm import images, tiny
+    from prefixattn.testing.timm import images, tiny
 
     model = tiny("vit")
     torch.manual_seed(1)

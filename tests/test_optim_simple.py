@@ -9,10 +9,10 @@ from torch import Tensor
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing import tiny_gpt2, token_ids
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.optim.gradient import DeferredGradient
-from prefixattn.prefix import Projected
+from prefixattn.prefixes.networks import Projected
+from prefixattn.testing.models import tiny_gpt2, token_ids
 
 CONFIG = PrefixConfig(length=4, share="simple")
 
@@ -32,7 +32,7 @@ def backward(model: Any, ids: Tensor, micro: int = 1) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often all projections ran, forward and backward."""
     counts = {"forward": 0, "backward": 0}
-    projected, pull = prefixattn.prefix.SimpleShare._projected, Projected.pull
+    projected, pull = prefixattn.prefixes.networks.SimpleShare._projected, Projected.pull
 
     def forward(*args: Any) -> Tensor:
         counts["forward"] += 1
@@ -42,7 +42,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["backward"] += 1
         return pull(*args)
 
-    monkeypatch.setattr(prefixattn.prefix.SimpleShare, "_projected", forward)
+    monkeypatch.setattr(prefixattn.prefixes.networks.SimpleShare, "_projected", forward)
     monkeypatch.setattr(Projected, "pull", pulled)
     return counts
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from prefixattn.attach import attach
-from prefixattn.attach.testing import tiny_gpt2, token_ids
-from prefixattn.config import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
 from prefixattn.optim.moments import moment
-from prefixattn.optim.testing import loss, network, parameters, targets, train, twin
-from prefixattn.prefix import DeepShare, Geometry
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.networks import DeepShare, Geometry
 from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.reparam.sweep import adamw_sweep
+from prefixattn.testing.models import tiny_gpt2, token_ids
+from prefixattn.testing.optim import loss, network, parameters, targets, train, twin
 
 KINDS: dict[str, Any] = {
     "adamw": lambda params: FactoredAdamW(params, lr=1e-2, weight_decay=0.1),

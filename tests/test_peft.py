@@ -13,7 +13,7 @@ from prefixattn import PrefixConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 from prefixattn.attach import attached  # noqa: E402
-from prefixattn.attach.testing import model_inputs, tiny, tiny_gpt2, token_ids  # noqa: E402
+from prefixattn.testing.models import model_inputs, tiny, tiny_gpt2, token_ids  # noqa: E402
 
 P = 5
 CLOSE = dict(rtol=1e-5, atol=1e-5)

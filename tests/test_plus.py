@@ -13,7 +13,7 @@ from prefixattn import PrefixConfig, PrefixPlusConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from prefixattn.attach import attached
-from prefixattn.attach.testing import FAMILIES, concatenate, model_inputs, tiny, token_ids
+from prefixattn.testing.models import FAMILIES, concatenate, model_inputs, tiny, token_ids
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 PHI = {"elu": F.elu, "gelu": F.gelu, "relu": torch.relu, "none": lambda t: t}

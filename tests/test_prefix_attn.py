@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends, prefix_attention
-from prefixattn.testing import (
+from prefixattn.testing.attention import (
     FEATURES,
     INF,
     SHAPES,

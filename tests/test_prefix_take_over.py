@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import prefixattn
-from prefixattn import PrefixConfig, prefix
-from prefixattn.prefix import DeepShare, Geometry
+from prefixattn import PrefixConfig
+from prefixattn.prefixes import networks
+from prefixattn.prefixes.networks import DeepShare, Geometry
 from prefixattn.reparam import reference
 from prefixattn.reparam.call import Call, Given
-from prefixattn.reparam.testing import NEEDS
+from prefixattn.testing.reparam import NEEDS
 
 GEOMETRY = Geometry(model_type="toy", layers=3, kv_heads=2, head_dim=4, width=6)
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor still uses TorchScript
@@ -91,8 +92,8 @@ def test_what_arrives_makes_the_ordinary_gradients(kind: str, dtype: torch.dtype
 
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
-    run = prefix.bank_and_z
-    monkeypatch.setattr(prefix, "bank_and_z", lambda *args: (runs.append(1), run(*args))[1])
+    run = networks.bank_and_z
+    monkeypatch.setattr(networks, "bank_and_z", lambda *args: (runs.append(1), run(*args))[1])
     return runs
 
 
@@ -270,7 +271,7 @@ CONFIG = PrefixConfig(length=5, hidden=16)
 
 def attached(checkpoints: str = "", **choices: object) -> tuple[nn.Module, prefixattn.Prefix, Tensor]:
     pytest.importorskip("transformers")
-    from prefixattn.attach.testing import tiny_gpt2, token_ids
+    from prefixattn.testing.models import tiny_gpt2, token_ids
 
     model = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **choices).train()
     torch.manual_seed(0)

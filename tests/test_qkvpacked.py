@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked
-from prefixattn.call import Call, Given, Needs
-from prefixattn.testing import (
+from prefixattn.attention.call import Call, Given, Needs
+from prefixattn.testing.attention import (
     FEATURES,
     SHAPES,
     Inputs,

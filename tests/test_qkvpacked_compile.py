@@ -11,8 +11,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from prefixattn import prefix_attention_qkvpacked
-from prefixattn.call import Call, Given
-from prefixattn.testing import FEATURES, Inputs, Shape, make_inputs, ours_packed, packed, parts, suited
+from prefixattn.attention.call import Call, Given
+from prefixattn.testing.attention import FEATURES, Inputs, Shape, make_inputs, ours_packed, packed, parts, suited
 
 # torch's own, as in test_compile.py
 pytestmark = [

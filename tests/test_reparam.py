@@ -9,7 +9,8 @@ from torch import Tensor
 from prefixattn import backends, reparameterize
 from prefixattn.reparam import functional, reference
 from prefixattn.reparam.call import Given, Needs
-from prefixattn.reparam.testing import (
+from prefixattn.testing.attention import assert_all_as_accurate, assert_as_accurate
+from prefixattn.testing.reparam import (
     FEATURES,
     PARAMETERS,
     SHAPES,
@@ -23,7 +24,6 @@ from prefixattn.reparam.testing import (
     ours,
     same_dtype,
 )
-from prefixattn.testing import assert_all_as_accurate, assert_as_accurate
 from tests.grids import DTYPES, TYPES, by_backend
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import reparameterize
-from prefixattn.reparam.testing import FEATURES, Inputs, make_inputs, objections, ours
+from prefixattn.testing.reparam import FEATURES, Inputs, make_inputs, objections, ours
 
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor and jvp still use TorchScript
 pytestmark = [

@@ -11,7 +11,8 @@ from torch import Tensor
 from prefixattn.reparam import functional, moments8, sweep
 from prefixattn.reparam.call import Given, Needs
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.testing import (
+from prefixattn.testing.attention import assert_all_as_accurate
+from prefixattn.testing.reparam import (
     FEATURES,
     NEEDS,
     PARAMETERS,
@@ -24,7 +25,6 @@ from prefixattn.reparam.testing import (
     ours,
     same_dtype,
 )
-from prefixattn.testing import assert_all_as_accurate
 
 if reasons := functional.here()["cpu"]:
     pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefixattn import backends, reparameterize
-from prefixattn.reparam.testing import NEEDS, detached, make_inputs
+from prefixattn.testing.reparam import NEEDS, detached, make_inputs
 
 
 def bad(**changes: Any) -> dict[str, Any]:

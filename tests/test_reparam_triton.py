@@ -12,8 +12,8 @@ from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
 from prefixattn.reparam import triton
 from prefixattn.reparam.call import Call, Form
-from prefixattn.reparam.testing import NEEDS, Shape, detached, exact, from_module, make_inputs, same_dtype
-from prefixattn.testing import assert_all_as_accurate, assert_as_accurate, rms
+from prefixattn.testing.attention import assert_all_as_accurate, assert_as_accurate, rms
+from prefixattn.testing.reparam import NEEDS, Shape, detached, exact, from_module, make_inputs, same_dtype
 
 if reasons := triton.unsupported(detached(make_inputs("tiny")), NEEDS):
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim import FactoredAdamW
-from prefixattn.optim.testing import network as optimized
-from prefixattn.optim.testing import targets, train
 from prefixattn.reparam import moments8, triton
 from prefixattn.reparam import reference as network
 from prefixattn.reparam import sweep as reference
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.testing import NEEDS, detached, make_inputs
+from prefixattn.testing.optim import network as optimized
+from prefixattn.testing.optim import targets, train
+from prefixattn.testing.reparam import NEEDS, detached, make_inputs
 
 if reasons := triton.unsupported(detached(make_inputs("tiny")), NEEDS):
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import prefixattn
-from prefixattn import PrefixBank, PrefixConfig, saving
+from prefixattn import PrefixBank, PrefixConfig
+from prefixattn.prefixes import saving
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from prefixattn.attach import attached
-from prefixattn.attach.testing import tiny_gpt2
+from prefixattn.testing.models import tiny_gpt2
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

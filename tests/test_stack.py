@@ -13,7 +13,7 @@ from prefixattn import PrefixConfig
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from prefixattn.attach import attached  # noqa: E402
-from prefixattn.attach.testing import DECODERS, FAMILIES, model_inputs, tiny, token_ids  # noqa: E402
+from prefixattn.testing.models import DECODERS, FAMILIES, model_inputs, tiny, token_ids  # noqa: E402
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 COMPILES = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -11,7 +11,7 @@ from torch import nn
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import FAMILIES, concatenating, images, tiny
+from prefixattn.testing.timm import FAMILIES, concatenating, images, tiny
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 METHODS = {

@@ -9,7 +9,7 @@ from torch import nn
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import FAMILIES, concatenating, images, tiny
+from prefixattn.testing.timm import FAMILIES, concatenating, images, tiny
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 SAME = dict(rtol=0, atol=0)

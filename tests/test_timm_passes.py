@@ -10,7 +10,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import concatenating, images, tiny
+from prefixattn.testing.timm import concatenating, images, tiny
 
 COMPILES = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",

@@ -9,7 +9,7 @@ from torch import nn
 
 import prefixattn
 from prefixattn import PrefixConfig
-from prefixattn.attach.testing_timm import images, tiny
+from prefixattn.testing.timm import images, tiny
 
 SAME = dict(rtol=0, atol=0)
 SHARES = {

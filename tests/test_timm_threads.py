@@ -12,7 +12,7 @@ import torch
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing_timm import images, tiny
+from prefixattn.testing.timm import images, tiny
 
 SAME = dict(rtol=0, atol=0)
 FREE = PrefixConfig(length=4, share="none")

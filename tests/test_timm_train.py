@@ -9,7 +9,7 @@ import torch
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach import attached
-from prefixattn.attach.testing_timm import images, tiny
+from prefixattn.testing.timm import images, tiny
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 SAME = dict(rtol=0, atol=0)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import prefixattn
 from prefixattn import FactoredAdamW, PrefixConfig
-from prefixattn.optim.testing import two_processes
+from prefixattn.testing.optim import two_processes
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed: transformers' Trainer needs it")
-from prefixattn.attach.testing import tiny, token_ids  # noqa: E402
-from prefixattn.attach.trainer import OTHERS  # noqa: E402
+from prefixattn.attach.hf.trainer import OTHERS  # noqa: E402
+from prefixattn.testing.models import tiny, token_ids  # noqa: E402
 
 NOT_TRAINED = "without its prefix, whose gradients it neither clips nor zeroes"
 IN_NONE = "without the prefix on LlamaForCausalLM, which got a gradient and is in no optimizer"

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from prefixattn import backends, triton
-from prefixattn.testing import (
+from prefixattn import backends
+from prefixattn.attention import triton
+from prefixattn.testing.attention import (
     FEATURES,
     Inputs,
     Shape,
@@ -20,7 +21,7 @@ from prefixattn.testing import (
 if reasons := backends.here()["triton"]:
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
 
-from prefixattn.call import Needs
+from prefixattn.attention.call import Needs
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import OWN, PREFIX, SPLIT, Call, tile_width
 from prefixattn.kernels.table import Launch

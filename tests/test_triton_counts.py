@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from prefixattn.triton import INTERPRETED
+from prefixattn.attention.triton import INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton_counts
-from prefixattn.call import Given, Needs, Wants
+from prefixattn.attention.call import Given, Needs, Wants
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import Call
 from prefixattn.kernels.launch_bwd import backward

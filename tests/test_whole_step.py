@@ -18,7 +18,7 @@ import original
 import prefixattn
 import whole_arms
 import whole_step
-from prefixattn.attach import interface
+from prefixattn.attach.hf import interface
 from whole_models import GPT2, Bart, Family, ViT
 from whole_step import COMPILED, EAGER, LABELLED, Budget, Case, Row
 

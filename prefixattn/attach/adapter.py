@@ -3,19 +3,16 @@
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from prefixattn.attach.base import Attached
 from prefixattn.attach.training import watched
-from prefixattn.config import Defaults, PrefixConfig
-from prefixattn.plus import PrefixPlusConfig
-from prefixattn.prefix import Geometry
-
-if TYPE_CHECKING:
-    from prefixattn.attach.attached import Attached
-
+from prefixattn.prefixes.config import Defaults, PrefixConfig
+from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.plus import PrefixPlusConfig
 
 _changing = threading.RLock()  # one attach or detach at a time in a process: models may share modules
 Choice = TypeVar("Choice", PrefixConfig, PrefixPlusConfig)
@@ -25,7 +22,7 @@ class Adapter:
     """Freezes a model and has its layers attend to the active one of its prefixes; undoes both.
 
     Layers with attention are *slots*, counted through all kinds of attention. A subclass for a library says how: its
-    hook on the model's forward pass is a method of the adapter, by which `attached` finds it.
+    hook on the model's forward pass is a method of the adapter, by which find.py knows it again.
     """
 
     geometry: Geometry
@@ -51,7 +48,7 @@ class Adapter:
         """The layers as they were before `enter`."""
         raise NotImplementedError
 
-    def verify(self, prefix: "Attached") -> None:
+    def verify(self, prefix: Attached) -> None:
         """NotImplementedError if a prefix does not reach the output. Some tokens or one image are run."""
         raise NotImplementedError
 
@@ -92,7 +89,7 @@ class Adapter:
                 list(self.projection_parameters(slot))  # which refuses a layer that it does not know
         return config
 
-    def install(self, prefix: "Attached") -> None:
+    def install(self, prefix: Attached) -> None:
         """Adds a prefix, which becomes the active one: of passes that begin then, if the model serves meanwhile."""
         with _changing:
             if not self.prefixes:
@@ -112,13 +109,13 @@ class Adapter:
             self.prefix = prefix
         watched(prefix)
 
-    def activate(self, prefix: "Attached") -> None:
+    def activate(self, prefix: Attached) -> None:
         """Of one that is here, or of a copy of one: a guest, who goes with the last of those that are here."""
         if not self.prefixes:
             raise ValueError("the prefix is a copy of one that is detached from its model; attach or load a new one")
         self.prefix = prefix
 
-    def remove(self, prefix: "Attached") -> None:
+    def remove(self, prefix: Attached) -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
         with _changing:
             here = [p for p in self.prefixes if p is not prefix]

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from prefixattn.attach.adapter import Adapter, making
-from prefixattn.attach.attached import Chosen, LayerPrefix
+from prefixattn.attach.adapter import making
+from prefixattn.attach.find import make_adapter
+from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
+from prefixattn.attach.records import Chosen, Host, LayerPrefix
 from prefixattn.attach.training import steps
-from prefixattn.config import PrefixConfig
-from prefixattn.prefix import PrefixRows
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.networks import PrefixRows
+from prefixattn.prefixes.plus import Memories, PrefixPlusConfig
 
 
 class _Brought(NamedTuple):
@@ -43,7 +46,7 @@ class PrefixBank(Prefix):
 
     encoder: PrefixRows
 
-    def __init__(self, config: PrefixConfig, adapter: Adapter, encoder: nn.Module) -> None:
+    def __init__(self, config: PrefixConfig, adapter: Host, encoder: nn.Module) -> None:
         super().__init__(config, adapter, encoder)
         self.sparse = False
         self._brought: _Brought | None = None
@@ -57,8 +60,6 @@ class PrefixBank(Prefix):
         Each is a prefix on this model or one like it, or a folder that `load` reads. Their lengths may differ; layers,
         positions and dropout must be the same. `requires_grad_()` lets the bank be trained on.
         """
-        from prefixattn.attach import make_adapter
-
         if not isinstance(prefixes, Sequence) or isinstance(prefixes, str) or not prefixes:
             raise ValueError(f"prefixes is {prefixes!r}, expected a list of prefixes or folders, at least one")
         adapter = make_adapter(model)
@@ -86,7 +87,7 @@ class PrefixBank(Prefix):
                 whether a row's numbers are finite when it is first used (not in compiled code). Changes, by `set` or
                 by training, stay in memory.
         """
-        from prefixattn.attach import bank_file, make_adapter  # here, for installations without safetensors
+        from prefixattn.attach import bank_file  # here, for installations without safetensors
 
         adapter = make_adapter(model)
         file = bank_file.find(Path(path))
@@ -288,17 +289,15 @@ def _same(last: _Brought, ids: Tensor) -> bool:
     return ids.device == last.ids.device and torch.equal(ids, last.ids)
 
 
-def _prefix(item: Prefix | str | Path, adapter: Adapter) -> Prefix:
+def _prefix(item: Prefix | str | Path, adapter: Host) -> Prefix:
     """A prefix, or what a folder holds."""
-    from prefixattn.attach import read
-
     prefix = item if isinstance(item, Prefix) else read(adapter, item)
     if not isinstance(prefix, Prefix):
         raise ValueError(f"{item} holds a {type(prefix).__name__}, which has no keys and values for a bank")
     return prefix
 
 
-def _check_alike(prefixes: list[Prefix], adapter: Adapter) -> None:
+def _check_alike(prefixes: list[Prefix], adapter: Host) -> None:
     first = prefixes[0]
     for i, prefix in enumerate(prefixes):
         if prefix.geometry != adapter.geometry:
@@ -312,3 +311,29 @@ def _check_alike(prefixes: list[Prefix], adapter: Adapter) -> None:
         ):
             if mine != others:
                 raise ValueError(f"prefix {i} has {name} {mine!r}, and prefix 0 {others!r}; expected the same for all")
+
+
+def read(adapter: Host, folder: str | Path) -> Prefix | PrefixPlus:
+    """What is saved in `folder`, for the adapter's model, to which it is not attached yet."""
+    from prefixattn.prefixes import checkpoint, saving  # here, for the sake of installations without safetensors
+
+    folder = Path(folder)
+    return saving.whole(folder, checkpoint.STATE, lambda: _read(adapter, folder))
+
+
+def _read(adapter: Host, folder: Path) -> Prefix | PrefixPlus:
+    from prefixattn.attach import bank_file
+    from prefixattn.prefixes import checkpoint
+
+    file = folder / bank_file.NAME
+    if file.is_file():
+        config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=False)
+        return PrefixBank(config, adapter, PrefixRows(rows, lengths))
+    saved, encoder, gate = checkpoint.read(folder, adapter.geometry, adapter.defaults)
+    if isinstance(saved, PrefixPlusConfig):
+        assert isinstance(encoder, Memories)
+        return PrefixPlus(saved, adapter, encoder)
+    prefix = Prefix(saved, adapter, encoder)
+    if gate is not None and prefix.gate is not None:
+        prefix.gate.data = gate
+    return prefix

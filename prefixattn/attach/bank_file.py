@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefixattn import checkpoint, files, saving
-from prefixattn.config import PrefixConfig
-from prefixattn.prefix import Geometry
+from prefixattn.prefixes import checkpoint, files, saving
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.networks import Geometry
 
 NAME = checkpoint.BANK
 FORMAT, VERSION = "prefixattn-bank", "1"

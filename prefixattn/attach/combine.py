@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixattn.attach import make_adapter
 from prefixattn.attach.adapter import making
+from prefixattn.attach.find import make_adapter
 from prefixattn.attach.prefix import Prefix
-from prefixattn.config import PrefixConfig
-from prefixattn.prefix import FreePrefix, Geometry
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.networks import FreePrefix, Geometry
 
 HOWS = ("concatenate", "average")
 

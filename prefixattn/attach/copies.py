@@ -7,14 +7,12 @@ and then writes to the copy's parameters and buffers, among which no prefix is.
 import copy
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from prefixattn.attach.attached import Attached
-
+Module = TypeVar("Module", bound=nn.Module)  # an Attached
 SAMPLE = 1024  # numbers of a parameter that are looked at, for some writers leave no trace in its version
 
 ADVICE = (
@@ -28,13 +26,13 @@ ADVICE = (
 class Origin:
     """Of a prefix that was copied with its model: the original, and what both were like then."""
 
-    def __init__(self, original: "Attached", copied: "Attached") -> None:
+    def __init__(self, original: nn.Module, copied: nn.Module) -> None:
         self.original = weakref.ref(original)
         self.then = _traces(original)
         self.copied = _traces(copied)
         self.warned = False
 
-    def check(self, copied: "Attached", model: nn.Module) -> bool:
+    def check(self, copied: nn.Module, model: nn.Module) -> bool:
         """Refuses a forward pass of a copy that was left behind, or warns. False: there is nothing more to check."""
         if _changed(self.copied, copied):
             return False  # it has a life of its own
@@ -53,11 +51,11 @@ class Origin:
         return original is not None
 
 
-def copied(prefix: "Attached", memo: dict[int, Any]) -> "Attached":
+def copied(prefix: Module, memo: dict[int, Any]) -> Module:
     """A deep copy: of a prefix alone it is on the same model, without being among those that `detach` waits for."""
-    adapter = prefix._adapter
+    adapter: Any = prefix._adapter
     alone = adapter is not None and id(adapter) not in memo and id(adapter.model) not in memo
-    made = type(prefix).__new__(type(prefix))
+    made: Any = type(prefix).__new__(type(prefix))
     memo[id(prefix)] = made
     if alone:
         memo[id(adapter)] = adapter
@@ -68,10 +66,11 @@ def copied(prefix: "Attached", memo: dict[int, Any]) -> "Attached":
             del memo[id(adapter)]  # the model itself may follow
     if adapter is not None and not alone:
         made._origin = Origin(prefix, made)
-    return made
+    result: Module = made
+    return result
 
 
-def _traces(prefix: "Attached") -> list[tuple[int, Tensor]]:
+def _traces(prefix: nn.Module) -> list[tuple[int, Tensor]]:
     return [(-1 if t.is_inference() else t._version, _sample(t).clone()) for t in prefix.parameters()]
 
 
@@ -79,7 +78,7 @@ def _sample(t: Tensor) -> Tensor:
     return t.detach().reshape(-1)[:SAMPLE]
 
 
-def _changed(then: list[tuple[int, Tensor]], prefix: "Attached") -> bool:
+def _changed(then: list[tuple[int, Tensor]], prefix: nn.Module) -> bool:
     now = list(prefix.parameters())
     if len(now) != len(then):
         return True

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefixattn.config import PrefixConfig
-from prefixattn.prefix import DeepShare, FreePrefix, PrefixRows, SimpleShare
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.networks import DeepShare, FreePrefix, PrefixRows, SimpleShare
 
 NEAR = 1e-4
 FIT_STEPS, FIT_LR = 500, 1e-2  # Li & Liang's low-data runs: 500 steps of Adam on the squared error

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, Chosen
-from prefixattn.plus import Memories, Memory, PrefixPlusConfig
+from prefixattn.attach.base import Attached
+from prefixattn.attach.records import Chosen, Host
+from prefixattn.prefixes.plus import Memories, Memory, PrefixPlusConfig
 
 
 class PrefixPlus(Attached):
@@ -19,7 +19,7 @@ class PrefixPlus(Attached):
     config: PrefixPlusConfig
     encoder: Memories
 
-    def __init__(self, config: PrefixPlusConfig, adapter: Adapter, encoder: Memories) -> None:
+    def __init__(self, config: PrefixPlusConfig, adapter: Host, encoder: Memories) -> None:
         super().__init__(config, adapter, encoder)
 
     def forward(self, dtype: torch.dtype | None = None) -> list[Memory]:
@@ -36,6 +36,6 @@ class PrefixPlus(Attached):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the matrices to `folder`; `prefixattn.load` reads them."""
-        from prefixattn import checkpoint  # here, for the sake of installations without safetensors
+        from prefixattn.prefixes import checkpoint  # here, for the sake of installations without safetensors
 
         checkpoint.save(Path(folder), self.config, self._geometry, self.encoder.state_dict(), folded=False)

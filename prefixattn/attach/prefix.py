@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, Chosen, LayerPrefix, asked
-from prefixattn.config import PrefixConfig
-from prefixattn.prefix import DeepShare, DeepShares, FreePrefix, SimpleShare
+from prefixattn.attach.base import Attached
+from prefixattn.attach.records import Chosen, Host, LayerPrefix, asked
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.networks import DeepShare, DeepShares, FreePrefix, SimpleShare
 
 
 class Prefix(Attached):
@@ -25,7 +25,7 @@ class Prefix(Attached):
 
     config: PrefixConfig
 
-    def __init__(self, config: PrefixConfig, adapter: Adapter, encoder: nn.Module) -> None:
+    def __init__(self, config: PrefixConfig, adapter: Host, encoder: nn.Module) -> None:
         super().__init__(config, adapter, encoder)
         slots = len(config.slots(adapter.geometry.kinds))
         dtype = next(encoder.parameters()).dtype  # a checkpoint has one type
@@ -153,7 +153,7 @@ class Prefix(Attached):
 
     def save_pretrained(self, folder: str | Path, folded: bool = False) -> None:
         """Writes the prefix to `folder`: all that training needs to go on, or with `folded` keys and values only."""
-        from prefixattn import checkpoint  # here, for the sake of installations without safetensors
+        from prefixattn.prefixes import checkpoint  # here, for the sake of installations without safetensors
 
         folded = folded or (self.folded and self.config.share != "none")
         gate = {} if self.gate is None else {"gate": self.gate}
@@ -168,7 +168,7 @@ class Prefix(Attached):
         PEFT shifts positions, has one length for all layers, and of an encoder-decoder a prefix in the decoder's
         self-attention alone; ValueError says what it cannot hold.
         """
-        from prefixattn import peft
+        from prefixattn.prefixes import peft
 
         peft.export(Path(folder), self.config, self._geometry, self._bank())
 

@@ -75,8 +75,8 @@ class Factored(torch.optim.Optimizer):
         The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
         optimizer owns no network, and one whose network another optimizer has taken since.
         """
-        from prefixattn.plus import Memories
-        from prefixattn.prefix import DeepShare, FreePrefix, PrefixRows, SimpleShare
+        from prefixattn.prefixes.networks import DeepShare, FreePrefix, PrefixRows, SimpleShare
+        from prefixattn.prefixes.plus import Memories
 
         own = {id(p) for group in self.param_groups for p in group["params"]}
         # weights of which a process has a part are whole within the model's own passes alone

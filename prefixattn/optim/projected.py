@@ -11,7 +11,7 @@ from prefixattn.optim.source import Source, Value, X, is_finite
 
 
 class Pull(Protocol):
-    """prefixattn.prefix.Projected."""
+    """prefixattn.prefixes.networks.Projected."""
 
     bank: Tensor
 

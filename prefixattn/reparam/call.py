@@ -1,4 +1,4 @@
-"""The records of a reparameterization, in the words of prefixattn/call.py: what backends take and return, by name."""
+"""The records of a reparameterization, in the words of attention/call.py: what backends take and return, by name."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
-from prefixattn.cpu import DTYPES
+from prefixattn.attention.cpu import DTYPES
 from prefixattn.reparam import moments8, reference
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 from prefixattn.reparam.moments8 import Moment8

@@ -1,6 +1,6 @@
 """What "auto" takes on a GPU for the reparameterization and its optimizers' sweeps: the Triton kernels, once tried.
 
-As prefixattn/guard.py does for attention: each kind of kernel is compared with the reference at its first use on a
+As attention/guard.py does for attention: each kind of kernel is compared with the reference at its first use on a
 device and for a type. Where it disagrees the reference takes over for the rest of the process, with a warning.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn.guard import close, name
+from prefixattn.attention.guard import close, name
 from prefixattn.reparam import reference, sweep, triton
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 from prefixattn.reparam.moments8 import BLOCK, Moment8

@@ -1,4 +1,4 @@
-"""prefixattn::reparam_fwd and ::reparam_bwd: made as the ops of attention are, see prefixattn/ops.py."""
+"""prefixattn::reparam_fwd and ::reparam_bwd: made as the ops of attention are, see prefixattn/attention/ops.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.call import schema
+from prefixattn.attention.call import schema
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 
 _TENSORS, _FORM, _GIVEN = len(Needs._fields), len(Form._fields), len(Given._fields)

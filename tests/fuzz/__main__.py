@@ -26,7 +26,7 @@ def main() -> int:
     options = parser.parse_args()
     if "triton" in options.backends:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
-    from prefixattn.testing import round_products_once
+    from prefixattn.testing.attention import round_products_once
 
     if options.calls < 1:
         parser.error(f"--calls is {options.calls}, expected 1 or more")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import prefix_attention, prefix_attention_qkvpacked
-from prefixattn.testing import Inputs, allowed_error, exact, results, rms, same_dtype, suited
+from prefixattn.testing.attention import Inputs, allowed_error, exact, results, rms, same_dtype, suited
 from tests.fuzz.cases import Case
 from tests.fuzz.truth import truth
 

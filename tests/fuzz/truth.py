@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn import philox
+from prefixattn.attention import philox
 from tests.fuzz.cases import Case
 
 HIDES = -1e37  # README: a mask's number of -1e37 or less hides its key

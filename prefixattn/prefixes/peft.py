@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn import files, saving
-from prefixattn.config import MOST, Defaults, PrefixConfig
-from prefixattn.prefix import Geometry
+from prefixattn.prefixes import files, saving
+from prefixattn.prefixes.config import MOST, Defaults, PrefixConfig
+from prefixattn.prefixes.networks import Geometry
 
 JSON = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

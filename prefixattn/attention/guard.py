@@ -10,8 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from prefixattn import reference, triton
-from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.attention import reference, triton
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
 
 # by rms, of the reference's rms: far above rounding, far below any mistake
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.call import Call, Needs, Wants
-from prefixattn.checks import (
+from prefixattn.attention.call import Call, Needs, Wants
+from prefixattn.attention.checks import (
     FLOATS,
     as_number,
     check_flags,
@@ -21,9 +21,9 @@ from prefixattn.checks import (
     check_types,
     require_shape,
 )
-from prefixattn.layout import unit_stride, unpacked
-from prefixattn.ops import prefix_attn, prefix_attn_qkvpacked
-from prefixattn.reference import PHIS
+from prefixattn.attention.layout import unit_stride, unpacked
+from prefixattn.attention.ops import prefix_attn, prefix_attn_qkvpacked
+from prefixattn.attention.reference import PHIS
 
 _NOTHING = Needs()  # made once, for calls that want no gradient
 

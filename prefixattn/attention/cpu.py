@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
-from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated
-from prefixattn.layout import empty_like_order, lse_type
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated
+from prefixattn.attention.layout import empty_like_order, lse_type
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
 MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefixattn.config import MOST, Defaults, LayerChoice
-from prefixattn.prefix import Geometry
-from prefixattn.reference import PHIS
+from prefixattn.attention.reference import PHIS
+from prefixattn.prefixes.config import MOST, Defaults, LayerChoice
+from prefixattn.prefixes.networks import Geometry
 
 PER = ("head", "width")
 INITS = ("zero", "normal")

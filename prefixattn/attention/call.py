@@ -8,7 +8,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from prefixattn.layout import empty_like_order
+from prefixattn.attention.layout import empty_like_order
 
 
 class Call(NamedTuple):

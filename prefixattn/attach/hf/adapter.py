@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefixattn.attach import gate, interface, positions, probe, projections, quantised
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, PrefixCall
-from prefixattn.attach.interface import EXPLICIT, NAME, NAMES, PLAIN
-from prefixattn.attach.positions import Positions
-from prefixattn.config import Defaults
-from prefixattn.prefix import Geometry
+from prefixattn.attach.base import Attached
+from prefixattn.attach.hf import interface, positions, probe, projections, quantised, reentrant
+from prefixattn.attach.hf.interface import EXPLICIT, NAME, NAMES, PLAIN
+from prefixattn.attach.hf.positions import Positions
+from prefixattn.attach.records import PrefixCall
+from prefixattn.prefixes.config import Defaults
+from prefixattn.prefixes.networks import Geometry
 
 
 class _Thread(threading.local):
@@ -331,8 +332,8 @@ class HuggingFaceAdapter(Adapter):
             if self.decodes and torch.compiler.is_compiling() and not _told(kwargs):
                 # While tracing, transformers cannot see that nothing is packed and would build [B, 1, L, S].
                 kwargs["attention_mask"] = first.new_ones(1, 1, dtype=torch.bool).expand(first.shape[:2])
-        if torch.is_grad_enabled() and gate.needed(self.base):
-            chosen = chosen.with_tensors(gate.behind(self.base, chosen.tensors(), kwargs))
+        if torch.is_grad_enabled() and reentrant.needed(self.base):
+            chosen = chosen.with_tensors(reentrant.behind(self.base, chosen.tensors(), kwargs))
         return prefix.call(chosen)
 
     def _without_padding(self, shift: int | Tensor, kwargs: dict[str, Any]) -> int | Tensor:

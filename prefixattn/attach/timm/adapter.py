@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixattn.attach import threads, timm_layers
 from prefixattn.attach.adapter import Choice, evaluating
-from prefixattn.attach.attached import Attached, PrefixCall
-from prefixattn.attach.timm_passes import PLAIN, PassingAdapter
-from prefixattn.config import INITS, Defaults, PrefixConfig
-from prefixattn.prefix import Geometry
+from prefixattn.attach.base import Attached
+from prefixattn.attach.records import PrefixCall
+from prefixattn.attach.timm import layers
+from prefixattn.attach.timm import threads
+from prefixattn.attach.timm.passes import PLAIN, PassingAdapter
+from prefixattn.prefixes.config import INITS, Defaults, PrefixConfig
+from prefixattn.prefixes.networks import Geometry
 
 
 class TimmAdapter(PassingAdapter):
@@ -43,7 +45,7 @@ class TimmAdapter(PassingAdapter):
 
     def enter(self) -> None:
         for slot, layer in enumerate(self.found):
-            timm_layers.enter(layer, self, slot)
+            layers.enter(layer, self, slot)
         base, embedding = self.base, _embedding(self.base)
         self.embedded = embedding is not None
         self.handles = [
@@ -64,7 +66,7 @@ class TimmAdapter(PassingAdapter):
         self.handles = []
         self.forget()
         for layer in self.found:
-            timm_layers.leave(layer)
+            layers.leave(layer)
 
     def remove(self, prefix: Attached) -> None:
         active = self.prefix
@@ -129,13 +131,13 @@ class TimmAdapter(PassingAdapter):
     def _outputs(self, call: PrefixCall) -> dict[int, Tensor]:
         """What each layer makes of a black image."""
         outputs: dict[int, Tensor] = {}
-        layers = {layer: slot for slot, layer in enumerate(self.found)}
+        slot_of = {layer: slot for slot, layer in enumerate(self.found)}
 
         def keep(layer: nn.Module, args: Any, out: Tensor) -> None:
             if self.passes.override is call:  # in this thread
-                outputs[layers[layer]] = out
+                outputs[slot_of[layer]] = out
 
-        handles = [layer.register_forward_hook(keep) for layer in layers]
+        handles = [layer.register_forward_hook(keep) for layer in slot_of]
         try:
             with evaluating(self.base), torch.no_grad(), self.overriding(call):
                 self.base(self._image())
@@ -158,17 +160,17 @@ class TimmAdapter(PassingAdapter):
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
         # a block that was taken out of the model may have stayed behind when that moved
-        return timm_layers.project(self.found[slot], self.around[slot], vectors, self.device)
+        return layers.project(self.found[slot], self.around[slot], vectors, self.device)
 
     def projection_parameters(self, slot: int) -> Iterator[Tensor]:
-        return timm_layers.projection_parameters(self.found[slot], self.around[slot])
+        return layers.projection_parameters(self.found[slot], self.around[slot])
 
 
 def _attentions(base: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Where something attends, in the modules' order; True if it computes as we know."""
     for path, module in base.named_modules():
         name = type(module).__name__
-        if timm_layers.known(module):
+        if layers.known(module):
             yield path, module, True
         elif "AttentionPool" not in name and (hasattr(module, "fused_attn") or "Attention" in name or "Attn" in name):
             yield path, module, False
@@ -192,8 +194,8 @@ def _paths(base: nn.Module) -> list[str]:
     return found
 
 
-def _sizes(base: nn.Module, layers: list[Any]) -> tuple[int, int, int, int]:
-    different = {timm_layers.sizes(layer) for layer in layers}
+def _sizes(base: nn.Module, found: list[Any]) -> tuple[int, int, int, int]:
+    different = {layers.sizes(layer) for layer in found}
     if len(different) > 1:
         spelled = ", ".join(f"H={h} Hkv={g} D={d} width={e}" for h, g, d, e in sorted(different))
         raise NotImplementedError(

@@ -14,7 +14,8 @@ from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 
 from prefixattn.attach.adapter import Adapter
-from prefixattn.attach.attached import Attached, PrefixCall
+from prefixattn.attach.base import Attached
+from prefixattn.attach.records import PrefixCall
 
 MARK = "prefixattn"
 PLAIN = PrefixCall({}, 0.0)

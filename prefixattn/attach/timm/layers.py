@@ -13,8 +13,8 @@ from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from prefixattn.attach.attached import LayerPrefix, PrefixCall
-from prefixattn.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attach.records import LayerPrefix, PrefixCall
+from prefixattn.attention.functional import prefix_attention, prefix_attention_qkvpacked
 
 
 class _Prefixed(nn.Module):

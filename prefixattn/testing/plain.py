@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixattn import philox
+from prefixattn.attention import philox
 
 INF = float("inf")
 ORDERS = 3

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixattn import philox
-from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
-from prefixattn.layout import empty_like_order, lse_type
+from prefixattn.attention import philox
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.attention.layout import empty_like_order, lse_type
 
 INF = float("inf")
 HIDDEN = -1e37  # a mask value from here down hides its key as -inf does: types' least values are written for that

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixattn.attach import interface, probe
+from prefixattn.attach.hf import interface, probe
 
 
 class Positions(NamedTuple):

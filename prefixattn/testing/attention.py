@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefixattn.functional import _normal_form, prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attention.functional import _normal_form, prefix_attention, prefix_attention_qkvpacked
 from prefixattn.kernels.table import INTERPRETED
-from prefixattn.testing_plain import INF, Roundings, concat_attention
+from prefixattn.testing.plain import INF, Roundings, concat_attention
 
 
 class Shape(NamedTuple):

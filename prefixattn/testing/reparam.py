@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefixattn import backends
 from prefixattn.reparam.call import Call, Form, Given, Needs
-from prefixattn.testing_plain import ORDERS, Roundings
+from prefixattn.testing.plain import ORDERS, Roundings
 
 
 class Shape(NamedTuple):

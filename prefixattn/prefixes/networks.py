@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefixattn.config import PrefixConfig
+from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.taken import CHANGED, State, Taken, arrived
 from prefixattn.reparam.call import Call, Form
 from prefixattn.reparam.functional import bank_and_z, bank_onto, reparameterize
 from prefixattn.reparam.reference import ACTIVATIONS, bank_view
-from prefixattn.taken import CHANGED, State, Taken, arrived
 
 Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> [2, Hkv, P, D]
 

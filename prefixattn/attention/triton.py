@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.attention.layout import lse_type, unit_stride
 from prefixattn.kernels.table import INTERPRETED
-from prefixattn.layout import lse_type, unit_stride
 
 if TYPE_CHECKING:
     from prefixattn.kernels.call import Call as KernelCall

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import sdpa_mask
 
-from prefixattn.attach.huggingface import HuggingFaceAdapter
+from prefixattn.attach.hf.adapter import HuggingFaceAdapter
 from prefixattn.attach.prefix import Prefix
 
 CONCAT = "concat_for_tests"

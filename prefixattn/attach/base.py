@@ -1,72 +1,18 @@
-"""What is attached to a model: the base of `Prefix` and `PrefixPlus`, and what their layers get with a forward pass."""
+"""What is attached to a model: the base of `Prefix` and `PrefixPlus`."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefixattn.attach import copies
-from prefixattn.attach.adapter import Adapter
+from prefixattn.attach.records import Chosen, Host, PrefixCall, asked
 from prefixattn.attach.training import steps, watched
 from prefixattn.optim.average import Average
-from prefixattn.plus import Memory
-from prefixattn.prefix import Geometry
-
-LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each, or [T, Hkv, P, D] of a bank
-
-
-class Chosen(NamedTuple):
-    """What a forward pass of the model attends to."""
-
-    prefixes: list[LayerPrefix]  # of each layer of `slots`, or of none
-    shift: int | Tensor  # how many positions the prefix takes; [B, 1] where each sample has its own
-    ids: Tensor | None = None  # [B], of a bank
-    lengths: Tensor | None = None  # [T], of a bank
-    memories: list[Memory] = []  # noqa: RUF012 # of each layer of `slots`, or of none
-
-    def tensors(self) -> list[Tensor]:
-        """Those that may want a gradient."""
-        parts = [t for memory in self.memories for t in memory[1:] if t is not None]
-        return [t for pair in self.prefixes for t in pair] + parts
-
-    def with_tensors(self, tensors: list[Tensor]) -> "Chosen":
-        """The same with others in their place."""
-        rest = iter(tensors)
-        prefixes = [(next(rest), next(rest)) for _ in self.prefixes]
-        memories = [
-            Memory(m.phi, *(None if t is None else next(rest) for t in m[1:]))  # type: ignore[arg-type]
-            for m in self.memories
-        ]
-        return self._replace(prefixes=prefixes, memories=memories)
-
-
-class PrefixCall(NamedTuple):
-    """What one forward of the model passes to its attention layers."""
-
-    prefixes: dict[int, LayerPrefix]  # by slot
-    dropout_p: float
-    ids: Tensor | None = None  # [B], rows of the bank
-    lengths: Tensor | None = None  # [T]
-    masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
-    shift: int | Tensor = 0  # of the positions in the decoder of an encoder-decoder
-    memories: dict[int, Memory] = {}  # noqa: RUF012 # by slot
-
-    def has(self, slot: int | None) -> bool:
-        return slot in self.prefixes or slot in self.memories
-
-
-class _Asked(threading.local):
-    """The weight on a prefix that this thread asks for, by prefix: slot -> [B, H, L]."""
-
-    def __init__(self) -> None:
-        self.masses: dict[Any, dict[int, Tensor]] = {}
-
-
-asked = _Asked()
+from prefixattn.prefixes.networks import Geometry
 
 
 class Attached(nn.Module):
@@ -75,12 +21,12 @@ class Attached(nn.Module):
     config: Any
     encoder: nn.Module
 
-    def __init__(self, config: Any, adapter: Adapter, encoder: nn.Module) -> None:
+    def __init__(self, config: Any, adapter: Host, encoder: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
         # Plain attributes: were the model a submodule, its weights would be among the prefix's parameters.
-        self._adapter: Adapter | None = adapter
+        self._adapter: Host | None = adapter
         self._geometry = adapter.geometry
         self._origin: copies.Origin | None = None  # of one that was copied with its model
 
@@ -189,7 +135,7 @@ class Attached(nn.Module):
         They are written into the parameters there are, so that an optimizer keeps them. Refused as a whole if anything
         does not fit.
         """
-        from prefixattn import checkpoint  # here, for the sake of installations without safetensors
+        from prefixattn.prefixes import checkpoint  # here, for the sake of installations without safetensors
 
         config, encoder, gate = checkpoint.read(Path(folder), self._geometry, self._attached().defaults)
         found, own = dict(encoder.named_parameters()), dict(self.encoder.named_parameters())
@@ -210,7 +156,7 @@ class Attached(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_origin": None}
 
-    def _attached(self) -> Adapter:
+    def _attached(self) -> Host:
         if self._adapter is None:
             raise ValueError("the prefix is detached from its model; attach a new one, or load a saved one")
         return self._adapter

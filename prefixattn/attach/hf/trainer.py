@@ -13,12 +13,12 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from prefixattn import files, saving
-from prefixattn.attach import attached
-from prefixattn.attach.attached import Attached
 from prefixattn.attach.bank import PrefixBank
-from prefixattn.attach.labelled import is_shifted, labelled_loss
+from prefixattn.attach.base import Attached
+from prefixattn.attach.find import attached
+from prefixattn.attach.hf.labelled import is_shifted, labelled_loss
 from prefixattn.optim import FactoredAdamW, FactoredSGD
+from prefixattn.prefixes import files, saving
 
 
 class _ZeroGrad(TrainerCallback):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixattn import files, peft, saving
-from prefixattn.config import Defaults, PrefixConfig
-from prefixattn.plus import Memories, PrefixPlusConfig
-from prefixattn.prefix import FreePrefix, Geometry, make_encoder
+from prefixattn.prefixes import files, peft, saving
+from prefixattn.prefixes.config import Defaults, PrefixConfig
+from prefixattn.prefixes.networks import FreePrefix, Geometry, make_encoder
+from prefixattn.prefixes.plus import Memories, PrefixPlusConfig
 
 FORMAT = "prefixattn"
 VERSION = 2  # 1 was never released

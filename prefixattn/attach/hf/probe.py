@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixattn.attach import interface
 from prefixattn.attach.adapter import evaluating
+from prefixattn.attach.hf import interface
 
 SOURCE, TARGET = 5, 3  # tokens of a trial, by which attention over another sequence shows
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # half types round as much as a wrong mask moves

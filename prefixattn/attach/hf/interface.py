@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
-from prefixattn.attach.attached import LayerPrefix, PrefixCall
-from prefixattn.functional import prefix_attention
+from prefixattn.attach.records import LayerPrefix, PrefixCall
+from prefixattn.attention.functional import prefix_attention
 
 NAME = "prefixattn"  # with masks in their smallest form
 EXPLICIT = {

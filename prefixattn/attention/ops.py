@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixattn import backends
-from prefixattn.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants, schema
-from prefixattn.layout import empty_like_order, lse_type, unit_stride, unpacked
+from prefixattn.attention.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants, schema
+from prefixattn.attention.layout import empty_like_order, lse_type, unit_stride, unpacked
 
 _QKV = 3  # fields of Call whose place a packed projection takes
 _CALL, _GIVEN = len(Call._fields), len(Given._fields)

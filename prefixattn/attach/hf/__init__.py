@@ -1,0 +1,1 @@
+"""Prefixes in models of Hugging Face's transformers."""

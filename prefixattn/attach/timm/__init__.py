@@ -1,0 +1,1 @@
+"""Prefixes in vision transformers of timm."""

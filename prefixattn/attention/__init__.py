@@ -1,0 +1,1 @@
+"""Attention with a prefix: the op, from what a call means down to its backends."""

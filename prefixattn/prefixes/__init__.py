@@ -1,0 +1,1 @@
+"""What makes a prefix and keeps it: configs, networks, files."""

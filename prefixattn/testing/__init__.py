@@ -1,0 +1,1 @@
+"""What tests and benchmarks share. Nothing of the library imports it."""
