@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from prefixattn.attach.adapter import Choice, evaluating
 from prefixattn.attach.base import Attached
 from prefixattn.attach.records import PrefixCall
-from prefixattn.attach.timm import layers
-from prefixattn.attach.timm import threads
+from prefixattn.attach.timm import layers, threads
 from prefixattn.attach.timm.passes import PLAIN, PassingAdapter
 from prefixattn.prefixes.config import INITS, Defaults, PrefixConfig
 from prefixattn.prefixes.networks import Geometry
