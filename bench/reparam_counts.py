@@ -37,7 +37,7 @@ from triton.runtime.jit import KernelInterface
 
 from command import NOTHING, command
 from prefixattn.kernels import launch_reparam
-from prefixattn.optim.source import Source, X
+from prefixattn.optim.network_grad import Source, X
 from prefixattn.reparam import triton as backend
 from prefixattn.reparam.call import Call, Form
 from prefixattn.reparam.moments8 import BLOCK, Moment8

@@ -65,28 +65,50 @@ def choose(backend: str, call: Call, needs: Needs) -> str:
 
     Raises NotImplementedError with every objection in words.
     """
-    return _choose(TABLE, "q", call.q, backend, call, needs)
+    return pick(TABLE, backend, objections, _of_attention, call, needs).name
 
 
 def choose_reparam(backend: str, call: ReparamCall, needs: ReparamNeeds) -> str:
     """The same for the reparameterization."""
-    return _choose(REPARAM, "x", call.x, backend, call, needs)
+    return pick(REPARAM, backend, objections, _of_reparam, call, needs).name
 
 
-def _choose(table: tuple[Row, ...], letter: str, first: Tensor, backend: str, call: object, needs: object) -> str:
+def _of_attention(call: Call, needs: Needs) -> str:
+    return sizes_of("q", call.q)
+
+
+def _of_reparam(call: ReparamCall, needs: ReparamNeeds) -> str:
+    return sizes_of("x", call.x)
+
+
+def sizes_of(name: str, t: Tensor) -> str:
+    return f"{name} {list(t.shape)} {t.dtype} on {t.device.type}"
+
+
+def pick(
+    table: tuple[Row, ...], backend: str, ask: Callable[..., list[str]], words: Callable[..., str], *args: object
+) -> Row:
+    """The first row, or the one named, to which `ask(row, *args)` has no objection.
+
+    Raises NotImplementedError with every objection; `words(*args)` says what it is for.
+    """
+    check_name(table, backend)
+    rejected = []
+    for row in table:
+        if row.auto if backend == "auto" else row.name == backend:
+            reasons = ask(row, *args)
+            if not reasons:
+                return row
+            rejected.append(f"\n  {row.name.removeprefix('guarded ')}: " + "; ".join(reasons))
+    raise NotImplementedError(f"no backend for {words(*args)}:" + "".join(rejected))
+
+
+def check_name(table: tuple[Row, ...], backend: str) -> None:
+    """ValueError if no row has the name."""
     names = [row.name for row in table if row.named]
     if backend != "auto" and backend not in names:
         *most, last = (f'"{name}"' for name in ("auto", *names))
         raise ValueError(f'backend is "{backend}"; expected {", ".join(most)} or {last}')
-    rejected = []
-    for row in table:
-        if row.auto if backend == "auto" else row.name == backend:
-            reasons = objections(row, call, needs)
-            if not reasons:
-                return row.name
-            rejected.append(f"\n  {row.name.removeprefix('guarded ')}: " + "; ".join(reasons))
-    what = f"{letter} {list(first.shape)} {first.dtype} on {first.device.type}"
-    raise NotImplementedError(f"no backend for {what}:" + "".join(rejected))
 
 
 def objections(row: Row, call: object, needs: object) -> list[str]:

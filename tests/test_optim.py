@@ -13,7 +13,7 @@ import torch
 from prefixattn import backends
 from prefixattn.attach import attach
 from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
-from prefixattn.optim.sweeps import choose
+from prefixattn.optim.dispatch import choose
 from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.reparam import sweep
 from prefixattn.testing.models import tiny_gpt2, token_ids

@@ -12,8 +12,8 @@ from torch import Tensor
 import reparam_memory
 from prefixattn import backends
 from prefixattn.optim import FactoredAdamW, FactoredSGD
-from prefixattn.optim.source import is_finite
-from prefixattn.optim.sweeps import choose
+from prefixattn.optim.dispatch import choose
+from prefixattn.optim.network_grad import is_finite
 from prefixattn.reparam import reference, sweep
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.functional import here

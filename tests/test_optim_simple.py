@@ -10,7 +10,7 @@ from torch import Tensor
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.optim import FactoredAdamW, FactoredSGD
-from prefixattn.optim.gradient import DeferredGradient
+from prefixattn.optim.lazy_grad import DeferredGradient
 from prefixattn.prefixes.networks import Projected
 from prefixattn.testing.models import tiny_gpt2, token_ids
 

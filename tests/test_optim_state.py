@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefixattn.attach import attach
 from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
-from prefixattn.optim.moments import moment
+from prefixattn.optim.adamw import moment
 from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.prefixes.networks import DeepShare, Geometry
 from prefixattn.reparam.moments8 import BLOCK, Moment8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prefixattn.attach import copies
 from prefixattn.attach.records import Chosen, Host, PrefixCall, asked
 from prefixattn.attach.training import steps, watched
-from prefixattn.optim.average import Average
+from prefixattn.optim.processes import Average
 from prefixattn.prefixes.networks import Geometry
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from prefixattn.optim.average import Average
+from prefixattn.optim.processes import Average
 
 CLOSE = 1e-5  # of two norms of one gradient, on processors that may differ
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from prefixattn.optim.average import Average
-from prefixattn.optim.deliver import deliver
-from prefixattn.optim.gradient import FactoredGradient, LazyGradient
-from prefixattn.optim.projected import deliver_projected
-from prefixattn.optim.source import B1, W1, W2, X, is_finite, local, stacked
-from prefixattn.optim.sweeps import check_name
+from prefixattn import backends
+from prefixattn.optim.lazy_grad import FactoredGradient, LazyGradient, accumulate, accumulate_projected
+from prefixattn.optim.network_grad import B1, W1, W2, X, is_finite, local, stacked
+from prefixattn.optim.processes import Average
 from prefixattn.reparam.call import Form
 
 Hyper = dict[str, Any]  # a parameter group
@@ -32,7 +30,7 @@ class Factored(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: Hyper, max_norm: float | None, process_group: Any, backend: str) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}, expected a positive number or None")
-        check_name(backend)
+        backends.check_name(backends.REPARAM, backend)
         self.max_norm, self.backend = max_norm, backend
         self.grad_norm: Tensor | None = None  # before clipping, of the last step with max_norm
         self.average = Average(process_group)  # of networks that are no part of a prefix on a model
@@ -106,11 +104,11 @@ class Factored(torch.optim.Optimizer):
 
     def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
         """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
-        deliver(network.parameters_in_order(), z, dbank, network.form, self._before_reading(), self.backend)
+        accumulate(network.parameters_in_order(), z, dbank, network.form, self._before_reading(), self.backend)
 
     def _receive_projected(self, encoder: Any, dbank: Tensor, made: Any) -> None:
         """The same of a simple share; `made` is what made the bank."""
-        deliver_projected(encoder.vectors, made, dbank, self._before_reading())
+        accumulate_projected(encoder.vectors, made, dbank, self._before_reading())
 
     def _before_reading(self) -> Callable[[], None]:
         me = weakref.ref(self)

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from prefixattn.optim.base import Factored, Hyper, Sweep
-from prefixattn.optim.fusing import fusible
-from prefixattn.optim.source import W2, stacked
-from prefixattn.optim.sweeps import choose
+from prefixattn.optim.dispatch import choose, fusible
+from prefixattn.optim.network_grad import W2, stacked
 from prefixattn.reparam.call import Form
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefixattn.optim.gradient import LazyGradient
+from prefixattn.optim.lazy_grad import LazyGradient
 from prefixattn.prefixes.networks import DeepShare, Geometry
 
 GEOMETRY = Geometry("test", layers=2, kv_heads=2, head_dim=8, width=16)

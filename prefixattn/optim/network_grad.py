@@ -1,12 +1,16 @@
-"""`Source`: what the five gradients of a network are made of, before anybody makes them. `Value`: a sum of such."""
+"""What the gradients of a network, or of a simple share, are made of before anybody makes them.
+
+`Source` and `ProjectedSource`: of one backward pass, or of the micro-batches of one state. `Value`: a sum of such.
+"""
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from prefixattn.optim.sweeps import choose
+from prefixattn.optim.dispatch import choose
 from prefixattn.reparam import reference
 from prefixattn.reparam.call import Form, Needs
 from prefixattn.reparam.reference import hidden, hidden_bwd
@@ -147,6 +151,58 @@ class Source:
         # what is wrong in the bank is also in the row, which is b2's gradient
         self.ready()
         return is_finite(self.h) & is_finite(self.row)
+
+
+class Pull(Protocol):
+    """prefixattn.prefixes.networks.Projected."""
+
+    bank: Tensor
+
+    def pull(self, dbank: Tensor) -> Tensor: ...
+
+
+class ProjectedSource(Source):
+    """Micro-batches are summed in the bank, and carried through the frozen projections together."""
+
+    def __init__(self, made: Pull, dbank: Tensor, before_reading: Callable[[], None]) -> None:
+        self.made, self.z = made, made.bank
+        self.pending: Tensor | None = dbank  # [N, 2, Hkv, P, D], not carried yet
+        self.carried: Tensor | None = None  # [N, P, E]
+        self.before_reading = before_reading
+        self.averaged = False
+
+    def add(self, dbank: Tensor) -> None:
+        if self.pending is None:
+            self.pending = dbank
+        else:
+            self.pending = self.pending.to(torch.promote_types(dbank.dtype, torch.float32)).add_(dbank)
+        self.averaged = False
+
+    def changed(self) -> None:
+        self.averaged = False
+
+    def wide(self) -> Tensor:
+        """The vectors' gradient, not averaged over processes: what they exchange."""
+        if self.pending is not None:
+            grad, self.pending = self.made.pull(self.pending), None
+            self.carried = grad if self.carried is None else self.carried.add_(grad)
+        assert self.carried is not None
+        return self.carried
+
+    def copy(self) -> "ProjectedSource":
+        made = ProjectedSource(self.made, self.wide(), self.before_reading)
+        made.pending, made.carried, made.averaged = None, self.wide().clone(), self.averaged
+        return made
+
+    def small(self, index: int) -> Tensor:
+        self.ready()
+        return self.wide()
+
+    def check(self, dh_comes: bool) -> None:
+        self.wide()
+
+    def finite(self) -> Tensor:
+        return is_finite(self.small(X))
 
 
 class Value:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefixattn.optim.gradient import LazyGradient
-from prefixattn.optim.source import Source
+from prefixattn.optim.lazy_grad import LazyGradient
+from prefixattn.optim.network_grad import Source
 
 
 class Average:
