@@ -293,7 +293,7 @@ def write(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     """`distrusted`: kernels of ours in whose place "auto" took the reference, and why; empty if all is well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
-    distrusted = {" ".join(map(str, case)): words for case, words in guard.verdicts.items() if words}
+    distrusted = {" ".join(map(str, case)): words for case, words in guard.trials.verdicts.items() if words}
     text = json.dumps(head | {"distrusted": distrusted, "rows": rows}, indent=1)
     fresh.write_text(re.sub(r"\n {3,}", " ", text) + "\n")  # one line a row
     fresh.replace(path)

@@ -10,6 +10,7 @@ from prefixattn import __version__, backends
 from prefixattn.attention import guard, triton
 from prefixattn.reparam import functional as reparam
 from prefixattn.reparam import guard as reparam_guard
+from prefixattn.trials import device_name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def print_verdicts(device: torch.device) -> None:
     """Compiles and tries the Triton kernels as their first use by backend="auto" would."""
     print(
-        f"  triton on {guard.name(device)}, against the reference (compiling takes minutes at the first time):",
+        f"  triton on {device_name(device)}, against the reference (compiling takes minutes at the first time):",
         flush=True,
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -38,12 +39,12 @@ def print_verdicts(device: torch.device) -> None:
             for kind in guard.TRIALS:
                 if kind.endswith((triton.MEMORY, triton.SOFTCAP)):  # asked at their first use; here it would take long
                     continue
-                if words := guard.verdict((kind, device, dtype, D)):
+                if words := guard.trials.verdict((kind, device, dtype, D)):
                     wrong[kind] = words
             said = "; ".join(f"{name}: {words}" for name, words in wrong.items()) or "agrees"
             print(f"    {str(dtype).removeprefix('torch.'):8}  head size {D:3}  {said}", flush=True)
         kinds = [kind for kind, dtypes in reparam_guard.KINDS.items() if dtype in dtypes]
-        wrong = {kind: words for kind in kinds if (words := reparam_guard.verdict((kind, device, dtype)))}
+        wrong = {kind: words for kind in kinds if (words := reparam_guard.trials.verdict((kind, device, dtype)))}
         said = "; ".join(f"{name}: {words}" for name, words in wrong.items()) or "agrees"
         print(f"    {str(dtype).removeprefix('torch.'):8}  reparameterization  {said}", flush=True)
 

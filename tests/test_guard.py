@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    guard.verdicts.clear()
+    guard.trials.verdicts.clear()
     yield
-    guard.verdicts.clear()
+    guard.trials.verdicts.clear()
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (triton, reference):
         for kind in ("fwd", "bwd"):
-            name = f"{module.__name__.removeprefix('prefixattn.')}.{kind}"
+            name = f"{module.__name__.rpartition('.')[2]}.{kind}"
             monkeypatch.setattr(module, kind, recorded(name, getattr(module, kind)))
     return names
 
@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_kernels_agree(kind: str, dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert guard.verdict((kind, CPU, dtype, 16)) == ""
+        assert guard.trials.verdict((kind, CPU, dtype, 16)) == ""
 
 
 @pytest.mark.parametrize("processors", [4, 7])
@@ -84,7 +84,7 @@ def test_a_trial_runs_the_kernel_that_it_is_for(processors: int, monkeypatch: py
     monkeypatch.setattr(triton, "bwd", noting_bwd)
     for kind in guard.TRIALS:
         asked.clear()
-        assert guard.verdict((kind, CPU, torch.bfloat16, 16)) == ""
+        assert guard.trials.verdict((kind, CPU, torch.bfloat16, 16)) == ""
         assert asked == [kind]
 
 
@@ -192,7 +192,7 @@ def test_each_case_is_tried_once(calls: list[str]) -> None:
         + ["triton.fwd"] * 2
         + ["triton.bwd"] * 2
     )
-    assert set(guard.verdicts) == {
+    assert set(guard.trials.verdicts) == {
         (kind, CPU, dtype, 32) for kind in ("fwd_short", "bwd_short") for dtype in (torch.float32, torch.float16)
     }
 
@@ -228,12 +228,12 @@ def call_of(inputs: Any) -> Call:
 
 def test_the_command_prints_verdicts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        guard,
-        "_try",
+        guard.trials,
+        "tried",
         lambda case: "out differ from the reference" if case[0].startswith("bwd") and case[3] == 128 else "",
     )
-    monkeypatch.setattr(reparam_guard, "_try", lambda kind, *case: "w differs" if kind == "sgd" else "")
-    monkeypatch.setattr(reparam_guard, "verdicts", {})
+    monkeypatch.setattr(reparam_guard.trials, "tried", lambda case: "w differs" if case[0] == "sgd" else "")
+    monkeypatch.setattr(reparam_guard.trials, "verdicts", {})
     with pytest.warns(RuntimeWarning):
         __main__.print_verdicts(CPU)
     said = capsys.readouterr().out

@@ -20,7 +20,7 @@ if reasons := functional.here()["triton"]:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(guard, "verdicts", {})
+    monkeypatch.setattr(guard.trials, "verdicts", {})
     yield
 
 
@@ -30,7 +30,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ids=lambda v: str(v).removeprefix("torch."),
 )
 def test_the_kernels_agree(kind: str, dtype: torch.dtype) -> None:
-    assert guard.verdict((kind, CPU, dtype)) == ""
+    assert guard.trials.verdict((kind, CPU, dtype)) == ""
 
 
 def shifted(function: Any) -> Any:
@@ -52,7 +52,7 @@ def shifted(function: Any) -> Any:
 def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, function, shifted(getattr(triton, function)))
     with pytest.warns(RuntimeWarning, match=rf"reparameterization fail \({kind}\) for torch.float32 on cpu: .*differ"):
-        assert guard.verdict((kind, CPU, torch.float32))
+        assert guard.trials.verdict((kind, CPU, torch.float32))
     w, first, second = torch.randn(1, 8, 4), torch.zeros(1, 8, 4), torch.zeros(1, 8, 4)
     h, dy = torch.randn(1, 3, 4), torch.randn(1, 3, 8)
     numbers = {"lr": 0.1, "weight_decay": 0.0, "grad_scale": 1.0, "want_dh": True}
@@ -82,19 +82,19 @@ def test_a_bank_read_in_another_layout_is_seen(kind: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(launch_reparam, "layout", lambda form: launch_reparam.BLOCKED)
     with pytest.warns(RuntimeWarning, match=rf"fail \({kind}\) for torch.float32 on cpu: w, .*differ"):
-        assert guard.verdict((kind, CPU, torch.float32))
+        assert guard.trials.verdict((kind, CPU, torch.float32))
 
 
 def test_codes_rounded_by_other_coins_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "moments8", SimpleNamespace(salt=lambda step: step, BLOCK=guard.BLOCK))
     with pytest.warns(RuntimeWarning, match=r"fail \(adamw8\) for torch.float32 on cpu: m, v differ"):
-        assert guard.verdict(("adamw8", CPU, torch.float32))
+        assert guard.trials.verdict(("adamw8", CPU, torch.float32))
 
 
 @pytest.mark.parametrize("forms", [(True, True), (True, False), (False, True)])
 def test_moments_of_8_bits_have_a_trial_of_their_own(forms: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(guard, "_try", lambda *case: tried.append(case) or "")
+    monkeypatch.setattr(guard.trials, "tried", lambda case: tried.append(case) or "")
     w, h, dy = torch.randn(1, 8, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 8)
     m, v = (guard._eight(w.abs(), i == 0) if form else torch.zeros_like(w) for i, form in enumerate(forms))
     guard.adamw_sweep(w, m, v, h, dy, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
@@ -103,7 +103,7 @@ def test_moments_of_8_bits_have_a_trial_of_their_own(forms: tuple[bool, bool], m
 
 def test_each_case_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(guard, "_try", lambda *case: calls.append(case) or "")
+    monkeypatch.setattr(guard.trials, "tried", lambda case: calls.append(case) or "")
     w, dy = torch.randn(1, 8, 4), torch.randn(1, 3, 8)
     for _ in range(2):
         guard.dh_only(w, dy)
@@ -121,5 +121,5 @@ def test_trying_draws_no_random_numbers() -> None:
     torch.manual_seed(3)
     expected = torch.randn(4)
     torch.manual_seed(3)
-    guard.verdict(("fwd", CPU, torch.float32))
+    guard.trials.verdict(("fwd", CPU, torch.float32))
     assert torch.equal(torch.randn(4), expected)

@@ -1,21 +1,15 @@
 """What "auto" takes on a GPU: the Triton kernels, once a tiny case has agreed with the reference there.
 
-A compiler that is new to a GPU can be wrong in silence. Each kind of kernel is therefore tried at its first use for a
-device, a type and a head size. Where it disagrees, or where a call's own features do not compile, the reference takes
-over for the rest of the process, with a warning.
+Each kind of kernel is tried at its first use for a device, a type and a head size. Where it disagrees, or where a
+call's own features do not compile, the reference takes over for the rest of the process, with a warning.
 """
 
-import warnings
-
 import torch
-from torch import Tensor
 
 from prefixattn.attention import reference, triton
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.trials import Pairs, Trials, device_name
 
-# by rms, of the reference's rms: far above rounding, far below any mistake
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-_TF32_TOLERANCE = 4e-3
 # kind of kernel: B (for a GPU of any size the short backward wants a head for each processor), L, S, P
 TRIALS = {
     "fwd_short": (1, 37, 37, 5),
@@ -29,7 +23,6 @@ TRIALS |= {kind + triton.SOFTCAP: sizes for kind, sizes in TRIALS.items()}
 _HEADS = 2
 
 Case = tuple[str, torch.device, torch.dtype, int]  # kind, device, type, head size
-verdicts: dict[Case, str] = {}  # what was wrong, or ""
 
 
 def unsupported(call: Call, needs: Needs) -> list[str]:
@@ -41,7 +34,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
 
 def fwd(call: Call, wants: Wants) -> Results:
     case = _case(triton.kind_of_forward(call), call)
-    if _trusted(case):
+    if trials.trusted(case):
         try:
             return triton.fwd(call, wants)
         except Exception as error:  # raised again, but for a compiler's
@@ -51,7 +44,7 @@ def fwd(call: Call, wants: Wants) -> Results:
 
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     case = _case(triton.kind_of_backward(call, needs), call)
-    if _trusted(case):
+    if trials.trusted(case):
         try:
             return triton.bwd(call, given, needs, into)
         except Exception as error:  # raised again, but for a compiler's
@@ -63,77 +56,40 @@ def _case(kind: str, call: Call) -> Case:
     return kind, call.q.device, call.q.dtype, call.q.shape[3]
 
 
-def verdict(case: Case) -> str:
-    """What is wrong with the kernels in this case, found out at the first question; "" if nothing is."""
-    if case not in verdicts:
-        _decide(case, _try(case))
-    return verdicts[case]
-
-
-def _trusted(case: Case) -> bool:
-    if case not in verdicts and case[1].type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return True  # nothing can be compared while a graph is recorded; the question stays open
-    return not verdict(case)
-
-
-def _decide(case: Case, words: str) -> None:
-    verdicts[case] = words
-    if words:
-        kind, device, dtype, D = case
-        warnings.warn(
-            f"prefixattn: the triton kernels fail ({kind}) for {dtype}, head size {D} on {name(device)}: {words}. "
-            "This process uses the much slower reference for them instead; please report it. "
-            'backend="triton" runs them all the same.',
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
 def _give_up(case: Case, error: Exception) -> None:
     """Raises what is no fault of the compiler; otherwise the case is lost, with all its features."""
     if not type(error).__module__.startswith("triton") and "PassManager" not in str(error):
         raise error
-    _decide(case, f"{type(error).__name__}: {error}")
+    trials.decide(case, f"{type(error).__name__}: {error}")
 
 
-def _try(case: Case) -> str:
-    kind, device, dtype, D = case
+def _lost(kind: str, device: torch.device, dtype: torch.dtype, D: int) -> str:
+    return f"the triton kernels fail ({kind}) for {dtype}, head size {D} on {device_name(device)}"
+
+
+def _run(kind: str, device: torch.device, dtype: torch.dtype, D: int) -> Pairs:
     B, L, S, P = TRIALS[kind]
     with_memory, softcap = triton.MEMORY in kind, 1.0 if triton.SOFTCAP in kind else 0.0
     wants = Wants(mass=True, attended=with_memory)
     needs = Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True, memory=with_memory)
-    try:
-        B = B or triton.least_batch(device, _HEADS)
-        generator = torch.Generator("cpu").manual_seed(0)
-        sizes = [(B, _HEADS, L, D), (B, _HEADS, S, D), (B, _HEADS, S, D), (1, _HEADS, P, D), (1, _HEADS, P, D)]
-        q, k, v, prefix_k, prefix_v, dout = (
-            torch.randn(size, generator=generator, device="cpu").to(device, dtype) for size in (*sizes, sizes[0])
-        )
-        memory = None
-        if with_memory:
-            memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
-        call = Call(q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap)
-        with torch.no_grad():
-            right = reference.fwd(call, wants)
-            if kind.startswith("fwd"):
-                found, expected = triton.fwd(call, wants)._asdict(), right._asdict()
-            else:
-                given = Given(dout, None, right.attended if with_memory else right.out, right.lse)
-                both = (backend.bwd(call, given, needs)._asdict() for backend in (triton, reference))
-                found, expected = ({f"d{name}": t for name, t in grads.items()} for grads in both)
-        wrong = [name for name, t in expected.items() if t.numel() and not close(found[name], t, dtype)]
-    except Exception as error:  # whatever a compiler or a driver raises
-        return f"{type(error).__name__}: {error}"
-    return f"{', '.join(wrong)} differ from the reference" if wrong else ""
+    B = B or triton.least_batch(device, _HEADS)
+    generator = torch.Generator("cpu").manual_seed(0)
+    sizes = [(B, _HEADS, L, D), (B, _HEADS, S, D), (B, _HEADS, S, D), (1, _HEADS, P, D), (1, _HEADS, P, D)]
+    q, k, v, prefix_k, prefix_v, dout = (
+        torch.randn(size, generator=generator, device="cpu").to(device, dtype) for size in (*sizes, sizes[0])
+    )
+    memory = None
+    if with_memory:
+        memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
+    call = Call(q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap)
+    right = reference.fwd(call, wants)
+    if kind.startswith("fwd"):
+        found, expected = triton.fwd(call, wants)._asdict(), right._asdict()
+    else:
+        given = Given(dout, None, right.attended if with_memory else right.out, right.lse)
+        both = (backend.bwd(call, given, needs)._asdict() for backend in (triton, reference))
+        found, expected = ({f"d{name}": t for name, t in grads.items()} for grads in both)
+    return [(name, found[name], t) for name, t in expected.items() if t.numel()]
 
 
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """By rms, of the reference's rms; in float32 as torch's own switch for TF32 stands."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tolerance = _TF32_TOLERANCE if tf32 else _TOLERANCE[dtype]
-    error = (actual.double() - expected.double()).square().mean()
-    return bool(error <= tolerance**2 * expected.double().square().mean())  # False for a nan
-
-
-def name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+trials = Trials(lambda *case: _run(*case), _lost)

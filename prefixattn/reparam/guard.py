@@ -4,24 +4,22 @@ As attention/guard.py does for attention: each kind of kernel is compared with t
 device and for a type. Where it disagrees the reference takes over for the rest of the process, with a warning.
 """
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefixattn.attention.guard import close, name
 from prefixattn.reparam import reference, sweep, triton
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.reparam.sweep import Moment
+from prefixattn.trials import Pairs, Trials, close, device_name
 
 Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of the bank or of moments (8 bits: float32)
 _BANKS = torch.bfloat16, torch.float16, torch.float32
 _MOMENTS = torch.bfloat16, torch.float32
 _WIDE = (torch.float32,)
 KINDS = {"fwd": _BANKS, "bwd": _BANKS, "adamw": _MOMENTS, "adamw8": _WIDE, "sgd": _MOMENTS, "dh": _WIDE}
-verdicts: dict[Case, str] = {}  # what was wrong, or ""
 _LENGTHS = 5, 40  # P: less than a tile of rows, and more
 _FORM = Form(2, 2, 16, False, "tanh")
 
@@ -39,12 +37,12 @@ def _on_a_gpu(t: Tensor, reasons: list[str]) -> list[str]:
 
 
 def fwd(call: Call) -> Results:
-    return (triton if _trusted(("fwd", call.x.device, call.dtype)) else reference).fwd(call)
+    return (triton if trials.trusted(("fwd", call.x.device, call.dtype)) else reference).fwd(call)
 
 
 def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     dbank = given.dbank
-    return (triton if _trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(call, given, needs)
+    return (triton if trials.trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(call, given, needs)
 
 
 def adamw_sweep(w: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *args: Any, **numbers: Any) -> Tensor | None:
@@ -52,59 +50,37 @@ def adamw_sweep(w: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *args: Any, **nu
         case = "adamw8", w.device, torch.float32
     else:
         case = "adamw", w.device, exp_avg.dtype
-    module = triton if _trusted(case) else sweep
+    module = triton if trials.trusted(case) else sweep
     return module.adamw_sweep(w, exp_avg, exp_avg_sq, *args, **numbers)
 
 
 def sgd_sweep(w: Tensor, momentum_buffer: Tensor | None, *args: Any, **numbers: Any) -> Tensor | None:
     dtype = torch.float32 if momentum_buffer is None else momentum_buffer.dtype
-    module = triton if _trusted(("sgd", w.device, dtype)) else sweep
+    module = triton if trials.trusted(("sgd", w.device, dtype)) else sweep
     return module.sgd_sweep(w, momentum_buffer, *args, **numbers)
 
 
 def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:
-    return (triton if _trusted(("dh", w.device, w.dtype)) else sweep).dh_only(w, dy, form)
+    return (triton if trials.trusted(("dh", w.device, w.dtype)) else sweep).dh_only(w, dy, form)
 
 
-def verdict(case: Case) -> str:
-    """What is wrong with the kernels in this case, found out at the first question; "" if nothing is."""
-    if case not in verdicts:
-        kind, device, dtype = case
-        verdicts[case] = words = _try(*case)
-        if words:
-            warnings.warn(
-                f"prefixattn: the triton kernels of the reparameterization fail ({kind}) for {dtype} on "
-                f"{name(device)}: {words}. This process uses the slower reference for them instead; please report it. "
-                'backend="triton" runs them all the same.',
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return verdicts[case]
-
-
-def _trusted(case: Case) -> bool:
-    if case not in verdicts and case[1].type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return True  # nothing can be compared while a graph is recorded; the question stays open
-    return not verdict(case)
-
-
-def _try(kind: str, device: torch.device, dtype: torch.dtype) -> str:
-    try:
-        with torch.no_grad():
-            for P in _LENGTHS:
-                found, expected = (_run(module, kind, P, device, dtype) for module in (triton, None))
-                pairs = zip(found.items(), expected.values(), strict=True)
-                if wrong := [label for (label, a), b in pairs if not _agree(a, b, dtype)]:
-                    return f"{', '.join(wrong)} differ from the reference"
-    except Exception as error:  # whatever a compiler or a driver raises
-        return f"{type(error).__name__}: {error}"
-    return ""
+def _lost(kind: str, device: torch.device, dtype: torch.dtype) -> str:
+    return f"the triton kernels of the reparameterization fail ({kind}) for {dtype} on {device_name(device)}"
 
 
 def _agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     if a.dtype == torch.uint8:  # codes at an edge of their rounding may differ; rounded by other coins, many would
         return bool((a != b).float().mean() < 0.01)
     return close(a, b, dtype)
+
+
+def _pairs(kind: str, device: torch.device, dtype: torch.dtype) -> Pairs:
+    for P in _LENGTHS:
+        found, expected = (_run(module, kind, P, device, dtype) for module in (triton, None))
+        yield from ((label, found[label], right) for label, right in expected.items())
+
+
+trials = Trials(lambda *case: _pairs(*case), _lost, _agree)
 
 
 def _eight(values: Tensor, signed: bool) -> Moment8:
