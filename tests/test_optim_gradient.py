@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from prefixattn.optim import DeferredGradient, FactoredAdamW, FactoredGradient, FactoredSGD, gradient
+from prefixattn.optim import DeferredGradient, FactoredAdamW, FactoredGradient, FactoredSGD, lazy_grad
 from prefixattn.testing.optim import NETWORKS, assert_as_close, loss, network, parameters, targets, twin
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
@@ -18,7 +18,7 @@ ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 
 @pytest.fixture(autouse=True)
 def warned_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "_warned", True)
+    monkeypatch.setattr(lazy_grad, "_warned", True)
 
 
 def pair(name: str = "language", dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any, Tensor]:
@@ -95,7 +95,7 @@ def torch_step(other: Any) -> None:
 
 
 def test_making_the_large_gradient_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "_warned", False)
+    monkeypatch.setattr(lazy_grad, "_warned", False)
     net, *_ = pair()
     with pytest.warns(UserWarning, match="makes the whole gradient"):
         net.up.weight.grad.abs()
