@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+import kernel_sources
 from command import NOTHING, command
 from prefixattn.kernels import launch_reparam
 from prefixattn.reparam.call import Form
@@ -98,7 +99,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [row for arch in options.arch or TARGETS for row in measure(arch, options.only)]
-    record = {"triton": triton.__version__, "table": launch_reparam.DATE, "rows": rows}
+    about = {"triton": triton.__version__, "table": launch_reparam.DATE, "sources": kernel_sources.digest()}
+    record = {**about, "rows": rows}
     if options.out:
         fresh = options.out.with_suffix(".new")
         fresh.write_text(json.dumps(record, indent=1) + "\n")

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+import kernel_sources
 from command import NOTHING, command
 from prefixattn.attention.call import Given, Needs, Wants
 from prefixattn.kernels import table
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [row for arch in options.arch or TARGETS for row in measure(arch, options.only)]
-    record = {"triton": triton.__version__, "table": table.DATE, "rows": rows}
+    record = {"triton": triton.__version__, "table": table.DATE, "sources": kernel_sources.digest(), "rows": rows}
     if options.out:
         fresh = options.out.with_suffix(".new")
         fresh.write_text(json.dumps(record, indent=1) + "\n")

@@ -15,6 +15,7 @@ from prefixattn.testing.attention import (
     same_dtype,
     suited,
 )
+from tests.grids import DTYPES, FEWER_TYPES, by_backend
 
 WORD = 0xFFFFFFFF
 
@@ -74,10 +75,12 @@ def drawn(seed: int) -> torch.Tensor:
     return number
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("feature", ["plain", "grouped_causal", "bank", "blocks_of_queries", "softcap"])
-@pytest.mark.parametrize("p", [(0.2, 0.0), (0.0, 0.3), (0.1, 0.4)], ids=["attention", "prefix", "both"])
-def test_dropout(backend: str, p: tuple[float, float], feature: str, dtype: torch.dtype) -> None:
+P = {"attention": (0.2, 0.0), "prefix": (0.0, 0.3), "both": (0.1, 0.4)}
+DROPPED = by_backend(FEWER_TYPES, P, ["plain", "grouped_causal", "bank", "blocks_of_queries", "softcap"])
+
+
+@pytest.mark.parametrize("backend, dtype, p, feature", DROPPED, indirect=["backend"])
+def test_dropout(backend: str, p: str, feature: str, dtype: str) -> None:
     shape, options = {
         "plain": ("ragged", {"mask": "BHLS", "mask_dtype": "float"}),
         "grouped_causal": ("grouped", {"causal": True}),
@@ -85,8 +88,8 @@ def test_dropout(backend: str, p: tuple[float, float], feature: str, dtype: torc
         "blocks_of_queries": (Shape(2, 4, 2, 70, 20, 140, 72), {"causal": True}),  # read one prefix each
         "softcap": ("ragged", {"softcap": 0.7, "mask": "BHLS"}),
     }[feature]
-    inputs = make_inputs(shape, dtype, **options)
-    inputs.options |= {"dropout_p": p[0], "prefix_dropout_p": p[1]}
+    inputs = make_inputs(shape, DTYPES[dtype], **options)
+    inputs.options |= dict(zip(("dropout_p", "prefix_dropout_p"), P[p], strict=True))
     inputs, words = suited(backend, inputs)
     if words:
         pytest.skip(words)

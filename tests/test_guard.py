@@ -13,6 +13,7 @@ from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, 
 from prefixattn.kernels import table
 from prefixattn.reparam import guard as reparam_guard
 from prefixattn.testing.attention import make_inputs, ours
+from tests.grids import turns
 
 if reasons := backends.here()["triton"]:
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
@@ -56,8 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", guard.TRIALS)
+@pytest.mark.parametrize("dtype, kind", turns([torch.float32, torch.float16, torch.bfloat16], guard.TRIALS))
 def test_the_kernels_agree(kind: str, dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -133,6 +133,7 @@ def test_two_processes_train_as_one(made: Path, two: dict[str, dict[str, Any]]) 
         assert other["texts"] == result["texts"] and len(other["texts"]) == 5
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_costs_no_step_and_no_number(made: Path, two: dict[str, dict[str, Any]]) -> None:
     script = made / "killed.py"
     script.write_text(KILLED)

@@ -19,7 +19,6 @@ from prefixattn.testing.attention import (
     Shape,
     assert_all_as_accurate,
     exact,
-    known_from_float32,
     make_inputs,
     ours_packed,
     packed,
@@ -28,9 +27,8 @@ from prefixattn.testing.attention import (
     same_dtype,
     suited,
 )
-from tests.grids import DTYPES, TYPES, in_turn
+from tests.grids import DTYPES, FEWER_TYPES, in_turn
 
-FEWER_TYPES = {name: [d for d in of if not known_from_float32(name, DTYPES[d])] for name, of in TYPES.items()}
 # a projection makes as many queries as keys, and as many heads of both
 PACKABLE = [name for name, s in SHAPES.items() if s.L == s.S and s.H == s.Hkv]
 # these two say how q, k and v lie, which is what is packed here

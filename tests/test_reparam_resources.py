@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 
+import kernel_sources
 import reparam_counts
 from prefixattn.kernels.launch_reparam import DATE
 from reparam_counts import CASES, Case, Launched, intercepted, moved, step
@@ -28,10 +29,10 @@ ARCHS = "sm_80", "sm_90", "sm_100"  # sm_86 has the instructions of sm_80; its m
 KERNELS = {"reparam_hidden", "reparam_bank", "reparam_dh", "reparam_dw2", "factored_adamw", "factored_sgd"}
 
 
-def compiled_for(arch: str, folder: Path) -> list[dict[str, Any]]:
+def compiled_for(arch: str, folder: Path, only: str = "") -> list[dict[str, Any]]:
     out = folder / f"{arch}.json"
     done = subprocess.run(
-        [sys.executable, "bench/reparam_resources.py", "--arch", arch, "--out", str(out)],
+        [sys.executable, "bench/reparam_resources.py", "--arch", arch, "--only", only, "--out", str(out)],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -54,6 +55,7 @@ def recorded(name: str) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_fits_and_spills_nothing(rows: list[dict[str, Any]]) -> None:
     for arch in ARCHS:
         assert {row["kernel"] for row in rows if row["arch"] == arch} == KERNELS
@@ -62,6 +64,18 @@ def test_every_kernel_compiles_fits_and_spills_nothing(rows: list[dict[str, Any]
     assert not [row for row in rows if row["stack"] > allowed or row["shared_kib"] > SHARED_KIB[row["arch"]]]
 
 
+def test_the_record_is_of_these_sources(tmp_path: Path) -> None:
+    record = recorded("reparam_resources.json")
+    assert record["sources"] == kernel_sources.digest(), (
+        "kernels/ changed; run python bench/reparam_resources.py --out bench/results/reparam_resources.json"
+    )
+    found = compiled_for("sm_90", tmp_path, "GPT-2m P5$")
+    assert {row["kernel"] for row in found} == KERNELS
+    if record["triton"] == triton.__version__:
+        assert found == [row for row in record["rows"] if (row["arch"], row["case"]) == ("sm_90", "GPT-2m P5")]
+
+
+@pytest.mark.slow
 def test_the_record_is_of_this_code(rows: list[dict[str, Any]]) -> None:
     record = recorded("reparam_resources.json")
     assert record["table"] == DATE

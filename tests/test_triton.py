@@ -17,6 +17,7 @@ from prefixattn.testing.attention import (
     ours,
     same_dtype,
 )
+from tests.grids import DTYPES, covered, turns
 
 if reasons := backends.here()["triton"]:
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
@@ -81,25 +82,22 @@ LONG_SHAPES = {
 
 
 @pytest.mark.usefixtures("long_kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
-@pytest.mark.parametrize("shape", LONG_SHAPES)
-def test_long_kernels(shape: str, causal: bool, dtype: torch.dtype, launches: list[str]) -> None:
-    check(make_inputs(LONG_SHAPES[shape], dtype, causal=causal))
+@pytest.mark.parametrize("shape, order, dtype", covered(LONG_SHAPES, ["plain", "causal"], ["fp32", "fp16"]))
+def test_long_kernels(shape: str, order: str, dtype: str, launches: list[str]) -> None:
+    check(make_inputs(LONG_SHAPES[shape], DTYPES[dtype], causal=order == "causal"))
     assert "fwd" in launches and not {"fwd_short", "bwd_short"} & set(launches)
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
-@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
-@pytest.mark.parametrize("S", [31, 32, 33])
-def test_many_tiles(S: int, short: bool, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "S, P, kernels, order", covered([31, 32, 33], [1, 15, 16, 40], ["short", "long"], ["plain", "causal"])
+)
+def test_many_tiles(S: int, P: int, kernels: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole tiles, a tail, a prefix that fits the tail's padding or goes past it."""
-    if not short:
+    if kernels == "long":
         monkeypatch.setattr(launch_fwd, "SHORT_KEYS", -1)
         monkeypatch.setattr(launch_bwd, "HEAD_KEYS", -1)
-    for P in (1, 15, 16, 40):
-        check(make_inputs(Shape(2, 2, 2, S, S, P, 16), torch.float16, causal=causal))
+    check(make_inputs(Shape(2, 2, 2, S, S, P, 16), torch.float16, causal=order == "causal"))
 
 
 @pytest.mark.usefixtures("long_kernels")
@@ -124,11 +122,10 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("case", FOLDED)
-def test_few_queries_read_a_long_prefix_once(case: str, dtype: torch.dtype, launches: list[str]) -> None:
+@pytest.mark.parametrize("dtype, case", turns(["fp32", "fp16"], FOLDED))
+def test_few_queries_read_a_long_prefix_once(dtype: str, case: str, launches: list[str]) -> None:
     shape, options = FOLDED[case]
-    check(make_inputs(shape, dtype, **options))
+    check(make_inputs(shape, DTYPES[dtype], **options))
     assert launches[:2] == ["fwd_fold", "fwd"]
 
 
@@ -172,10 +169,11 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("case", CAPPED)
-def test_a_softcap_with_each_feature(case: str, dtype: torch.dtype, kernels: str, launches: list[str]) -> None:
-    inputs = make_inputs(Shape(2, 4, 2, 37, 41, 21, 24), dtype, **CAPPED[case])
+@pytest.mark.parametrize(
+    "kernels, dtype, case", covered(["short", "long"], ["fp32", "fp16"], CAPPED), indirect=["kernels"]
+)
+def test_a_softcap_with_each_feature(case: str, dtype: str, kernels: str, launches: list[str]) -> None:
+    inputs = make_inputs(Shape(2, 4, 2, 37, 41, 21, 24), DTYPES[dtype], **CAPPED[case])
     if kernels == "short" and "attn_mask" in inputs.tensors:  # whose gradient is for the long kernels
         inputs.tensors["attn_mask"].requires_grad_(False)
     check(inputs)

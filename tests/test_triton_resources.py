@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import kernel_sources
 from prefixattn.kernels.table import DATE, SHARED_KIB
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -19,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench" / "results" / "triton_resources.json"
 # every kernel for each, and for one of them every type and head size; the record has all of it for all, and sm_86
 ARCHS = {"sm_80": "-bf16-64$", "sm_90": "", "sm_100": "-bf16-64$"}
+# what every run compiles: with the same sources and the same Triton the record says the rest
+FEW = {"sm_90": "^(short|long)-bf16-64$"}
 
 
-def compiled_for(arch: str, folder: Path) -> list[dict[str, Any]]:
+def compiled_for(arch: str, only: str, folder: Path) -> list[dict[str, Any]]:
     out = folder / f"{arch}.json"
     done = subprocess.run(
-        [sys.executable, "bench/triton_resources.py", "--arch", arch, f"--only={ARCHS[arch]}", "--out", str(out)],
+        [sys.executable, "bench/triton_resources.py", "--arch", arch, f"--only={only}", "--out", str(out)],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -39,7 +42,8 @@ def compiled_for(arch: str, folder: Path) -> list[dict[str, Any]]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("resources")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for found in pool.map(compiled_for, ARCHS, [folder] * len(ARCHS)) for row in found]
+        found = pool.map(compiled_for, ARCHS, ARCHS.values(), [folder] * len(ARCHS))
+        return [row for rows in found for row in rows]
 
 
 def recorded() -> dict[str, Any]:
@@ -47,6 +51,38 @@ def recorded() -> dict[str, Any]:
     return record
 
 
+def of(record: dict[str, Any], archs: dict[str, str]) -> list[dict[str, Any]]:
+    """The record's rows for these architectures and cases."""
+    named = [(row, f"{row['case']}-{row['dtype']}-{row['head_dim']}") for row in record["rows"]]
+    return [row for row, name in named if row["arch"] in archs and re.search(archs[row["arch"]], name)]
+
+
+def test_the_record_is_of_these_sources(tmp_path: Path) -> None:
+    record = recorded()
+    assert record["sources"] == kernel_sources.digest(), (
+        "kernels/ changed; run python bench/triton_resources.py --out bench/results/triton_resources.json"
+    )
+    [(arch, only)] = FEW.items()
+    found = compiled_for(arch, only, tmp_path)
+    assert {row["kernel"] for row in found} >= {"prefix_attn_fwd", "prefix_attn_fwd_short", "prefix_attn_bwd_short"}
+    if record["triton"] == triton.__version__:
+        assert found == of(record, FEW)
+
+
+def test_a_change_of_a_kernel_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.py"
+    words = '"""Says what."""\nimport triton\n\n\ndef kernel(x):\n    """More."""\n    return x + 1  # why\n'
+    file.write_text(words)
+    before = kernel_sources.digest(tmp_path)
+    file.write_text(
+        words.replace("# why", "# another").replace("More", "Less").replace("import triton", "import torch")
+    )
+    assert kernel_sources.digest(tmp_path) == before
+    file.write_text(words.replace("x + 1", "x + 2"))
+    assert kernel_sources.digest(tmp_path) != before
+
+
+@pytest.mark.slow
 def test_every_kernel_was_compiled(rows: list[dict[str, Any]]) -> None:
     forward, backward = (
         "fwd fwd_short fwd_fold",
@@ -86,25 +122,23 @@ def allowed(row: dict[str, Any]) -> int:
     return SPILLED.get(feature, {}).get(row["kernel"], 0)
 
 
+@pytest.mark.slow
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
     assert not spilled(rows)
 
 
+@pytest.mark.slow
 def test_shared_memory_suffices(rows: list[dict[str, Any]]) -> None:
     assert not [row for row in rows if row["shared_kib"] > SHARED_KIB[row["arch"]]]
 
 
+@pytest.mark.slow
 def test_the_record_is_of_this_code(rows: list[dict[str, Any]]) -> None:
     record = recorded()
     assert record["table"] == DATE
     if record["triton"] != triton.__version__:
         pytest.skip(f"the record is of triton {record['triton']}, this is {triton.__version__}")
-    same = [
-        row
-        for row in record["rows"]
-        if row["arch"] in ARCHS and re.search(ARCHS[row["arch"]], f"{row['case']}-{row['dtype']}-{row['head_dim']}")
-    ]
-    assert same == rows
+    assert of(record, ARCHS) == rows
 
 
 def test_the_record_spills_nowhere_and_fits_everywhere() -> None:

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import vision as vision_command
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = """
@@ -39,6 +42,22 @@ def vision(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFIXATTN_")}
     command = (sys.executable, "-W", "ignore", str(ROOT / "bench" / "paper" / "vision.py"), *words)
     return subprocess.run(command, capture_output=True, text=True, env=environment | variables)
+
+
+Here = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    """The same within this process, for what trains nothing: status, output, errors."""
+    for name in [name for name in os.environ if name.startswith("PREFIXATTN_")]:
+        monkeypatch.delenv(name)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return vision_command.main(list(words)), *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +106,27 @@ def test_again_nothing_is_repeated(done: tuple[Path, subprocess.CompletedProcess
         (("check", "--suite", "vtab1k"), "no data folder; give --data or set PREFIXATTN_DATA"),
     ],
 )
-def test_refuses_in_one_line(words: tuple[str, ...], said: str) -> None:
-    ran = vision(*words)
-    assert ran.returncode == 1
-    assert ran.stderr.startswith(f"vision.py: {said}") and ran.stderr.count("\n") == 1, ran.stderr
+def test_refuses_in_one_line(words: tuple[str, ...], said: str, here: Here) -> None:
+    status, _, err = here(*words)
+    assert status == 1
+    assert err.startswith(f"vision.py: {said}") and err.count("\n") == 1, err
 
 
-def test_a_task_without_its_data_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_task_without_its_data_is_refused_before_anything_runs(tmp_path: Path, here: Here) -> None:
     (tmp_path / "grid.toml").write_text(GRID.replace('"digits"', '"cifar10"'))
-    ran = vision("--grid", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "runs"))
-    assert ran.returncode == 1 and ran.stderr.startswith("vision.py: ") and ran.stderr.count("\n") == 1
-    assert "CIFAR-10" in ran.stderr and not list(tmp_path.rglob("*.json"))
-    checked = vision("check", "--grid", str(tmp_path / "grid.toml"))
-    assert checked.returncode == 1 and checked.stdout.startswith("cifar10: ")
+    status, _, err = here("--grid", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "runs"))
+    assert status == 1 and err.startswith("vision.py: ") and err.count("\n") == 1
+    assert "CIFAR-10" in err and not list(tmp_path.rglob("*.json"))
+    status, out, _ = here("check", "--grid", str(tmp_path / "grid.toml"))
+    assert status == 1 and out.startswith("cifar10: ")
 
 
-def test_check_counts_what_is_there(tmp_path: Path) -> None:
-    ran = vision("check", "--suite", "fgvc", "--data", str(tmp_path))
-    assert ran.returncode == 1 and "0 of 5 sets are whole" in ran.stdout
+def test_check_counts_what_is_there(tmp_path: Path, here: Here) -> None:
+    status, out, _ = here("check", "--suite", "fgvc", "--data", str(tmp_path))
+    assert status == 1 and "0 of 5 sets are whole" in out
 
 
+@pytest.mark.slow
 def test_the_tiny_suite_from_training_to_report(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
     ran = vision("--suite", "tiny", "--out", str(tmp_path / "tiny"), "--workers", "2")
