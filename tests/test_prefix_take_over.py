@@ -13,9 +13,8 @@ import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.prefixes import networks
 from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.ownership import Hidden
 from prefixattn.reparam import reference
-from prefixattn.reparam.call import Call, Given
-from prefixattn.testing.reparam import NEEDS
 
 GEOMETRY = Geometry(model_type="toy", layers=3, kv_heads=2, head_dim=4, width=6)
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor still uses TorchScript
@@ -34,20 +33,20 @@ class Owner:
     """An optimizer's part in it: takes what arrives, and can make ordinary gradients of it."""
 
     def __init__(self, *networks: DeepShare) -> None:
-        self.arrived: list[tuple[DeepShare, Tensor, Tensor]] = []
+        self.arrived: list[tuple[DeepShare, Tensor, Hidden]] = []
         for network in networks:
             network.take_over(self.receive)
 
-    def receive(self, network: DeepShare, dbank: Tensor, z: Tensor) -> None:
-        self.arrived.append((network, dbank, z))
+    def receive(self, network: DeepShare, dbank: Tensor, made: Hidden) -> None:
+        self.arrived.append((network, dbank, made))
 
     def gradients(self) -> list[Tensor]:
         """Of the network's parameters, summed over all that arrived."""
         total = None
-        for network, dbank, z in self.arrived:
-            x, w1, _, w2, _ = (t.detach() for t in network.operands())
-            call = Call(x, w1, None, w2, None, network.form, dbank.dtype)
-            grads = reference.bwd(call, Given(dbank.contiguous(), z), NEEDS)
+        for network, dbank, made in self.arrived:
+            x, _, _, w2, _ = (t.detach() for t in network.operands())
+            dy = reference.rows_of(dbank, network.form, len(x), x.dtype)
+            grads = (*made.pull(dy @ w2, network.parameters_in_order()[:3]), dy.mT @ made.h, dy.sum(1))
             total = grads if total is None else tuple(map(torch.add, total, grads))
         assert total is not None
         return [grad.view_as(p) for grad, p in zip(total, network.parameters_in_order(), strict=True)]
@@ -86,7 +85,7 @@ def test_what_arrives_makes_the_ordinary_gradients(kind: str, dtype: torch.dtype
         assert bank.grad is None
     assert all(p.grad is None for p in network.parameters())
     assert [dbank.dtype for _, dbank, _ in owner.arrived] == [dtype] * 3
-    assert all(z is owner.arrived[0][2] for _, _, z in owner.arrived)
+    assert all(made is owner.arrived[0][2] for _, _, made in owner.arrived)
     torch.testing.assert_close(owner.gradients(), right)
 
 
@@ -333,8 +332,8 @@ def test_in_a_half_precision_model_the_leaf_has_its_type() -> None:
     model.bfloat16()
     owner = Owner(made.encoder)
     steps(model, ids, 1)
-    [(_, dbank, z)] = owner.arrived
-    assert (dbank.dtype, z.dtype) == (torch.bfloat16, torch.float32)
+    [(_, dbank, made)] = owner.arrived
+    assert (dbank.dtype, made.h.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.float()(ids, labels=ids, use_cache=False).loss.backward()
     assert owner.arrived[-1][1].dtype == torch.bfloat16

@@ -12,8 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from prefixattn import backends
 from prefixattn.optim.lazy_grad import FactoredGradient, LazyGradient, accumulate, accumulate_projected
-from prefixattn.optim.network_grad import B1, W1, W2, X, is_finite, local, stacked
+from prefixattn.optim.network_grad import B2, W2, is_finite, local, stacked
 from prefixattn.optim.processes import Average
+from prefixattn.prefixes.ownership import Factorable, Hidden, MakesPrefix
 from prefixattn.reparam.call import Form
 
 Hyper = dict[str, Any]  # a parameter group
@@ -73,9 +74,6 @@ class Factored(torch.optim.Optimizer):
         The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
         optimizer owns no network, and one whose network another optimizer has taken since.
         """
-        from prefixattn.prefixes.networks import DeepShare, FreePrefix, PrefixRows, SimpleShare
-        from prefixattn.prefixes.plus import Memories
-
         own = {id(p) for group in self.param_groups for p in group["params"]}
         # weights of which a process has a part are whole within the model's own passes alone
         prefixes: list[Any] = [part for part in module.modules() if hasattr(part, "sources")]
@@ -86,29 +84,22 @@ class Factored(torch.optim.Optimizer):
             self.prefixes.add(prefix)
         elsewhere = {id(part) for prefix in prefixes for part in prefix.modules()}
         for part in module.modules():
-            if isinstance(part, (DeepShare, FreePrefix, Memories, PrefixRows, SimpleShare)):
-                if id(part) not in elsewhere:
-                    self.average.add([p for p in part.parameters() if id(p) in own])
-            if isinstance(part, DeepShare) and id(part.up.weight) in own:
-                if part.up.weight.dtype in (torch.float32, torch.float64):
+            if isinstance(part, MakesPrefix) and id(part) not in elsewhere:
+                self.average.add([p for p in part.parameters() if id(p) in own])
+            if isinstance(part, Factorable) and id(part.factored_parameter()) in own:
+                if whole or not part.reads_the_model:
                     part.take_over(self._receive)
-                    self._add(part)
-            if isinstance(part, SimpleShare) and id(part.vectors) in own and whole:
-                part.take_over(self._receive_projected)
-                self._add(part)
+                    self.networks.add(part)
+                    _owned.add(part)
+                    watch_steps()
 
-    def _add(self, part: Any) -> None:
-        self.networks.add(part)
-        _taken.add(part)
-        watch_steps()
-
-    def _receive(self, network: Any, dbank: Tensor, z: Tensor) -> None:
-        """What a backward pass left in the bank of a network: dbank [N, 2, Hkv, P, D], any type; z [G, P, M]."""
-        accumulate(network.parameters_in_order(), z, dbank, network.form, self._before_reading(), self.backend)
-
-    def _receive_projected(self, encoder: Any, dbank: Tensor, made: Any) -> None:
-        """The same of a simple share; `made` is what made the bank."""
-        accumulate_projected(encoder.vectors, made, dbank, self._before_reading())
+    def _receive(self, module: Any, dbank: Tensor, made: Any) -> None:
+        """What a backward pass left in a bank: dbank [N, 2, Hkv, P, D], any type; `made` is what made it."""
+        parameters, before_reading = module.parameters_in_order(), self._before_reading()
+        if isinstance(made, Hidden):
+            accumulate(parameters, made, dbank, module.form, before_reading, self.backend)
+        else:
+            accumulate_projected(parameters[0], made, dbank, before_reading)
 
     def _before_reading(self) -> Callable[[], None]:
         me = weakref.ref(self)
@@ -240,7 +231,7 @@ class Factored(torch.optim.Optimizer):
         sweeps = [self._prepared(p, group, *_sample(p)) for group, p in swept]
         coming = {id(source) for _, p in swept for source, _ in p.grad.value.parts}  # whose dh the sweep makes
         for _, p in held:
-            if isinstance(p.grad, LazyGradient) and p.grad.which in (X, W1, B1):
+            if isinstance(p.grad, LazyGradient) and p.grad.which not in (W2, B2):
                 for source, _ in p.grad.value.parts:
                     source.check(id(source) in coming)
         self._forget({id(p) for _, p in held})
@@ -312,7 +303,7 @@ class Factored(torch.optim.Optimizer):
         return False
 
 
-_taken: weakref.WeakSet[Any] = weakref.WeakSet()  # networks, by any optimizer
+_owned: weakref.WeakSet[Any] = weakref.WeakSet()  # networks, by any optimizer
 
 
 def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -326,9 +317,9 @@ def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """torch's fused optimizers change parameters without a trace in their versions."""
-    if not isinstance(optimizer, Factored) and len(_taken):
+    if not isinstance(optimizer, Factored) and len(_owned):
         changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for network in list(_taken):
+        for network in list(_owned):
             if any(id(p) in changed for p in network.parameters_in_order()):
                 network.forget()
 
@@ -360,7 +351,7 @@ def _numbers(grad: Tensor) -> Tensor:
 
 def _awaited(source: Any) -> bool:
     """Somebody's gradient will be made of this source's dh."""
-    refs = [source.parameters[i] for i in (X, W1, B1)]
+    refs = source.parameters[:W2]
     grads = [p.grad for p in (ref() for ref in refs if ref is not None) if p is not None]
     return any(isinstance(g, LazyGradient) and any(s is source for s, _ in g.value.parts) for g in grads)
 

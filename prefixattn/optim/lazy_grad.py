@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn.optim.network_grad import W2, Parameters, ProjectedSource, Pull, Scale, Source, Value, X
+from prefixattn.optim.network_grad import W2, Parameters, ProjectedSource, Pull, Scale, Source, Value
+from prefixattn.prefixes.ownership import Hidden
 from prefixattn.reparam.call import Form
 
 CHUNK = 4096  # outputs whose products are summed in float64 at a time
@@ -22,7 +23,7 @@ class LazyGradient(Tensor):
     """What FactoredGradient and DeferredGradient share: all but how the numbers are made."""
 
     value: Value
-    which: int  # of the five parameters
+    which: int  # of the network's parameters: W2, B2, or from 0
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -67,7 +68,7 @@ class LazyGradient(Tensor):
         raise NotImplementedError
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
-        ranks = [source.z.shape[1] for source, _ in self.value.parts]
+        ranks = [source.h.shape[1] for source, _ in self.value.parts]
         return f"{type(self).__name__}(shape={list(self.shape)}, ranks={ranks}, dense={self.value.dense is not None})"
 
     def __deepcopy__(self, memo: Any) -> "LazyGradient":
@@ -126,7 +127,7 @@ class FactoredGradient(LazyGradient):
 
 
 class DeferredGradient(LazyGradient):
-    """The gradient of x, w1 or b1, which needs dy @ w2 and gets that from the optimizer's sweep; or of b2."""
+    """The gradient of what is ahead of w2, which needs dy @ w2 and gets that from the optimizer's sweep; or of b2."""
 
     def _of(self, source: Source) -> Tensor:
         return source.small(self.which)
@@ -297,7 +298,7 @@ RULES: dict[Any, Callable[..., Any]] = {
 @torch.no_grad()
 def accumulate(
     parameters: Parameters,
-    z: Tensor,  # [G, P, M], of the forward pass
+    made: Hidden,  # by the forward pass
     dbank: Tensor,  # [N, 2, Hkv, P, D], any float type; is kept and added to
     form: Form,
     before_reading: Callable[[], None],
@@ -305,14 +306,16 @@ def accumulate(
 ) -> None:
     """Adds the gradient of one backward pass to `.grad` of the parameters that want one.
 
-    Micro-batches of one forward pass, which have one z, are summed in one.
+    Micro-batches of one forward pass, which have one `made`, are summed in one.
     """
-    wanting = [(index, p) for index, p in enumerate(parameters) if p is not None and p.requires_grad]
-    source = _shared([p for _, p in wanting], z)
+    last = len(parameters) + W2
+    numbered = [(index if index < last else index - len(parameters), p) for index, p in enumerate(parameters)]
+    wanting = [(index, p) for index, p in numbered if p is not None and p.requires_grad]
+    source = _shared([p for _, p in wanting], made)
     if source is not None:
         source.add(dbank)
         return
-    source = Source(parameters, z, dbank, form, before_reading, backend)
+    source = Source(parameters, made, dbank, form, before_reading, backend)
     for index, p in wanting:
         if isinstance(p.grad, LazyGradient):
             p.grad.value.parts.append((source, 1.0))
@@ -320,15 +323,15 @@ def accumulate(
             p.grad = lazy(p, Value([(source, 1.0)], p.grad), index)
 
 
-def _shared(wanting: list[Tensor], z: Tensor) -> Source | None:
-    """The source of this z that is the last part of every gradient, and that none of them has scaled."""
+def _shared(wanting: list[Tensor], made: Hidden) -> Source | None:
+    """The source of `made` that is the last part of every gradient, and that none of them has scaled."""
     last = []
     for p in wanting:
         parts = p.grad.value.parts if isinstance(p.grad, LazyGradient) else []
         if not parts or not isinstance(parts[-1][1], float) or parts[-1][1] != 1:
             return None
         last.append(parts[-1][0])
-    return last[0] if last and all(s is last[0] for s in last) and last[0].z is z else None
+    return last[0] if last and all(s is last[0] for s in last) and last[0].made is made else None
 
 
 @torch.no_grad()
@@ -337,11 +340,11 @@ def accumulate_projected(p: Tensor, made: Pull, dbank: Tensor, before_reading: C
     parts = p.grad.value.parts if isinstance(p.grad, LazyGradient) else []
     if parts:
         source, scale = parts[-1]
-        if isinstance(source, ProjectedSource) and source.made is made and isinstance(scale, float) and scale == 1:
+        if isinstance(source, ProjectedSource) and source.projected is made and isinstance(scale, float) and scale == 1:
             source.add(dbank)
             return
     source = ProjectedSource(made, dbank, before_reading)
     if isinstance(p.grad, LazyGradient):
         p.grad.value.parts.append((source, 1.0))
     else:
-        p.grad = lazy(p, Value([(source, 1.0)], p.grad), X)
+        p.grad = lazy(p, Value([(source, 1.0)], p.grad), 0)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim.dispatch import choose
+from prefixattn.prefixes.ownership import Hidden
 from prefixattn.reparam import reference
-from prefixattn.reparam.call import Form, Needs
-from prefixattn.reparam.reference import hidden, hidden_bwd
+from prefixattn.reparam.call import Form
 
-X, W1, B1, W2, B2 = range(5)
-NAMES = ("x", "w1", "b1", "w2", "b2")
+W2, B2 = -2, -1  # of a network's parameters in their order; those ahead of its large matrix count from 0
 Parameters = tuple[Tensor | None, ...]  # in that order, with an axis G or, of one network, without
 Scale = float | Tensor  # a tensor of one element where reading it would stop a GPU
 
@@ -25,14 +24,14 @@ class Source:
     """The gradient of the bank that a network made, summed over micro-batches, and what it was made with.
 
     It stays in the bank's layout, and of one micro-batch in the bank's type, as it came: sweeps read it so. Sums are of
-    z's type; rows dy [G, P, O] are for those who cannot do without.
+    h's type; rows dy [G, P, O] are for those who cannot do without.
     Holds the parameters weakly: their `.grad` holds the source, a circle that Python's collector does not see.
     """
 
     def __init__(
         self,
         parameters: Parameters,
-        z: Tensor,  # [G, P, M], of the forward pass
+        made: Hidden,  # by the forward pass
         dbank: Tensor,  # [N, 2, Hkv, P, D], any float type, owned
         form: Form,
         before_reading: Callable[[], None],  # called as long as `averaged` is False
@@ -40,14 +39,14 @@ class Source:
     ) -> None:
         self.parameters = tuple(None if p is None else weakref.ref(p) for p in parameters)
         self.versions = tuple(None if p is None else p._version for p in parameters)
-        self.z, self.form, self.backend = z, form, backend
-        narrow = dbank.element_size() <= z.element_size()
-        self.dbank = (dbank if narrow else dbank.to(z.dtype)).contiguous()
-        self.h = hidden(z, form)  # [G, P, M]
+        self.made, self.form, self.backend = made, form, backend
+        self.h = made.h  # [G, P, M]
+        narrow = dbank.element_size() <= self.h.element_size()
+        self.dbank = (dbank if narrow else dbank.to(self.h.dtype)).contiguous()
         self.before_reading = before_reading
         self.averaged = False  # over processes
         self._dh: Tensor | None = None
-        self._small: tuple[Tensor, Tensor, Tensor] | None = None
+        self._small: tuple[Tensor, ...] | None = None
         self._row: Tensor | None = None
 
     def add(self, dbank: Tensor) -> None:
@@ -56,8 +55,8 @@ class Source:
         self.changed()
 
     def wide(self) -> Tensor:
-        """dbank, from now on in the type of z: what is added up or averaged."""
-        self.dbank = self.dbank.to(self.z.dtype)
+        """dbank, from now on in the type of h: what is added up or averaged."""
+        self.dbank = self.dbank.to(self.h.dtype)
         return self.dbank
 
     def changed(self) -> None:
@@ -78,32 +77,36 @@ class Source:
 
     def rows(self) -> Tensor:
         """dy [G, P, O], a copy."""
-        return reference.rows_of(self.ready().dbank, self.form, len(self.z), self.z.dtype)
+        return reference.rows_of(self.ready().dbank, self.form, len(self.h), self.h.dtype)
 
     def dbank_in(self, form: Form) -> Tensor:
-        """The gradient as if the bank had another form, in the type of z."""
+        """The gradient as if the bank had another form, in the type of h."""
         if self.form.layout == form.layout:
-            return self.ready().dbank.to(self.z.dtype)
-        return reference.bank_of(self.rows(), form, self.z.dtype)
+            return self.ready().dbank.to(self.h.dtype)
+        return reference.bank_of(self.rows(), form, self.h.dtype)
 
     def parameter(self, index: int) -> Tensor:
-        """The parameter as it was in the forward pass, with the axis G; RuntimeError if it was changed since."""
+        """The parameter as it was in the forward pass; RuntimeError if it was changed since."""
         ref = self.parameters[index]
         p = None if ref is None else ref()
         if p is None:
-            raise RuntimeError(f"{NAMES[index]} of a prefix network is gone, and a gradient that needs it was not made")
+            raise RuntimeError(f"{_name(index)} of a prefix network is gone, and a gradient that needs it was not made")
         if p._version != self.versions[index]:
             raise RuntimeError(
-                f"{NAMES[index]} {list(p.shape)} of a prefix network was changed between the backward pass and the "
+                f"{_name(index)} {list(p.shape)} of a prefix network was changed between the backward pass and the "
                 "first use of a gradient that needs its old value; call zero_grad() after changing parameters"
             )
-        return stacked(p.detach(), index)
+        return p.detach()
+
+    def ahead(self) -> tuple[Tensor, ...]:
+        """Those ahead of the matrix."""
+        return tuple([self.parameter(i) for i in range(len(self.parameters) + W2)])
 
     @property
     def row(self) -> Tensor:
         """The sum over P, [N, 2, Hkv, 1, D]: a bank of one row."""
         if self._row is None:
-            self._row = self.ready().dbank.sum(3, keepdim=True, dtype=self.z.dtype)
+            self._row = self.ready().dbank.sum(3, keepdim=True, dtype=self.h.dtype)
         return self._row
 
     @property
@@ -116,7 +119,7 @@ class Source:
         self._dh = dh
 
     def make_dh(self) -> Tensor:
-        w, dbank = self.parameter(W2), self.ready().dbank
+        w, dbank = stacked(self.parameter(W2), W2), self.ready().dbank
         module = choose(self.backend, w, None, None, self.h, dbank, self.form)
         self._dh = dh = module.dh_only(w, dbank, self.form)
         return dh
@@ -126,20 +129,19 @@ class Source:
         return self._dh is not None
 
     def small(self, index: int) -> Tensor:
-        """The gradient of x, w1, b1 or b2, with the axis G."""
+        """The gradient of b2, with the axis G, or of a parameter ahead."""
         if index == B2:
-            return reference.rows_of(self.row, self.form, len(self.z), self.z.dtype)[:, 0]
+            return reference.rows_of(self.row, self.form, len(self.h), self.h.dtype)[:, 0]
         if self._small is None:
-            x, w1 = self.parameter(X), self.parameter(W1)
-            self._small = hidden_bwd(self.dh, x, w1, self.z, self.form, Needs(x=True, w1=True, b1=True))
+            ahead = self.ahead()
+            self._small = self.made.pull(self.dh, ahead)
         return self._small[index]
 
     def check(self, dh_comes: bool) -> None:
-        """RuntimeError if x, w1 or w2 is no longer what a small gradient is made of; makes dh if no sweep will."""
+        """RuntimeError if a parameter is no longer what a small gradient is made of; makes dh if no sweep will."""
         if self._small is not None:
             return
-        self.parameter(X)
-        self.parameter(W1)
+        self.ahead()
         if self._dh is None:
             if dh_comes:
                 self.parameter(W2)
@@ -165,7 +167,7 @@ class ProjectedSource(Source):
     """Micro-batches are summed in the bank, and carried through the frozen projections together."""
 
     def __init__(self, made: Pull, dbank: Tensor, before_reading: Callable[[], None]) -> None:
-        self.made, self.z = made, made.bank
+        self.projected, self.h = made, made.bank
         self.pending: Tensor | None = dbank  # [N, 2, Hkv, P, D], not carried yet
         self.carried: Tensor | None = None  # [N, P, E]
         self.before_reading = before_reading
@@ -184,13 +186,13 @@ class ProjectedSource(Source):
     def wide(self) -> Tensor:
         """The vectors' gradient, not averaged over processes: what they exchange."""
         if self.pending is not None:
-            grad, self.pending = self.made.pull(self.pending), None
+            grad, self.pending = self.projected.pull(self.pending), None
             self.carried = grad if self.carried is None else self.carried.add_(grad)
         assert self.carried is not None
         return self.carried
 
     def copy(self) -> "ProjectedSource":
-        made = ProjectedSource(self.made, self.wide(), self.before_reading)
+        made = ProjectedSource(self.projected, self.wide(), self.before_reading)
         made.pending, made.carried, made.averaged = None, self.wide().clone(), self.averaged
         return made
 
@@ -202,7 +204,7 @@ class ProjectedSource(Source):
         self.wide()
 
     def finite(self) -> Tensor:
-        return is_finite(self.small(X))
+        return is_finite(self.small(0))
 
 
 class Value:
@@ -240,6 +242,10 @@ def local(t: Tensor) -> Tensor:
     return made
 
 
+def _name(index: int) -> str:
+    return {W2: "w2", B2: "b2"}.get(index, f"parameter {index}")
+
+
 def stacked(p: Tensor, index: int) -> Tensor:
-    """The parameter with the axis G."""
-    return p if p.dim() == (2 if index in (B1, B2) else 3) else p.unsqueeze(0)
+    """w2 or b2 with the axis G."""
+    return p if p.dim() == (2 if index == B2 else 3) else p.unsqueeze(0)

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefixattn.prefixes.config import PrefixConfig
-from prefixattn.prefixes.taken import CHANGED, State, Taken, arrived
-from prefixattn.reparam.call import Call, Form
+from prefixattn.prefixes.factored import FactoredNetwork
+from prefixattn.prefixes.ownership import CHANGED, Hidden, Known, MakesPrefix, OwnedByOptimizer, State, arrived
+from prefixattn.reparam import reference
+from prefixattn.reparam.call import Call, Form, Needs
 from prefixattn.reparam.functional import bank_and_z, bank_onto, reparameterize
-from prefixattn.reparam.reference import ACTIVATIONS, bank_view
+from prefixattn.reparam.reference import ACTIVATIONS, bank_view, hidden_bwd
 
 Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> [2, Hkv, P, D]
 
@@ -63,7 +65,7 @@ class _Linears(nn.Module):
         return torch.baddbmm(self.bias[:, None], rows, self.weight.mT)
 
 
-class DeepShare(Taken):
+class DeepShare(FactoredNetwork):
     """Embedding -> Linear -> activation -> Linear: key and value of a row come from one embedding.
 
     One network makes all layers, as for language models, or each of several makes its own `layers`, those of network g
@@ -74,10 +76,7 @@ class DeepShare(Taken):
     With `fused`, which can be changed at any time, the op `reparameterize` runs it, without calling the layers, and so
     without their hooks.
 
-    An optimizer that needs no gradient of `up.weight` can *take over* the network (`prefixattn.FactoredAdamW` does).
-    Then the bank that a forward pass gets is a leaf, computed once for a state of the parameters and used by all
-    forward passes until one of them changes; what a backward pass adds to it goes to the optimizer, and is found in
-    `.grad` of the parameters as that writes it there. torch.autograd.grad sees no path to them.
+    An optimizer that needs no gradient of `up.weight` can take over the network, see `FactoredNetwork`.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class DeepShare(Taken):
                     return bank_onto(self._stand_in, Call(*self.operands(), self.form, dtype))
             elif self.factored:
                 return self.leaf(dtype)
-        return reparameterize(*self.operands(), **self.form._asdict(), dtype=dtype)
+        return self._recorded(dtype)
 
     def _by_layers(self, dtype: torch.dtype) -> Tensor:
         activation = ACTIVATIONS[self.form.activation][0]
@@ -145,19 +144,11 @@ class DeepShare(Taken):
 
     # taken over by an optimizer
 
-    def take_over(self, receive: Callable[["DeepShare", Tensor, Tensor], None]) -> None:
-        """From now on `receive(network, dbank, z)` gets the gradient of the bank, once after each backward pass.
+    def take_over(self, receive: Callable[..., None]) -> None:
+        """As of any network; and a compiled forward pass computes the bank in its graph, each time.
 
-        `receive` is a method of the optimizer, of which a weak reference is kept: when the optimizer is gone, the
-        network records its forward passes as before. dbank [N, 2, Hkv, P, D] has a float type, may be kept, and may
-        hold what is not finite; z [G, P, M] is what the op saved, `reference.hidden(z, network.form)` is h. z is the
-        same tensor for all backward passes of one state of the parameters. Parameters keep their state between a
-        forward pass and its backward pass; else the latter raises.
-
-        Who writes to a parameter where torch does not see it has to call torch.autograd.graph.increment_version.
-
-        A compiled forward pass computes the bank in its graph, each time, and its gradient comes by way of a leaf
-        without memory that stands in for the parameters; it does not notice a parameter changed before its backward.
+        Its gradient comes by way of a leaf without memory that stands in for the parameters; it does not notice a
+        parameter changed before its backward.
         """
         super().take_over(receive)
         self._make_stand_in()
@@ -175,34 +166,16 @@ class DeepShare(Taken):
 
     @property
     def factored(self) -> bool:
-        """True if forward passes get a leaf: taken over, and `up.weight` is trained, nothing else put in its place."""
-        return self.receiver is not None and self.fused and self._trained()
+        return self.fused and super().factored
 
-    def _trained(self) -> bool:
-        # parametrizations and torch.func.functional_call put other tensors there
-        ordinary = all([isinstance(t, nn.Parameter) for t in self.parameters_in_order()])
-        return ordinary and self.up.weight.requires_grad and self.up.weight.dtype in (torch.float32, torch.float64)
+    def _computed(self, dtype: torch.dtype, known: Known) -> Tensor:
+        bank, z = bank_and_z(Call(*self.operands(), self.form, dtype))
+        if known.made is None:
+            known.made = hidden_of(z, self.form)
+        return bank
 
-    def leaf(self, dtype: torch.dtype) -> Tensor:
-        """The bank in `dtype` as a leaf that wants a gradient, the same one until a parameter changes."""
-        known = self._known(self.parameters_in_order())
-        if dtype not in known.banks:
-            bank, z = bank_and_z(Call(*self.operands(), self.form, dtype))
-            known.z = z if known.z is None else known.z
-            return self._as_leaf(bank, known)
-        return known.banks[dtype]
-
-    def _deliver(self, name: object, dbank: Tensor) -> None:
-        known, receive = self._known(self.parameters_in_order()), self.receiver
-        if name is not None and known.name is not name:
-            raise RuntimeError(CHANGED.format(what="network"))
-        if receive is None:  # the optimizer went away in between
-            with torch.enable_grad():
-                reparameterize(*self.operands(), **self.form._asdict(), dtype=dbank.dtype).backward(dbank)
-            return
-        if known.z is None:
-            known.z = bank_and_z(Call(*self.operands(), self.form, dbank.dtype)).z
-        receive(self, dbank, known.z)
+    def _recorded(self, dtype: torch.dtype) -> Tensor:
+        return reparameterize(*self.operands(), **self.form._asdict(), dtype=dtype)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "DeepShare":
         super()._apply(fn, recurse)
@@ -212,6 +185,16 @@ class DeepShare(Taken):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_stand_in": None}
+
+
+def hidden_of(z: Tensor, form: Form) -> Hidden:  # z [G, P, M]
+    """What the op saved, as the optimizer takes it."""
+    return Hidden(reference.hidden(z, form), partial(_pulled, z, form))
+
+
+def _pulled(z: Tensor, form: Form, dh: Tensor, ahead: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, w1 = (t if t.dim() == 3 else t[None] for t in ahead[:2])
+    return hidden_bwd(dh, x, w1, z, form, Needs(x=True, w1=True, b1=True))
 
 
 class Projected(NamedTuple):
@@ -233,13 +216,15 @@ class Projected(NamedTuple):
         return grad
 
 
-class SimpleShare(Taken):
+class SimpleShare(OwnedByOptimizer):
     """One vector per row and layer; the layer's own norm and frozen projections make key and value of it.
 
     An optimizer can take it over as it can `DeepShare`: then the projections run once, forward and backward, for a
     state of the parameters, however many micro-batches there are. A compiled forward pass projects in its graph, each
     time.
     """
+
+    reads_the_model = True
 
     def __init__(self, layers: tuple[int, ...], length: int, geometry: Geometry) -> None:
         super().__init__()
@@ -284,11 +269,14 @@ class SimpleShare(Taken):
             return
         receive(self, dbank, known.made)
 
+    def factored_parameter(self) -> Tensor:
+        return self.vectors
+
     def parameters_in_order(self) -> tuple[Tensor, ...]:
         return (self.vectors,)
 
 
-class FreePrefix(nn.Module):
+class FreePrefix(MakesPrefix):
     """Keys and values as parameters: share="none", and what is left of any prefix after `fold`."""
 
     def __init__(self, bank: Tensor, trainable: bool = True) -> None:
@@ -299,7 +287,7 @@ class FreePrefix(nn.Module):
         return self.bank
 
 
-class PrefixRows(nn.Module):
+class PrefixRows(MakesPrefix):
     """Keys and values of many prefixes, each of them one contiguous row of `weight` [T, N * 2 * Hkv * P * D].
 
     `lengths` int64 [T] says how many of the P of each are used; what lies past them is zero.

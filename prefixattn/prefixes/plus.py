@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prefixattn.attention.reference import PHIS
 from prefixattn.prefixes.config import MOST, Defaults, LayerChoice
 from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.ownership import MakesPrefix
 
 PER = ("head", "width")
 INITS = ("zero", "normal")
@@ -104,7 +105,7 @@ class Memory(NamedTuple):
         return out if heads == H else out.view(B, L, H, D).transpose(1, 2)
 
 
-class Memories(nn.Module):
+class Memories(MakesPrefix):
     """The matrices of all layers that have one. A parameter for each layer: no layer's gradient waits for another's."""
 
     def __init__(self, config: PrefixPlusConfig, geometry: Geometry) -> None:

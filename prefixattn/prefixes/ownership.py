@@ -1,9 +1,12 @@
-"""A module that an optimizer has *taken over*: its bank is a leaf, computed once for a state of the parameters."""
+"""Modules whose bank an optimizer can own: then it is a leaf, computed once for a state of the parameters.
+
+An optimizer asks a module whether it is `Factorable`. `OwnedByOptimizer` is that but for what a kind of prefix says.
+"""
 
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +37,48 @@ class Known:
     def __init__(self, parameters: tuple[Tensor, ...]) -> None:
         self.of = State(parameters)
         self.banks: dict[torch.dtype, Tensor] = {}  # leaves, by type
-        self.z: Tensor | None = None  # of a network, [G, P, M]
-        self.made: Any = None  # of projections, with its graph
+        self.made: Any = None  # Hidden of a network; of projections, Projected
         self.name = object()  # for leaves, which must not hold what holds them
 
 
-class Taken(nn.Module):
+class Hidden(NamedTuple):
+    """What a network made ahead of its large matrix, of one state of its parameters."""
+
+    h: Tensor  # [G, P, M], without a graph
+    # the gradient of h, and the parameters ahead of the matrix -> their gradients; holds neither them nor the module
+    pull: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+@runtime_checkable
+class Factorable(Protocol):
+    """A module behind whose bank stands a parameter whose ordinary gradient an optimizer does without."""
+
+    reads_the_model: bool  # the bank is made of weights of a model too, which may be sharded
+
+    def factored_parameter(self) -> Tensor | None:
+        """That parameter; None where its type is none that an optimizer factors."""
+
+    def parameters_in_order(self) -> tuple[Any, ...]:
+        """The parameters that a bank is computed from; of a network the matrix w2 and its bias are the last."""
+
+    def take_over(self, receive: Callable[..., None]) -> None:
+        """From now on `receive(module, dbank, made)` gets the gradient of a bank, once after each backward pass.
+
+        `made` is `Hidden`, or what has `bank` and `pull(dbank)`. It is the same object for one state of the parameters.
+        """
+
+    def forget(self) -> None:
+        """Parameters are about to change."""
+
+
+class MakesPrefix(nn.Module):
+    """What is trained in the place of keys and values: optimizers average its gradients over processes."""
+
+
+class OwnedByOptimizer(MakesPrefix):
     """What the kinds of prefixes share that an optimizer can take over."""
+
+    reads_the_model = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +110,10 @@ class Taken(nn.Module):
     def receiver(self) -> Any:
         return None if self._receive is None else self._receive()
 
-    def parameters_in_order(self) -> tuple[Tensor, ...]:
-        """The parameters that a bank is computed from."""
+    def factored_parameter(self) -> Tensor | None:
+        raise NotImplementedError
+
+    def parameters_in_order(self) -> tuple[Any, ...]:
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -96,7 +136,7 @@ class Taken(nn.Module):
     def _deliver(self, name: object, dbank: Tensor) -> None:
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Taken":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "OwnedByOptimizer":
         super()._apply(fn, recurse)
         self._last = None
         return self
@@ -112,13 +152,13 @@ CHANGED = (
 )
 
 
-def _release(reference: "weakref.ref[Taken]") -> None:
+def _release(reference: "weakref.ref[OwnedByOptimizer]") -> None:
     module = reference()
     if module is not None:
         module.release()
 
 
-def arrived(reference: "weakref.ref[Taken]", name: object, leaf: Tensor) -> None:
+def arrived(reference: "weakref.ref[OwnedByOptimizer]", name: object, leaf: Tensor) -> None:
     """What follows a backward pass that reached the leaf: its gradient moves on."""
     module, dbank = reference(), leaf.grad
     leaf.grad = None

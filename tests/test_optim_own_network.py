@@ -1,0 +1,143 @@
+"""A network of the user's own, factored because it is a `FactoredNetwork`."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prefixattn import FactoredAdamW, FactoredSGD
+from prefixattn.optim import DeferredGradient, FactoredGradient
+from prefixattn.prefixes.factored import FactoredNetwork
+from prefixattn.reparam.call import Form
+from prefixattn.testing.optim import Largest
+
+P, E, M, LAYERS, HEADS, D = 5, 12, 10, 3, 2, 8
+OUTPUTS = LAYERS * 2 * HEADS * D
+
+
+class Deeper(FactoredNetwork):
+    """Two hidden layers and a norm, where DeepShare has one hidden layer."""
+
+    def __init__(self, networks: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.form = Form(LAYERS, HEADS, D, interleaved=False, activation="none")
+        ahead = () if networks == 1 else (networks,)
+        self.rows = nn.Parameter(torch.randn(*ahead, P, E))
+        self.norm = nn.LayerNorm(E)
+        self.first = nn.Parameter(torch.randn(*ahead, M, E) * E**-0.5)
+        self.second = nn.Parameter(torch.randn(*ahead, M, M) * M**-0.5)
+        self.up = nn.Parameter(torch.randn(*ahead, OUTPUTS, M) * M**-0.5)
+        self.bias = nn.Parameter(torch.zeros(*ahead, OUTPUTS)) if bias else None
+
+    def parameters_in_order(self) -> tuple[Tensor | None, ...]:
+        return self.rows, self.norm.weight, self.norm.bias, self.first, self.second, self.up, self.bias
+
+    def hidden(self, rows: Tensor, weight: Tensor, bias: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        x = F.layer_norm(rows, (E,), weight, bias)
+        return torch.tanh(F.gelu(x @ first.mT) @ second.mT)
+
+
+KINDS = {"one": {}, "three": {"networks": 3}, "no_bias": {"bias": False}}
+
+
+def made(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Deeper, Deeper, Tensor]:
+    """A network, its twin, and a bank to come near."""
+    torch.manual_seed(0)
+    net = Deeper(**KINDS[kind]).to(dtype)
+    return net, copy.deepcopy(net), torch.randn_like(net().detach())
+
+
+def loss(net: Deeper, wanted: Tensor) -> Tensor:
+    return (net() - wanted).square().sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_it_trains_as_torchs_optimizer_trains_it(kind: str, rule: str) -> None:
+    net, twin, wanted = made(kind)
+    if rule == "adamw":
+        ours, theirs = FactoredAdamW(net, lr=1e-2), torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    else:
+        ours, theirs = (
+            o(p, lr=1e-4, momentum=0.9) for o, p in ((FactoredSGD, net), (torch.optim.SGD, twin.parameters()))
+        )
+    for step in range(5):
+        for module, optimizer in ((net, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            for part in range(1 + step % 2):  # every other step of two micro-batches
+                loss(module, wanted * (part + 1)).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+            optimizer.step()
+        for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradients_are_ordinary_ones_that_nobody_made_yet(kind: str) -> None:
+    net, twin, wanted = made(kind)
+    FactoredAdamW(net).zero_grad()
+    owner = FactoredAdamW(net)
+    loss(net, wanted).backward()
+    loss(twin, wanted).backward()
+    assert owner.networks and type(net.up.grad) is FactoredGradient
+    assert all(type(p.grad) is DeferredGradient for p in net.parameters() if p is not net.up)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.to_dense(), q.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_no_gradient_of_the_large_matrix_is_made() -> None:
+    net, _, _ = made("one", torch.float32)
+    net.up = nn.Parameter(torch.randn(OUTPUTS, M).repeat(40, 1))  # larger than all else by far
+    net.bias = None
+    net.form = net.form._replace(layers=LAYERS * 40)
+    optimizer = FactoredAdamW(net)
+    for _ in range(2):  # the first makes the moments
+        optimizer.zero_grad()
+        net().square().sum().backward()
+        with Largest() as largest:
+            optimizer.step()
+    assert largest.numbers < net.up.numel(), largest.by
+
+
+@pytest.mark.parametrize("changed", ["norm.weight", "second", "up"])
+def test_a_parameter_changed_before_the_step_is_refused(changed: str) -> None:
+    net, _, wanted = made("one")
+    optimizer = FactoredAdamW(net)
+    loss(net, wanted).backward()
+    with torch.no_grad():
+        net.get_parameter(changed).add_(1)
+    with pytest.raises(RuntimeError, match="of a prefix network was changed between the backward pass and the first"):
+        net.rows.grad.to_dense()
+    optimizer.zero_grad()
+    loss(net, wanted).backward()
+    optimizer.step()
+
+
+def test_a_bank_is_computed_once_for_a_state_of_the_parameters() -> None:
+    net, _, wanted = made("one")
+    optimizer = FactoredAdamW(net)
+    assert net() is net() and net().is_leaf
+    before = net()
+    loss(net, wanted).backward()
+    optimizer.step()
+    assert net() is not before and not torch.equal(net(), before)
+    with torch.no_grad():
+        assert not net().requires_grad
+
+
+def test_compiled_or_without_an_owner_its_gradients_are_ordinary() -> None:
+    net, twin, wanted = made("one")
+    optimizer = FactoredAdamW(net)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    (compiled() - wanted).square().sum().backward()
+    loss(twin, wanted).backward()
+    assert type(net.up.grad) is Tensor
+    torch.testing.assert_close(net.up.grad, twin.up.grad)
+    optimizer.step()
+    del optimizer
+    net.zero_grad()
+    loss(net, wanted).backward()
+    assert type(net.up.grad) is Tensor
+    torch.compiler.reset()
