@@ -126,7 +126,6 @@ def test_check_counts_what_is_there(tmp_path: Path, here: Here) -> None:
     assert status == 1 and "0 of 5 sets are whole" in out
 
 
-@pytest.mark.slow
 def test_the_tiny_suite_from_training_to_report(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
     ran = vision("--suite", "tiny", "--out", str(tmp_path / "tiny"), "--workers", "2")
