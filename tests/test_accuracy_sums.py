@@ -1,7 +1,6 @@
 """Sums over many samples or queries err no more than plain PyTorch's, and scores of any size no more either."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from prefixattn import backends, prefix_attention, prefix_attention_qkvpacked
 from prefixattn.attention import reference, triton
 from prefixattn.attention.call import Call, Given, Needs, Wants
 from prefixattn.attention.philox import PREFIX_K, PREFIX_V, keep
+from tests.support import threads
 
 NAMES = "q", "k", "v", "prefix_k", "prefix_v"
 # where a sum is exact but for its last rounding: of float32, by rms of a uniform error, and some more
@@ -66,14 +66,6 @@ def inputs(B: int, H: int, Hkv: int, L: int, S: int, P: int, D: int, T: int = 0)
 def biased(tensors: dict[str, Tensor], ids: Tensor | None = None) -> Tensor:
     """A dout whose sums have one sign, as a real loss has it."""
     return sdpa(*tensors.values(), ids).detach() + 1  # type: ignore[misc]
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    yield
-    torch.set_num_threads(before)
 
 
 # one thread: the fused schedule; the prefix alone, or more threads: the split one

@@ -3,8 +3,6 @@
 import ctypes
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from prefixattn.testing.attention import (
     same_dtype,
     suited,
 )
+from tests.support import isa, threads
 
 if reasons := backends.here()["cpu"]:
     pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)
@@ -49,26 +48,6 @@ CASES = {
     "decoding_blind": (Shape(9, 2, 2, 1, 9, 0, 128), "blind_rows"),
     "decoding_softcap": (Shape(2, 4, 1, 1, 33, 70, 256), "softcap"),
 }
-
-
-@contextmanager
-def isa(name: str) -> Iterator[None]:
-    before = _C.isa()
-    _C.set_isa(name)
-    try:
-        yield
-    finally:
-        _C.set_isa(before)
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,7 @@ from prefixattn.testing.attention import (
     suited,
 )
 from tests.grids import DTYPES, FEWER_TYPES, TYPES, by_backend, in_turn
+from tests.support import accepted
 
 
 @cache
@@ -33,21 +34,13 @@ def case(shape: str, feature: str, dtype: str) -> tuple[Inputs, dict[str, Tensor
     return inputs, same_dtype(inputs), exact(inputs)
 
 
-def taken(backend: str, inputs: Inputs) -> Inputs:
-    """The inputs, but for a gradient of the mask that the backend does not make; skips what it does not take at all."""
-    inputs, words = suited(backend, inputs)
-    if words:
-        pytest.skip(words)
-    return inputs
-
-
 GRIDDED = "backend, dtype, shape, feature"
 
 
 @pytest.mark.parametrize(GRIDDED, by_backend(TYPES, SHAPES, ["plain", "causal"]), indirect=["backend"])
 def test_shapes(backend: str, shape: str, feature: str, dtype: str) -> None:
     inputs, same, right = case(shape, feature, dtype)
-    inputs = taken(backend, inputs)
+    inputs = accepted(backend, inputs)
     assert_all_as_accurate(ours(inputs, backend), same, right)
 
 
@@ -58,7 +51,7 @@ CROWDED = ["ragged", "grouped", "tile_past", "few_queries", "no_keys"]
 @pytest.mark.parametrize(GRIDDED, by_backend(FEWER_TYPES, CROWDED, FEATURED), indirect=["backend"])
 def test_features(backend: str, shape: str, feature: str, dtype: str) -> None:
     inputs, same, right = case(shape, feature, dtype)
-    inputs = taken(backend, inputs)
+    inputs = accepted(backend, inputs)
     if "attn_mask" in inputs.tensors and not inputs.tensors["attn_mask"].requires_grad:
         same, right = ({n: t for n, t in answer.items() if n != "dattn_mask"} for answer in (same, right))
     assert_all_as_accurate(ours(inputs, backend), same, right)
@@ -70,7 +63,7 @@ LONELY = [("no_prefix",), ("nothing",), ("single",), ("widest",)]
 @pytest.mark.parametrize("backend, dtype, shape", in_turn(FEWER_TYPES, LONELY), indirect=["backend"])
 def test_a_memory_in_every_kind_of_shape(backend: str, shape: str, dtype: str) -> None:
     inputs, same, right = case(shape, "memory", dtype)
-    inputs = taken(backend, inputs)
+    inputs = accepted(backend, inputs)
     assert_all_as_accurate(ours(inputs, backend), same, right)
 
 
@@ -80,14 +73,14 @@ def test_a_large_memory_costs_the_softmax_no_accuracy(backend: str, phi: str, dt
     """Its backward needs the softmax's own part of out, which the rounded sum has lost."""
     if words := known_from_float32(backend, DTYPES[dtype]):
         pytest.skip(words)
-    inputs = taken(backend, make_inputs(Shape(1, 2, 2, 70, 70, 10, 64), DTYPES[dtype], memory="shared", phi=phi))
+    inputs = accepted(backend, make_inputs(Shape(1, 2, 2, 70, 70, 10, 64), DTYPES[dtype], memory="shared", phi=phi))
     with torch.no_grad():
         inputs.tensors["memory"].mul_(32)
     assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
 def test_a_memory_touches_the_output_alone(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ragged", causal=True, memory="shared", phi="none"))
+    inputs = accepted(backend, make_inputs("ragged", causal=True, memory="shared", phi="none"))
     tensors = {n: t.detach() for n, t in inputs.tensors.items()}
     memory = tensors.pop("memory")
     options = {**inputs.options, "return_lse": True, "return_prefix_mass": True, "backend": backend}
@@ -102,7 +95,7 @@ def test_a_memory_touches_the_output_alone(backend: str) -> None:
 
 
 def test_a_memory_trained_alone_keeps_nothing_else(backend: str) -> None:
-    inputs = taken(backend, make_inputs("no_prefix", causal=True, memory="shared"))
+    inputs = accepted(backend, make_inputs("no_prefix", causal=True, memory="shared"))
     every = ours(inputs, backend)
     for name, t in inputs.tensors.items():
         t.requires_grad_(name == "memory")
@@ -119,7 +112,7 @@ def test_a_memory_trained_alone_keeps_nothing_else(backend: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_repeats_to_the_bit(backend: str, feature: str, dtype: str) -> None:
     shape = "tile_past" if backend == "triton" and INTERPRETED else "vit"  # the interpreter takes 10 s for a ViT's
-    inputs = taken(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature]))
+    inputs = accepted(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature]))
     first = ours(inputs, backend)
     for _ in range(1 if backend == "triton" and INTERPRETED else 3):
         for name, again in ours(inputs, backend).items():
@@ -128,7 +121,7 @@ def test_repeats_to_the_bit(backend: str, feature: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("unwanted", ["q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory"])
 def test_a_gradient_nobody_wants_changes_no_other(backend: str, unwanted: str) -> None:
-    inputs = taken(backend, make_inputs("ragged", **FEATURES["bias"], memory="shared"))
+    inputs = accepted(backend, make_inputs("ragged", **FEATURES["bias"], memory="shared"))
     every = ours(inputs, backend)
     inputs.tensors[unwanted].requires_grad_(False)
     some = ours(inputs, backend)
@@ -145,7 +138,7 @@ def test_one_gradient_alone(backend: str, wanted: str) -> None:
     inputs = make_inputs("ragged", **FEATURES["bias"], memory="shared")
     if wanted == "attn_mask" and (words := objections(backend, inputs)):
         pytest.skip(words)
-    inputs = taken(backend, inputs)
+    inputs = accepted(backend, inputs)
     every = ours(inputs, backend)
     for name, t in inputs.tensors.items():
         t.requires_grad_(name == wanted)
@@ -154,7 +147,7 @@ def test_one_gradient_alone(backend: str, wanted: str) -> None:
 
 
 def test_lse_alone_has_a_gradient(backend: str) -> None:
-    inputs = taken(backend, make_inputs("grouped", causal=True))
+    inputs = accepted(backend, make_inputs("grouped", causal=True))
     wanted = list(inputs.tensors.values())
     _, lse = inputs.call(backend, return_lse=True)
     assert inputs.dout is not None
@@ -173,7 +166,7 @@ def test_mass_carries_no_gradient() -> None:
 
 
 def test_returns_in_order(backend: str) -> None:
-    inputs = taken(backend, make_inputs("even"))
+    inputs = accepted(backend, make_inputs("even"))
     out, lse, mass = inputs.call(backend, return_lse=True, return_prefix_mass=True)
     assert torch.equal(inputs.call(backend), out)
     for options, expected in (({"return_lse": True}, lse), ({"return_prefix_mass": True}, mass)):
@@ -184,7 +177,7 @@ def test_returns_in_order(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_without_a_prefix_equals_sdpa(backend: str, dtype: str) -> None:
-    inputs = taken(backend, make_inputs("no_prefix", DTYPES[dtype], causal=True))
+    inputs = accepted(backend, make_inputs("no_prefix", DTYPES[dtype], causal=True))
     q, k, v = (inputs.tensors[n] for n in ("q", "k", "v"))
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     tolerance = 1e-6 if dtype == "fp32" else 2**-8
@@ -201,14 +194,14 @@ def test_output_keeps_the_memory_order_of_q(backend: str) -> None:
 
 
 def test_a_last_axis_with_a_stride_is_read_right(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ragged"))
+    inputs = accepted(backend, make_inputs("ragged"))
     wide = {n: torch.stack([t.detach(), torch.full_like(t, torch.nan)], -1)[..., 0] for n, t in inputs.tensors.items()}
     assert all(t.stride(-1) == 2 for t in wide.values())
     assert torch.equal(prefix_attention(**wide, backend=backend), inputs.call(backend))
 
 
 def test_what_lies_past_a_length_is_never_read(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ragged", **FEATURES["bank_lengths"]))
+    inputs = accepted(backend, make_inputs("ragged", **FEATURES["bank_lengths"]))
     right = ours(inputs, backend)
     with torch.no_grad():
         for name in ("prefix_k", "prefix_v"):
@@ -232,7 +225,7 @@ def test_the_least_float_hides_as_false_does(backend: str, shape: str, mask: str
 
 
 def test_a_nan_of_one_sample_stays_with_its_prefix(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ragged", prefixes="bank"))
+    inputs = accepted(backend, make_inputs("ragged", prefixes="bank"))
     with torch.no_grad():
         inputs.q[0, 0, 0, 0] = torch.nan
     found, used = ours(inputs, backend), inputs.options["prefix_ids"].tolist()
@@ -260,7 +253,7 @@ def test_a_nan_reaches_the_output(backend: str, poisoned: str) -> None:
 
 
 def test_unused_rows_get_no_gradient(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ragged", **FEATURES["bank_lengths"]))
+    inputs = accepted(backend, make_inputs("ragged", **FEATURES["bank_lengths"]))
     found = ours(inputs, backend)
     for name in ("dprefix_k", "dprefix_v"):
         assert not found[name][1].any()  # named by nobody
@@ -325,7 +318,7 @@ def test_gradcheck_through_both_dropouts() -> None:
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:
-    inputs = taken(backend, make_inputs("single"))
+    inputs = accepted(backend, make_inputs("single"))
     (grad,) = torch.autograd.grad(inputs.call(backend).square().sum(), inputs.q, create_graph=True)
     with pytest.raises(NotImplementedError, match="prefix_attention can be differentiated once"):
         torch.autograd.grad(grad.sum(), inputs.q)

@@ -25,22 +25,14 @@ from prefixattn.testing.attention import (
     parts,
     results,
     same_dtype,
-    suited,
 )
 from tests.grids import DTYPES, FEWER_TYPES, in_turn
+from tests.support import accepted
 
 # a projection makes as many queries as keys, and as many heads of both
 PACKABLE = [name for name, s in SHAPES.items() if s.L == s.S and s.H == s.Hkv]
 # these two say how q, k and v lie, which is what is packed here
 APPLICABLE = [f for f in FEATURES if f not in ("packed", "expanded")]
-
-
-def taken(backend: str, inputs: Inputs) -> Inputs:
-    """The inputs, but for a gradient of the mask that the backend does not make; skips what it does not take at all."""
-    inputs, words = suited(backend, inputs)
-    if words:
-        pytest.skip(words)
-    return inputs
 
 
 def ours_by_views(inputs: Inputs, backend: str, **more: Any) -> dict[str, Tensor]:
@@ -61,7 +53,7 @@ CASES = [(s, "causal") for s in PACKABLE] + [("ragged", f) for f in APPLICABLE]
 
 @pytest.mark.parametrize("backend, dtype, shape, feature", in_turn(FEWER_TYPES, CASES), indirect=["backend"])
 def test_equals_prefix_attention_on_the_views(backend: str, shape: str, feature: str, dtype: str) -> None:
-    inputs = packed(taken(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature])))
+    inputs = packed(accepted(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature])))
     assert_equal(ours_packed(inputs, backend), ours_by_views(inputs, backend))
 
 
@@ -78,7 +70,7 @@ SENTINELS = [
 
 @pytest.mark.parametrize("backend, dtype, shape, feature", in_turn(FEWER_TYPES, SENTINELS), indirect=["backend"])
 def test_against_float64(backend: str, shape: str, feature: str, dtype: str) -> None:
-    inputs = taken(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature]))
+    inputs = accepted(backend, make_inputs(shape, DTYPES[dtype], **FEATURES[feature]))
     found = ours_packed(packed(inputs), backend)
     found |= {"d" + name: grad for name, grad in parts(found.pop("dqkv")).items()}
     assert_all_as_accurate(found, same_dtype(inputs), exact(inputs))
@@ -86,7 +78,7 @@ def test_against_float64(backend: str, shape: str, feature: str, dtype: str) -> 
 
 @pytest.mark.parametrize("dropout_p, prefix_dropout_p", [(0.3, 0.0), (0.0, 0.4), (0.3, 0.4)])
 def test_dropout_follows_the_seed(backend: str, dropout_p: float, prefix_dropout_p: float) -> None:
-    inputs = packed(taken(backend, make_inputs("ragged", causal=True)))
+    inputs = packed(accepted(backend, make_inputs("ragged", causal=True)))
     found = []
     for call in (ours_packed, ours_by_views):
         torch.manual_seed(5)
@@ -97,7 +89,7 @@ def test_dropout_follows_the_seed(backend: str, dropout_p: float, prefix_dropout
 
 @pytest.mark.parametrize("wanted", [("qkv",), ("prefix_k",), ("prefix_k", "prefix_v"), ("qkv", "prefix_v")])
 def test_a_gradient_nobody_wants_changes_no_other(backend: str, wanted: tuple[str, ...]) -> None:
-    inputs = packed(taken(backend, make_inputs("ragged", causal=True)))
+    inputs = packed(accepted(backend, make_inputs("ragged", causal=True)))
     every = ours_packed(inputs, backend)
     for name, t in inputs.tensors.items():
         t.requires_grad_(name in wanted)
@@ -111,7 +103,7 @@ def test_a_gradient_nobody_wants_changes_no_other(backend: str, wanted: tuple[st
 
 
 def test_prefixes_alone_compute_nothing_for_qkv(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = packed(taken(backend, make_inputs("ragged")))
+    inputs = packed(accepted(backend, make_inputs("ragged")))
     inputs.tensors["qkv"].requires_grad_(False)
     module, asked = backends.module(backend), []
     right = module.bwd
@@ -130,7 +122,7 @@ def test_prefixes_alone_compute_nothing_for_qkv(backend: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("used", ["out", "lse"])
 def test_one_output_alone_has_a_gradient(backend: str, used: str) -> None:
-    inputs = packed(taken(backend, make_inputs("ragged", causal=True)))
+    inputs = packed(accepted(backend, make_inputs("ragged", causal=True)))
     qkv, prefix_k, prefix_v = inputs.tensors.values()
     wanted = [qkv, prefix_k]
     options = {**inputs.options, "return_lse": True, "backend": backend}
@@ -144,7 +136,7 @@ def test_one_output_alone_has_a_gradient(backend: str, used: str) -> None:
 
 
 def test_returns_in_order(backend: str) -> None:
-    inputs = packed(taken(backend, make_inputs("even")))
+    inputs = packed(accepted(backend, make_inputs("even")))
 
     def call(**options: Any) -> Any:
         return prefix_attention_qkvpacked(**inputs.tensors, backend=backend, **options)
@@ -210,7 +202,7 @@ def test_backward_writes_one_tensor_once() -> None:
 
 
 def test_autocast_gives_one_gradient_in_the_type_of_qkv(backend: str) -> None:
-    inputs = packed(taken(backend, make_inputs("ragged", causal=True)))
+    inputs = packed(accepted(backend, make_inputs("ragged", causal=True)))
     with torch.autocast("cpu", torch.bfloat16):
         out = prefix_attention_qkvpacked(**inputs.tensors, **inputs.options, backend=backend)
         assert out.dtype == torch.bfloat16
@@ -228,7 +220,7 @@ def test_autocast_gives_one_gradient_in_the_type_of_qkv(backend: str) -> None:
 
 @pytest.mark.parametrize("order", ["B3HND", "wide", "expanded"])
 def test_any_order_in_memory(backend: str, order: str) -> None:
-    inputs = packed(taken(backend, make_inputs("ragged", causal=True)))
+    inputs = packed(accepted(backend, make_inputs("ragged", causal=True)))
     qkv = inputs.tensors["qkv"].detach()
     if order == "B3HND":
         qkv = qkv.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
@@ -257,7 +249,7 @@ def test_gradcheck(options: dict[str, float]) -> None:
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:
-    inputs = packed(taken(backend, make_inputs("single")))
+    inputs = packed(accepted(backend, make_inputs("single")))
     out = prefix_attention_qkvpacked(**inputs.tensors, backend=backend)
     (grad,) = torch.autograd.grad(out.square().sum(), inputs.tensors["qkv"], create_graph=True)
     with pytest.raises(NotImplementedError, match="prefix_attention can be differentiated once"):

@@ -20,23 +20,16 @@ from prefixattn.testing.reparam import (
     exact,
     from_module,
     make_inputs,
-    objections,
     ours,
     same_dtype,
 )
 from tests.grids import DTYPES, TYPES, by_backend
+from tests.support import accepted_network as accepted
 
 
 @pytest.fixture
 def backend(reparam_backend: str) -> str:
     return reparam_backend
-
-
-def taken(backend: str, inputs: Inputs) -> Inputs:
-    """The inputs; skips those that the backend does not take, in its words."""
-    if words := objections(backend, inputs):
-        pytest.skip(words)
-    return inputs
 
 
 @cache
@@ -52,7 +45,7 @@ GRIDDED = "reparam_backend, dtype, shape, feature"
 @pytest.mark.parametrize(GRIDDED, by_backend(TYPES, SHAPES, ["plain", "interleaved"]), indirect=["reparam_backend"])
 def test_shapes(backend: str, shape: str, feature: str, dtype: str) -> None:
     inputs, same, right = case(shape, feature, dtype)
-    assert_all_as_accurate(ours(taken(backend, inputs), backend), same, right)
+    assert_all_as_accurate(ours(accepted(backend, inputs), backend), same, right)
 
 
 FEATURED = [f for f in FEATURES if f not in ("plain", "interleaved")]
@@ -62,7 +55,7 @@ CROWDED = ["five_rows", "tile_past", "three_networks", "per_layer"]
 @pytest.mark.parametrize(GRIDDED, by_backend(TYPES, CROWDED, FEATURED), indirect=["reparam_backend"])
 def test_features(backend: str, shape: str, feature: str, dtype: str) -> None:
     inputs, same, right = case(shape, feature, dtype)
-    assert_all_as_accurate(ours(taken(backend, inputs), backend), same, right)
+    assert_all_as_accurate(ours(accepted(backend, inputs), backend), same, right)
 
 
 def test_the_cpu_backend_takes_what_it_promises() -> None:
@@ -77,7 +70,7 @@ def test_the_cpu_backend_takes_what_it_promises() -> None:
 def test_language_reads_the_rows_as_the_published_code_views_them(backend: str) -> None:
     """[P, layers * 2 * heads * D] viewed as [P, layers * 2, heads, D]; 2l is the key of layer l, 2l + 1 its value."""
     layers, heads, D, P = 3, 2, 16, 5
-    inputs = taken(backend, make_inputs(Shape(1, P, 24, 40, layers, heads, D)))
+    inputs = accepted(backend, make_inputs(Shape(1, P, 24, 40, layers, heads, D)))
     x, w1, b1, w2, b2 = (t[0].detach() for t in inputs.tensors.values())
     past = torch.tanh(x @ w1.T + b1) @ w2.T + b2
     past = past.view(P, layers * 2, heads, D).permute(1, 2, 0, 3)  # [layers * 2, heads, P, D]
@@ -90,7 +83,7 @@ def test_language_reads_the_rows_as_the_published_code_views_them(backend: str) 
 def test_vision_reads_the_rows_as_the_published_code_does(backend: str) -> None:
     """A network a layer; its [P, 2 * width] is reshaped to [P, width, 2]: keys are the even numbers, values the odd."""
     layers, heads, D, P = 4, 3, 16, 5
-    inputs = taken(backend, make_inputs(Shape(layers, P, heads * D, 8, 1, heads, D), interleaved=True))
+    inputs = accepted(backend, make_inputs(Shape(layers, P, heads * D, 8, 1, heads, D), interleaved=True))
     bank = inputs.call(backend)
     for layer in range(layers):
         x, w1, b1, w2, b2 = (t[layer].detach() for t in inputs.tensors.values())
@@ -101,7 +94,7 @@ def test_vision_reads_the_rows_as_the_published_code_does(backend: str) -> None:
 
 
 def test_several_networks_are_each_of_them_alone(backend: str) -> None:
-    inputs = taken(backend, make_inputs("three_networks"))
+    inputs = accepted(backend, make_inputs("three_networks"))
     together, n = inputs.call(backend), inputs.form.layers
     for g in range(3):
         one = {name: t[g].detach() for name, t in inputs.tensors.items()}
@@ -110,7 +103,7 @@ def test_several_networks_are_each_of_them_alone(backend: str) -> None:
 
 
 def test_one_network_without_its_axis(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ten_rows"))
+    inputs = accepted(backend, make_inputs("ten_rows"))
     every = ours(inputs, backend)
     flat = {name: t.detach()[0].requires_grad_() for name, t in inputs.tensors.items()}
     bank = reparameterize(**flat, **inputs.form._asdict(), backend=backend)
@@ -123,7 +116,7 @@ def test_one_network_without_its_axis(backend: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", ["ten_rows", "long_odd", "per_layer"])
 def test_repeats_to_the_bit(backend: str, shape: str, dtype: str) -> None:
-    inputs = taken(backend, make_inputs(shape, DTYPES[dtype]))
+    inputs = accepted(backend, make_inputs(shape, DTYPES[dtype]))
     first = ours(inputs, backend)
     for _ in range(3):
         for name, again in ours(inputs, backend).items():
@@ -133,7 +126,7 @@ def test_repeats_to_the_bit(backend: str, shape: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("alone", [True, False])
 def test_only_the_gradients_that_are_wanted(backend: str, name: str, alone: bool) -> None:
-    inputs = taken(backend, make_inputs("tile_past"))
+    inputs = accepted(backend, make_inputs("tile_past"))
     every = ours(inputs, backend)
     for other, t in inputs.tensors.items():
         t.requires_grad_((other == name) == alone)
@@ -145,7 +138,7 @@ def test_only_the_gradients_that_are_wanted(backend: str, name: str, alone: bool
 
 
 def test_a_backends_own_backward_leaves_the_unwanted_empty(backend: str) -> None:
-    inputs = taken(backend, make_inputs("five_rows"))
+    inputs = accepted(backend, make_inputs("five_rows"))
     module = backends.module(backend, "reparam")
     call = detached(inputs)
     z = module.fwd(call).z
@@ -156,7 +149,7 @@ def test_a_backends_own_backward_leaves_the_unwanted_empty(backend: str) -> None
 
 
 def test_the_small_half_of_the_backward_pass(backend: str) -> None:
-    inputs = taken(backend, make_inputs("three_networks", activation="gelu"))
+    inputs = accepted(backend, make_inputs("three_networks", activation="gelu"))
     module = backends.module(backend, "reparam")
     call = detached(inputs)
     z = module.fwd(call).z
@@ -177,13 +170,13 @@ def test_rows_of_a_bank_and_the_bank_of_rows_undo_each_other(interleaved: bool) 
 
 @pytest.mark.parametrize("poisoned", PARAMETERS)
 def test_a_nan_reaches_the_bank(backend: str, poisoned: str) -> None:
-    inputs = taken(backend, make_inputs("tile_past", grad=False, activation="relu"))
+    inputs = accepted(backend, make_inputs("tile_past", grad=False, activation="relu"))
     inputs.tensors[poisoned][0, -1] = torch.nan
     assert inputs.call(backend).isnan().any()
 
 
 def test_a_nan_in_the_gradient_reaches_the_gradients(backend: str) -> None:
-    inputs = taken(backend, make_inputs("tile_past"))
+    inputs = accepted(backend, make_inputs("tile_past"))
     inputs.dbank[0, 0, 0, -1, -1] = torch.nan
     found = ours(inputs, backend)
     for name in PARAMETERS:
@@ -191,7 +184,7 @@ def test_a_nan_in_the_gradient_reaches_the_gradients(backend: str) -> None:
 
 
 def test_a_gradient_in_any_layout(backend: str) -> None:
-    inputs = taken(backend, make_inputs("five_rows"))
+    inputs = accepted(backend, make_inputs("five_rows"))
     inputs.dbank = torch.randn(()).expand(inputs.dbank.shape)  # as sum() passes it on
     assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
@@ -219,7 +212,7 @@ def test_gradcheck() -> None:
 
 
 def test_autocast_changes_nothing(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ten_rows"))
+    inputs = accepted(backend, make_inputs("ten_rows"))
     plain = ours(inputs, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for name, t in ours(inputs, backend).items():

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from prefixattn import reparameterize
-from prefixattn.testing.reparam import FEATURES, Inputs, make_inputs, objections, ours
+from prefixattn.testing.reparam import FEATURES, make_inputs, ours
+from tests.support import accepted_network as accepted
 
 # torch's own: Dynamo makes an autograd.Function's context by calling the class; Inductor and jvp still use TorchScript
 pytestmark = [
@@ -27,16 +28,9 @@ def forget_compiled_code() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def taken(backend: str, inputs: Inputs) -> Inputs:
-    """The inputs; skips those that the backend does not take, in its words."""
-    if words := objections(backend, inputs):
-        pytest.skip(words)
-    return inputs
-
-
 def test_opcheck(backend: str) -> None:
     for feature, shape in (("plain", "ten_rows"), ("no_biases", "per_layer"), ("interleaved", "per_layer")):
-        inputs = taken(backend, make_inputs(shape, torch.bfloat16, grad=False, **FEATURES[feature]))
+        inputs = accepted(backend, make_inputs(shape, torch.bfloat16, grad=False, **FEATURES[feature]))
         args = (*inputs.parameters, *inputs.form, torch.bfloat16, backend)
         torch.library.opcheck(torch.ops.prefixattn.reparam_fwd, args)
         x, w1, _, w2, _ = inputs.parameters
@@ -48,7 +42,7 @@ def test_opcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph(backend: str, compiler: str) -> None:
-    inputs = taken(backend, make_inputs("three_networks", torch.bfloat16))
+    inputs = accepted(backend, make_inputs("three_networks", torch.bfloat16))
     eager = ours(inputs, backend)
 
     def call(**tensors: Tensor) -> Tensor:
@@ -63,7 +57,7 @@ def test_compiles_in_one_graph(backend: str, compiler: str) -> None:
 
 
 def test_export_keeps_the_op_and_its_gradient(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ten_rows"))
+    inputs = accepted(backend, make_inputs("ten_rows"))
 
     class Network(torch.nn.Module):
         def forward(self, *tensors: Tensor) -> Tensor:
@@ -79,7 +73,7 @@ def test_export_keeps_the_op_and_its_gradient(backend: str) -> None:
 
 
 def test_torch_func_grad_is_right_and_vmap_refused(backend: str) -> None:
-    inputs = taken(backend, make_inputs("ten_rows"))
+    inputs = accepted(backend, make_inputs("ten_rows"))
     eager = ours(inputs, backend)
     tensors = tuple(t.detach() for t in inputs.tensors.values())
 
@@ -111,7 +105,7 @@ def test_meta_tensors_have_a_shape() -> None:
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:
-    inputs = taken(backend, make_inputs("five_rows"))
+    inputs = accepted(backend, make_inputs("five_rows"))
     (grad,) = torch.autograd.grad(inputs.call(backend).square().sum(), inputs.tensors["w2"], create_graph=True)
     with pytest.raises(NotImplementedError, match="reparameterize can be differentiated once"):
         torch.autograd.grad(grad.sum(), inputs.tensors["w1"])

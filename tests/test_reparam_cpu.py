@@ -1,7 +1,5 @@
 """What is particular to the reparameterization's CPU kernels: every instruction set, threads, sizes off the tiles."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ from prefixattn.testing.reparam import (
     ours,
     same_dtype,
 )
+from tests.support import isa, threads
 
 if reasons := functional.here()["cpu"]:
     pytest.skip("cpu: " + "; ".join(reasons), allow_module_level=True)
@@ -61,26 +60,6 @@ SGD = {
     "momentum": {"momentum": 0.9, "dampening": 0.2, "nesterov": False},
     "nesterov": {"momentum": 0.9, "dampening": 0.0, "nesterov": True},
 }
-
-
-@contextmanager
-def isa(name: str) -> Iterator[None]:
-    before = _C.isa()
-    _C.set_isa(name)
-    try:
-        yield
-    finally:
-        _C.set_isa(before)
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def sweep_inputs(size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:

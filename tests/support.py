@@ -1,0 +1,48 @@
+"""What several test files need."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from prefixattn.testing import reparam
+from prefixattn.testing.attention import Inputs, suited
+
+
+def accepted(backend: str, inputs: Inputs) -> Inputs:
+    """The inputs, but for a gradient of the mask that the backend does not make; skips what it does not take at all."""
+    inputs, words = suited(backend, inputs)
+    if words:
+        pytest.skip(words)
+    return inputs
+
+
+def accepted_network(backend: str, inputs: reparam.Inputs) -> reparam.Inputs:
+    """Of the reparameterization; skips those that the backend does not take, in its words."""
+    if words := reparam.objections(backend, inputs):
+        pytest.skip(words)
+    return inputs
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    """The CPU kernels of this instruction set."""
+    from prefixattn import _C
+
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
