@@ -26,6 +26,7 @@ from prefixattn.reparam.moments8 import Moment8
 from reparam_counts import CASES, Case, moment, step
 from triton_resources import TARGETS, Compiled, Target, resources
 
+SOURCES = kernel_sources.digest("launch_reparam.py")
 COMPILED = (
     "GPT-2m P5",
     "GPT-2m P10",
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [row for arch in options.arch or TARGETS for row in measure(arch, options.only)]
-    about = {"triton": triton.__version__, "table": launch_reparam.DATE, "sources": kernel_sources.digest()}
+    about = {"triton": triton.__version__, "table": launch_reparam.DATE, "sources": SOURCES}
     record = {**about, "rows": rows}
     if options.out:
         fresh = options.out.with_suffix(".new")

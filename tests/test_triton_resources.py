@@ -59,7 +59,7 @@ def of(record: dict[str, Any], archs: dict[str, str]) -> list[dict[str, Any]]:
 
 def test_the_record_is_of_these_sources(tmp_path: Path) -> None:
     record = recorded()
-    assert record["sources"] == kernel_sources.digest(), (
+    assert record["sources"] == kernel_sources.digest("launch_fwd.py", "launch_bwd.py"), (
         "kernels/ changed; run python bench/triton_resources.py --out bench/results/triton_resources.json"
     )
     [(arch, only)] = FEW.items()
@@ -73,13 +73,14 @@ def test_a_change_of_a_kernel_is_seen(tmp_path: Path) -> None:
     file = tmp_path / "kernel.py"
     words = '"""Says what."""\nimport triton\n\n\ndef kernel(x):\n    """More."""\n    return x + 1  # why\n'
     file.write_text(words)
-    before = kernel_sources.digest(tmp_path)
+    (tmp_path / "launch.py").write_text("from prefixattn.kernels import kernel\n")
+    before = kernel_sources.digest("launch.py", folder=tmp_path)
     file.write_text(
         words.replace("# why", "# another").replace("More", "Less").replace("import triton", "import torch")
     )
-    assert kernel_sources.digest(tmp_path) == before
+    assert kernel_sources.digest("launch.py", folder=tmp_path) == before
     file.write_text(words.replace("x + 1", "x + 2"))
-    assert kernel_sources.digest(tmp_path) != before
+    assert kernel_sources.digest("launch.py", folder=tmp_path) != before
 
 
 @pytest.mark.slow
