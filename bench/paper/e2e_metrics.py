@@ -66,8 +66,11 @@ def score(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Sco
 
     refs = [[tokenize(text) for text in texts] for texts in references]
     hyps = [tokenize(text) for text in hypotheses]
-    found["ROUGE_L"], notes["ROUGE_L"] = rouge_l(refs, hyps), "own code"
-    found["CIDEr"], notes["CIDEr"] = cider(refs, hyps), "own code"
+    for metric, computed in (("ROUGE_L", rouge_l), ("CIDEr", cider)):
+        try:
+            found[metric], notes[metric] = computed(refs, hyps), named("pycocoevalcap")
+        except ImportError as error:
+            notes[metric] = f"not computed: {error} (pip install --no-deps pycocoevalcap)"
     try:
         found["METEOR"], notes["METEOR"] = meteor.meteor(refs, hyps), meteor.source()
     except RuntimeError as error:
