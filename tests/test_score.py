@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def run(task: str, outputs: Path, references: Path, *more: str) -> int:
 
 def cells(printed: str) -> list[list[str]]:
     """Words of the table's lines, notes left out."""
-    return [line.split("  own code")[0].split("  sacrebleu")[0].split("  pycocoevalcap")[0].split() for line in printed.splitlines()]
+    return [re.split("  (?:own code|sacrebleu|pycocoevalcap)", line)[0].split() for line in printed.splitlines()]
 
 
 # --- tables
