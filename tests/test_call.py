@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.attention.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants
+from prefixattn.attention.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants, unknown
 from prefixattn.reparam import call as reparam
 
 SPELLED = {"Tensor": Tensor, "Optional[Tensor]": Tensor | None, "float": float, "bool": bool, "str": str}
@@ -47,6 +47,19 @@ def test_those_of_the_reparameterization_are_too() -> None:
     assert reparam.Call._fields[: len(reparam.Needs._fields)] == reparam.Needs._fields == reparam.Grads._fields
     for name in reparam.Needs._fields:
         assert reparam.Needs(**{name: True}).hidden == (name in ("x", "w1", "b1"))
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_what_a_backend_does_not_name_it_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name not in backends._modules:
+        pytest.skip(backends._not_loaded[name])
+    module = backends.module(name)
+    assert module.UNKNOWN == ()  # so that no call pays for it
+    known = [field for field in module.KNOWN if field != "softcap"]
+    monkeypatch.setattr(module, "UNKNOWN", unknown(known))
+    call = Call(*(torch.zeros(1, 1, 2, 8) for _ in range(5)))
+    assert "it has no softcap" not in module.unsupported(call, Needs())
+    assert "it has no softcap" in module.unsupported(call._replace(softcap=1.0), Needs())
 
 
 def test_gradients_are_of_the_first_fields() -> None:

@@ -3,6 +3,7 @@
 A backend has `unsupported(call, needs)`, `fwd(call, wants)` and `bwd(call, given, needs, into)`.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -35,6 +36,22 @@ class Call(NamedTuple):
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """What may have a gradient, in the order of `Needs`."""
         return self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.attn_mask, self.memory
+
+
+Unknown = tuple[tuple[str, object], ...]
+
+
+def unknown(known: Iterable[str]) -> Unknown:
+    """The options that a backend of these fields has not, with the value that leaves each out.
+
+    A new field of Call is refused by every backend but those that name it.
+    """
+    kept = set(known)
+    return tuple((name, default) for name, default in Call._field_defaults.items() if name not in kept)
+
+
+def refused(call: Call, options: Unknown) -> list[str]:
+    return [f"it has no {name}" for name, default in options if getattr(call, name) != default]
 
 
 class Needs(NamedTuple):

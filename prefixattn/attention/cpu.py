@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
-from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order, lse_type
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
@@ -14,10 +14,16 @@ MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind
 PHIS = {"none": 0, "elu": 1, "gelu": 2, "relu": 3}  # enum Phi
 MAX_HEAD_DIM = 256
 ABSENT = 0, 0, 0, 0
+# every option of Call that the kernels have
+KNOWN = (
+    *("attn_mask", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
+    *("is_causal", "scale", "phi", "softcap"),
+)
+UNKNOWN = unknown(KNOWN)
 
 
 def unsupported(call: Call, needs: Needs) -> list[str]:
-    q, mask, reasons = call.q, call.attn_mask, []
+    q, mask, reasons = call.q, call.attn_mask, refused(call, UNKNOWN)
     if q.device.type != "cpu":
         reasons.append(f"q is on {q.device.type}; needs cpu")
     if q.dtype not in DTYPES:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, refused, unknown
 from prefixattn.attention.layout import lse_type, unit_stride
 from prefixattn.kernels.table import INTERPRETED
 
@@ -19,11 +19,17 @@ MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
 MEMORY, SOFTCAP = "_memory", "_softcap"  # how the kinds end that have one compiled in, in this order
 INSTALLED = find_spec("triton") is not None
+# every option of Call that the kernels have
+KNOWN = (
+    *("attn_mask", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
+    *("is_causal", "scale", "phi", "softcap"),
+)
+UNKNOWN = unknown(KNOWN)
 
 
 def unsupported(call: Call, needs: Needs) -> list[str]:
     q = call.q
-    reasons = []
+    reasons = refused(call, UNKNOWN)
     if not INSTALLED:
         reasons.append("triton is not installed")
     if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
