@@ -54,7 +54,6 @@ def test_what_a_backend_does_not_name_it_refuses(name: str, monkeypatch: pytest.
     if name not in backends._modules:
         pytest.skip(backends._not_loaded[name])
     module = backends.module(name)
-    assert module.UNKNOWN == ()  # so that no call pays for it
     known = [field for field in module.KNOWN if field != "softcap"]
     monkeypatch.setattr(module, "UNKNOWN", unknown(known))
     call = Call(*(torch.zeros(1, 1, 2, 8) for _ in range(5)))
