@@ -112,7 +112,13 @@ def triton(ax: Any) -> None:
         for edge in (0, 64, 128, 192, 208):
             ax.plot([3 + edge * unit] * 2, [y - 0.3, y + 1.3], color="black", linewidth=1)
     note(ax, 3, 0.7, "three tiles of 64 read one tensor, and lie where they would without a prefix")
-    note(ax, 22.9, 3.3, "the tail tile of 16: 5 own keys and 10 prefix rows;\nonly here an address is chosen for each row", ha="right")
+    note(
+        ax,
+        22.9,
+        3.3,
+        "the tail tile of 16: 5 own keys and 10 prefix rows;\nonly here an address is chosen for each row",
+        ha="right",
+    )
     arrow(ax, (21.6, 2.95), (22.2, 2.45))
     note(ax, 22.9, 6.7, "the same tail tile of 16, with 5 own keys", ha="right")
     arrow(ax, (21.6, 6.4), (22.1, 5.85))
@@ -140,7 +146,13 @@ def optimizer(ax: Any) -> None:
     arrow(ax, (4.65, y + 2.6), (x + 1.55, y + 2.6))
     note(ax, 10.5, 1.9, "gradient of the tile = dy$^T$ h of the two red parts, in registers", size=10)
     note(ax, 10.5, 2.6, "AdamW updates the tile and its moments in the same visit", size=10)
-    note(ax, 5, 10.2, "In the same visit dh = dy w2 is taken from the old tile: the small gradients are made of it.", size=10)
+    note(
+        ax,
+        5,
+        10.2,
+        "In the same visit dh = dy w2 is taken from the old tile: the small gradients are made of it.",
+        size=10,
+    )
     note(ax, 5, 10.8, "The whole gradient [O, M] is never in memory.", size=10, weight="bold")
     arrow(ax, (x + 2.9, y + 2.6), (x + 7.5, y + 2.6), both=True)
     arrow(ax, (x + 8.9, y + 2.6), (x + 13.5, y + 2.6), both=True)
