@@ -39,6 +39,7 @@ def record(path: str, page: str) -> tuple[dict[str, Any], str]:
 def test_speed_is_the_records(causal: bool, label: str) -> None:
     result, shown = record("bench/results/cpu-amd-epyc-avx512-2-threads.json", "README.md")
     pairs = plot.pair(result["rows"])
+    assert f"over {len({p['name'] for p in pairs})} shapes" in shown
     cells = []
     for dtype, passes in plot.COLUMNS:
         ratios = [p["ratio"] for p in pairs if (p["causal"], p["dtype"], p["pass"]) == (causal, dtype, passes)]
