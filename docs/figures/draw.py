@@ -59,7 +59,7 @@ def note(ax: Any, x: float, y: float, words: str, **how: Any) -> None:
     ax.text(x, y, words, **{"ha": "left", "va": "center", "size": 9, **how})
 
 
-@figure(22, 9)
+@figure(24, 9)
 def op(ax: Any) -> None:
     """Scores of each sample: prefix columns are of the same keys, and every query sees them."""
     P, S = 4, 7
@@ -67,13 +67,13 @@ def op(ax: Any) -> None:
         x, y = 5 + 5.8 * b, 3.4
         cells(ax, x, y, S, P + S, lambda i, j: PREFIX if j < P else OWN if j - P <= i else HIDDEN)
         note(ax, x + (P + S) / 4, y + S / 2 + 0.5, f"scores of sample {b}", ha="center")
-        arrow(ax, (9.5 + 2 * b, 1.4), (x + P / 4, y - 0.1))
-    box(ax, 8, 0.4, 7, 1, PREFIX, "prefix_k, prefix_v: P rows, in memory once")
+        arrow(ax, (9.5 + 2.5 * b, 1.4), (x + P / 4, y - 0.1))
+    box(ax, 8, 0.4, 9, 1, PREFIX, "prefix_k, prefix_v: P rows, in memory once")
     note(ax, 4.7, 3.65, "query 0", ha="right")
     note(ax, 4.7, 6.65, "query L - 1", ha="right")
     note(ax, 5, 8.3, "orange: the prefix, seen by every query", color=PREFIX, weight="bold", size=8)
-    note(ax, 11.6, 8.3, "green: own keys, here causal", color=OWN, weight="bold", size=8)
-    note(ax, 16.8, 8.3, "a row has one softmax", weight="bold", size=8)
+    note(ax, 12.4, 8.3, "green: own keys, here causal", color=OWN, weight="bold", size=8)
+    note(ax, 18.3, 8.3, "a row has one softmax", weight="bold", size=8)
 
 
 @figure(22, 11)
@@ -94,7 +94,7 @@ def cpu(ax: Any) -> None:
     arrow(ax, (x + lanes / 2 + 0.5, y), (x + lanes / 2 + 0.5, y + (P + S) / 2))
     note(ax, x + lanes / 2 + 0.8, y + 2.2, "softmax runs down\neach lane:\nno shuffles")
     note(ax, x + lanes / 2 + 0.8, y + 5.2, "grey: hidden by causality;\nwhole vectors of it\nare left out")
-    note(ax, x + lanes / 4, 9.4, "a block of 128 keys may begin in the prefix\nand end in the sequence", ha="center")
+    note(ax, x + lanes / 4, 9.7, "a block of 128 keys may begin in the prefix\nand end in the sequence", ha="center")
 
 
 @figure(24, 8)
