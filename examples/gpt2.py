@@ -11,7 +11,7 @@ import prefixattn
 def main():
     torch.manual_seed(0)
     # random and small, so that this runs offline; or GPT2LMHeadModel.from_pretrained("gpt2")
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=2))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=2)).eval()
     prefix = prefixattn.attach(model, prefixattn.PrefixConfig(length=5, share="deep", hidden=32))
     print("trained parameters:", prefix.num_parameters(), "kept:", prefix.num_parameters(kept=True))
     optimizer = prefixattn.FactoredAdamW(prefix, lr=1e-2)
@@ -25,8 +25,7 @@ def main():
         optimizer.zero_grad()
         print("step", step, "loss", round(float(loss), 4))
 
-    model.eval()
-    prefix.eval()
+    prefix.eval()  # switches the prefix's own dropout off
     texts = model.generate(ids[:2], num_beams=2, max_new_tokens=6, pad_token_id=0)
     with tempfile.TemporaryDirectory() as folder:
         prefix.save_pretrained(folder)

@@ -16,17 +16,20 @@ BLOCKS = dict(re.findall(r"([^\n]+):\n\n```python\n(.*?)```", README.split("## Q
 PROOFS = {
     "The op, in plain PyTorch": "assert out.shape == q.shape and prefix_k.grad.shape == (12, 10, 64)",
     "A prefix for GPT-2": """
-assert texts.shape == (2, 16) and prefix.is_active
+assert texts.shape[0] == 2 and texts.shape[1] > 12 and prefix.is_active
 prefix.detach()
-assert torch.equal(prefixattn.load(model, "my_prefix")(), prefix())
+torch.testing.assert_close(prefixattn.load(model, "my_prefix")(), prefix())
 """,
     "A prefix for a vision transformer of timm": """
 assert model.head.weight.grad.any() and all(p.grad is not None for p in prefix.parameters())
 assert not any(p.requires_grad for p in model.blocks.parameters())
 """,
     "Many prefixes in one batch": """
+assert logits.shape == (3, 12, 50257)
+model.eval()  # without dropout
+together = model(ids, prefix_ids=torch.tensor([7, 0, 99])).logits
 alone = model(ids[1:2], prefix_ids=torch.tensor([0])).logits
-torch.testing.assert_close(logits[1:2], alone, atol=1e-4, rtol=1e-4)
+torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
 assert not torch.allclose(alone, model(ids[1:2], prefix_ids=torch.tensor([1])).logits)
 """,
 }
