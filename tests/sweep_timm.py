@@ -186,7 +186,7 @@ def record(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def sentence(whole: dict[str, Any]) -> str:
-    """What README tells of it."""
+    """What docs/models.md tells of it."""
     counts = whole["counts"]
     return (
         f"{counts['proved']} of the {sum(counts.values())} names of timm {whole['timm']} take a prefix, and "
@@ -205,7 +205,7 @@ def main() -> int:
         outcomes[name] = found = outcome(name)
         print(f"{i + 1}/{len(names)} {name}: {found.kind} {found.words}"[:200], flush=True)
     whole = record(outcomes)
-    print(whole["counts"], f"README: {sentence(whole)}", sep="\n")
+    print(whole["counts"], f"docs/models.md: {sentence(whole)}", sep="\n")
     if options.out:
         options.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return int(bool(whole["failed"]))

@@ -1,4 +1,4 @@
-"""The README's table of families and features: a cell is a test that runs for the family."""
+"""The table of families and features in docs/models.md: a cell is a test that runs for the family."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = {  # README's name -> that of the tests
+FAMILIES = {  # the table's name -> that of the tests
     "GPT-2": "gpt2",
     "LLaMA": "llama",
     "Mistral": "mistral",
@@ -84,6 +84,6 @@ def table() -> list[str]:
 
 
 def test_the_table_is_what_is_tested() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    wrong = [line for line in table() if line not in readme]
-    assert not wrong, "README's table of families lacks:\n" + "\n".join(table())
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    wrong = [line for line in table() if line not in page]
+    assert not wrong, "the table in docs/models.md lacks:\n" + "\n".join(table())

@@ -1,6 +1,7 @@
-"""The README's tables are those of the records."""
+"""The tables of README.md and docs/ are those of the records, and the lines for timm run as they are written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,52 +18,63 @@ import plot_reparam
 import plot_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = {"frozen": "no prefix", "deep": "Deep-share", "simple": "simple share", "none": "No-share"}
 
 
-def record(path: str) -> dict[str, Any]:
-    assert f"]({path})" in README or f"]({path.replace('.json', '.md')})" in README, f"README does not name {path}"
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def record(path: str, page: str) -> tuple[dict[str, Any], str]:
+    """A record and the page that shows it, which must say where the record lies."""
+    shown = text(page)
+    place = os.path.relpath(ROOT / path, (ROOT / page).parent)
+    named = [place, place.replace(".json", ".md")]
+    assert any(f"]({name})" in shown or f"]: {name}\n" in shown for name in named), f"{page} does not name {path}"
     found: dict[str, Any] = json.loads((ROOT / path).read_text(encoding="utf-8"))
-    return found
+    return found, shown
 
 
 @pytest.mark.parametrize("causal, label", [(False, "bidirectional (ViT)"), (True, "causal (GPT)")])
 def test_speed_is_the_records(causal: bool, label: str) -> None:
-    pairs = plot.pair(record("bench/results/cpu-amd-epyc-avx512-2-threads.json")["rows"])
+    result, shown = record("bench/results/cpu-amd-epyc-avx512-2-threads.json", "README.md")
+    pairs = plot.pair(result["rows"])
+    assert f"over {len({p['name'] for p in pairs})} shapes" in shown
     cells = []
     for dtype, passes in plot.COLUMNS:
         ratios = [p["ratio"] for p in pairs if (p["causal"], p["dtype"], p["pass"]) == (causal, dtype, passes)]
         cells.append(f"{plot.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
-    assert f"| {label} | {' | '.join(cells)} |" in README
+    assert f"| {label} | {' | '.join(cells)} |" in shown
 
 
 def test_memory_is_the_records() -> None:
-    pairs = plot.pair(record("bench/results/cpu-amd-epyc-avx512-2-threads.json")["rows"])
+    result, shown = record("bench/results/cpu-amd-epyc-avx512-2-threads.json", "docs/benchmarks.md")
+    pairs = plot.pair(result["rows"])
     case = ("vit B2 N577 P50 D64", "torch.float32", "fwd+bwd")
     [row] = [p for p in pairs if (p["name"], p["dtype"], p["pass"]) == case]
     ours, peer, necessary = row["ours"]["peak_mib"], row["peer"]["peak_mib"], row["ours"]["necessary_mib"]
-    words = f"{ours:.1f} MiB, of concatenation {peer:.1f}, of outputs and gradients alone {necessary:.1f}"
-    assert words in " ".join(README.split())
+    assert f"| {ours:.1f} MiB | {peer:.1f} MiB | {necessary:.1f} MiB |" in shown
 
 
 def test_table_to_text_is_the_records() -> None:
-    shown = plot_runs.table(record("bench/paper/results/e2e-small.json")).splitlines()[2:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown if line.startswith("|")]
+    result, shown = record("bench/paper/results/e2e-small.json", "docs/reproduction.md")
+    lines = plot_runs.table(result).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert [row[0] for row in rows] == ["frozen", "deep", "simple", "none", "deep-all", "original"]
     for name, *cells in rows:
-        assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in README
+        assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in shown
 
 
 def test_the_networks_tables_are_the_records() -> None:
-    result = record("bench/results/reparam-cpu-amd-epyc-avx512-2-threads.json")
+    result, shown = record("bench/results/reparam-cpu-amd-epyc-avx512-2-threads.json", "docs/optimizer.md")
     for line in plot_reparam.times(result) + plot_reparam.memory(result):
-        assert line in README
+        assert line in shown
 
 
 def test_the_moments_table_is_the_records() -> None:
-    for line in moments.table(record("bench/paper/results/moments.json")).splitlines():
-        assert line in README
+    result, shown = record("bench/paper/results/moments.json", "docs/optimizer.md")
+    for line in moments.table(result).splitlines():
+        assert line in shown
 
 
 def test_gpu_tables_are_the_records() -> None:
@@ -72,8 +84,9 @@ def test_gpu_tables_are_the_records() -> None:
     if not found:
         pytest.skip("no GPU was measured yet: there is no record")
     for path in found:
-        for line in plot_gpu.targets(record(f"bench/results/{path.name}")):
-            assert line in README
+        result, shown = record(f"bench/results/{path.name}", "docs/benchmarks.md")
+        for line in plot_gpu.targets(result):
+            assert line in shown
 
 
 def test_the_models_tables_are_the_records() -> None:
@@ -82,14 +95,14 @@ def test_the_models_tables_are_the_records() -> None:
     if not found:
         pytest.skip("bench/bench_models.py was not run to its end yet: there is no record")
     for path in found:
-        result = record(f"bench/results/{path.name}")
+        result, shown = record(f"bench/results/{path.name}", "docs/benchmarks.md")
         for line in plot_models.steps(result) + plot_models.attached(result):
-            assert line in README
+            assert line in shown
 
 
 def test_the_lines_for_timm_run_as_written(capfd: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, with a step between them; timm and torchvision are what `make build` installs."""
-    section = README.split("### timm's vision transformers")[1].split("\n### ")[0]
+    section = text("docs/models.md").split("## timm's vision transformers")[1]
     first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     step = """
 import torch

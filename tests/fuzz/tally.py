@@ -7,7 +7,7 @@ from tests.fuzz.cases import Case, make
 from tests.fuzz.judge import Finding, Judge
 
 SHARE = 0.001  # of all calls may lie outside the bar; where the batch is large none may
-# Of kernels in 16 bits: their gradients start from out as it was rounded, see DESIGN.md
+# Of kernels in 16 bits: their gradients start from out as it was rounded, see docs/design/numerics.md
 HALF_SHARE = 0.04
 KEPT = 40  # of the worst
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from prefixattn.attention import philox
 from tests.fuzz.cases import Case
 
-HIDES = -1e37  # README: a mask's number of -1e37 or less hides its key
+HIDES = -1e37  # docs/op.md: a mask's number of -1e37 or less hides its key
 
 
 def truth(case: Case) -> dict[str, Tensor]:

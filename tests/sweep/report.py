@@ -6,6 +6,7 @@ python tests/sweep/report.py          writes docs/families.md
 import hashlib
 import json
 import re
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,23 @@ def reason(result: dict[str, Any]) -> str:
 HEAD = """\
 # Models of transformers, one by one
 
-Made by `make sweep` (tests/sweep) with transformers {transformers} and torch {torch}: every class of transformers' auto
-classes, with each config that it takes, built small and random.
+Made by `make sweep` (tests/sweep) with transformers {transformers} and torch {torch}.
+It takes every class of transformers' auto classes, with each config of it, small and random.
 
-*Proved*: with a prefix attached, another prefix changes the output of `model(...)` and of generation; each layer's
-prefix does so by itself, and gets a gradient in training; `model.forward(...)`, the base model, the encoder and the
-decoder, called by themselves, use the prefix or refuse; an output depends on another token exactly where the plain
-model's does; padding takes no part where it takes none in the plain model (or is refused in words), and a mask of
-another width is refused where the plain model refuses it; steps of generation equal the forward pass; `disabled()`
-and `detach()` give the plain model to the bit. *Refused*: `attach` says why, and leaves the model as it was. *Not
-built* says nothing about the class: a library is missing, or there was no small config for it, or no inputs on which
-the plain model runs."""
+*Proved* means all of this:
+
+- With a prefix attached, another prefix changes the output of `model(...)` and of generation.
+- Each layer's prefix does so by itself, and gets a gradient in training.
+- `model.forward(...)`, the base model, the encoder and the decoder use the prefix or refuse.
+- An output depends on another token exactly where the plain model's does.
+- Padding takes no part where it takes none in the plain model, or is refused in words.
+- A mask of another width is refused where the plain model refuses it.
+- Steps of generation equal the forward pass.
+- `disabled()` and `detach()` give the plain model to the bit.
+
+*Refused* means that `attach` says why, and leaves the model as it was.
+*Not built* says nothing about the class.
+A library is missing, or there was no small config or no inputs on which the plain model runs."""
 
 
 def page(read: dict[str, Any], tasks: dict[str, tuple[str, ...]]) -> str:
@@ -118,7 +125,8 @@ def page(read: dict[str, Any], tasks: dict[str, tuple[str, ...]]) -> str:
         for words, types in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
             lines.append(f"| {words} | {len(types)} | {', '.join(sorted(set(types)))} |")
     proved = sorted({n.split("/")[0] for n, r in models.items() if r["outcome"] == "proved"})
-    lines += ["", f"Model types with a class that is proved ({len(proved)}): {', '.join(proved)}."]
+    lines += ["", f"Model types with a class that is proved ({len(proved)}):", ""]
+    lines += textwrap.wrap(", ".join(proved) + ".", 100, break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
