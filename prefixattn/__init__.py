@@ -13,12 +13,14 @@ from prefixattn.attach.prefix import Prefix
 from prefixattn.attention.functional import prefix_attention, prefix_attention_qkvpacked
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.prefixes.config import PrefixConfig
+from prefixattn.prefixes.factored import FactoredNetwork
 from prefixattn.prefixes.plus import PrefixPlusConfig
 from prefixattn.reparam.functional import reparameterize
 
 __version__ = "0.1.0"
 __all__ = [
     "FactoredAdamW",
+    "FactoredNetwork",
     "FactoredSGD",
     "Prefix",
     "PrefixBank",

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prefixattn import FactoredAdamW, FactoredSGD
+from prefixattn import FactoredAdamW, FactoredNetwork, FactoredSGD
 from prefixattn.optim import DeferredGradient, FactoredGradient
-from prefixattn.prefixes.factored import FactoredNetwork
-from prefixattn.reparam.call import Form
 from prefixattn.testing.optim import Largest
 
 P, E, M, LAYERS, HEADS, D = 5, 12, 10, 3, 2, 8
@@ -21,8 +19,7 @@ class Deeper(FactoredNetwork):
     """Two hidden layers and a norm, where DeepShare has one hidden layer."""
 
     def __init__(self, networks: int = 1, bias: bool = True) -> None:
-        super().__init__()
-        self.form = Form(LAYERS, HEADS, D, interleaved=False, activation="none")
+        super().__init__(LAYERS, HEADS, D)
         ahead = () if networks == 1 else (networks,)
         self.rows = nn.Parameter(torch.randn(*ahead, P, E))
         self.norm = nn.LayerNorm(E)

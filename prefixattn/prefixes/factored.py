@@ -15,8 +15,7 @@ class FactoredNetwork(OwnedByOptimizer):
 
         y = hidden(*ahead) @ w2.mT + b2    # [G, P, O], O = form.layers * 2 * form.kv_heads * form.head_dim
 
-    y is seen as the bank `[G * layers, 2, kv_heads, P, head_dim]` as `reparameterize` sees it. A subclass sets `form`
-    (whose activation is its own affair) and defines
+    y is seen as the bank `[G * layers, 2, kv_heads, P, head_dim]` as `reparameterize` sees it. A subclass defines
 
     - `parameters_in_order()`: the parameters ahead, w2 [O, M] or [G, O, M], and b2 [O], [G, O] or None;
     - `hidden(*ahead)`: [P, M] or [G, P, M], of these tensors and of nothing that changes, the same each time.
@@ -29,7 +28,12 @@ class FactoredNetwork(OwnedByOptimizer):
     has to call torch.autograd.graph.increment_version.
     """
 
-    form: Form
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, interleaved: bool = False, activation: str = "none"
+    ) -> None:
+        """Of the sizes of `reparameterize`; `activation` is the affair of `hidden`."""
+        super().__init__()
+        self.form = Form(layers, kv_heads, head_dim, interleaved, activation)
 
     def hidden(self, *ahead: Tensor) -> Tensor:
         """[P, M] or [G, P, M]"""

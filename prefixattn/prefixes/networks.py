@@ -91,12 +91,11 @@ class DeepShare(FactoredNetwork):
         activation: str = "tanh",
         fused: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(layers, geometry.kv_heads, geometry.head_dim, interleaved, activation)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected {', '.join(map(repr, ACTIVATIONS))}")
         if not isinstance(networks, int) or networks < 1:
             raise ValueError(f"networks is {networks!r}, expected an integer from 1")
-        self.form = Form(layers, geometry.kv_heads, geometry.head_dim, interleaved, activation)
         self.networks = networks
         self.fused = fused
         outputs = layers * 2 * geometry.kv_heads * geometry.head_dim
