@@ -153,9 +153,6 @@ def place(built: Path, target: Path) -> None:
     fresh.replace(target)
 
 
-FOLDERS = "attach attach.hf attach.timm attention optim prefixes reparam testing".split()
-
-
 class NinjaBuildExt(build_ext):
     def run(self) -> None:
         [extension] = self.extensions
@@ -189,7 +186,18 @@ class NinjaBuildExt(build_ext):
 
 setup(
     # written out: kernels/ would not be found by looking for packages, and bench/ or tests/ must never be
-    packages=["prefixattn", "prefixattn.kernels", *(f"prefixattn.{name}" for name in FOLDERS)],
+    packages=[
+        "prefixattn",
+        "prefixattn.attach",
+        "prefixattn.attach.hf",
+        "prefixattn.attach.timm",
+        "prefixattn.attention",
+        "prefixattn.kernels",
+        "prefixattn.optim",
+        "prefixattn.prefixes",
+        "prefixattn.reparam",
+        "prefixattn.testing",
+    ],
     ext_modules=[Extension("prefixattn._C", sources=[])],
     cmdclass={"build_ext": NinjaBuildExt},
 )
