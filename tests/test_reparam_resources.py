@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 
-import reparam_counts
+from bench.static import reparam_counts
+from bench.static.reparam_counts import CASES, Case, Launched, intercepted, moved, step
 from prefixattn.kernels.launch_reparam import DATE
-from reparam_counts import CASES, Case, Launched, intercepted, moved, step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -31,7 +31,7 @@ KERNELS = {"reparam_hidden", "reparam_bank", "reparam_dh", "reparam_dw2", "facto
 def compiled_for(arch: str, folder: Path) -> list[dict[str, Any]]:
     out = folder / f"{arch}.json"
     done = subprocess.run(
-        [sys.executable, "bench/reparam_resources.py", "--arch", arch, "--out", str(out)],
+        [sys.executable, "-m", "bench.static.reparam_resources", "--arch", arch, "--out", str(out)],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,

@@ -23,8 +23,9 @@ ARCHS = {"sm_80": "-bf16-64$", "sm_90": "", "sm_100": "-bf16-64$"}
 
 def compiled_for(arch: str, folder: Path) -> list[dict[str, Any]]:
     out = folder / f"{arch}.json"
+    arguments = ["--arch", arch, f"--only={ARCHS[arch]}", "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, "bench/triton_resources.py", "--arch", arch, f"--only={ARCHS[arch]}", "--out", str(out)],
+        [sys.executable, "-m", "bench.static.triton_resources", *arguments],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,

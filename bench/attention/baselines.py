@@ -19,7 +19,7 @@ from prefixattn.layout import unpacked
 
 
 @dataclass(frozen=True)
-class Shape:
+class BenchShape:
     model: str  # "vit": bidirectional; "gpt": causal
     B: int
     H: int
@@ -71,7 +71,7 @@ class Shape:
 BANK_ROWS = 32
 
 
-class Inputs(NamedTuple):
+class BenchInputs(NamedTuple):
     """q, k and v as models make them: [B, L, H, D] in memory."""
 
     q: Tensor  # [B, H, L, D]
@@ -86,19 +86,19 @@ class Inputs(NamedTuple):
         own = (self.q, self.k, self.v) if self.qkv is None else (self.qkv,)
         return *own, self.prefix_k, self.prefix_v
 
-    def with_leaves(self, *leaves: Tensor) -> "Inputs":
+    def with_leaves(self, *leaves: Tensor) -> "BenchInputs":
         """The same call on other tensors; the parts of a packed projection are made anew, as a model does each time."""
         *own, prefix_k, prefix_v = leaves
         parts = own if self.qkv is None else unpacked(own[0])
-        return Inputs(*parts, prefix_k, prefix_v, self.ids, None if self.qkv is None else own[0])
+        return BenchInputs(*parts, prefix_k, prefix_v, self.ids, None if self.qkv is None else own[0])
 
 
-Attention = Callable[[Inputs, Shape], Tensor]
+Attention = Callable[[BenchInputs, BenchShape], Tensor]
 
 
 def make_inputs(
-    shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Inputs, Tensor]:
+    shape: BenchShape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[BenchInputs, Tensor]:
     """The inputs, whose leaves want gradients, and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -115,10 +115,10 @@ def make_inputs(
         own = [normal(B, n, h, D).transpose(1, 2).requires_grad_() for n, h in ((L, H), (S, Hkv), (S, Hkv))]
         parts, qkv = (own[0], own[1], own[2]), None
     prefix = [normal(*rows, Hkv, P, D).requires_grad_() for _ in range(2)]
-    return Inputs(*parts, *prefix, ids, qkv), normal(B, L, H, D).transpose(1, 2)
+    return BenchInputs(*parts, *prefix, ids, qkv), normal(B, L, H, D).transpose(1, 2)
 
 
-def concatenated(x: Inputs) -> tuple[Tensor, Tensor]:
+def concatenated(x: BenchInputs) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, P+S, D]."""
     B = x.q.shape[0]
     prefixes = (x.prefix_k, x.prefix_v) if x.ids is None else (x.prefix_k[x.ids], x.prefix_v[x.ids])
@@ -138,14 +138,14 @@ def visible_float(L: int, P: int, dtype: torch.dtype) -> Tensor:  # [L, P+L]; ad
     return torch.zeros(L, P + L, dtype=dtype).masked_fill(~visible(L, P), float("-inf"))
 
 
-def ours(x: Inputs, shape: Shape, backend: str) -> Tensor:
+def ours(x: BenchInputs, shape: BenchShape, backend: str) -> Tensor:
     options = {"is_causal": shape.causal, "prefix_ids": x.ids, "backend": backend}
     if x.qkv is not None:
         return prefix_attention_qkvpacked(x.qkv, x.prefix_k, x.prefix_v, **options).transpose(1, 2)
     return prefix_attention(x.q, x.k, x.v, x.prefix_k, x.prefix_v, enable_gqa=shape.Hkv > 0, **options)
 
 
-def eager_concat(x: Inputs, shape: Shape) -> Tensor:
+def eager_concat(x: BenchInputs, shape: BenchShape) -> Tensor:
     """Plain PyTorch: the measure of exactness, and what the papers' code does."""
     k, v = (t.repeat_interleave(shape.H // shape.kv_heads, 1) for t in concatenated(x))
     scores = x.q @ k.mT * shape.D**-0.5  # [B, H, L, P+S]
@@ -154,24 +154,24 @@ def eager_concat(x: Inputs, shape: Shape) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-def sdpa_concat(x: Inputs, shape: Shape) -> Tensor:
+def sdpa_concat(x: BenchInputs, shape: BenchShape) -> Tensor:
     # causal_lower_right is this with the mask made anew in each call: on a CPU it has no path of its own
     mask = visible(shape.L, shape.P) if shape.causal else None
     return F.scaled_dot_product_attention(x.q, *concatenated(x), attn_mask=mask)
 
 
-def sdpa_concat_float(x: Inputs, shape: Shape) -> Tensor:
+def sdpa_concat_float(x: BenchInputs, shape: BenchShape) -> Tensor:
     return F.scaled_dot_product_attention(x.q, *concatenated(x), attn_mask=visible_float(shape.L, shape.P, x.q.dtype))
 
 
-def sdpa_padded_q(x: Inputs, shape: Shape) -> Tensor:
+def sdpa_padded_q(x: BenchInputs, shape: BenchShape) -> Tensor:
     """P idle queries ahead make causality top-left, which SDPA skips tiles for; nobody is known to write it so."""
     idle = x.q.new_zeros(shape.B, shape.H, shape.P, shape.D)
     out = F.scaled_dot_product_attention(torch.cat([idle, x.q], 2), *concatenated(x), is_causal=True)
     return out[:, :, shape.P :]
 
 
-def sdpa_no_prefix(x: Inputs, shape: Shape) -> Tensor:
+def sdpa_no_prefix(x: BenchInputs, shape: BenchShape) -> Tensor:
     """Less work, so no peer: what the attention cost before there was a prefix."""
     return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=shape.causal)
 
@@ -193,36 +193,38 @@ def _flex_block_mask(L: int, P: int) -> object:
     return create_block_mask(lambda b, h, i, j: j <= i + prefix, None, None, L, P + L, device="cpu")
 
 
-def flex_concat(x: Inputs, shape: Shape) -> Tensor:
+def flex_concat(x: BenchInputs, shape: BenchShape) -> Tensor:
     mask = _flex_block_mask(shape.L, shape.P) if shape.causal else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's, about itself
         return _compiled_flex()(x.q, *concatenated(x), block_mask=mask)
 
 
-class Peer(NamedTuple):
+class Baseline(NamedTuple):
+    """What ours is compared with."""
+
     attention: Attention
     causal: tuple[bool, ...]  # which shapes it is for
     role: str  # "peer": the fastest of these is what our ratio is over; "trick", "floor": shown beside
 
 
 BOTH, CAUSAL = (False, True), (True,)
-PEERS = {
-    "sdpa_concat": Peer(sdpa_concat, BOTH, "peer"),
-    "sdpa_concat_float": Peer(sdpa_concat_float, CAUSAL, "peer"),
-    "flex_concat": Peer(flex_concat, BOTH, "peer"),
-    "sdpa_padded_q": Peer(sdpa_padded_q, CAUSAL, "trick"),
-    "sdpa_no_prefix": Peer(sdpa_no_prefix, BOTH, "floor"),
+BASELINES = {
+    "sdpa_concat": Baseline(sdpa_concat, BOTH, "peer"),
+    "sdpa_concat_float": Baseline(sdpa_concat_float, CAUSAL, "peer"),
+    "flex_concat": Baseline(flex_concat, BOTH, "peer"),
+    "sdpa_padded_q": Baseline(sdpa_padded_q, CAUSAL, "trick"),
+    "sdpa_no_prefix": Baseline(sdpa_no_prefix, BOTH, "floor"),
 }
 OURS: dict[str, Attention] = {name: partial(ours, backend=name) for name in ("cpu", "triton", "reference")}
 
 
-def forward(attention: Attention, x: Inputs, shape: Shape) -> Tensor:
+def forward(attention: Attention, x: BenchInputs, shape: BenchShape) -> Tensor:
     with torch.no_grad():
         return attention(x, shape)
 
 
-def forward_backward(attention: Attention, x: Inputs, dout: Tensor, shape: Shape) -> tuple[Tensor, ...]:
+def forward_backward(attention: Attention, x: BenchInputs, dout: Tensor, shape: BenchShape) -> tuple[Tensor, ...]:
     """The output and the gradients of all leaves that want one."""
     leaves = x.leaves()
     if x.qkv is not None:  # the views belong to the step that is timed
@@ -238,9 +240,9 @@ _BATCH = {("vit", 197): 16, ("vit", 577): 2, ("gpt", 64): 64, ("gpt", 256): 12, 
 _LENGTHS = {"vit": ((197, 577), (5, 10, 50, 200)), "gpt": ((64, 256, 1024), (5, 20, 200))}
 
 
-def all_shapes() -> list[Shape]:
+def all_shapes() -> list[BenchShape]:
     return [
-        Shape(model, max(1, _BATCH[model, N] * 64 // D), 12, N, P, D)
+        BenchShape(model, max(1, _BATCH[model, N] * 64 // D), 12, N, P, D)
         for model, (lengths, prefixes) in _LENGTHS.items()
         for D in (64, 128)
         for N in lengths
@@ -248,4 +250,4 @@ def all_shapes() -> list[Shape]:
     ]
 
 
-QUICK = [Shape("vit", 1, 2, 50, 10, 64), Shape("gpt", 1, 2, 64, 5, 64)]
+QUICK = [BenchShape("vit", 1, 2, 50, 10, 64), BenchShape("gpt", 1, 2, 64, 5, 64)]

@@ -1,4 +1,4 @@
-"""What `prefix_attention` is measured against on a GPU, each peer in the form that serves it best, and the shapes.
+"""What `prefix_attention` is measured against on a GPU, each baseline in the form that serves it best, and the shapes.
 
 SDPA's backends are forced one by one, since which of them is fastest depends on the versions. Causality behind a
 prefix is aligned bottom-right: FlashAttention has it, cuDNN through SDPA has not and is given a mask. Packages that are
@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from peers import BOTH, CAUSAL, Inputs, Peer, Shape, concatenated, eager_concat, visible
+from bench.attention.baselines import (
+    BOTH,
+    CAUSAL,
+    Baseline,
+    BenchInputs,
+    BenchShape,
+    concatenated,
+    eager_concat,
+    visible,
+)
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -25,7 +34,7 @@ BACKENDS = {
 }
 
 
-def sdpa_concat(x: Inputs, shape: Shape, backend: str) -> Tensor:
+def sdpa_concat(x: BenchInputs, shape: BenchShape, backend: str) -> Tensor:
     k, v = concatenated(x)
     mask: Any = None
     if shape.causal and shape.L > 1:  # one query sees every key
@@ -39,7 +48,7 @@ def sdpa_concat(x: Inputs, shape: Shape, backend: str) -> Tensor:
         return F.scaled_dot_product_attention(x.q, k, v, attn_mask=mask, enable_gqa=shape.Hkv > 0)
 
 
-def sdpa_padded_q(x: Inputs, shape: Shape) -> Tensor:
+def sdpa_padded_q(x: BenchInputs, shape: BenchShape) -> Tensor:
     """P idle queries ahead make causality top-left, which cuDNN has; nobody is known to write it so."""
     idle = x.q.new_zeros(shape.B, shape.H, shape.P, shape.D)
     k, v = concatenated(x)
@@ -48,7 +57,7 @@ def sdpa_padded_q(x: Inputs, shape: Shape) -> Tensor:
     return out[:, :, shape.P :]
 
 
-def sdpa_no_prefix(x: Inputs, shape: Shape, backend: str) -> Tensor:
+def sdpa_no_prefix(x: BenchInputs, shape: BenchShape, backend: str) -> Tensor:
     """Less work, so no peer: what the attention cost before there was a prefix."""
     mask = causal_lower_right(shape.L, shape.keys) if shape.causal and shape.L not in (1, shape.keys) else None
     causal = shape.causal and shape.L == shape.keys
@@ -56,7 +65,7 @@ def sdpa_no_prefix(x: Inputs, shape: Shape, backend: str) -> Tensor:
         return F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=mask, is_causal=causal, enable_gqa=shape.Hkv > 0)
 
 
-def peft(x: Inputs, shape: Shape) -> Tensor:
+def peft(x: BenchInputs, shape: BenchShape) -> Tensor:
     """PEFT and transformers: one copy of the prefix a sample, a cache that concatenates, and a mask of every score."""
     B = shape.B
     prefixes = (x.prefix_k, x.prefix_v) if x.ids is None else (x.prefix_k[x.ids], x.prefix_v[x.ids])
@@ -66,31 +75,31 @@ def peft(x: Inputs, shape: Shape) -> Tensor:
     return F.scaled_dot_product_attention(x.q, k, v, attn_mask=mask, enable_gqa=shape.Hkv > 0)
 
 
-def flash_attn_2(x: Inputs, shape: Shape) -> Tensor:
+def flash_attn_2(x: BenchInputs, shape: BenchShape) -> Tensor:
     from flash_attn import flash_attn_func
 
     return _rows_first(flash_attn_func, x, shape)
 
 
-def flash_attn_3(x: Inputs, shape: Shape) -> Tensor:
+def flash_attn_3(x: BenchInputs, shape: BenchShape) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
     return _rows_first(flash_attn_func, x, shape)
 
 
-def flash_attn_4(x: Inputs, shape: Shape) -> Tensor:
+def flash_attn_4(x: BenchInputs, shape: BenchShape) -> Tensor:
     from flash_attn.cute import flash_attn_func
 
     return _rows_first(flash_attn_func, x, shape)
 
 
-def _rows_first(function: Callable[..., Any], x: Inputs, shape: Shape) -> Tensor:
+def _rows_first(function: Callable[..., Any], x: BenchInputs, shape: BenchShape) -> Tensor:
     out = function(*(t.transpose(1, 2) for t in (x.q, *concatenated(x))), causal=shape.causal)
     out = out[0] if isinstance(out, tuple) else out
     return out.transpose(1, 2)
 
 
-def xformers(x: Inputs, shape: Shape) -> Tensor:
+def xformers(x: BenchInputs, shape: BenchShape) -> Tensor:
     from xformers.ops import LowerTriangularFromBottomRightMask, memory_efficient_attention
 
     bias = LowerTriangularFromBottomRightMask() if shape.causal else None
@@ -132,12 +141,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, gqa: bool, lse: bool = Fal
         return out, aux.lse
 
 
-def flex_concat(x: Inputs, shape: Shape) -> Tensor:
+def flex_concat(x: BenchInputs, shape: BenchShape) -> Tensor:
     mask = _block_mask(shape.L, shape.P, shape.keys, True, x.q.device) if shape.causal else None
     return _flex(x.q, *concatenated(x), mask, shape.Hkv > 0)
 
 
-def flex_merge(x: Inputs, shape: Shape) -> Tensor:
+def flex_merge(x: BenchInputs, shape: BenchShape) -> Tensor:
     """A call over the prefix with a batch of one, whose gradient is summed over the samples, and one over own keys."""
     q, gqa = x.q, shape.Hkv > 0
     one = (x.prefix_k, x.prefix_v) if x.ids is None else (x.prefix_k[x.ids], x.prefix_v[x.ids])
@@ -152,61 +161,64 @@ def flex_merge(x: Inputs, shape: Shape) -> Tensor:
 
 
 FLEX = ("flex_concat", "flex_merge")
-PEERS = {
-    **{f"sdpa_concat_{name}": Peer(partial(sdpa_concat, backend=name), BOTH, "peer") for name in BACKENDS},
-    "flex_merge": Peer(flex_merge, BOTH, "peer"),
-    "flex_concat": Peer(flex_concat, BOTH, "peer"),
-    "peft": Peer(peft, BOTH, "peer"),
-    "flash_attn_2": Peer(flash_attn_2, BOTH, "peer"),
-    "flash_attn_3": Peer(flash_attn_3, BOTH, "peer"),
-    "flash_attn_4": Peer(flash_attn_4, BOTH, "peer"),
-    "xformers": Peer(xformers, BOTH, "peer"),
-    "sdpa_padded_q": Peer(sdpa_padded_q, CAUSAL, "trick"),
-    **{f"sdpa_no_prefix_{n}": Peer(partial(sdpa_no_prefix, backend=n), BOTH, "floor") for n in ("flash", "cudnn")},
+BASELINES = {
+    **{f"sdpa_concat_{name}": Baseline(partial(sdpa_concat, backend=name), BOTH, "peer") for name in BACKENDS},
+    "flex_merge": Baseline(flex_merge, BOTH, "peer"),
+    "flex_concat": Baseline(flex_concat, BOTH, "peer"),
+    "peft": Baseline(peft, BOTH, "peer"),
+    "flash_attn_2": Baseline(flash_attn_2, BOTH, "peer"),
+    "flash_attn_3": Baseline(flash_attn_3, BOTH, "peer"),
+    "flash_attn_4": Baseline(flash_attn_4, BOTH, "peer"),
+    "xformers": Baseline(xformers, BOTH, "peer"),
+    "sdpa_padded_q": Baseline(sdpa_padded_q, CAUSAL, "trick"),
+    **{f"sdpa_no_prefix_{n}": Baseline(partial(sdpa_no_prefix, backend=n), BOTH, "floor") for n in ("flash", "cudnn")},
 }
 # without a GPU SDPA has its "math" form and nothing to force: enough to try the code around it
-DRY_PEERS = {
-    "flex_merge": PEERS["flex_merge"],
-    "flex_concat": PEERS["flex_concat"],
-    "peft": PEERS["peft"],
-    "eager_concat": Peer(eager_concat, BOTH, "peer"),
-    "flash_attn_2": PEERS["flash_attn_2"],
+DRY_BASELINES = {
+    "flex_merge": BASELINES["flex_merge"],
+    "flex_concat": BASELINES["flex_concat"],
+    "peft": BASELINES["peft"],
+    "eager_concat": Baseline(eager_concat, BOTH, "peer"),
+    "flash_attn_2": BASELINES["flash_attn_2"],
 }
 
 # the shapes that targets were set for: microseconds of our forward, ratio to the best peer forward and with backward
 TARGETS = {
-    Shape("vit", 64, 12, 197, 10, 64): (30, 2.0, 1.9),
-    Shape("vit", 128, 12, 197, 50, 64): (62, 2.0, 1.8),
-    Shape("vit", 64, 12, 577, 50, 64): (190, 1.5, 1.3),
-    Shape("vit", 64, 16, 1025, 50, 64): (800, 1.3, 1.15),
-    Shape("gpt", 16, 12, 256, 20, 64): (11, 2.0, 1.8),
-    Shape("gpt", 8, 16, 1024, 200, 64): (68, 1.5, 1.3),
-    Shape("gpt", 8, 25, 1024, 10, 64): (88, 1.4, 1.25),
-    Shape("gpt", 16, 32, 512, 100, 128): (130, 1.65, 1.4),
-    Shape("gpt", 4, 32, 2048, 30, 128): (305, 1.18, 1.05),
-    Shape("gpt", 4, 32, 2048, 30, 128, Hkv=8): (300, 1.0, 1.0),
+    BenchShape("vit", 64, 12, 197, 10, 64): (30, 2.0, 1.9),
+    BenchShape("vit", 128, 12, 197, 50, 64): (62, 2.0, 1.8),
+    BenchShape("vit", 64, 12, 577, 50, 64): (190, 1.5, 1.3),
+    BenchShape("vit", 64, 16, 1025, 50, 64): (800, 1.3, 1.15),
+    BenchShape("gpt", 16, 12, 256, 20, 64): (11, 2.0, 1.8),
+    BenchShape("gpt", 8, 16, 1024, 200, 64): (68, 1.5, 1.3),
+    BenchShape("gpt", 8, 25, 1024, 10, 64): (88, 1.4, 1.25),
+    BenchShape("gpt", 16, 32, 512, 100, 128): (130, 1.65, 1.4),
+    BenchShape("gpt", 4, 32, 2048, 30, 128): (305, 1.18, 1.05),
+    BenchShape("gpt", 4, 32, 2048, 30, 128, Hkv=8): (300, 1.0, 1.0),
 }
-_PACKED = [Shape("vit", 64, 12, 197, 10, 64, form="packed"), Shape("gpt", 8, 16, 1024, 200, 64, form="packed")]
-_NO_PREFIX = [Shape(s.model, s.B, s.H, s.L, 0, s.D, s.Hkv) for s in TARGETS if s.P != 200]
-_LENGTHS = [Shape("vit", 64, 12, 197, P, 64) for P in (1, 5, 50, 200)]
-_LENGTHS += [Shape("gpt", 8, 16, 1024, P, 64) for P in (1, 10, 1024, 8192)]
-_DECODING = [Shape("gpt", 64, 16, 1, P, 64, S=128) for P in (5, 200, 2048)]
-_DECODING += [Shape("gpt", 32, 32, 1, 2048, 128, Hkv=8, S=512)]
-_BANK = [Shape("gpt", 64, 16, 1, 20, 64, S=128, form="bank"), Shape("gpt", 64, 12, 128, 20, 64, form="bank")]
+_PACKED = [
+    BenchShape("vit", 64, 12, 197, 10, 64, form="packed"),
+    BenchShape("gpt", 8, 16, 1024, 200, 64, form="packed"),
+]
+_NO_PREFIX = [BenchShape(s.model, s.B, s.H, s.L, 0, s.D, s.Hkv) for s in TARGETS if s.P != 200]
+_LENGTHS = [BenchShape("vit", 64, 12, 197, P, 64) for P in (1, 5, 50, 200)]
+_LENGTHS += [BenchShape("gpt", 8, 16, 1024, P, 64) for P in (1, 10, 1024, 8192)]
+_DECODING = [BenchShape("gpt", 64, 16, 1, P, 64, S=128) for P in (5, 200, 2048)]
+_DECODING += [BenchShape("gpt", 32, 32, 1, 2048, 128, Hkv=8, S=512)]
+_BANK = [BenchShape("gpt", 64, 16, 1, 20, 64, S=128, form="bank"), BenchShape("gpt", 64, 12, 128, 20, 64, form="bank")]
 
 
-def all_shapes() -> list[Shape]:
+def all_shapes() -> list[BenchShape]:
     """Those with targets first: the time given may not suffice for all."""
     shapes = [*TARGETS, *_PACKED, *_DECODING, *_BANK, *_NO_PREFIX, *_LENGTHS]
     return list(dict.fromkeys(shapes))
 
 
 QUICK = [
-    Shape("vit", 1, 2, 37, 10, 16),
-    Shape("gpt", 2, 4, 33, 5, 16, Hkv=2),
-    Shape("gpt", 2, 2, 1, 20, 16, S=9, form="bank"),
-    Shape("vit", 1, 2, 20, 3, 16, form="packed"),
-    Shape("vit", 1, 2, 37, 0, 16),
+    BenchShape("vit", 1, 2, 37, 10, 16),
+    BenchShape("gpt", 2, 4, 33, 5, 16, Hkv=2),
+    BenchShape("gpt", 2, 2, 1, 20, 16, S=9, form="bank"),
+    BenchShape("vit", 1, 2, 20, 3, 16, form="packed"),
+    BenchShape("vit", 1, 2, 37, 0, 16),
 ]
 
 NEED_A_PREFIX = ("flex_merge", "sdpa_padded_q")

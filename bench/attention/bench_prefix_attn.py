@@ -1,15 +1,15 @@
 """`prefix_attention` beside concatenation, SDPA without a prefix and FlexAttention; `make bench` runs it on this CPU.
 
-    python -m pytest bench/bench_prefix_attn.py                 # 7 minutes or so, then bench/results/<device>.json
-    python -m pytest bench/bench_prefix_attn.py --device gpu    # the same on a GPU, with its own peers and shapes
-    python -m pytest bench/bench_prefix_attn.py --quick         # a few small shapes, no file
+    python -m pytest bench/attention/bench_prefix_attn.py                 # 7 minutes, then bench/results/<device>.json
+    python -m pytest bench/attention/bench_prefix_attn.py --device gpu    # on a GPU, with its own baselines and shapes
+    python -m pytest bench/attention/bench_prefix_attn.py --quick         # a few small shapes, no file
 
-Each case checks our numbers and every peer's against float64 before it times them, side by side in one process.
+Each case checks our numbers and every baseline's against float64 before it times them, side by side in one process.
 pytest-benchmark's own table times ours once more, for its --benchmark-compare.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
 
@@ -17,25 +17,52 @@ import pytest
 import torch
 from torch import Tensor
 
-from peers import Attention, Shape, eager_concat, forward, forward_backward, make_inputs
-from platforms import Platform
+from bench.attention import suites
+from bench.attention.baselines import Attention, BenchShape, eager_concat, forward, forward_backward, make_inputs
+from bench.attention.record import Record
+from bench.attention.suites import Suite
+from bench.harness.command import NOTHING, interrupted
+from bench.harness.record import RESULTS, device_slug
+from bench.harness.timing import quantiles
 from prefixattn.testing import assert_as_accurate
-from record import Record
-from timing import quantiles
 
 FWD, BOTH, PREFIX = "fwd", "fwd+bwd", "prefix grads"  # the last: below a frozen trunk, nothing else wants a gradient
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    side = Platform.chosen(metafunc.config)
-    shapes = side.quick if metafunc.config.getoption("--quick") else side.shapes
-    cases = [(s, d, p) for s in shapes for d in side.dtypes for p in side.passes if s.P or p != PREFIX]
+    suite = suites.chosen(metafunc.config)
+    shapes = suite.quick if metafunc.config.getoption("--quick") else suite.shapes
+    cases = [(s, d, p) for s in shapes for d in suite.dtypes for p in suite.passes if s.P or p != PREFIX]
     ids = [f"{s}-{str(d).removeprefix('torch.')}-{p.replace(' ', '-')}" for s, d, p in cases]
     metafunc.parametrize(("shape", "dtype", "passes"), cases, ids=ids)
 
 
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Iterator[Record]:
+    quick, out = request.config.getoption("--quick"), request.config.getoption("--out")
+    cases = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)]
+    suite = suites.chosen(request.config)
+    record = Record(suite, cases, quick, 0.05 if quick else request.config.getoption("--minutes"))
+    yield record
+    if interrupted:
+        print(f"\n{interrupted[0]}; {NOTHING}")
+        return
+    if out is None and not quick:
+        if request.config.getoption("keyword") or any("::" in argument for argument in request.config.args):
+            print("\nonly some of the cases were asked for: nothing is written without --out")
+            return
+        out = RESULTS / f"{device_slug(suite.device)}.json"
+    if out is None:
+        return
+    if request.session.testsfailed:
+        print(f"\n{request.session.testsfailed} cases failed: {out} is left as it was")
+        return
+    record.write(out)
+    print(f"\nwrote {out}")
+
+
 def run(
-    attention: Attention, shape: Shape, dtype: torch.dtype, passes: str, device: str = "cpu"
+    attention: Attention, shape: BenchShape, dtype: torch.dtype, passes: str, device: str = "cpu"
 ) -> Callable[[], tuple[Tensor, ...]]:
     x, dout = make_inputs(shape, dtype, device=device)
     if passes == FWD:
@@ -49,7 +76,7 @@ def run(
 
 @cache
 def expected(
-    shape: Shape, dtype: torch.dtype, passes: str, device: str = "cpu"
+    shape: BenchShape, dtype: torch.dtype, passes: str, device: str = "cpu"
 ) -> list[tuple[str, tuple[Tensor, Tensor]]]:
     """Plain PyTorch in `dtype`, and in float64, on the same numbers: the output and, if asked, each gradient, named."""
     x, dout = make_inputs(shape, dtype, device=device)
@@ -69,7 +96,7 @@ def expected(
 def check(
     impl: str,
     attention: Attention,
-    shape: Shape,
+    shape: BenchShape,
     dtype: torch.dtype,
     passes: str,
     factor: float,
@@ -82,68 +109,68 @@ def check(
         assert_as_accurate(f"{impl} {name}", got, same, exact, factor)
 
 
-def participants(
-    side: Platform, ours: str, shape: Shape, dtype: torch.dtype, passes: str, record: Record
+def checked(
+    suite: Suite, ours: str, shape: BenchShape, dtype: torch.dtype, passes: str, record: Record
 ) -> tuple[dict[str, Attention], dict[str, str]]:
-    """Who takes part in this case, checked; and who does not, with the reason."""
-    calls, absent = {ours: side.ours[ours]}, {}
-    check(ours, side.ours[ours], shape, dtype, passes, 2.0, side.device)
-    for name, peer in side.peers.items():
-        if shape.causal not in peer.causal or (peer.role == "floor" and passes == PREFIX):
+    """Ours and the baselines that this case is timed with; and the baselines that it is not, with the reason."""
+    calls, absent = {ours: suite.ours[ours]}, {}
+    check(ours, suite.ours[ours], shape, dtype, passes, 2.0, suite.device)
+    for name, baseline in suite.baselines.items():
+        if shape.causal not in baseline.causal or (baseline.role == "floor" and passes == PREFIX):
             continue
-        if not shape.P and (peer.role == "floor" or name in side.needs_a_prefix):
+        if not shape.P and (baseline.role == "floor" or name in suite.needs_a_prefix):
             continue
         if name in record.missing:
             absent[name] = record.missing[name]
             continue
-        compiles = name in side.compiled
-        if compiles and side.device == "cpu" and passes != FWD and not side.dry:
+        compiles = name in suite.compiled
+        if compiles and suite.device == "cpu" and passes != FWD and not suite.platform.dry:
             absent[name] = "FlexAttention has no backward on a CPU"
             continue
-        if compiles and record.compile_seconds >= record.compile_budget and not side.dry:
+        if compiles and record.compile_seconds >= record.compile_budget and not suite.platform.dry:
             absent[name] = f"not compiled: this run's {record.compile_budget:.0f} s for compiling are used up"
             continue
         start = time.perf_counter()
         try:
-            run(peer.attention, shape, dtype, passes, side.device)()
-            if peer.role != "floor":
-                # the same function, not our standard of accuracy: a peer may round its weights to its inputs' type
-                check(name, peer.attention, shape, dtype, passes, 8.0, side.device)
+            run(baseline.attention, shape, dtype, passes, suite.device)()
+            if baseline.role != "floor":
+                # the same function, not our standard of accuracy: a baseline may round its weights to its inputs' type
+                check(name, baseline.attention, shape, dtype, passes, 8.0, suite.device)
         except AssertionError:
             raise  # it ran, and is wrong
-        except Exception as error:  # a peer that cannot run is a line in the record, not the end of it
+        except Exception as error:  # a baseline that cannot run is a line in the record, not the end of it
             absent[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
             if isinstance(error, ImportError):
                 record.missing[name] = absent[name]
             continue
         if compiles:
             record.compile_seconds += time.perf_counter() - start
-        calls[name] = peer.attention
+        calls[name] = baseline.attention
     return calls, absent
 
 
 def test_prefix_attn(shape, dtype, passes, benchmark, record: Record, request: pytest.FixtureRequest) -> None:
-    side, quick = Platform.chosen(request.config), request.config.getoption("--quick")
-    ours = request.config.getoption("--ours") or next(iter(side.ours))
+    suite, quick = suites.chosen(request.config), request.config.getoption("--quick")
+    ours = request.config.getoption("--ours") or next(iter(suite.ours))
     seconds, start = record.seconds_for_case(), time.perf_counter()
-    attentions, absent = participants(side, ours, shape, dtype, passes, record)
-    calls = {name: run(attention, shape, dtype, passes, side.device) for name, attention in attentions.items()}
+    attentions, absent = checked(suite, ours, shape, dtype, passes, record)
+    calls = {name: run(attention, shape, dtype, passes, suite.device) for name, attention in attentions.items()}
     seconds = max(0.1, seconds - (time.perf_counter() - start))
     at_least = 5 if seconds > 0.1 else 3  # the run is late
-    samples, clocks = side.interleave(calls, min(seconds, 4.0), rounds=(2, 2) if quick else (at_least, 40))
+    samples, clocks = suite.platform.interleave(calls, min(seconds, 4.0), rounds=(2, 2) if quick else (at_least, 40))
 
     case = {"op": "prefix_attn", "pass": passes, "dtype": str(dtype), "shape": asdict(shape)}
     gflop = shape.gflop(backward=passes == BOTH)
     for impl, ms in samples.items():
-        row = case | {"impl": impl, "role": "ours" if impl == ours else side.peers[impl].role}
+        row = case | {"impl": impl, "role": "ours" if impl == ours else suite.baselines[impl].role}
         row |= {"ms": [round(t, 5) for t in quantiles(ms)], "min_ms": round(min(ms), 5), "rounds": len(ms)}
         row |= clocks[impl]
         if row["role"] != "floor" and passes != PREFIX:  # a floor does other arithmetic
             row["gflops"] = round(gflop / quantiles(ms)[1] * 1e3, 1)
         if passes == BOTH and (row["role"] == "ours" or (row["role"] == "peer" and not quick)):
-            row |= side.memory(impl, attentions[impl], shape, dtype, record.cases)
+            row |= suite.memory(impl, attentions[impl], shape, dtype, record.cases)
         record.rows.append(row)
-    record.rows += [case | {"impl": i, "role": side.peers[i].role, "absent": why} for i, why in absent.items()]
+    record.rows += [case | {"impl": i, "role": suite.baselines[i].role, "absent": why} for i, why in absent.items()]
 
     benchmark.extra_info.update(case)
     benchmark.pedantic(calls[ours], rounds=2 if quick else 3)

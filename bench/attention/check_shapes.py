@@ -1,8 +1,8 @@
 """Right or not, before anything is timed: each benchmark shape against float64, in three types, and bit for bit again.
 
-    python bench/gate.py             # the GPU's shapes with at most two samples; exit status 1 if one is wrong
-    python bench/gate.py --small     # a few tiny ones, for compute-sanitizer
-    python bench/gate.py --peers     # every peer as well: which of them run here at all, and agree
+    python -m bench.attention.check_shapes                # a GPU's, at most two samples; exit status 1 if one is wrong
+    python -m bench.attention.check_shapes --small        # a few tiny ones, for compute-sanitizer
+    python -m bench.attention.check_shapes --baselines    # every baseline as well: which run here at all, and agree
 
 Without a GPU the kernels are interpreted, and the shapes are the small ones.
 """
@@ -20,16 +20,16 @@ if not torch.cuda.is_available():
 
     os.environ["TRITON_INTERPRET"] = "1"
 
-import bench_prefix_attn
-import peers_gpu
-from command import NOTHING, command
-from peers import OURS, Attention, Shape
-from platforms import platform
+from bench.attention import baselines_gpu, bench_prefix_attn
+from bench.attention.baselines import OURS, Attention, BenchShape
+from bench.attention.suites import suite
+from bench.harness.command import NOTHING, command
+from bench.harness.platforms import platform
 
 REPEATS = 10 if torch.cuda.is_available() else 1
 
 
-def verdict(name: str, attention: Attention, shape: Shape, dtype: torch.dtype, passes: str, factor: float) -> str:
+def verdict(name: str, attention: Attention, shape: BenchShape, dtype: torch.dtype, passes: str, factor: float) -> str:
     """What is wrong, or ""."""
     device = platform("gpu").device
     try:
@@ -46,36 +46,36 @@ def verdict(name: str, attention: Attention, shape: Shape, dtype: torch.dtype, p
     return ""
 
 
-def verdicts(shapes: list[Shape], dtypes: list[torch.dtype], with_peers: bool) -> Iterator[tuple[str, str]]:
-    side = platform("gpu")
+def verdicts(shapes: list[BenchShape], dtypes: list[torch.dtype], with_baselines: bool) -> Iterator[tuple[str, str]]:
+    gpu = suite("gpu")
     for shape in shapes:
         for dtype in dtypes:
-            for passes in side.passes:
+            for passes in gpu.passes:
                 if passes == bench_prefix_attn.PREFIX and not shape.P:
                     continue
                 case = f"{shape} {str(dtype).removeprefix('torch.')} {passes}"
                 yield f"triton {case}", verdict("triton", OURS["triton"], shape, dtype, passes, 2.0)
-                for name, peer in side.peers.items() if with_peers else ():
-                    if peer.role == "peer" and shape.causal in peer.causal and shape.P:
-                        yield f"{name} {case}", verdict(name, peer.attention, shape, dtype, passes, 8.0)
+                for name, baseline in gpu.baselines.items() if with_baselines else ():
+                    if baseline.role == "peer" and shape.causal in baseline.causal and shape.P:
+                        yield f"{name} {case}", verdict(name, baseline.attention, shape, dtype, passes, 8.0)
         bench_prefix_attn.expected.cache_clear()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--minutes", type=float, default=60.0, help="shapes that are not reached are counted")
     options = parser.parse_args()
     here = torch.cuda.is_available()
-    shapes = peers_gpu.all_shapes() if here and not options.small else peers_gpu.QUICK
+    shapes = baselines_gpu.all_shapes() if here and not options.small else baselines_gpu.QUICK
     if options.small and here:  # head sizes that Triton's products take on a GPU
         shapes = [replace(s, D=64) for s in shapes]
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if here and not options.small else [torch.float32]
     if here and options.small:
         dtypes = [torch.bfloat16]
     end, right, wrong, late = time.perf_counter() + 60 * options.minutes, 0, [], 0
-    for case, words in verdicts(shapes, dtypes, options.peers):
+    for case, words in verdicts(shapes, dtypes, options.baselines):
         ours = case.startswith("triton ")
         if words:
             print(f"{'WRONG' if ours else 'absent or wrong'}: {case}: {words}", flush=True)
@@ -84,9 +84,9 @@ def main() -> None:
         if time.perf_counter() > end:
             late = 1
             break
-    print(f"gate: {right} right, {len(wrong)} of ours wrong" + (", and the time was up" if late else ""))
+    print(f"{right} right, {len(wrong)} of ours wrong" + (", and the time was up" if late else ""))
     sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(command("gate.py", main, NOTHING))
+    sys.exit(command("check_shapes.py", main, NOTHING))

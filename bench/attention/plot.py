@@ -1,6 +1,6 @@
 """Tables and a figure from one results JSON, and from nothing else.
 
-    python bench/plot.py [bench/results/<device>.json]
+    python -m bench.attention.plot [bench/results/<device>.json]
 
 Prints the tables as markdown and writes them, and the figure, beside the JSON.
 """
@@ -9,11 +9,10 @@ import sys
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from publish import publish
+from bench.harness.publish import Row, publish
+from bench.harness.record import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     ("torch.float32", "fwd"),
     ("torch.float32", "fwd+bwd"),
@@ -23,7 +22,6 @@ COLUMNS = (
 # what this CPU path is built to reach: geometric mean of peer's time over ours, and the least for any one shape
 GOALS = {False: (1.6, 1.4, 3.0, 2.7), True: (2.6, 2.4, 4.5, 3.3)}
 LEAST = 1.2
-Row = dict[str, Any]
 
 
 def shape_name(row: Row) -> str:

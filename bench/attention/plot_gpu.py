@@ -1,6 +1,6 @@
 """Tables and a figure from one GPU's results JSON, and from nothing else.
 
-    python bench/plot_gpu.py bench/results/<device>.json
+    python -m bench.attention.plot_gpu bench/results/<device>.json
 
 Prints the tables as markdown and writes them, and the figure, beside the JSON. Rows where a peer wins stay.
 """
@@ -9,16 +9,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from peers import Shape
-from peers_gpu import TARGETS
-from plot import Row, pair, short
-from publish import publish
+from bench.attention.baselines import BenchShape
+from bench.attention.baselines_gpu import TARGETS
+from bench.attention.plot import pair, short
+from bench.harness.publish import Row, publish
 
 NAMES = {"fwd": "forward", "fwd+bwd": "+ backward", "prefix grads": "prefix gradients only"}
 
 
-def shape_of(row: Row) -> Shape:
-    return Shape(**row["shape"])
+def shape_of(row: Row) -> BenchShape:
+    return BenchShape(**row["shape"])
 
 
 def us(row: Row | None) -> str:
@@ -35,7 +35,7 @@ def without_prefix(result: Row, row: Row) -> Row | None:
 
 def pairs(result: Row) -> list[Row]:
     """As plot.pair, by the shape itself; cases that no peer could run have none."""
-    cases: dict[tuple[Shape, str, str], list[Row]] = {}
+    cases: dict[tuple[BenchShape, str, str], list[Row]] = {}
     for row in result["rows"]:
         cases.setdefault((shape_of(row), row["dtype"], row["pass"]), []).append(row)
     found = []
@@ -107,7 +107,7 @@ def details(result: Row) -> list[str]:
 
 def tables(result: Row) -> str:
     if "copy_gbytes" not in result:
-        sys.exit("this was measured on a CPU; bench/plot.py draws it")
+        sys.exit("this was measured on a CPU; bench/attention/plot.py draws it")
     gemm = ", ".join(f"{short(d)} {rate / 1e3:.0f}" for d, rate in result["gemm_gflops"].items())
     versions = ", ".join(
         f"{name} {result[name]}" for name in ("torch", "triton", "cuda", "cudnn", "driver") if result.get(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+Row = dict[str, Any]
 
 
 def publish(
@@ -26,3 +27,11 @@ def publish(
     path.with_suffix(".md").write_text(text)
     figure(result, path.with_suffix(".png"))
     print(text)
+
+
+def by_case(result: Result) -> dict[str, dict[str, Row]]:
+    """The rows by their case, and in it by their way."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["case"], {})[row["way"]] = row
+    return found

@@ -1,69 +1,126 @@
-"""What a run of the benchmarks leaves behind: one JSON for each device, rewritten as a whole."""
+"""Where and of what a run is made, and the file that it leaves: one JSON, rewritten as a whole.
+
+Light to import: torch is loaded only where a header is made.
+"""
 
 import contextlib
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from bench.harness.files import replacing
 
-import platforms
-import prefixattn
-import timing_gpu
-from peers import Shape
-from platforms import Platform
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+ABSENT = "not installed"
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+
+class Provenance(NamedTuple):
+    """No name of a machine, a user or a folder is in it."""
+
+    time: datetime.datetime
+    python: str
+    versions: dict[str, str]  # of the packages asked for; ABSENT for some
+    commit: str | None  # None: git does not say
+    changes: tuple[str, ...] | None  # tracked files that are not the commit's, a line each
+
+    def tree(self, apart_from: str | None = None) -> str | None:
+        """ "clean" or "dirty"; changes whose lines hold `apart_from` do not count."""
+        if self.changes is None:
+            return None
+        counted = [line for line in self.changes if apart_from is None or apart_from not in line]
+        return "dirty" if counted else "clean"
+
+
+def provenance(packages: Sequence[str] = ()) -> Provenance:
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ABSENT
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return Provenance(
+        datetime.datetime.now(datetime.UTC),
+        platform.python_version(),
+        versions,
+        _git("rev-parse", "HEAD"),
+        None if changes is None else tuple(changes.splitlines()),
+    )
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(("git", "-C", str(ROOT), *words), capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def device_name(device: str) -> str:
+    import torch
+
     return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
 def device_slug(device: str = "cpu") -> str:
     """For names of files. CPUs of one name differ in their vectors: an "AMD EPYC" has AVX2 or AVX-512."""
+    import torch
+
     capability = torch.backends.cpu.get_cpu_capability()
     name = f"cpu {cpu_name()} {capability} {torch.get_num_threads()} threads"
     name = device_name(device) if device == "cuda" else name
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def git(*words: str) -> str:
-    try:
-        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def header(device: str = "cpu") -> dict[str, object]:
+    """The head of a benchmark's record: what its numbers depend on."""
+    import torch
+
+    import prefixattn
+
+    found = provenance(("triton", "transformers", "timm", "peft") if device == "cuda" else ())
+    return (_of_the_gpu(found.versions) if device == "cuda" else {}) | {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": found.python,
+        "torch": torch.__version__,
+        "prefixattn": prefixattn.__version__,
+        "commit": found.commit or "unknown",
+        "tree": found.tree(apart_from="bench/results/") or "dirty",
+        "date": found.time.isoformat(timespec="seconds"),
+    }
 
 
-def gpu_versions() -> dict[str, object]:
+def _of_the_gpu(versions: dict[str, str]) -> dict[str, object]:
     """What a GPU's numbers depend on besides the GPU."""
+    import torch
+
     driver = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
-    found = {name: importlib.util.find_spec(name) is not None for name in ("triton", "transformers", "timm", "peft")}
     return {
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": driver,
         "processors": torch.cuda.get_device_properties(0).multi_processor_count,
-        **{name: importlib.metadata.version(name) for name, there in found.items() if there},
+        **{name: version for name, version in versions.items() if version != ABSENT},
     }
 
 
@@ -79,69 +136,12 @@ def kept(path: Path, head: dict[str, Any], apart: Sequence[str]) -> list[dict[st
     return rows
 
 
-def header(device: str = "cpu") -> dict[str, object]:
-    changes = git("status", "--porcelain", "--untracked-files=no").splitlines()
-    return (gpu_versions() if device == "cuda" else {}) | {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "prefixattn": prefixattn.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "tree": "dirty" if any("bench/results/" not in line for line in changes) else "clean",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def write(path: Path, result: dict[str, Any]) -> None:
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(result, indent=1) + "\n")
 
 
-class Record:
-    """Rows of this run, the ceiling they are held against, and the clock that the run is spread over."""
-
-    def __init__(self, side: Platform, cases: list[dict[str, Any]], quick: bool, minutes: float) -> None:
-        self.side = side
-        self.missing: dict[str, str] = {}  # peers that are not installed
-        self.cases = tuple(dict.fromkeys((case["shape"], case["dtype"]) for case in cases))
-        self.rows: list[dict[str, object]] = []
-        self.compile_seconds, self.compile_budget = 0.0, 0.0 if quick else 100.0  # FlexAttention's
-        self._gemm_seconds = 0.1 if quick else 1.5
-        self.ceiling = {str(dtype): side.gemm_gflops(dtype, self._gemm_seconds) for dtype in side.dtypes}
-        self._cases_left, self._end = len(cases), time.perf_counter() + 60 * minutes
-
-    def seconds_for_case(self) -> float:
-        """An equal share of what is left."""
-        share = (self._end - time.perf_counter()) / max(1, self._cases_left)
-        self._cases_left -= 1
-        return max(0.2, share)
-
-    def write(self, path: Path) -> None:
-        for dtype, before in self.ceiling.items():  # the better of both ends: another program may have run at one
-            self.ceiling[dtype] = max(
-                before, self.side.gemm_gflops(getattr(torch, dtype.removeprefix("torch.")), self._gemm_seconds)
-            )
-        for row in self.rows:
-            if "gflops" in row:
-                row["gemm_share"] = round(row["gflops"] / self.ceiling[row["dtype"]], 3)
-        result = header(self.side.device) | {"gemm_gflops": self.ceiling}
-        if self.side is not platforms.platform("cpu"):
-            result["copy_gbytes"] = copy = timing_gpu.copy_gbytes(self._gemm_seconds)
-            for row in self.rows:
-                _add_floor(row, self.ceiling, copy)
-        text = json.dumps(result | {"rows": self.rows}, indent=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(re.sub(r"\n {3,}", " ", text) + "\n")  # one line a row
-        fresh.replace(path)
-
-
-def _add_floor(row: dict[str, Any], gflops: dict[str, float], gbytes: float) -> None:
-    """The least time that arithmetic and memory allow, by the ceilings of this run, and the share of it reached."""
-    if "gflops" not in row and not (row["pass"] == "prefix grads" and "ms" in row):
-        return
-    shape, dtype = Shape(**row["shape"]), getattr(torch, row["dtype"].removeprefix("torch."))
-    gflop = shape.gflop(backward=row["pass"] == "fwd+bwd")
-    if row["pass"] == "prefix grads":  # four products over the prefix
-        gflop += 8e-9 * shape.B * shape.H * shape.L * shape.P * shape.D
-    row["floor_ms"] = round(
-        max(gflop / gflops[row["dtype"]] * 1e3, shape.mbytes(row["pass"], dtype.itemsize) / gbytes), 5
-    )
-    row["floor_share"] = round(row["floor_ms"] / row["ms"][1], 3)
+def write_rows(path: Path, result: dict[str, Any]) -> None:
+    """As `write`, one line a row."""
+    with replacing(path) as fresh:
+        fresh.write_text(re.sub(r"\n {3,}", " ", json.dumps(result, indent=1)) + "\n")

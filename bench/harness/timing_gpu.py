@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from timing import Call
-from timing import interleave as interleave_on_cpu
+from bench.harness.timing import Call
+from bench.harness.timing import interleave as interleave_on_cpu
 
 L2_BYTES = 256 * 2**20  # several times the L2 of any GPU: writing as much leaves nothing of the last call in it
 

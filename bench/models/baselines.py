@@ -1,4 +1,4 @@
-"""Four ways to train on a frozen model: without a prefix, ours, PEFT's, and the published code's; and that two agree.
+"""What ours is compared with on a frozen model: no prefix, PEFT's, the published code's; ours too; and that two agree.
 
 The published ways are written anew on the libraries' own model classes, from what the papers' code does: for GPT-2 in
 bench/paper/original.py; for BART three networks (encoder, decoder, cross attention) that each run on B rows of ids; for
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.models.families import GPT2, SEED, Bart, Family
 from prefixattn.call import Call
-from whole_models import GPT2, SEED, Bart, Family
 
 Pair = tuple[Tensor, Tensor]  # key and value of one attention call; [H, P, D] each, or [B, H, P, D] once expanded
 
@@ -40,8 +40,8 @@ def collect(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-class Arm:
-    """One way to train: the loss of a step, what is trained, and what the step keeps alive to its end."""
+class Baseline:
+    """One way to train, ours too: the loss of a step, what is trained, and what the step keeps alive to its end."""
 
     labelled = False  # logits everywhere
 
@@ -81,7 +81,7 @@ class Arm:
         self.trained.train(training)
 
 
-class Frozen(Arm):
+class Frozen(Baseline):
     """The floor: a vector added to the input embeddings is all that is trained, so the backward goes down to them."""
 
     def add(self) -> nn.Module:
@@ -92,7 +92,7 @@ class Frozen(Arm):
         return trained
 
 
-class Ours(Arm):
+class Ours(Baseline):
     def add(self) -> nn.Module:
         import prefixattn
 
@@ -114,7 +114,7 @@ class OursLabelled(Ours):
         super().__init__(family, device, dtype, P)
 
 
-class Peft(Arm):
+class Peft(Baseline):
     def add(self) -> nn.Module:
         if self.family.task is None:
             raise NotImplementedError("PEFT has no prefix-tuning for image models")
@@ -143,7 +143,7 @@ class Peft(Arm):
         return _output_replaced(self.encoder, _columns(prefixes, self.rows))
 
 
-class OriginalGPT2(Arm):
+class OriginalGPT2(Baseline):
     def add(self) -> nn.Module:
         from methods import OriginalMethod
 
@@ -159,7 +159,7 @@ class OriginalGPT2(Arm):
         return _output_replaced(self.network, _columns(prefixes, self.rows).to(self.dtype))
 
 
-class OriginalConcatenated(Arm):
+class OriginalConcatenated(Baseline):
     """BART and ViT: `networks` make the prefixes of a step, the attention modules find them in `published`."""
 
     def add(self) -> nn.Module:
@@ -251,11 +251,11 @@ class ViTNetworks(nn.Module):
         return x.reshape(rows, x.shape[1], self.heads, -1).transpose(1, 2)  # [B, H, P, D]
 
 
-def original(family: Family, device: str, dtype: torch.dtype, P: int) -> Arm:
+def original(family: Family, device: str, dtype: torch.dtype, P: int) -> Baseline:
     return (OriginalGPT2 if isinstance(family, GPT2) else OriginalConcatenated)(family, device, dtype, P)
 
 
-ARMS: dict[str, Callable[[Family, str, torch.dtype, int], Arm]] = {
+BASELINES: dict[str, Callable[[Family, str, torch.dtype, int], Baseline]] = {
     "frozen": Frozen,
     "ours": Ours,
     "peft": Peft,
@@ -330,7 +330,7 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def probe(arm: Arm) -> tuple[float, Tensor]:
+def probe(baseline: Baseline) -> tuple[float, Tensor]:
     """The loss and its gradient at the input embeddings, all dropout off."""
     leaves: list[Tensor] = []
 
@@ -338,16 +338,16 @@ def probe(arm: Arm) -> tuple[float, Tensor]:
         leaves.append(torch.zeros_like(out, requires_grad=True))
         return out + leaves[-1]
 
-    arm.mode(training=False)
-    handles = [module.register_forward_hook(add_leaf) for module in arm.family.embeddings(arm.model)]
+    baseline.mode(training=False)
+    handles = [module.register_forward_hook(add_leaf) for module in baseline.family.embeddings(baseline.model)]
     try:
-        loss = arm.loss()
+        loss = baseline.loss()
         gradients = torch.autograd.grad(loss, leaves)
     finally:
         for handle in handles:
             handle.remove()
-        arm.mode(training=True)
-        arm.held.clear()
+        baseline.mode(training=True)
+        baseline.held.clear()
     return float(loss.detach()), torch.cat([g.float().flatten() for g in gradients])
 
 
@@ -357,8 +357,8 @@ def probe(arm: Arm) -> tuple[float, Tensor]:
 TOLERANCES = {torch.float32: (1e-4, 0.01), torch.bfloat16: (1e-2, 0.5)}
 
 
-def assert_agree(ours: Arm, others: dict[str, Arm], frozen: Arm) -> dict[str, float]:
-    """Ours and each other way compute the same loss and the same gradient from the same prefixes; returns errors.
+def assert_agree(ours: Baseline, others: dict[str, Baseline], frozen: Baseline) -> dict[str, float]:
+    """Ours and each baseline compute the same loss and the same gradient from the same prefixes; returns errors.
 
     The prefixes are drawn large for it, or in an untrained model they would hardly matter, and with them a mistake.
     """
@@ -376,9 +376,9 @@ def assert_agree(ours: Arm, others: dict[str, Arm], frozen: Arm) -> dict[str, fl
         effect = float((gradient - probe(frozen)[1]).norm())
         loss_bound, bound = TOLERANCES[ours.dtype]
         errors = {}
-        for name, arm in others.items():
-            with arm.given(received.prefixes):
-                other_loss, other_gradient = probe(arm)
+        for name, baseline in others.items():
+            with baseline.given(received.prefixes):
+                other_loss, other_gradient = probe(baseline)
             errors[name] = error = float((other_gradient - gradient).norm()) / effect
             if not (abs(other_loss - loss) <= loss_bound * abs(loss) and error <= bound):
                 raise AssertionError(

@@ -1,26 +1,24 @@
 """Training steps of whole models on a CPU, float32, each beside the same frozen model without a prefix.
 
-    python bench/bench_models.py                            # then bench/results/models-<device>.json: some 15 minutes,
-                                                            # and up to 30 more for the case of batch 64
-    python bench/bench_models.py --case "vit-b16 P10"       # one case anew, or several
-    python bench/bench_models.py --tiny --out try.json      # every line of the code, in seconds
+    python -m bench.models.bench_models                            # then bench/results/models-<device>.json: some 15
+                                                                   # minutes, and up to 30 more for batch 64
+    python -m bench.models.bench_models --case "vit-b16 P10"       # one case anew, or several
+    python -m bench.models.bench_models --tiny --out try.json      # every line of the code, in seconds
 
 The file is written after each case. A command that is started again goes on where the last one ended, if the file is of
 the same commit, device, threads and torch; --fresh starts anew.
 
-"frozen" is the model with SDPA, trained down to a vector at its input embeddings. Every round runs every way once,
-every other round backwards; `extra_ms` are quantiles of a way's step less the frozen model's of the same round, and may
+"frozen" is the model with SDPA, trained down to a vector at its input embeddings. Every round runs every baseline
+once, every other round backwards; `extra_ms` are quantiles of a step less the frozen model's of the same round, and may
 be negative: our attention may be faster than SDPA, and a prefix on the first layer wants no gradient of that layer's
 projections, which the frozen model's goes through; PEFT and the published ways save that too. Memory is measured in a
-process of its own (model_memory.py); `extra_mib` is the peak beyond the frozen model's. Before a case is timed, ours
+process of its own (peak_rss.py); `extra_mib` is the peak beyond the frozen model's. Before a case is timed, ours
 and the others must agree on loss and gradient from the same prefixes; a case that fails ends the command with status 1
 and is not written.
 """
 
 import argparse
 import gc
-import json
-import re
 import sys
 import time
 import warnings
@@ -30,52 +28,48 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parent / "paper"))
-
-import model_memory
-import plot_models
-import whole_arms
-from command import command
-from model_cases import CASES, WAYS, Case
-from record import RESULTS, device_slug, header, kept
-from timing import interleave, quantiles
-from whole_arms import Arm
-from whole_step import Row, Step
+from bench.harness.command import command
+from bench.harness.record import RESULTS, device_slug, header, kept, write_rows
+from bench.harness.timing import interleave, quantiles
+from bench.models import peak_rss, plot
+from bench.models.baselines import Baseline, Received, assert_agree, probe
+from bench.models.cases import BASELINES, CASES, Case
+from bench.models.whole_step import Row, Step
 
 SAME = 1e-4  # of the loss, and of the gradient's norm
 WHAT_TELLS_RUNS_APART = ("device", "capability", "threads", "torch", "transformers", "peft", "commit", "tree", "tiny")
 
 
-def check(name: str, case: Case, arms: dict[str, Arm]) -> dict[str, dict[str, float]]:
-    """Raises where a way computes something else than it should; returns how far apart ways are, by way."""
+def check(name: str, case: Case, baselines: dict[str, Baseline]) -> dict[str, dict[str, float]]:
+    """Raises where one computes something else than it should; returns how far apart they are, by baseline."""
     if case.P == 0:
-        assert_first_layer(arms["P 1, first layer"])
-        return {"no prefix": {"frozen": assert_same(arms["no prefix"], arms["frozen"])}}
-    frozen, ours = arms["frozen"], arms["ours"]
+        assert_first_layer(baselines["P 1, first layer"])
+        return {"no prefix": {"frozen": assert_same(baselines["no prefix"], baselines["frozen"])}}
+    frozen, ours = baselines["frozen"], baselines["ours"]
     takes = ("peft", "original") if ours.family.task != "SEQ_2_SEQ_LM" else ("original",)  # PEFT's is another function
-    others = {way: arms[way] for way in takes if way in arms}
-    found = {"ours": whole_arms.assert_agree(ours, others, frozen)}
-    if (labelled := arms.get("ours, labelled positions")) is not None:  # of the same seed
+    others = {way: baselines[way] for way in takes if way in baselines}
+    found = {"ours": assert_agree(ours, others, frozen)}
+    if (labelled := baselines.get("ours, labelled positions")) is not None:  # of the same seed
         found["ours, labelled positions"] = {"ours": assert_same(labelled, ours)}
     return found
 
 
-def assert_same(arm: Arm, other: Arm) -> float:
+def assert_same(baseline: Baseline, other: Baseline) -> float:
     """The same loss, and the same gradient at the embeddings; returns how far apart the gradients are."""
-    (loss, gradient), (other_loss, expected) = whole_arms.probe(arm), whole_arms.probe(other)
+    (loss, gradient), (other_loss, expected) = probe(baseline), probe(other)
     error = float((gradient - expected).norm() / expected.norm())
     if not (abs(loss - other_loss) <= SAME * abs(other_loss) and error <= SAME):
         raise AssertionError(f"loss {loss:.6f}, expected {other_loss:.6f}; gradients apart by {error:.2e}")
     return error
 
 
-def assert_first_layer(arm: Arm) -> None:
+def assert_first_layer(baseline: Baseline) -> None:
     """Of all calls those with the layers chosen have a prefix; its numbers are the tests' affair."""
-    with whole_arms.Received() as received:
-        whole_arms.probe(arm)
+    with Received() as received:
+        probe(baseline)
     rows = [k.shape[1] for k, _ in received.prefixes]
-    prefix: Any = arm.trained
-    expected = [1] * len(prefix.slots) + [0] * (len(arm.family.attentions(arm.model)) - len(prefix.slots))
+    prefix: Any = baseline.trained
+    expected = [1] * len(prefix.slots) + [0] * (len(baseline.family.attentions(baseline.model)) - len(prefix.slots))
     if sorted(rows, reverse=True) != expected:
         raise AssertionError(f"prefixes of {rows} rows were attended to, expected {len(prefix.slots)} of 1 row")
 
@@ -84,12 +78,12 @@ def measure(name: str, tiny: bool, seconds: float, rounds: tuple[int, int]) -> l
     case = CASES[name]
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
-    for way in case.ways:
-        steps[way] = Step(WAYS[way](case.make(tiny), "cpu", torch.float32, case.P), "eager", dry=False)
-        arm = steps[way].arm
-        rows[way] = {"op": "model step", "case": name, "model": arm.family.name, "library": arm.family.library}
-        rows[way] |= {"P": case.P, "batch": arm.rows, "way": way} | ({"note": arm.note} if arm.note else {})
-    for way, apart in check(name, case, {way: step.arm for way, step in steps.items()}).items():
+    for way in case.baselines:
+        steps[way] = Step(BASELINES[way](case.make(tiny), "cpu", torch.float32, case.P), "eager", dry=False)
+        made = steps[way].baseline
+        rows[way] = {"op": "model step", "case": name, "model": made.family.name, "library": made.family.library}
+        rows[way] |= {"P": case.P, "batch": made.rows, "way": way} | ({"note": made.note} if made.note else {})
+    for way, apart in check(name, case, {way: step.baseline for way, step in steps.items()}).items():
         rows[way]["apart"] = {other: float(f"{error:.2g}") for other, error in apart.items()}
     for way, step in steps.items():
         rows[way] |= step.warm_up(0)
@@ -98,7 +92,7 @@ def measure(name: str, tiny: bool, seconds: float, rounds: tuple[int, int]) -> l
     print(f"timed, {len(samples['frozen'])} rounds; ", end="", flush=True)
     steps.clear()
     gc.collect()
-    memory = model_memory.of(name, case.ways, tiny)
+    memory = peak_rss.of(name, case.baselines, tiny)
     for way, row in rows.items():
         extra = [ms - floor for ms, floor in zip(samples[way], samples["frozen"], strict=True)]
         row |= {"ms": rounded(samples[way]), "min_ms": round(min(samples[way]), 3), "rounds": len(extra)}
@@ -114,17 +108,10 @@ def rounded(ms: list[float]) -> list[float]:
     return [round(t, 3) for t in quantiles(ms)]
 
 
-def write(path: Path, result: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(re.sub(r"\n {3,}", " ", json.dumps(result, indent=1)) + "\n")  # one line a row
-    fresh.replace(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Training steps of whole models on a CPU; see the file's head.")
     parser.add_argument("--case", choices=CASES, action="append", help="measured anew; default: all that are missing")
-    parser.add_argument("--seconds", type=float, default=16.0, help="of timing, for each way of a case")
+    parser.add_argument("--seconds", type=float, default=16.0, help="of timing, for each baseline of a case")
     parser.add_argument("--rounds", type=int, default=5, help="at least, whatever the seconds")
     parser.add_argument("--out", type=Path, help="JSON; default bench/results/models-<device>.json")
     parser.add_argument("--fresh", action="store_true", help="start anew")
@@ -148,11 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         rows = [row for row in rows if row["case"] != name] + fresh
         rows.sort(key=lambda row: list(CASES).index(row["case"]))
-        write(path, head | {"op": "model step", "rows": rows})
+        write_rows(path, head | {"op": "model step", "rows": rows})
         told = [f"{row['way']} {row['extra_ms'][1]:+.1f} ms {row['extra_mib']:+.1f} MiB" for row in fresh[1:]]
         print(f"{name}: {'; '.join(told)} ({time.perf_counter() - began:.0f} s)", flush=True)
     if rows:
-        plot_models.main([str(path)])
+        plot.main([str(path)])
     return int(failed)
 
 

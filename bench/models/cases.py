@@ -1,6 +1,6 @@
-"""The cases of bench_models.py: models of base size at a CPU's batches, and the ways to train that are compared.
+"""The cases of bench_models.py: models of base size at a CPU's batches, and the baselines that ours is compared with.
 
-Sizes and lengths are not the papers' (whole_models.py has those) but what two cores step through in seconds: batch 8;
+Sizes and lengths are not the papers' (families.py has those) but what two cores step through in seconds: batch 8;
 128 tokens, the first half a record without labels; sources of 128 and targets of 32 tokens; images of 224 pixels.
 """
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import prefixattn
+from bench.models import baselines
+from bench.models.baselines import Baseline, Frozen, OursLabelled
+from bench.models.families import GPT2, IGNORED, Bart, Family, TimmViT, ViT
 from prefixattn.attach.interface import PrefixCall
-from whole_arms import Arm, Frozen, Ours, OursLabelled, Peft, original
-from whole_models import GPT2, IGNORED, Bart, Family, TimmViT, ViT
 
 
 class GPT2Small(GPT2):
@@ -115,19 +116,16 @@ class Empty(Frozen):
         return super().add()
 
 
-class FirstLayer(Arm):
+class FirstLayer(Baseline):
     """A prefix of one row on the first layer alone (of each kind of attention), free keys and values."""
 
     def add(self) -> nn.Module:
         return prefixattn.attach(self.model, prefixattn.PrefixConfig(length=1, share="none", layers="first"))
 
 
-WAYS: dict[str, Callable[[Family, str, torch.dtype, int], Arm]] = {
-    "frozen": Frozen,
-    "ours": Ours,
+BASELINES: dict[str, Callable[[Family, str, torch.dtype, int], Baseline]] = {
+    **baselines.BASELINES,
     "ours, labelled positions": OursLabelled,
-    "peft": Peft,
-    "original": original,
     "no prefix": Empty,
     "P 1, first layer": FirstLayer,
 }
@@ -141,7 +139,7 @@ class Case:
 
     make: Callable[[bool], Family]
     P: int
-    ways: tuple[str, ...]
+    baselines: tuple[str, ...]
 
 
 CASES = {

@@ -1,26 +1,17 @@
 """Tables and a figure from one results JSON of bench_models.py, and from nothing else.
 
-python bench/plot_models.py bench/results/models-<device>.json
+python -m bench.models.plot bench/results/models-<device>.json
 """
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from publish import publish
+from bench.harness.publish import Row, by_case, publish
 
-Row = dict[str, Any]
 # ours, as a share of what the other way adds to the frozen model; of the frozen model's step, for attach alone
 TIME, MEMORY, ATTACH = 0.3, 0.15, 0.03
 OTHERS = ("peft", "original")
 NAMES = {"peft": "PEFT", "original": "published way"}
-
-
-def by_case(result: Row) -> dict[str, dict[str, Row]]:
-    found: dict[str, dict[str, Row]] = {}
-    for row in result["rows"]:
-        found.setdefault(row["case"], {})[row["way"]] = row
-    return found
 
 
 def share(ours: float, other: float, goal: float) -> str:
@@ -138,7 +129,7 @@ def figure(result: Row, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    publish(Path(arguments[0]) if arguments else None, "python bench/bench_models.py", tables, figure)
+    publish(Path(arguments[0]) if arguments else None, "python -m bench.models.bench_models", tables, figure)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
 """Whole training steps on frozen models: forward, loss, backward and the optimizer's step, ours against the others.
 
-    python bench/whole_step.py --device cuda                   # all models, 8 minutes, most telling cases first
-    python bench/whole_step.py --device cuda --model vit-b16 --minutes 3 --out vit.json
-    python bench/whole_step.py --device cpu --dry-run          # tiny models, every line of the code
+    python -m bench.models.whole_step --device cuda            # all models, 8 minutes, most telling cases first
+    python -m bench.models.whole_step --device cuda --model vit-b16 --minutes 3 --out vit.json
+    python -m bench.models.whole_step --device cpu --dry-run   # tiny models, every line of the code
 
 Milliseconds by the host's clock around a step and a synchronization, which is what a loop waits for; `issue_ms` is the
 part until the host had launched everything, so where the two are equal the GPU waits for the host. Every round runs
-every way once, every other round backwards. Peak memory is what tensors need above frozen weights and batch: prefix,
-network, moments, gradients, activations; of CUDA graphs, whose pools no counter of tensors sees, what was reserved. On
-a CPU no memory is measured. "frozen" is the model without a prefix, trained down to a vector at its embeddings.
+each baseline once, every other round backwards. Peak memory is what tensors need above frozen weights and batch:
+prefix, network, moments, gradients, activations; of CUDA graphs, whose pools no counter of tensors sees, what was
+reserved. On a CPU no memory is measured. "frozen" is the model without a prefix, trained down to a vector at its
+embeddings.
 
-Before anything is timed, ours and each other way must agree on loss and gradient from the same prefixes; if they do
-not, ours gets no time and the command ends with status 1. A way that fails is a row that says why.
+Before anything is timed, ours and each baseline must agree on loss and gradient from the same prefixes; if they do
+not, ours gets no time and the command ends with status 1. A baseline that fails is a row that says why.
 """
 
 import argparse
 import contextlib
 import importlib
-import json
 import math
-import re
 import sys
 import time
 import warnings
@@ -30,15 +29,12 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parent / "paper"))
-
-import whole_arms
-from command import command
+from bench.harness.command import command
+from bench.harness.record import RESULTS, device_slug, header, write_rows
+from bench.harness.timing import interleave, quantiles
+from bench.models.baselines import BASELINES, Baseline, OursLabelled, assert_agree, collect
+from bench.models.families import GPT2, Bart, Family, TimmViT, ViT
 from prefixattn import guard
-from record import RESULTS, device_slug, header
-from timing import interleave, quantiles
-from whole_arms import Arm, collect
-from whole_models import GPT2, Bart, Family, TimmViT, ViT
 
 MODELS = ("gpt2-medium", "bart-large", "vit-b16")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -57,14 +53,14 @@ class Case:
     family: Family
     P: int
     dtype: torch.dtype
-    ways: tuple[tuple[str, str], ...]  # who, how
+    ways: tuple[tuple[str, str], ...]  # a baseline, and how it runs
 
-    def row(self, who: str, how: str) -> Row:
+    def row(self, baseline: str, how: str) -> Row:
         more = {"source": self.family.source} if isinstance(self.family, Bart) else {}
         return {
             "model": self.family.name,
             "library": self.family.library,
-            "who": who,
+            "who": baseline,
             "how": f"{NAMES[self.dtype]} {how}",
             "P": self.P,
             "batch": self.family.batch,
@@ -109,18 +105,18 @@ def cases(tiny: bool, models: tuple[str, ...]) -> list[Case]:
 
 
 class Step:
-    """One training step of an arm."""
+    """One training step of a baseline."""
 
-    def __init__(self, arm: Arm, how: str, dry: bool) -> None:
-        self.arm, self.graphs = arm, how == COMPILED[1]
-        self.call: Callable[[], torch.Tensor] = arm.loss
+    def __init__(self, baseline: Baseline, how: str, dry: bool) -> None:
+        self.baseline, self.graphs = baseline, how == COMPILED[1]
+        self.call: Callable[[], torch.Tensor] = baseline.loss
         self.options: dict[str, Any] = {}  # of the compiler
         if how in COMPILED:
             self.options = (
                 {"backend": "aot_eager"} if dry else {"mode": "reduce-overhead" if self.graphs else "default"}
             )
-            self.call = torch.compile(arm.loss, fullgraph=True, **self.options)
-        self.optimizer = arm.family.optimizer(arm.trained)
+            self.call = torch.compile(baseline.loss, fullgraph=True, **self.options)
+        self.optimizer = baseline.family.optimizer(baseline.trained)
         self.issued: list[float] = []
 
     def __call__(self) -> torch.Tensor:
@@ -131,9 +127,9 @@ class Step:
         loss = self.call()
         loss.backward()
         self.optimizer.step()
-        self.arm.held.clear()
+        self.baseline.held.clear()
         self.issued.append((time.perf_counter() - start) * 1e3)
-        if self.arm.device == "cuda":
+        if self.baseline.device == "cuda":
             torch.cuda.synchronize()
         return loss
 
@@ -144,15 +140,15 @@ class Step:
             first = float(self().detach())
         except torch._dynamo.exc.Unsupported as error:
             row["note"] = f"several graphs: {words(error)}"
-            self.call = torch.compile(self.arm.loss, **self.options)
+            self.call = torch.compile(self.baseline.loss, **self.options)
             first = float(self().detach())
         if not torch.isfinite(torch.tensor(first)):
             raise AssertionError(f"the loss of the first step is {first}")
-        trained = list(self.arm.trained.parameters())
+        trained = list(self.baseline.trained.parameters())
         # norms, which a factored gradient knows without being made
         norms = {
             name: 0.0 if p.grad is None else float(torch.linalg.vector_norm(p.grad))
-            for name, p in self.arm.trained.named_parameters()
+            for name, p in self.baseline.trained.named_parameters()
         }
         if missing := [name for name, found in norms.items() if not found]:
             raise AssertionError(f"no gradient reached {', '.join(missing)}")
@@ -161,9 +157,9 @@ class Step:
         row |= {"first_loss": rounded(first), "first_gradient": rounded(norm)}
         for _ in range(steps):
             self()
-        if self.arm.device != "cuda":
+        if self.baseline.device != "cuda":
             return row
-        allocated, reserved = self.arm.before
+        allocated, reserved = self.baseline.before
         if self.graphs:
             torch.cuda.empty_cache()
             return row | {"peak_mib": round((torch.cuda.memory_reserved() - reserved) / 2**20, 1), "by": "reserved"}
@@ -198,7 +194,7 @@ class Budget:
 def measure(case: Case, device: str, budget: Budget, seconds: float, eager: dict[str, Row]) -> list[Row]:
     """A row for each way; what fails on the way says so in its row and is not timed.
 
-    `eager` holds the rows of eager steps, by case and who: against these others of the same arm are held.
+    `eager` holds the rows of eager steps, by case and baseline: against these others of the same are held.
     """
     dry = budget.dry
     rows = {way: case.row(*way) for way in case.ways}
@@ -213,20 +209,20 @@ def measure(case: Case, device: str, budget: Budget, seconds: float, eager: dict
             steps.pop(way, None)
 
     for way in case.ways:
-        who, how = way
+        name, how = way
         with kept(way):
             if how in COMPILED and not dry:
                 if device != "cuda":
                     raise NotImplementedError("compiled steps are timed on a GPU only")
                 if budget.left() < COMPILING_TAKES:
                     raise TimeoutError(f"{budget.left():.0f} seconds are left, and compiling may take longer")
-            make = whole_arms.OursLabelled if way in LABELLED else whole_arms.ARMS[who]
+            make = OursLabelled if way in LABELLED else BASELINES[name]
             steps[way] = Step(make(case.family, device, case.dtype, case.P), how, dry)
-            if steps[way].arm.note:
-                rows[way]["note"] = steps[way].arm.note
+            if steps[way].baseline.note:
+                rows[way]["note"] = steps[way].baseline.note
             # before the next is made, whose weights would be counted as memory of this one
             rows[way] |= steps[way].warm_up(1 if dry else 3)
-            assert_same_start(case, rows[way], eager.setdefault(f"{case.key} {who}", rows[way]))
+            assert_same_start(case, rows[way], eager.setdefault(f"{case.key} {name}", rows[way]))
             steps[way].issued.clear()
         collect(device)
     check(rows, steps)
@@ -257,7 +253,7 @@ def assert_same_start(case: Case, row: Row, eager: Row) -> None:
 def check(rows: dict[tuple[str, str], Row], steps: dict[tuple[str, str], Step]) -> None:
     """Holds ours against the others, all eager; what disagrees is not timed."""
     ours, frozen = ("ours", "eager"), ("frozen", "eager")
-    others = {who: steps[who, "eager"].arm for who in ("original", "peft") if (who, "eager") in steps}
+    others = {name: steps[name, "eager"].baseline for name in ("original", "peft") if (name, "eager") in steps}
     if others.get("peft") is not None and others["peft"].family.task != "CAUSAL_LM":
         del others["peft"]  # another function there
     if ours not in steps or frozen not in steps:
@@ -266,8 +262,8 @@ def check(rows: dict[tuple[str, str], Row], steps: dict[tuple[str, str], Step]) 
         rows[ours]["note"] = "not compared: no other way is there"
         return
     try:
-        errors = whole_arms.assert_agree(steps[ours].arm, others, steps[frozen].arm)
-        rows[ours]["apart"] = {who: float(f"{error:.2g}") for who, error in errors.items()}
+        errors = assert_agree(steps[ours].baseline, others, steps[frozen].baseline)
+        rows[ours]["apart"] = {name: float(f"{error:.2g}") for name, error in errors.items()}
     except Exception as error:
         for way in [way for way in rows if way[0] == "ours"]:
             rows[way]["absent"] = words(error)
@@ -285,18 +281,14 @@ def time_together(
     for name, ms in samples.items():
         way = by_name[name]
         rows[way] |= {"ms": [round(t, 3) for t in quantiles(ms)], "min_ms": round(min(ms), 3), "steps": len(ms)}
-        if steps[way].arm.device == "cuda":
+        if steps[way].baseline.device == "cuda":
             rows[way]["issue_ms"] = round(quantiles(steps[way].issued)[1], 3)
 
 
 def write(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     """`distrusted`: kernels of ours in whose place "auto" took the reference, and why; empty if all is well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
     distrusted = {" ".join(map(str, case)): words for case, words in guard.verdicts.items() if words}
-    text = json.dumps(head | {"distrusted": distrusted, "rows": rows}, indent=1)
-    fresh.write_text(re.sub(r"\n {3,}", " ", text) + "\n")  # one line a row
-    fresh.replace(path)
+    write_rows(path, head | {"distrusted": distrusted, "rows": rows})
 
 
 def table(rows: list[Row]) -> str:

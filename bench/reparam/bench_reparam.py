@@ -1,14 +1,13 @@
 """A training step of the network that makes the prefixes: forward, backward and AdamW, ours beside PyTorch's.
 
-    python -m pytest bench/bench_reparam.py                 # some minutes, then bench/results/reparam-<device>.json
-    python -m pytest bench/bench_reparam.py --device gpu
-    python -m pytest bench/bench_reparam.py --quick         # tiny networks, no file
+    python -m pytest bench/reparam/bench_reparam.py             # minutes, then bench/results/reparam-<device>.json
+    python -m pytest bench/reparam/bench_reparam.py --device gpu
+    python -m pytest bench/reparam/bench_reparam.py --quick     # tiny networks, no file
 
-The gradient of the bank is given. Before anything is timed, a step of every way is compared with the plain one's.
+The gradient of the bank is given. Before anything is timed, our step and every baseline's are compared with the plain
+one's.
 """
 
-import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,13 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-import reparam_memory
-import timing
-import timing_gpu
-from command import NOTHING, interrupted
-from platforms import Platform
-from record import RESULTS, device_slug, header
-from reparam_cases import CASES, TINY, WAYS, Network, Step
+from bench.harness import platforms, timing, timing_gpu
+from bench.harness.command import NOTHING, interrupted
+from bench.harness.record import RESULTS, device_slug, header, write_rows
+from bench.reparam import peak_rss
+from bench.reparam.cases import BASELINES, CASES, TINY, Network, Step
 
 Rows = list[dict[str, Any]]
 
@@ -64,29 +61,26 @@ def rows(request: pytest.FixtureRequest) -> Iterator[Rows]:
         if "ms" in row:
             row["floor_ms"] = round(Network(**row["network"]).floor_bytes / max(rates) * 1e-6, 4)
     result = header(device) | {"op": "reparam", "copy_gbytes_per_s": round(max(rates), 1), "rows": found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(re.sub(r"\n {3,}", " ", json.dumps(result, indent=1)) + "\n")
-    fresh.replace(path)
+    write_rows(path, result)
     print(f"\nwrote {path}")
 
 
 def _device(config: pytest.Config) -> str:
-    return Platform.chosen(config).device
+    return platforms.chosen(config).device
 
 
 def check(size: Network, device: str) -> None:
-    """After two steps every way has the same parameters, but for rounding."""
+    """After two steps ours and every baseline have the same parameters, but for rounding."""
     trained = {}
-    for way in WAYS:
-        step = WAYS[way](size, device)
+    for way in BASELINES:
+        step = BASELINES[way](size, device)
         before = step.network.up.weight.detach().clone()
         for _ in range(2):
             step()
         trained[way] = [p.detach() for p in step.network.parameters()]
         moved = (trained[way][3] - before).abs().max()
         assert moved > 1e-4, f"{way} trains nothing: the large matrix moved by {moved:.1e}"
-    for way in WAYS:
+    for way in BASELINES:
         for ours, plain in zip(trained[way], trained["eager"], strict=True):
             # AdamW divides by the gradient's own size: where that is all rounding, so is the step
             wrong = ((ours - plain).abs() > 1e-5 + 1e-3 * plain.abs()).double().mean()
@@ -99,15 +93,15 @@ def test_reparam(name: str, rows: Rows, benchmark: Any, request: pytest.FixtureR
     check(size, device)
     case = {"op": "reparam", "case": name, "network": asdict(size), "parameter_mib": size.parameter_bytes / 2**20}
     steps: dict[str, Step] = {}
-    for way, start in WAYS.items():
+    for way, start in BASELINES.items():
         began = time.perf_counter()
         if device == "cpu" and not quick:
-            case_memory = reparam_memory.of(way, name)
+            case_memory = peak_rss.of(way, name)
             rows.append(case | {"way": way} | case_memory)
             print(f"{name}, {way}: {case_memory} ({time.perf_counter() - began:.0f} s)", flush=True)
         steps[way] = start(size, device)
         if device == "cuda":
-            rows.append(case | {"way": way} | reparam_memory.on_gpu(steps[way]))
+            rows.append(case | {"way": way} | peak_rss.on_gpu(steps[way]))
     seconds = 0.1 if quick else 45.0
     if device == "cuda":
         samples, _ = timing_gpu.interleave(dict(steps), seconds / 10, rounds=(5, 60))

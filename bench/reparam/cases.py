@@ -1,4 +1,4 @@
-"""The reparameterization networks of the papers, and the ways to take one training step with them."""
+"""The reparameterization networks of the papers, and what takes a training step with them: ours and its baselines."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def factored(network: DeepShare) -> torch.optim.Optimizer:
     return FactoredAdamW(network, **OPTIONS)
 
 
-WAYS: dict[str, Callable[[Network, str], Step]] = {
+BASELINES: dict[str, Callable[[Network, str], Step]] = {
     "ours": lambda size, device: Step(size, device, True, factored),
     # the gradient of the large matrix is built, by our own op
     "ours, any optimizer": lambda size, device: Step(size, device, True, partial(adamw, fused=True)),

@@ -1,31 +1,23 @@
 """Memory that a training step of the network needs, in a process of its own.
 
-    python bench/reparam_memory.py "ours" "gpt2-medium P10"
+    python -m bench.reparam.peak_rss "ours" "gpt2-medium P10"
 
-Two steps are taken first, so that parameters and moments are there. Then the growth of the resident set over one step,
-as bench/memory.py measures it: gradients, activations, factors and scratch. Moments are counted.
+Two steps are taken first, so that parameters and moments are there. Then the growth of the resident set over one step
+is measured: gradients, activations, factors and scratch. Moments are counted.
 """
 
-import ctypes
 import json
-import os
-import subprocess
 import sys
 
 import torch
 
-from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, grown_mib
-from reparam_cases import CASES, WAYS, Step
+from bench.harness.peak_rss import apart, grown_mib, without_huge_pages
+from bench.reparam.cases import BASELINES, CASES, Step
 
 
 def of(way: str, case: str) -> dict[str, float]:
     """MiB: `step_mib` and `moments_mib`."""
-    environment = os.environ | _ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, __file__, way, case]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {way}, {case} failed: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = apart(__name__, way, case, threads=torch.get_num_threads())
     return found
 
 
@@ -49,7 +41,7 @@ def moments(step: Step) -> float:
 
 
 def measure(way: str, case: str) -> dict[str, float]:
-    step = WAYS[way](CASES[case], "cpu")
+    step = BASELINES[way](CASES[case], "cpu")
     for _ in range(2):
         step()
     step.optimizer.zero_grad()
@@ -57,5 +49,5 @@ def measure(way: str, case: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    without_huge_pages()
     print(json.dumps(measure(*sys.argv[1:])))

@@ -1,27 +1,18 @@
 """Tables and a figure from one results JSON of bench_reparam.py, and from nothing else.
 
-python bench/plot_reparam.py bench/results/reparam-<device>.json
+python -m bench.reparam.plot bench/results/reparam-<device>.json
 """
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from publish import publish
-from reparam_cases import CASES, ROWS, Network
+from bench.harness.publish import Row, by_case, publish
+from bench.reparam.cases import CASES, ROWS, Network
 
-Row = dict[str, Any]
 # how many times as long as ours the others should take
 GOALS = {"gpt2-medium P10": {"eager": 3.0}, "gpt2-medium P200": {"eager": 1.3, "original": 9.0}}
 # too large for most machines: PEFT's default width of the bottleneck, the model's own
 COMPUTED = {"llama-7b P30, hidden 4096": Network(1, 32, 32, 128, 4096, 4096, 30)}
-
-
-def by_case(result: Row) -> dict[str, dict[str, Row]]:
-    found: dict[str, dict[str, Row]] = {}
-    for row in result["rows"]:
-        found.setdefault(row["case"], {})[row["way"]] = row
-    return found
 
 
 def times(result: Row) -> list[str]:
@@ -118,7 +109,9 @@ def figure(result: Row, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    publish(Path(arguments[0]) if arguments else None, "python -m pytest bench/bench_reparam.py", tables, figure)
+    publish(
+        Path(arguments[0]) if arguments else None, "python -m pytest bench/reparam/bench_reparam.py", tables, figure
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The bank of a simple share by torch's library calls, forward and backward, beside its floor: GPT-2 medium, a CPU.
 
-    python bench/simple_share.py                       # some minutes: prints a table
-    python bench/simple_share.py --out bench/results/simple-share-cpu.json
+    python -m bench.reparam.simple_share                  # some minutes: prints a table
+    python -m bench.reparam.simple_share --out bench/results/simple-share-cpu.json
 
 Answers whether simple share deserves kernels of its own. The floor is the longer of two: the frozen weights of keys and
 values read once in each pass, at the rate of a copy; and the products' arithmetic, at the best rate of torch.mm. Both
@@ -10,8 +10,6 @@ one thread it is the thread's processor time that counts, which other load on th
 """
 
 import argparse
-import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import timing
-from command import NOTHING, Refusal, command
-from record import header
+from bench.harness import timing
+from bench.harness.command import NOTHING, Refusal, command
+from bench.harness.record import header, write_rows
 
 LAYERS, WIDTH, HEADS = 24, 1024, 16
 LENGTHS = 10, 200
@@ -96,10 +94,7 @@ def main() -> None:
     for row in rows:
         print(*row.values())
     if options.out:
-        text = json.dumps(header() | {"rows": rows}, indent=1)
-        fresh = options.out.with_suffix(".new")
-        fresh.write_text(re.sub(r"\n {3,}", " ", text) + "\n")
-        fresh.replace(options.out)
+        write_rows(options.out, header() | {"rows": rows})
 
 
 if __name__ == "__main__":

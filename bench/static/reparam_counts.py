@@ -1,7 +1,7 @@
 """Counts the bytes of device memory of an optimizer step of the reparameterization.
 
-    python bench/reparam_counts.py                       # prints a table
-    python bench/reparam_counts.py --out bench/results/reparam_counts.json
+    python -m bench.static.reparam_counts                # prints a table
+    python -m bench.static.reparam_counts --out bench/results/reparam_counts.json
 
 The floor is 7 W, W being the bytes of the large matrices: the forward reads the matrix, AdamW reads and writes it and
 two moments; 4 W where these have 8 bits. Beside it stands the floor of both matrices, 7 W1 more, to which the whole
@@ -18,7 +18,6 @@ of the launches to what the kernels really do.
 
 import argparse
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from triton import cdiv
 from triton.runtime.jit import KernelInterface
 
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
+from bench.harness.record import write
 from prefixattn.kernels import launch_reparam
 from prefixattn.optim.source import Source, X
 from prefixattn.reparam import triton as backend
@@ -233,9 +233,7 @@ def main() -> None:
         found = "{bytes_ratio:.3f} | {asked_ratio:.2f} | {whole_ratio:.3f}".format(**r)
         print(f"| {r['case']} | {r['floor_mb']:.1f} | {r['predicted'][0]}, {r['predicted'][1]} | {found} |")
     if options.out:
-        fresh = options.out.with_suffix(".new")
-        fresh.write_text(json.dumps({"table": launch_reparam.DATE, "rows": rows}, indent=1) + "\n")
-        fresh.replace(options.out)
+        write(options.out, {"table": launch_reparam.DATE, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """As triton_resources.py, for the kernels of the reparameterization and of its sweeps: what they need on absent GPUs.
 
-python bench/reparam_resources.py                     # prints registers, spills and shared memory
-python bench/reparam_resources.py --out bench/results/reparam_resources.json
-python bench/reparam_resources.py --arch sm_90 --only P200
+python -m bench.static.reparam_resources              # prints registers, spills and shared memory
+python -m bench.static.reparam_resources --out bench/results/reparam_resources.json
+python -m bench.static.reparam_resources --arch sm_90 --only P200
 """
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -18,12 +17,13 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
+from bench.harness.record import write
+from bench.static.reparam_counts import CASES, Case, moment, step
+from bench.static.triton_resources import TARGETS, Compiled, Target, resources
 from prefixattn.kernels import launch_reparam
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import Moment8
-from reparam_counts import CASES, Case, moment, step
-from triton_resources import TARGETS, Compiled, Target, resources
 
 COMPILED = (
     "GPT-2m P5",
@@ -100,9 +100,7 @@ def main() -> None:
     rows = [row for arch in options.arch or TARGETS for row in measure(arch, options.only)]
     record = {"triton": triton.__version__, "table": launch_reparam.DATE, "rows": rows}
     if options.out:
-        fresh = options.out.with_suffix(".new")
-        fresh.write_text(json.dumps(record, indent=1) + "\n")
-        fresh.replace(options.out)
+        write(options.out, record)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Counts what the Triton kernels issue on an H200: multiply-adds of their tiles, and bytes of device memory.
 
-    python bench/triton_counts.py                        # prints two tables
-    python bench/triton_counts.py --out bench/results/triton_counts.json
+    python -m bench.static.triton_counts                 # prints two tables
+    python -m bench.static.triton_counts --out bench/results/triton_counts.json
 
 The launch code itself chooses kernels, tiles and grids: its launches, on tensors without memory, are intercepted, and
 for each kernel a function here goes through the loops that the kernel goes through. tests/test_triton_counts.py holds
@@ -14,7 +14,6 @@ next, and not the rereading of a tensor by many programs). Not counted: exponent
 
 import argparse
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,14 +28,15 @@ from torch import Tensor
 from triton import cdiv
 from triton.runtime.jit import KernelInterface
 
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
+from bench.harness.record import write
+from bench.static.triton_shapes import SHAPES, TargetShape
 from prefixattn.call import Given, Needs, Wants
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import PREFIX, Call
 from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.layout import unpacked
-from triton_shapes import SHAPES, Shape
 
 # ceilings of an H200, as the targets were set with: products of bf16, flops a second; device memory, bytes a second
 FLOPS, BYTES = 790e12, 4.3e12
@@ -276,7 +276,7 @@ def intercepted(take: Callable[[Launched, Callable[[], Any]], None], processors:
             setattr(module, name, value)
 
 
-def operands(shape: Shape, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Call:
+def operands(shape: TargetShape, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Call:
     B, H, KV, N, P, D = shape[1:7]
     if shape.packed:
         q, k, v = unpacked(torch.empty(B, N, 3, H, D, dtype=dtype, device=device))
@@ -286,7 +286,7 @@ def operands(shape: Shape, dtype: torch.dtype = torch.bfloat16, device: str = "m
     return Call(q, k, v, prefix_k, prefix_v, is_causal=shape.causal, scale=D**-0.5)
 
 
-def launches(shape: Shape, grads: bool) -> list[Launched]:
+def launches(shape: TargetShape, grads: bool) -> list[Launched]:
     """The kernels of a forward, then if asked of a backward with all five gradients, in bf16 on an H200."""
     found: list[Launched] = []
     call = operands(shape)
@@ -298,7 +298,7 @@ def launches(shape: Shape, grads: bool) -> list[Launched]:
     return found
 
 
-def row(shape: Shape, grads: bool) -> dict[str, Any]:
+def row(shape: TargetShape, grads: bool) -> dict[str, Any]:
     kernels: list[dict[str, Any]] = []
     for launched in launches(shape, grads):
         n, a = count(launched), launched.args
@@ -357,10 +357,7 @@ def main() -> None:
         print(f"\n{grads}\n\n{markdown([r for r in rows if r['pass'] == grads])}")
     if options.out:
         record = {"arch": "sm_90", "processors": PROCESSORS, "flops": FLOPS, "bytes": BYTES, "table": table.DATE}
-        text = json.dumps(record | {"rows": rows}, indent=1)
-        fresh = options.out.with_suffix(".new")
-        fresh.write_text(text + "\n")
-        fresh.replace(options.out)
+        write(options.out, record | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Compiles the Triton kernels for GPUs that are not here, as their own launches would, and records what they need.
 
-    python bench/triton_resources.py                      # prints registers, spills and shared memory
-    python bench/triton_resources.py --out bench/results/triton_resources.json
-    python bench/triton_resources.py --arch sm_90 --only short
+    python -m bench.static.triton_resources               # prints registers, spills and shared memory
+    python -m bench.static.triton_resources --out bench/results/triton_resources.json
+    python -m bench.static.triton_resources --arch sm_90 --only short
 
 A stand-in for Triton's driver names the target; everything else, from the table of launch parameters to the alignment
 that Triton reads off the tensors, is what a call on that GPU would do.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -28,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
+from bench.harness.record import write
 from prefixattn.call import Given, Needs, Wants
 from prefixattn.kernels import table
 from prefixattn.kernels.call import Call
@@ -191,9 +191,7 @@ def main() -> None:
     rows = [row for arch in options.arch or TARGETS for row in measure(arch, options.only)]
     record = {"triton": triton.__version__, "table": table.DATE, "rows": rows}
     if options.out:
-        fresh = options.out.with_suffix(".new")
-        fresh.write_text(json.dumps(record, indent=1) + "\n")
-        fresh.replace(options.out)
+        write(options.out, record)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Shape(NamedTuple):
+class TargetShape(NamedTuple):
     """A row of the targets that were set, with these floors and estimates of peers, before any kernel; microseconds.
 
     Its target of forward + backward is a ratio to the best peer, whose time it estimates for the forward alone: here
@@ -44,14 +44,16 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape("ViT-B 224 B64 P10", 64, 12, 12, 197, 10, 64, False, True, (18.2, 56), 30, 62, (37, 115), 1.9),
-    Shape("ViT-B 224 B128 P50", 128, 12, 12, 197, 50, 64, False, True, (36.3, 127), 62, 128, (82, 249), 1.8),
-    Shape("ViT-B 384 B64 P50", 64, 12, 12, 577, 50, 64, False, True, (90, 315), 190, 300, (145, 377), 1.3),
-    Shape("ViT-L/14 N1025 B64 P50", 64, 16, 16, 1025, 50, 64, False, True, (366, 1280), 800, 1050, (494, 1411), 1.15),
-    Shape("GPT-2s B16 N256 P20", 16, 12, 12, 256, 20, 64, True, True, (5.9, 18.6), 11, 22, (12, 38), 1.8),
-    Shape("GPT-2m B8 N1024 P200", 8, 16, 16, 1024, 200, 64, True, True, (30, 106), 68, 104, (47, 125), 1.3),
-    Shape("GPT-2xl B8 N1024 P10", 8, 25, 25, 1024, 10, 64, True, True, (35, 121), 88, 125, (59, 164), 1.25),
-    Shape("LLaMA-7B B16 N512 P100", 16, 32, 32, 512, 100, 128, True, False, (63, 215), 130, 215, (137, 422), 1.4),
-    Shape("LLaMA-7B B4 N2048 P30", 4, 32, 32, 2048, 30, 128, True, False, (179, 627), 305, 361, (242, 690), 1.05),
-    Shape("LLaMA-3-8B B4 N2048 P30", 4, 32, 8, 2048, 30, 128, True, False, (179, 627), 300, 300, (195, 643), 1.0),
+    TargetShape("ViT-B 224 B64 P10", 64, 12, 12, 197, 10, 64, False, True, (18.2, 56), 30, 62, (37, 115), 1.9),
+    TargetShape("ViT-B 224 B128 P50", 128, 12, 12, 197, 50, 64, False, True, (36.3, 127), 62, 128, (82, 249), 1.8),
+    TargetShape("ViT-B 384 B64 P50", 64, 12, 12, 577, 50, 64, False, True, (90, 315), 190, 300, (145, 377), 1.3),
+    TargetShape(
+        "ViT-L/14 N1025 B64 P50", 64, 16, 16, 1025, 50, 64, False, True, (366, 1280), 800, 1050, (494, 1411), 1.15
+    ),
+    TargetShape("GPT-2s B16 N256 P20", 16, 12, 12, 256, 20, 64, True, True, (5.9, 18.6), 11, 22, (12, 38), 1.8),
+    TargetShape("GPT-2m B8 N1024 P200", 8, 16, 16, 1024, 200, 64, True, True, (30, 106), 68, 104, (47, 125), 1.3),
+    TargetShape("GPT-2xl B8 N1024 P10", 8, 25, 25, 1024, 10, 64, True, True, (35, 121), 88, 125, (59, 164), 1.25),
+    TargetShape("LLaMA-7B B16 N512 P100", 16, 32, 32, 512, 100, 128, True, False, (63, 215), 130, 215, (137, 422), 1.4),
+    TargetShape("LLaMA-7B B4 N2048 P30", 4, 32, 32, 2048, 30, 128, True, False, (179, 627), 305, 361, (242, 690), 1.05),
+    TargetShape("LLaMA-3-8B B4 N2048 P30", 4, 32, 8, 2048, 30, 128, True, False, (179, 627), 300, 300, (195, 643), 1.0),
 )

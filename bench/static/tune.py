@@ -1,9 +1,9 @@
 """Finds launch parameters for the Triton kernels and prints the table of kernels/table.py to paste.
 
-    python bench/tune.py                       # on a GPU: the fastest candidate that fits, timed, for this GPU
-    python bench/tune.py --arch sm_80          # without one: the first candidate that fits, compiled, not run
-    python bench/tune.py --kernel fwd --type bf16 --head-dim 64
-    python bench/tune.py --arch sm_90 --every  # compiles every candidate into Triton's cache, ahead of a timed run
+    python -m bench.static.tune                       # on a GPU: the fastest candidate that fits, timed, for this GPU
+    python -m bench.static.tune --arch sm_80          # without one: the first candidate that fits, compiled, not run
+    python -m bench.static.tune --kernel fwd --type bf16 --head-dim 64
+    python -m bench.static.tune --arch sm_90 --every  # compiles all candidates into Triton's cache, before a timed run
 
 Candidates stand in the order in which they are preferred unmeasured: large tiles first. One fits if no register spills
 and its shared memory suffices in every case of triton_resources.py. Each verdict is printed at once; an interrupted run
@@ -11,7 +11,6 @@ has lost nothing but the table.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,13 +22,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel does not compi
 
 import torch
 
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
+from bench.harness.record import write
+from bench.static.triton_resources import ALL, CASES, TARGETS, TYPES, Case, Target, launched, operands, resources
 from prefixattn.call import Given, Wants
 from prefixattn.kernels import table
 from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.kernels.table import Launch
-from triton_resources import ALL, CASES, TARGETS, TYPES, Case, Target, launched, operands, resources
 
 KERNELS = ("fwd", "fwd_medium", "fwd_short", "fwd_fold", "bwd_short", "bwd_keys", "bwd_prefix", "bwd_queries")
 WIDTHS = 64, 128, 256
@@ -153,9 +153,7 @@ def main() -> None:
         kind = "float" if dtype == "fp32" else "half"
         print(f'("{kernel}", "{kind}"): {{{width}: Launch{tuple(plan)}}},')
     if options.out:
-        fresh = options.out.with_suffix(".new")
-        fresh.write_text(json.dumps({name: list(plan) for name, plan in rows.items()}, indent=1) + "\n")
-        fresh.replace(options.out)
+        write(options.out, {name: list(plan) for name, plan in rows.items()})
 
 
 if __name__ == "__main__":
