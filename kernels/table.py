@@ -1,4 +1,4 @@
-"""Launch parameters by kernel, architecture, head size and type. `bench/static/tune.py` measures and prints such a table.
+"""Launch parameters by kernel, architecture, head size and type; bench/static/tune.py measures and prints such a table.
 
 2026-11-21, not measured: chosen so that nothing spills and shared memory suffices, by bench/static/triton_resources.py.
 """
