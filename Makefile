@@ -51,8 +51,8 @@ sweep: build
 	$(PY) tests/sweep_timm.py --out tests/sweep_timm.json
 
 bench: build
-	$(PY) -m pytest bench/bench_prefix_attn.py
-	$(PY) bench/plot.py
+	$(PY) -m pytest bench/attention/bench_prefix_attn.py
+	$(PY) -m bench.attention.plot
 
 lint: $(VENV)/lint
 	$(PY) -m ruff check .

@@ -1,14 +1,11 @@
-"""Options of the benchmarks and the record that they fill."""
+"""Options of the benchmarks under pytest, and how a signal ends them."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from command import NOTHING, SIGNALS, interrupted
-from platforms import Platform
-from record import RESULTS, Record, device_slug
+from bench.harness.command import SIGNALS, interrupted
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,27 +31,3 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
     interrupted.append(str(excinfo.value) or "stopped")
-
-
-@pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest) -> Iterator[Record]:
-    quick, out = request.config.getoption("--quick"), request.config.getoption("--out")
-    cases = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)]
-    side = Platform.chosen(request.config)
-    record = Record(side, cases, quick, 0.05 if quick else request.config.getoption("--minutes"))
-    yield record
-    if interrupted:
-        print(f"\n{interrupted[0]}; {NOTHING}")
-        return
-    if out is None and not quick:
-        if request.config.getoption("keyword") or any("::" in argument for argument in request.config.args):
-            print("\nonly some of the cases were asked for: nothing is written without --out")
-            return
-        out = RESULTS / f"{device_slug(side.device)}.json"
-    if out is None:
-        return
-    if request.session.testsfailed:
-        print(f"\n{request.session.testsfailed} cases failed: {out} is left as it was")
-        return
-    record.write(out)
-    print(f"\nwrote {out}")

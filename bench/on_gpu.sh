@@ -12,7 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-ALL=(build verdicts tests gate micro whole reparam sanitize tune)
+ALL=(build verdicts tests shapes micro whole reparam sanitize tune)
 dry=0 minutes=9 sections=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -43,7 +43,7 @@ elif ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # Seconds that a section may take when all run; the rest goes to the last ones.
-declare -A share=([build]=60 [verdicts]=60 [tests]=125 [gate]=45 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
+declare -A share=([build]=60 [verdicts]=60 [tests]=125 [shapes]=45 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
 total=0
 for s in "${sections[@]}"; do total=$((total + share[$s])); done
 end=$((SECONDS + 60 * minutes))
@@ -68,35 +68,35 @@ tests() {
         tests/test_reparam.py tests/test_optim.py tests/test_gpt2.py tests/test_gpt2_train.py
 }
 
-gate() {
-    local options=(--peers --minutes "$(minutes_of "$1")")
+shapes() {
+    local options=(--baselines --minutes "$(minutes_of "$1")")
     [ $dry = 0 ] || options=(--small --minutes 0.2)
-    $PYTHON bench/gate.py "${options[@]}"
+    $PYTHON -m bench.attention.check_shapes "${options[@]}"
 }
 
 micro() {
     local options=(--device gpu --minutes "$(minutes_of "$1")" --out "$OUT/micro.json")
     [ $dry = 0 ] || options+=(--quick -k packed)
-    $PYTHON -m pytest -q -p no:cacheprovider --benchmark-disable-gc bench/bench_prefix_attn.py "${options[@]}" &&
-        $PYTHON bench/plot_gpu.py "$OUT/micro.json" && rm "$OUT/micro.md" # the log has it
+    $PYTHON -m pytest -q -p no:cacheprovider --benchmark-disable-gc bench/attention/bench_prefix_attn.py "${options[@]}" &&
+        $PYTHON -m bench.attention.plot_gpu "$OUT/micro.json" && rm "$OUT/micro.md" # the log has it
 }
 
 whole() {
     local options=(--minutes "$(minutes_of "$1")" --out "$OUT/whole_step.json")
     [ $dry = 0 ] || options+=(--dry-run)
-    $PYTHON bench/whole_step.py "${options[@]}"
+    $PYTHON -m bench.models.whole_step "${options[@]}"
 }
 
 reparam() {
     local options=(--device gpu --out "$OUT/reparam.json")
     [ $dry = 0 ] || options+=(--quick)
-    $PYTHON -m pytest -q -p no:cacheprovider bench/bench_reparam.py "${options[@]}" &&
-        $PYTHON bench/plot_reparam.py "$OUT/reparam.json" && rm "$OUT/reparam.md"
+    $PYTHON -m pytest -q -p no:cacheprovider bench/reparam/bench_reparam.py "${options[@]}" &&
+        $PYTHON -m bench.reparam.plot "$OUT/reparam.json" && rm "$OUT/reparam.md"
 }
 
 sanitize() {
     if [ $dry = 1 ]; then
-        $PYTHON bench/gate.py --small --minutes 0.05
+        $PYTHON -m bench.attention.check_shapes --small --minutes 0.05
         return
     fi
     local tool status=0
@@ -104,25 +104,25 @@ sanitize() {
         echo "compute-sanitizer --tool $tool"
         # an allocation of its own for each tensor, or what lies past one would be another's
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT $(($1 / 2)) compute-sanitizer --tool $tool --error-exitcode 9 \
-            $PYTHON bench/gate.py --small 2>&1 | tail -40 || status=1
+            $PYTHON -m bench.attention.check_shapes --small 2>&1 | tail -40 || status=1
     done
     return $status
 }
 
 tune() {
     if [ $dry = 1 ]; then
-        $PYTHON bench/tune.py --arch sm_90 --kernel fwd_fold --type bf16 --head-dim 64 --minutes 0.5
+        $PYTHON -m bench.static.tune --arch sm_90 --kernel fwd_fold --type bf16 --head-dim 64 --minutes 0.5
         return
     fi
     local arch kernel
     arch=$($PYTHON -c 'import torch; from prefixattn.kernels import table; print(table.architecture(torch.device("cuda")))')
     # compiling takes longest and needs no GPU: all candidates at once into Triton's cache, then one after the other is timed
     for kernel in fwd fwd_medium fwd_short fwd_fold bwd_short bwd_keys bwd_prefix bwd_queries; do
-        timeout $(($1 / 2)) $PYTHON bench/tune.py --arch "$arch" --every --kernel $kernel --type bf16 --head-dim 64 \
+        timeout $(($1 / 2)) $PYTHON -m bench.static.tune --arch "$arch" --every --kernel $kernel --type bf16 --head-dim 64 \
             >/dev/null 2>&1 &
     done
     wait
-    $PYTHON bench/tune.py --type bf16 --head-dim 64 --minutes "$(minutes_of $(($1 / 2)))" --out "$OUT/tune.json"
+    $PYTHON -m bench.static.tune --type bf16 --head-dim 64 --minutes "$(minutes_of $(($1 / 2)))" --out "$OUT/tune.json"
 }
 
 minutes_of() { awk -v s="$1" 'BEGIN { print s / 60 }'; }
@@ -139,7 +139,7 @@ for section in "${sections[@]}"; do
     echo "== $section (at most ${seconds} s of $((end - SECONDS)))"
     began=$SECONDS
     # a shell of its own, so that a limit can end it whole
-    export -f build verdicts tests gate micro whole reparam sanitize tune minutes_of
+    export -f build verdicts tests shapes micro whole reparam sanitize tune minutes_of
     export dry PYTHON
     timeout -k 10 $((seconds + 15)) bash -uo pipefail -c "$section $seconds"
     status=$?

@@ -1,6 +1,6 @@
 """The network that makes a prefix, and its optimizer's sweep: which kernels run, with what tiles and grid.
 
-Nothing here was measured: the tiles are those that spill nowhere, by bench/reparam_resources.py.
+Nothing here was measured: the tiles are those that spill nowhere, by bench/static/reparam_resources.py.
 """
 
 from typing import Any, NamedTuple

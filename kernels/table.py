@@ -1,6 +1,6 @@
-"""Launch parameters by kernel, architecture, head size and type. `bench/tune.py` measures and prints such a table.
+"""Launch parameters by kernel, architecture, head size and type; bench/static/tune.py measures and prints such a table.
 
-2026-11-21, not measured: chosen so that nothing spills and shared memory suffices, by bench/triton_resources.py.
+2026-11-21, not measured: chosen so that nothing spills and shared memory suffices, by bench/static/triton_resources.py.
 """
 
 import os
@@ -62,7 +62,7 @@ _SM_100 = _SM_90 | {
     ("bwd_keys", "half"): _SM_90["bwd_keys", "half"] | {64: Launch(64, 128, 8, 1)},
 }
 TABLE = {"sm_80": _SM_80, "sm_86": _SM_86, "sm_90": _SM_90, "sm_100": _SM_100}
-trial: dict[str, Launch] = {}  # bench/tune.py: a candidate, in place of the table's row
+trial: dict[str, Launch] = {}  # bench/static/tune.py: a candidate, in place of the table's row
 
 
 def row(kernel: str, arch: str, block_d: int, half: bool) -> Launch | None:

@@ -9,35 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_prefix_attn
-import memory
-import peers
-import platforms
-import plot
-import timing
-from peers import Shape
+from bench.attention import baselines, bench_prefix_attn, peak_rss, plot, suites
+from bench.attention.baselines import BenchInputs, BenchShape
+from bench.harness import timing
 from prefixattn import backends
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMED = "bench/attention/bench_prefix_attn.py"
 SMALL = {
-    "bidirectional": Shape("vit", 2, 2, 37, 5, 16),
-    "causal": Shape("gpt", 2, 2, 37, 5, 16),
-    "causal_prefix_longer_than_the_keys": Shape("gpt", 1, 2, 9, 40, 16),
+    "bidirectional": BenchShape("vit", 2, 2, 37, 5, 16),
+    "causal": BenchShape("gpt", 2, 2, 37, 5, 16),
+    "causal_prefix_longer_than_the_keys": BenchShape("gpt", 1, 2, 9, 40, 16),
 }
-ATTENTIONS = {name: peer for name, peer in peers.PEERS.items() if peer.role != "floor" and name != "flex_concat"}
+ATTENTIONS = {name: b for name, b in baselines.BASELINES.items() if b.role != "floor" and name != "flex_concat"}
 
 
-CASES = [(name, s) for name, peer in ATTENTIONS.items() for s in SMALL if SMALL[s].causal in peer.causal]
+CASES = [(name, s) for name, baseline in ATTENTIONS.items() for s in SMALL if SMALL[s].causal in baseline.causal]
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
-def test_peers_compute_the_same_function(name: str, shape: str) -> None:
+def test_baselines_compute_the_same_function(name: str, shape: str) -> None:
     bench_prefix_attn.check(name, ATTENTIONS[name].attention, SMALL[shape], torch.float32, "fwd+bwd", factor=4.0)
 
 
 def test_a_wrong_answer_is_not_timed() -> None:
-    def forgets_the_prefix(x: peers.Inputs, shape: Shape) -> torch.Tensor:
-        return peers.sdpa_no_prefix(x, shape)
+    def forgets_the_prefix(x: BenchInputs, shape: BenchShape) -> torch.Tensor:
+        return baselines.sdpa_no_prefix(x, shape)
 
     with pytest.raises(AssertionError, match="forgetful out: rms error"):
         bench_prefix_attn.check("forgetful", forgets_the_prefix, SMALL["causal"], torch.float32, "fwd", factor=8.0)
@@ -45,14 +42,14 @@ def test_a_wrong_answer_is_not_timed() -> None:
 
 def test_our_op_passes_the_check_of_the_benchmark() -> None:
     for shape in SMALL.values():
-        for dtype in platforms.platform("cpu").dtypes:
-            bench_prefix_attn.check("reference", peers.OURS["reference"], shape, dtype, "fwd+bwd", factor=2.0)
+        for dtype in suites.suite("cpu").dtypes:
+            bench_prefix_attn.check("reference", baselines.OURS["reference"], shape, dtype, "fwd+bwd", factor=2.0)
 
 
 @pytest.mark.parametrize("shape", SMALL)
 def test_arithmetic_counts_the_pairs_that_are_visible(shape: str) -> None:
     s = SMALL[shape]
-    mask = peers.visible(s.L, s.P) if s.causal else torch.ones(s.L, s.L + s.P)
+    mask = baselines.visible(s.L, s.P) if s.causal else torch.ones(s.L, s.L + s.P)
     forward = 4e-9 * s.B * s.H * s.D * int(mask.sum())
     assert s.gflop(backward=False) == pytest.approx(forward)
     assert s.gflop(backward=True) == pytest.approx(3.5 * forward)
@@ -71,9 +68,9 @@ def test_quantiles() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_the_concatenation() -> None:
-    shape = Shape("vit", 8, 12, 197, 10, 64)
-    necessary = memory.necessary_mib(shape, torch.float32)
-    [peak] = memory.peak_mib("sdpa_concat", [(shape, torch.float32)], threads=1)
+    shape = BenchShape("vit", 8, 12, 197, 10, 64)
+    necessary = peak_rss.necessary_mib(shape, torch.float32)
+    [peak] = peak_rss.peak_mib("sdpa_concat", [(shape, torch.float32)], threads=1)
     copies = 2 * shape.B * shape.H * (shape.L + shape.P) * shape.D * 4 / 2**20
     assert necessary + 0.9 * copies < peak < necessary + 4 * copies
 
@@ -106,7 +103,7 @@ def test_without_results_plot_says_what_makes_them(tmp_path: Path) -> None:
 def test_a_quick_run_leaves_a_record_that_can_be_drawn(tmp_path: Path) -> None:
     ours = "reference" if backends.here()["cpu"] else "cpu"
     out = tmp_path / "device.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/bench_prefix_attn.py", "--quick"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TIMED, "--quick"]
     # a worker of the suite would pass on that it is one, and benchmarks do not run in parallel
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
@@ -121,7 +118,7 @@ def test_a_quick_run_leaves_a_record_that_can_be_drawn(tmp_path: Path) -> None:
     header = {"device", "threads", "capability", "python", "torch", "prefixattn", "commit", "tree", "date"}
     assert result.keys() == header | {"gemm_gflops", "rows"}
     timed = [r for r in result["rows"] if "ms" in r]
-    assert len([r for r in timed if r["role"] == "ours"]) == len(peers.QUICK) * 2 * 2  # two types, two passes
+    assert len([r for r in timed if r["role"] == "ours"]) == len(baselines.QUICK) * 2 * 2  # two types, two passes
     for r in timed:
         assert 0 < r["min_ms"] <= r["ms"][0] <= r["ms"][1] <= r["ms"][2]
     absent = {(r["impl"], r["pass"]): r["absent"] for r in result["rows"] if "absent" in r}
@@ -129,12 +126,12 @@ def test_a_quick_run_leaves_a_record_that_can_be_drawn(tmp_path: Path) -> None:
 
     plot.main([str(out)])
     table = out.with_suffix(".md").read_text()
-    assert "bidirectional" in table and str(peers.QUICK[0].P) in table
+    assert "bidirectional" in table and str(baselines.QUICK[0].P) in table
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_shapes_cover_what_the_goals_are_stated_for() -> None:
-    shapes = peers.all_shapes()
+    shapes = baselines.all_shapes()
     assert {(s.L, s.P, s.D) for s in shapes if not s.causal} == {
         (N, P, D) for N in (197, 577) for P in (5, 10, 50, 200) for D in (64, 128)
     }

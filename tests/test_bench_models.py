@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import bench_models
-import plot_models
-from model_cases import ATTACHED, CASES, LANGUAGE
+from bench.models import bench_models
+from bench.models import plot as plot_models
+from bench.models.cases import ATTACHED, CASES, LANGUAGE
 from prefixattn.attach.hf import interface
 
 pytest.importorskip("peft", reason="the benchmark measures PEFT's way too")
@@ -36,7 +36,7 @@ def result(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_way_is_a_row(result: dict[str, Any]) -> None:
+def test_every_baseline_is_a_row(result: dict[str, Any]) -> None:
     ways = {"llama-gqa P20": LANGUAGE, "vit-b16 P200": ("frozen", "ours", "original"), "gpt2-small P0": ATTACHED}
     assert [(r["case"], r["way"]) for r in result["rows"]] == [(case, way) for case in RUN for way in ways[case]]
     assert result["tiny"] is True and {"commit", "tree", "threads", "torch", "transformers", "peft"} <= result.keys()

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import command
-import plot
-import plot_models
-import plot_reparam
-from command import Refusal
+from bench.attention import plot
+from bench.harness import command
+from bench.harness.command import Refusal
+from bench.models import plot as plot_models
+from bench.reparam import plot as plot_reparam
 from runs import replace_file, save_state, write_text
 from sweeps.testing import of_group
 
@@ -208,8 +208,8 @@ def test_a_benchmark_that_is_stopped_leaves_the_record_as_it_was(tmp_path: Path)
     alone = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTEST_")}
     environment = {**alone, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "slowly", "bench/bench_prefix_attn.py",
-         "--quick", "--out", str(out)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "slowly",
+         "bench/attention/bench_prefix_attn.py", "--quick", "--out", str(out)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     while not marker.exists():
         assert process.poll() is None, process.communicate()[0][-3000:]

@@ -66,7 +66,7 @@ NLG = ROOT / "bench" / "paper" / "nlg.py"
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = [{str(NLG.parent)!r}, {str(NLG.parents[1])!r}]
+sys.path[:0] = [{str(NLG.parent)!r}]
 import nlg
 from language import ranks, train
 

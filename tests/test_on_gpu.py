@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_prefix_attn
-import peers
-import peers_gpu
-import plot_gpu
-import timing_gpu
-from peers import Shape
+from bench.attention import baselines, baselines_gpu, bench_prefix_attn, plot_gpu
+from bench.attention.baselines import BenchShape
+from bench.harness import timing_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ["build", "verdicts", "tests", "gate", "micro", "whole", "reparam", "sanitize", "tune"]
+SECTIONS = ["build", "verdicts", "tests", "shapes", "micro", "whole", "reparam", "sanitize", "tune"]
 
 if shutil.which("bash") is None:
     pytest.skip("bash is not installed", allow_module_level=True)
@@ -61,10 +58,10 @@ def test_every_section_can_be_tried_without_a_gpu(tmp_path: Path) -> None:
 def test_a_section_that_fails_stops_no_other_and_shows_in_the_status(tmp_path: Path) -> None:
     failing = shutil.which("false")
     assert failing
-    done = on_gpu(tmp_path, "--dry-run", "gate", "build", python=failing)
-    assert statuses(done.stdout) == [("gate", "1"), ("build", "1")]
+    done = on_gpu(tmp_path, "--dry-run", "shapes", "build", python=failing)
+    assert statuses(done.stdout) == [("shapes", "1"), ("build", "1")]
     assert done.returncode == 1
-    assert "failed: gate: status 1;build: status 1" in done.stdout
+    assert "failed: shapes: status 1;build: status 1" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -86,28 +83,30 @@ def test_without_a_gpu_it_says_what_can_be_done(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--dry-run tries every section on the CPU" in done.stderr
 
 
-@pytest.mark.parametrize("shape", peers_gpu.QUICK, ids=str)
+@pytest.mark.parametrize("shape", baselines_gpu.QUICK, ids=str)
 @pytest.mark.parametrize("name", ["flex_merge", "flex_concat", "peft"])
-def test_peers_compute_the_same_function(name: str, shape: Shape) -> None:
-    if name in peers_gpu.NEED_A_PREFIX and not shape.P:
+def test_baselines_compute_the_same_function(name: str, shape: BenchShape) -> None:
+    if name in baselines_gpu.NEED_A_PREFIX and not shape.P:
         pytest.skip(f"{name} needs a prefix")
-    peer = peers_gpu.PEERS[name].attention
+    attention = baselines_gpu.BASELINES[name].attention
     passes = "fwd+bwd" if name == "peft" else "fwd"  # FlexAttention has no backward on a CPU
-    bench_prefix_attn.check(name, peer, shape, torch.float32, passes, factor=4.0)
+    bench_prefix_attn.check(name, attention, shape, torch.float32, passes, factor=4.0)
 
 
-def test_packed_peers_pay_for_the_gradient_of_one_projection() -> None:
-    shape = Shape("vit", 2, 2, 9, 3, 16, form="packed")
-    x, dout = peers.make_inputs(shape, torch.float32)
-    grads = peers.forward_backward(peers_gpu.peft, x, dout, shape)
+def test_packed_baselines_pay_for_the_gradient_of_one_projection() -> None:
+    shape = BenchShape("vit", 2, 2, 9, 3, 16, form="packed")
+    x, dout = baselines.make_inputs(shape, torch.float32)
+    grads = baselines.forward_backward(baselines_gpu.peft, x, dout, shape)
     assert [tuple(g.shape) for g in grads] == [(2, 2, 9, 16), (2, 9, 3, 2, 16), (2, 3, 16), (2, 3, 16)]
 
 
-@pytest.mark.parametrize("shape", [*peers_gpu.QUICK, Shape("gpt", 1, 2, 3, 4, 16, S=9)], ids=str)
-def test_arithmetic_and_bytes_are_counted(shape: Shape) -> None:
-    seen = peers.visible(shape.L, shape.P, shape.keys) if shape.causal else torch.ones(shape.L, shape.P + shape.keys)
+@pytest.mark.parametrize("shape", [*baselines_gpu.QUICK, BenchShape("gpt", 1, 2, 3, 4, 16, S=9)], ids=str)
+def test_arithmetic_and_bytes_are_counted(shape: BenchShape) -> None:
+    seen = torch.ones(shape.L, shape.P + shape.keys)
+    if shape.causal:
+        seen = baselines.visible(shape.L, shape.P, shape.keys)
     assert shape.gflop(False) == pytest.approx(4e-9 * shape.B * shape.H * shape.D * int(seen.sum()))
-    x, dout = peers.make_inputs(shape, torch.float32)
+    x, dout = baselines.make_inputs(shape, torch.float32)
     size = sum(t.numel() for t in x.leaves()) * 4
     lse = shape.B * shape.H * shape.L * 4
     assert shape.mbytes("fwd", 4) == pytest.approx((size + dout.numel() * 4 + lse) / 1e6)
@@ -117,17 +116,17 @@ def test_arithmetic_and_bytes_are_counted(shape: Shape) -> None:
 
 
 def test_the_shapes_begin_with_those_that_have_targets() -> None:
-    shapes = peers_gpu.all_shapes()
-    assert shapes[: len(peers_gpu.TARGETS)] == list(peers_gpu.TARGETS)
+    shapes = baselines_gpu.all_shapes()
+    assert shapes[: len(baselines_gpu.TARGETS)] == list(baselines_gpu.TARGETS)
     assert {s.P for s in shapes} >= {0, 1, 5, 10, 50, 200, 1024, 8192}
     assert any(s.form == "bank" for s in shapes) and any(s.form == "packed" for s in shapes)
     assert any(s.L == 1 and s.P == 2048 for s in shapes)
-    for shape in peers_gpu.TARGETS:  # what a prefix costs is seen beside the same kernel without one
+    for shape in baselines_gpu.TARGETS:  # what a prefix costs is seen beside the same kernel without one
         assert shape.P == 200 or any(s.P == 0 and (s.B, s.L, s.D) == (shape.B, shape.L, shape.D) for s in shapes)
 
 
 def result_of(*rows: tuple[str, str, float, str]) -> dict[str, object]:
-    shape = next(iter(peers_gpu.TARGETS))
+    shape = next(iter(baselines_gpu.TARGETS))
     made = []
     for impl, role, ms, passes in rows:
         plain = impl.endswith(" without")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import reparam_memory
+from bench.reparam import peak_rss
+from bench.reparam.cases import CASES
 from prefixattn import backends
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.optim.dispatch import choose
@@ -18,7 +19,6 @@ from prefixattn.reparam import reference, sweep
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.functional import here
 from prefixattn.testing.optim import NETWORKS, loss, network, parameters, targets, train
-from reparam_cases import CASES
 
 NO_KERNELS = here()["cpu"]
 FORMS = {
@@ -220,5 +220,5 @@ def test_large_numbers_are_no_reason_to_skip() -> None:
 def test_a_step_needs_less_than_a_twentieth_of_the_matrix() -> None:
     """GPT-2 medium with ten rows: 96 MiB, beside which the bank and its gradient have 2 MiB each, as has w1's."""
     case = "gpt2-medium P10"
-    found = reparam_memory.of("ours", case)["step_mib"]
+    found = peak_rss.of("ours", case)["step_mib"]
     assert found < 0.05 * CASES[case].matrix_bytes / 2**20

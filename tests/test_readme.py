@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 import moments
-import plot
-import plot_gpu
-import plot_models
-import plot_reparam
 import plot_runs
+from bench.attention import plot, plot_gpu
+from bench.models import plot as plot_models
+from bench.reparam import plot as plot_reparam
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"frozen": "no prefix", "deep": "Deep-share", "simple": "simple share", "none": "No-share"}
@@ -78,7 +77,7 @@ def test_the_moments_table_is_the_records() -> None:
 
 
 def test_gpu_tables_are_the_records() -> None:
-    """`python bench/plot_gpu.py RECORD` prints the table."""
+    """`python -m bench.attention.plot_gpu RECORD` prints the table."""
     results = ROOT / "bench" / "results"
     found = [p for p in results.glob("*.json") if "copy_gbytes" in json.loads(p.read_text(encoding="utf-8"))]
     if not found:
@@ -90,10 +89,10 @@ def test_gpu_tables_are_the_records() -> None:
 
 
 def test_the_models_tables_are_the_records() -> None:
-    """`python bench/plot_models.py RECORD` prints them."""
+    """`python -m bench.models.plot RECORD` prints them."""
     found = sorted((ROOT / "bench" / "results").glob("models-*.json"))
     if not found:
-        pytest.skip("bench/bench_models.py was not run to its end yet: there is no record")
+        pytest.skip("bench.models.bench_models was not run to its end yet: there is no record")
     for path in found:
         result, shown = record(f"bench/results/{path.name}", "docs/benchmarks.md")
         for line in plot_models.steps(result) + plot_models.attached(result):

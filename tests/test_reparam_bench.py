@@ -5,20 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_reparam
-import plot_reparam
-import reparam_cases
-import reparam_memory
-import simple_share
-from reparam_cases import CASES, TINY, WAYS, Network
+from bench.reparam import bench_reparam, peak_rss, simple_share
+from bench.reparam import cases as reparam_cases
+from bench.reparam import plot as plot_reparam
+from bench.reparam.cases import BASELINES, CASES, TINY, Network
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_way_takes_the_same_step(name: str) -> None:
+def test_every_baseline_takes_the_same_step(name: str) -> None:
     bench_reparam.check(TINY[name], "cpu")
 
 
-def test_a_way_that_does_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_does_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Forgetful(reparam_cases.OnRows):
         def __init__(self, *args: object) -> None:
             super().__init__(*args)  # type: ignore[arg-type]
@@ -29,17 +27,17 @@ def test_a_way_that_does_something_else_is_not_timed(monkeypatch: pytest.MonkeyP
             with torch.no_grad():  # AdamW forgives a factor, so its first step is not enough
                 self.network.up.bias.add_(0.01)
 
-    monkeypatch.setitem(WAYS, "original", lambda size, device: Forgetful(size, device, reparam_cases.adamw))
+    monkeypatch.setitem(BASELINES, "original", lambda size, device: Forgetful(size, device, reparam_cases.adamw))
     with pytest.raises(AssertionError, match=r"original: .* of the numbers differ from the plain way's"):
         bench_reparam.check(TINY["tiny"], "cpu")
 
 
-def test_a_way_that_trains_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_trains_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Idle(reparam_cases.Step):
         def __call__(self) -> None:
             self.network().sum().backward()
 
-    monkeypatch.setitem(WAYS, "eager", lambda size, device: Idle(size, device, False, reparam_cases.adamw))
+    monkeypatch.setitem(BASELINES, "eager", lambda size, device: Idle(size, device, False, reparam_cases.adamw))
     with pytest.raises(AssertionError, match="eager trains nothing"):
         bench_reparam.check(TINY["tiny"], "cpu")
 
@@ -64,7 +62,7 @@ def test_the_networks_are_the_papers() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_sees_the_gradient_of_the_matrix() -> None:
     matrix = CASES["vit-b16 P10"].matrix_bytes / 2**20
-    eager, ours = (reparam_memory.of(way, "vit-b16 P10") for way in ("eager", "ours"))
+    eager, ours = (peak_rss.of(way, "vit-b16 P10") for way in ("eager", "ours"))
     assert eager["step_mib"] > matrix
     assert (
         eager["moments_mib"]
@@ -80,7 +78,7 @@ def result_of(**ms: float) -> dict[str, object]:
 
 
 def test_a_missed_goal_is_said() -> None:
-    ways = dict.fromkeys(WAYS, 40.0)
+    ways = dict.fromkeys(BASELINES, 40.0)
     [*_, line] = plot_reparam.times(result_of(**(ways | {"ours": 10.0})))
     assert "40.0: 4.00x (goal 3.0)" in line and "missed" not in line
     [*_, line] = plot_reparam.times(result_of(**(ways | {"ours": 20.0})))

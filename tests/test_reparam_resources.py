@@ -18,10 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 
-import kernel_sources
-import reparam_counts
+from bench.static import kernel_sources, reparam_counts
+from bench.static.reparam_counts import CASES, Case, Launched, intercepted, moved, step
 from prefixattn.kernels.launch_reparam import DATE
-from reparam_counts import CASES, Case, Launched, intercepted, moved, step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -32,7 +31,7 @@ KERNELS = {"reparam_hidden", "reparam_bank", "reparam_dh", "reparam_dw2", "facto
 def compiled_for(arch: str, folder: Path, only: str = "") -> list[dict[str, Any]]:
     out = folder / f"{arch}.json"
     done = subprocess.run(
-        [sys.executable, "bench/reparam_resources.py", "--arch", arch, "--only", only, "--out", str(out)],
+        [sys.executable, "-m", "bench.static.reparam_resources", "--arch", arch, "--only", only, "--out", str(out)],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -67,7 +66,7 @@ def test_every_kernel_compiles_fits_and_spills_nothing(rows: list[dict[str, Any]
 def test_the_record_is_of_these_sources(tmp_path: Path) -> None:
     record = recorded("reparam_resources.json")
     assert record["sources"] == kernel_sources.digest("launch_reparam.py"), (
-        "kernels/ changed; run python bench/reparam_resources.py --out bench/results/reparam_resources.json"
+        "kernels/ changed; run python -m bench.static.reparam_resources --out bench/results/reparam_resources.json"
     )
     found = compiled_for("sm_90", tmp_path, "GPT-2m P5$")
     assert {row["kernel"] for row in found} == KERNELS

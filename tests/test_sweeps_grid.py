@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from command import Refusal
+from bench.harness.command import Refusal
 from sweeps.grid import Score, load_grid
 from sweeps.launch import launch
 from sweeps.ledger import Ledger

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from command import Refusal
+from bench.harness.command import Refusal
 from sweeps import launch as launchers
 from sweeps import progress
 from sweeps.launch import launch, load_work, status

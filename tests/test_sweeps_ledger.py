@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import command
-from command import Refusal
+from bench.harness import command
+from bench.harness.command import Refusal
 from sweeps import ledger as ledgers
 from sweeps.ledger import BUSY, DONE, FAILED, PACKAGES, Ledger, Run, execute
 from sweeps.testing import Place
@@ -214,7 +214,7 @@ KEPT = """
 import resource, sys
 sys.path[:0] = {paths!r}
 import torch
-from runs import PeakMemory, keep_memory
+from bench.harness.peak_rss import PeakMemory, keep_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -234,9 +234,9 @@ print(plain, kept, meter.mib())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept is glibc's")
 def test_memory_that_is_kept_costs_no_faults_and_is_counted() -> None:
-    paper = Path(__file__).resolve().parents[1] / "bench" / "paper"
+    root = Path(__file__).resolve().parents[1]
     ran = subprocess.run(
-        (sys.executable, "-W", "ignore", "-c", KEPT.format(paths=[str(paper), str(paper.parent)])),
+        (sys.executable, "-W", "ignore", "-c", KEPT.format(paths=[str(root)])),
         capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072"},
     )  # fmt: skip
     plain, kept, mib = map(float, ran.stdout.split())

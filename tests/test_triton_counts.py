@@ -1,4 +1,4 @@
-"""The counts of bench/triton_counts.py are what the kernels really do, product by product and byte by byte."""
+"""The counts of bench/static/triton_counts.py are what the kernels really do, product by product and byte by byte."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,14 +13,15 @@ from prefixattn.attention.triton import INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton_counts
+from bench.static import triton_counts
+from bench.static.triton_counts import ALL, COUNTS, SHAPES, Count, Launched, count, intercepted
+from bench.static.triton_shapes import TargetShape
 from prefixattn.attention.call import Given, Needs, Wants
 from prefixattn.kernels import launch_bwd, launch_fwd, table
 from prefixattn.kernels.call import Call
 from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.kernels.table import Launch
-from triton_counts import ALL, COUNTS, SHAPES, Count, Launched, count, intercepted
 
 RECORD = Path(__file__).resolve().parents[1] / "bench" / "results" / "triton_counts.json"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -250,7 +251,7 @@ def test_what_is_not_counted_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
-def test_the_floors_are_those_of_the_targets(shape: triton_counts.Shape) -> None:
+def test_the_floors_are_those_of_the_targets(shape: TargetShape) -> None:
     floor = max(shape.useful / triton_counts.FLOPS, shape.floor_bytes(grads=False) / triton_counts.BYTES)
     assert floor * 1e6 == pytest.approx(shape.floor[0], rel=0.02)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import kernel_sources
+from bench.static import kernel_sources
 from prefixattn.kernels.table import DATE, SHARED_KIB
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -26,8 +26,9 @@ FEW = {"sm_90": "^(short|long)-bf16-64$"}
 
 def compiled_for(arch: str, only: str, folder: Path) -> list[dict[str, Any]]:
     out = folder / f"{arch}.json"
+    arguments = ["--arch", arch, f"--only={only}", "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, "bench/triton_resources.py", "--arch", arch, f"--only={only}", "--out", str(out)],
+        [sys.executable, "-m", "bench.static.triton_resources", *arguments],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -60,7 +61,7 @@ def of(record: dict[str, Any], archs: dict[str, str]) -> list[dict[str, Any]]:
 def test_the_record_is_of_these_sources(tmp_path: Path) -> None:
     record = recorded()
     assert record["sources"] == kernel_sources.digest("launch_fwd.py", "launch_bwd.py"), (
-        "kernels/ changed; run python bench/triton_resources.py --out bench/results/triton_resources.json"
+        "kernels/ changed; run python -m bench.static.triton_resources --out bench/results/triton_resources.json"
     )
     [(arch, only)] = FEW.items()
     found = compiled_for(arch, only, tmp_path)

@@ -17,7 +17,7 @@ from visual import transforms
 from visual.data import Arrays, Files
 from visual.testing_data import refused
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+PAPER = Path(__file__).resolve().parents[1] / "bench" / "paper"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12
 
@@ -134,7 +134,7 @@ def test_workers_are_forked_in_a_process_that_was_spawned(tmp_path: Path) -> Non
     """As a sweep's are: spawned workers would import torch for each epoch. What a spawn cannot pickle shows it."""
     (tmp_path / "script.py").write_text(
         "import multiprocessing, sys\n"
-        f"sys.path[:0] = {[str(BENCH / 'paper'), str(BENCH)]!r}\n"
+        f"sys.path[:0] = {[str(PAPER)]!r}\n"
         "import numpy as np\n"
         "from visual import data, transforms\n"
         "if __name__ == '__main__':\n"

@@ -16,11 +16,10 @@ from transformers import DynamicCache
 
 import original
 import prefixattn
-import whole_arms
-import whole_step
+from bench.models import baselines, whole_step
+from bench.models.families import GPT2, Bart, Family, ViT
+from bench.models.whole_step import COMPILED, EAGER, LABELLED, Budget, Case, Row
 from prefixattn.attach.hf import interface
-from whole_models import GPT2, Bart, Family, ViT
-from whole_step import COMPILED, EAGER, LABELLED, Budget, Case, Row
 
 PEFT = {"peft"} if find_spec("peft") else set()
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +33,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # a worker of the suite would pass on that it is one
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [sys.executable, "bench/whole_step.py", "--device", "cpu", "--dry-run", "--out", str(out)],
+        [sys.executable, "-m", "bench.models.whole_step", "--device", "cpu", "--dry-run", "--out", str(out)],
         cwd=ROOT,
         env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -77,7 +76,7 @@ def test_what_ran_has_times_and_what_did_not_has_a_reason(dry: dict[str, Any]) -
     assert dry["memory"] == "not measured on a CPU" and "commit" in dry and dry["dry"] is True
 
 
-def test_ways_that_train_the_same_network_start_alike(dry: dict[str, Any]) -> None:
+def test_baselines_that_train_the_same_network_start_alike(dry: dict[str, Any]) -> None:
     rows = [r for r in dry["rows"] if r["model"] == "gpt2-medium" and r["who"] != "frozen"]
     assert len({r["trained"] for r in rows}) == 1
     assert max(r["first_loss"] for r in rows) == pytest.approx(min(r["first_loss"] for r in rows), rel=1e-3)
@@ -126,33 +125,33 @@ def test_a_parameter_without_gradient_is_found(monkeypatch: pytest.MonkeyPatch) 
 def test_a_prefix_that_the_original_forgets_is_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(original.OriginalPrefix, "cache", lambda self, rows, config: DynamicCache(config=config))
     family = GPT2(tiny=True)
-    arms = {who: whole_arms.ARMS[who](family, "cpu", dtype, 5) for who in ("frozen", "ours", "original", *PEFT)}
-    before = [p.clone() for p in arms["ours"].trained.parameters()]
+    made = {who: baselines.BASELINES[who](family, "cpu", dtype, 5) for who in ("frozen", "ours", "original", *PEFT)}
+    before = [p.clone() for p in made["ours"].trained.parameters()]
     with pytest.raises(AssertionError, match=r"ours and original disagree: loss .* gradients apart by"):
-        whole_arms.assert_agree(arms["ours"], {"original": arms["original"]}, arms["frozen"])
-    others = {who: arms[who] for who in PEFT}
-    assert all(e < 0.1 for e in whole_arms.assert_agree(arms["ours"], others, arms["frozen"]).values())
-    for p, value in zip(arms["ours"].trained.parameters(), before, strict=True):
+        baselines.assert_agree(made["ours"], {"original": made["original"]}, made["frozen"])
+    others = {who: made[who] for who in PEFT}
+    assert all(e < 0.1 for e in baselines.assert_agree(made["ours"], others, made["frozen"]).values())
+    for p, value in zip(made["ours"].trained.parameters(), before, strict=True):
         assert torch.equal(p, value)
 
 
 def test_disagreement_ends_in_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     case = Case(GPT2(tiny=True), 5, torch.float32, EAGER)
     monkeypatch.setattr(whole_step, "cases", lambda tiny, models: [case])
-    monkeypatch.setattr(whole_arms, "_columns", lambda prefixes, rows: whole_columns(prefixes, rows).flip(-1))
+    monkeypatch.setattr(baselines, "_columns", lambda prefixes, rows: whole_columns(prefixes, rows).flip(-1))
     assert whole_step.main(["--device", "cpu", "--dry-run", "--out", str(tmp_path / "a.json")]) == 1
     assert "ours and original disagree" in capsys.readouterr().out
     assert {r["who"]: r.get("failed") for r in json.loads((tmp_path / "a.json").read_text())["rows"]}["ours"]
 
 
-whole_columns = whole_arms._columns
+whole_columns = baselines._columns
 
 
-def test_a_way_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> whole_arms.Arm:
+def test_a_baseline_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> baselines.Baseline:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nand more lines")
 
-    monkeypatch.setitem(whole_step.whole_arms.ARMS, "original", full)
+    monkeypatch.setitem(baselines.BASELINES, "original", full)
     rows = measured(GPT2(tiny=True), 5, ("frozen", "eager"), ("ours", "eager"), ("original", "eager"))
     assert rows["original"]["absent"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB"
     assert rows["ours"]["ms"] and rows["ours"]["note"] == "not compared: no other way is there"
@@ -181,7 +180,7 @@ def forgetful_attention(module: Any, query: Tensor, *args: Any, **options: Any) 
     return whole_attention(module, query, *args, **options)
 
 
-whole_attention = whole_arms.concatenating_attention
+whole_attention = baselines.concatenating_attention
 FAMILIES: dict[str, Callable[[], Family]] = {"bart": lambda: Bart(True, 512), "vit": lambda: ViT(True)}
 
 
@@ -192,15 +191,15 @@ def test_ours_and_the_published_way_agree(monkeypatch: pytest.MonkeyPatch, name:
     rows = measured(family, 10, ("frozen", "eager"), ("ours", "eager"), ("original", "eager"), dtype=dtype)
     assert "ms" in rows["ours"] and "ms" in rows["original"], rows
     assert rows["ours"]["trained"] == rows["original"]["trained"]
-    assert rows["ours"]["apart"]["original"] < whole_arms.TOLERANCES[dtype][1]
-    monkeypatch.setattr(whole_arms, "concatenating_attention", forgetful_attention)
+    assert rows["ours"]["apart"]["original"] < baselines.TOLERANCES[dtype][1]
+    monkeypatch.setattr(baselines, "concatenating_attention", forgetful_attention)
     if dtype == torch.float32:  # the first row alone is forgotten
         rows = measured(family, 10, ("frozen", "eager"), ("ours", "eager"), ("original", "eager"), dtype=dtype)
         assert "ours and original disagree" in rows["ours"]["absent"]
 
 
 def test_networks_of_vit_interleave_keys_and_values() -> None:
-    networks = whole_arms.ViTNetworks(ViT(True), P=3).eval()
+    networks = baselines.ViTNetworks(ViT(True), P=3).eval()
     k, v = networks(rows=2, dtype=torch.float32)[1]
     out = networks.networks[1](networks.embeddings[1])  # [P, 2 * width]
     assert k.shape == v.shape == (2, 2, 3, 16)

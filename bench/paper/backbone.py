@@ -32,7 +32,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backbone_data import DataError, load_texts, train_tokenizer, training_blocks
 from backbone_score import held_out_scores, quick_score, samples
-from command import command
+from bench.harness import record as records
+from bench.harness.command import command
 from runs import move_in, save_tensors
 
 
@@ -213,13 +214,6 @@ def plot(folder: Path) -> None:
     figure.savefig(folder / "loss.png", dpi=90)
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line for line in lines if line.startswith("model name")]
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-
-
 def run(data: Path, out: Path, config: Config, every: int, restart: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, new = out / "checkpoint.pt", out / "new"
@@ -252,7 +246,7 @@ def run(data: Path, out: Path, config: Config, every: int, restart: bool) -> Non
         "samples": samples(model, tokenizer, texts, config.seed),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(trained / seconds),
-        "device": cpu_name(),
+        "device": f"{records.cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import e2e_data
-from command import command, environment, leave_signals_to_the_parent, together
+from bench.harness.command import command, environment, leave_signals_to_the_parent, together
 from plot_runs import METRICS, figure, table
 from runs import (
     Refusal,

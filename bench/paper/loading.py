@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 import runs  # first: it makes bench/ importable
-from command import NOTHING, command
-from record import RESULTS, device_slug, header, kept
+from bench.harness.command import NOTHING, command
+from bench.harness.record import RESULTS, device_slug, header, kept
 from visual import fgvc, train
 from visual.transforms import loader
 

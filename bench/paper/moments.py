@@ -19,7 +19,7 @@ import torch
 
 import e2e_data
 import table_to_text as t2t
-from command import command
+from bench.harness.command import command
 from methods import load_model, make_method
 from runs import digest, load_state, provenance, read_json, save_state, thinned, write_json
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import runs  # first: it makes bench/ importable
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("nlg", "vision")

@@ -1,43 +1,22 @@
-"""What lets a run survive a kill and be told from another: atomic files, fingerprints, provenance, memory."""
+"""What lets a run survive a kill and be told from another: atomic files, fingerprints, provenance."""
 
-import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
-import platform
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the scripts of this folder, who all import this file
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for the scripts of this folder, who all import this file
 
-from command import Refusal
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, `path` once the block ends: a reader meets the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise OSError(error.errno, f"{path}: not written, and what was there is as it was ({why})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+from bench.harness import record
+from bench.harness.command import Refusal
+from bench.harness.files import replacing
 
 
 @contextmanager
@@ -190,42 +169,21 @@ PACKAGES = ("torch", "transformers", "tokenizers", "prefixattn", "sacrebleu", "p
 
 def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Versions of `packages`, commit and device; no name of a machine, a user or a folder."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    here = Path(__file__).resolve().parent
-    commit, clean = _git(here, "rev-parse", "HEAD"), _git(here, "status", "--porcelain", "--untracked-files=no")
+    found = record.provenance(packages)
     return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "python": platform.python_version(),
-        "versions": found,
-        "commit": commit,
-        "tree": None if clean is None else ("clean" if clean == "" else "dirty"),
+        "date": found.time.date().isoformat(),
+        "python": found.python,
+        "versions": found.versions,
+        "commit": found.commit,
+        "tree": found.tree(),
         "device": device_name(),
     }
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(("git", "-C", str(folder), *arguments), capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def device_name() -> str:
     """The processor (and the GPU, where torch is loaded and sees one) in words."""
-    name = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = f"{name}, {cores} cores"
+    name = f"{record.cpu_name()}, {cores} cores"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()}; {name}"
@@ -235,74 +193,3 @@ def device_name() -> str:
 def parent_alive(parent: int | None) -> Callable[[], bool]:
     """False once `parent`, which started this process, is gone: a killed run must not leave a writer behind."""
     return lambda: parent is None or os.getppid() == parent
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
-
-
-def keep_memory() -> None:
-    """Has this process keep what it frees, where its allocator is glibc's; to be called before it starts threads.
-
-    By default large blocks go back to the kernel and come back as pages of zeros, a fault for each; what that costs is
-    in bench/NOTES.md.
-    """
-    if (mallopt := _of_glibc("mallopt")) is not None:
-        for option, value in (
-            (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20), (M_ARENA_MAX, 1)
-        ):  # fmt: skip
-            mallopt(option, value)
-
-
-def give_back_memory() -> None:
-    """Returns to the kernel what is free, all the same."""
-    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
-        malloc_trim(0)
-
-
-def _of_glibc(name: str) -> Any:
-    return getattr(ctypes.CDLL(None), name, None) if platform.libc_ver()[0] == "glibc" else None
-
-
-class PeakMemory:
-    """Peak memory above what was in use when the meter was made, in MiB.
-
-    On a GPU, torch's allocator. On Linux the peak resident set (VmHWM), reset at the start so that loading does not
-    count; where the kernel refuses the reset, ru_maxrss less its value at the start, which can only understate.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        if device == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / 2**20
-            self.how = "torch.cuda.max_memory_allocated above the value after loading model and data"
-            return
-        give_back_memory()  # or what is taken from there would not count
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self.start, self.field = self._status("VmRSS"), "VmHWM"
-            self.how = "peak resident set during training above the resident set after loading model and data"
-        except OSError:
-            self.start, self.field = self._maxrss(), ""
-            self.how = "ru_maxrss after training less ru_maxrss after loading model and data"
-
-    def mib(self) -> float:
-        if self.device == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated() / 2**20 - self.start
-        return (self._status(self.field) if self.field else self._maxrss()) - self.start
-
-    @staticmethod
-    def _status(field: str) -> float:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 1024
-        raise OSError(f"{field} is not in /proc/self/status")
-
-    @staticmethod
-    def _maxrss() -> float:
-        kibibytes = 1 if sys.platform != "darwin" else 1 / 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes / 1024

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import e2e_metrics
-import runs  # before command.py: it knows where that is
+import runs  # first of those that import bench/: it makes that importable
 import webnlg_metrics
 import xsum_metrics
-from command import NOTHING, command
+from bench.harness.command import NOTHING, command
 from text_files import read_outputs, read_texts
 
 PACKAGES = ("numpy", "pycocoevalcap", "rouge-score", "sacrebleu", "unidecode")

@@ -2,17 +2,16 @@
 
     echo '{"method": "deep", "settings": {...}}' | python bench/paper/step_memory.py
 
-As bench/model_memory.py: two steps are taken; then the growth of the resident set over one more. What is trained and
+As bench/models/peak_rss.py: two steps are taken; then the growth of the resident set over one more. What is trained and
 its moments are counted; the peak is the sum.
 """
 
-import ctypes
 import json
 import os
 import sys
 
 import runs  # noqa: F401  first: it makes bench/ importable
-from memory import _ENVIRONMENT, _PR_SET_THP_DISABLE, grown_mib
+from bench.harness.peak_rss import ENVIRONMENT, grown_mib, without_huge_pages
 
 
 def measure(method: str, settings: dict[str, object]) -> dict[str, float]:
@@ -33,8 +32,8 @@ def measure(method: str, settings: dict[str, object]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in _ENVIRONMENT.items()):  # read when a process starts
-        os.execve(sys.executable, [sys.executable, "-W", "ignore", __file__], {**os.environ, **_ENVIRONMENT})
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):  # read when a process starts
+        os.execve(sys.executable, [sys.executable, "-W", "ignore", __file__], {**os.environ, **ENVIRONMENT})
+    without_huge_pages()
     asked = json.load(sys.stdin)
     print(json.dumps(measure(asked["method"], asked["settings"])))

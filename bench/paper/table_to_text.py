@@ -25,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prefixattn
+from bench.harness.peak_rss import PeakMemory
 from methods import IGNORED, Method
-from runs import PeakMemory, Refusal, load_state, read_json, save_state, write_json
+from runs import Refusal, load_state, read_json, save_state, write_json
 
 WARMUP_STEPS = 5  # not timed: first-touch of memory, thread pools
 

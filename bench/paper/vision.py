@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import runs  # first: it makes bench/ importable
-from command import command
+from bench.harness.command import command
+from bench.harness.peak_rss import keep_memory
 from sweeps import options
 from sweeps.grid import Grid
 from sweeps.ledger import Ledger
@@ -177,7 +178,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    runs.keep_memory()
+    keep_memory()
     return command("vision.py", lambda: run_command(sys.argv[1:] if arguments is None else arguments), options.AGAIN)
 
 

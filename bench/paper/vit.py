@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runs  # first: it makes bench/ importable
-from command import command
+from bench.harness.command import command
 from runs import Refusal, load_state, move_in, save_state, write_json
 from visual import tiny_imagenet
 from visual.backbones import SMALL, small_vit, write_small

@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench.harness.timing import interleave
 from language import backbones
 from language.decode import Search, decode
 from language.methods import Choices, Tuned
 from language.train import Loop, Run, Settings, cast_once, drawn
 from runs import Refusal
 from sweeps.tables import Entry, Table, words
-from timing import interleave
 
 STEPS = 40
 TOGETHER, ALONE, PEFT = "together", "one at a time", "one at a time, PEFT"

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.harness.timing import interleave, quantiles
 from language.methods import METHODS, Choices, Tuned
 from language.train import Loop, Run, Settings, drawn
 from runs import Refusal, provenance
 from sweeps.tables import Entry, Table, measure, words
-from timing import interleave, quantiles
 
 FLOOR, EVERYWHERE = "floor", "deep-logits"
 USUAL = ("deep", EVERYWHERE, "peft", "original")  # of a causal model

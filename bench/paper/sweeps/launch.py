@@ -15,8 +15,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
 
-from command import Stopped, leave_signals_to_the_parent
-from runs import Refusal, keep_memory, parent_alive
+from bench.harness.command import Stopped, leave_signals_to_the_parent
+from bench.harness.peak_rss import keep_memory
+from runs import Refusal, parent_alive
 from sweeps.ledger import BUSY, DONE, FAILED, PATHS, TAKEN_UP_AGAIN, Ledger, Run, execute, load_work, one_line, settings
 from sweeps.progress import Screen, State, table
 

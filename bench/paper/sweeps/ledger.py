@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command import FULL
-from runs import PeakMemory, Refusal, digest, provenance, read_json, write_json
+from bench.harness.command import FULL
+from bench.harness.peak_rss import PeakMemory
+from runs import Refusal, digest, provenance, read_json, write_json
 
 DONE, FAILED, BUSY = "done", "failed", "busy"
 STATES = (DONE, "running", FAILED, "left")
@@ -27,7 +28,7 @@ ELAPSED = "elapsed.json"
 RECORD = {"name": str, "config": dict, "result": dict, "seconds": (int, float), "peak_mib": (int, float)}
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 HERE = Path(__file__).resolve()
-PATHS = (str(HERE.parents[1]), str(HERE.parents[2]))  # bench/paper and bench
+PATHS = (str(HERE.parents[1]), str(HERE.parents[3]))  # bench/paper and what bench/ is in
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "pillow", "scikit-learn", "prefixattn",
             "triton")  # fmt: skip
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]

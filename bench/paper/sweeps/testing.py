@@ -42,7 +42,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
-from command import command
+from bench.harness.command import command
 from sweeps.launch import launch
 from sweeps.ledger import Ledger, Run
 

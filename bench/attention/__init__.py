@@ -1,0 +1,1 @@
+"""`prefix_attention` beside concatenation, FlexAttention and others, on a CPU and on a GPU."""

@@ -1,0 +1,1 @@
+"""Clocks, meters, records and endings: what every benchmark needs, whatever its subject."""

@@ -1,0 +1,1 @@
+"""A training step of the network that makes the prefixes."""
