@@ -84,11 +84,11 @@ class Backward {
         if (fused && totals_prefix(p)) prefix_totals_ = arena_.take<float>(2 * p.P * Dp_);
     }
 
-    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena()).budgeted_ <= kBudget; }
+    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena::counting()).budgeted_ <= kBudget; }
 
     template <class F>
     static void with_scratch(const Job &job, bool fused, F f) {
-        const int64_t bytes = Backward(job.p, fused, Arena()).arena_.used();
+        const int64_t bytes = Backward(job.p, fused, Arena::counting()).arena_.used();
         Backward work(job.p, fused, Arena(thread_scratch(bytes)));
         f(work);
     }

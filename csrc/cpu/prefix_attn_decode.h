@@ -26,7 +26,7 @@ class Decode {
 
     static void unit(void *context, int64_t unit) {
         const auto &p = *(const FwdParams *)context;
-        const int64_t bytes = Decode(p, unit, Arena()).arena_.used();
+        const int64_t bytes = Decode(p, unit, Arena::counting()).arena_.used();
         Decode(p, unit, Arena(thread_scratch(bytes))).work();
     }
 

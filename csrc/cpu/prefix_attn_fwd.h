@@ -30,7 +30,7 @@ class Forward {
         const auto &p = *(const FwdParams *)context;
         const int64_t n = blocks_of_unit(p), first = unit * n, blocks = query_blocks(p.L);
         KeptPrefix kept;
-        Arena counted;
+        Arena counted = Arena::counting();
         allocate_kept(p, counted, kept);
         const int64_t bytes = Forward(p, 0, 0, counted, kept).arena_.used();
         Arena arena(thread_scratch(bytes));
