@@ -30,14 +30,14 @@ RECORD = "_C_build.json"
 
 # no -ffast-math: infinities mark what a mask hides. What is left out (errno, trapping) lets loops become vector code.
 BASE_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
-# By the end of a file's stem, the first that fits. Which file runs is decided at run time, so no other may hold such
-# instructions, nor any file more than csrc/bindings.cpp asks the CPU for: the compiler uses all that it is allowed.
+# By a file's stem. Which file runs is decided at run time, so no other may hold such instructions, nor any file more
+# than csrc/cpu/isa.cpp asks the CPU for: the compiler uses all that it is allowed.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split()
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12's own headers trip them (its bug 105593)
 ISA_FLAGS = {
-    "_bf16_avx512": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
-    "_avx512": AVX512,
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -80,7 +80,7 @@ def include_dirs() -> list[str]:
 
 def isa_flags(source: Path) -> list[str]:
     # elsewhere the same files compile to nothing: they guard themselves with #if
-    return next((flags for end, flags in ISA_FLAGS.items() if IS_X86 and source.stem.endswith(end)), [])
+    return ISA_FLAGS.get(source.stem, []) if IS_X86 else []
 
 
 def ninja_escape(text: str | Path) -> str:
@@ -123,7 +123,7 @@ def write_if_changed(path: Path, text: str) -> None:
 
 def compile_extension(output: Path) -> dict[str, object]:
     """Makes `output`; returns what to record. Objects stay in its folder, so that the next build is incremental."""
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    sources = sorted(ROOT.glob("csrc/**/*.cpp"))
     if ROOT / "csrc" / "bindings.cpp" not in sources:
         raise CannotBuild("csrc/bindings.cpp is not in this source tree")
     compiler = find_compiler()

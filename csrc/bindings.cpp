@@ -4,10 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "prefix_attn.h"
 
@@ -15,48 +14,9 @@ namespace py = pybind11;
 namespace prefixattn {
 namespace {
 
-bool cpu_has(const std::string &isa) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (isa == "avx2") return avx2;
-    if (isa == "avx512") return avx512;
-    if (isa == "avx512_bf16")
-        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-#endif
-    return isa == "portable";
-}
-
-// Best first.
-std::vector<const Kernels *> usable_kernels() {
-    std::vector<const Kernels *> usable;
-    for (const Kernels *k : {&avx512_bf16_kernels(), &avx512_kernels(), &avx2_kernels(), &portable_kernels()})
-        if (k->fwd && cpu_has(k->name)) usable.push_back(k);
-    return usable;
-}
-
-const Kernels *&chosen() {
-    static const Kernels *kernels = usable_kernels().front();
-    return kernels;
-}
-
-void set_isa(const std::string &name) {
-    std::string known;
-    for (const Kernels *k : usable_kernels()) {
-        if (name == k->name) {
-            chosen() = k;
-            return;
-        }
-        known += known.empty() ? k->name : std::string(", ") + k->name;
-    }
-    throw std::invalid_argument("instruction set is '" + name + "', expected one that runs here: " + known);
-}
-
 py::list isas() {
     py::list names;
-    for (const Kernels *k : usable_kernels()) names.append(k->name);
+    for (const Isa *isa : usable_isas()) names.append(isa->name);
     return names;
 }
 
@@ -104,7 +64,7 @@ void fwd(const py::tuple &common, const py::tuple &out, const py::tuple &attende
     p.lse = address<void>(lse);
     p.mass = address<float>(mass);
     const py::gil_scoped_release nogil;
-    chosen()->fwd(p);
+    isa_in_use().attention->fwd(p);
 }
 
 void bwd(const py::tuple &common, const py::tuple &dout, const py::tuple &out, uintptr_t lse, uintptr_t dlse,
@@ -119,12 +79,10 @@ void bwd(const py::tuple &common, const py::tuple &dout, const py::tuple &out, u
     for (Strided *s : {&p.dq, &p.dk, &p.dv, &p.dprefix_k, &p.dprefix_v, &p.dmemory})
         *s = strided(gradients[i++].cast<py::tuple>());
     const py::gil_scoped_release nogil;
-    chosen()->bwd(p);
+    isa_in_use().attention->bwd(p);
 }
 
 }  // namespace
-
-const char *isa_in_use() { return chosen()->name; }
 
 }  // namespace prefixattn
 
@@ -133,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("prefix_attn_fwd", fwd);
     m.def("prefix_attn_bwd", bwd);
     m.def("isas", isas, "Instruction sets that were compiled in and run on this CPU, best first.");
-    m.def("isa", isa_in_use, "The instruction set in use.");
+    m.def("isa", [] { return isa_in_use().name; }, "The instruction set in use.");
     m.def("set_isa", set_isa, "Takes another of isas(), for tests and benchmarks.");
     m.def("limit_scratch", limit_scratch,
           "Lets a thread's scratch be refused beyond so many bytes (0: never), for tests.");

@@ -4,7 +4,6 @@
 
 namespace prefixattn {
 
-const char *isa_in_use();
 void bind_reparam(pybind11::module_ &);
 
 }  // namespace prefixattn

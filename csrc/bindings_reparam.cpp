@@ -1,22 +1,15 @@
 // The reparameterization's part of Python's door; prefixattn/reparam/cpu.py says what goes where.
-#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 #include "bindings.h"
+#include "cpu/isa.h"
 #include "reparam.h"
 
 namespace py = pybind11;
 namespace prefixattn {
 namespace {
-
-// AVX512_BF16 has nothing for it: parameters are float32.
-const ReparamKernels &kernels() {
-    const char *isa = isa_in_use();
-    if (!std::strncmp(isa, "avx512", 6)) return avx512_reparam_kernels();
-    return !std::strcmp(isa, "avx2") ? avx2_reparam_kernels() : portable_reparam_kernels();
-}
 
 class Reader {  // of a tuple, in its order
   public:
@@ -75,7 +68,7 @@ void fwd(const py::tuple &sizes, const py::tuple &form, int dtype, const py::tup
     p.dtype = static_cast<DType>(dtype);
     Reader(tensors).all(p.h, p.w, p.b, p.workspace, p.bank);
     const py::gil_scoped_release nogil;
-    kernels().fwd(p);
+    isa_in_use().reparam->fwd(p);
 }
 
 SweepParams sweep_params(const py::tuple &sizes, const py::tuple &tensors, float grad_scale) {
@@ -102,13 +95,13 @@ void bwd(const py::tuple &sizes, const py::tuple &tensors, const py::tuple &form
     p.db = reinterpret_cast<float *>(db);
     p.rule = p.dw ? SweepRule::kDense : SweepRule::kNone;
     const py::gil_scoped_release nogil;
-    kernels().sweep(p);
+    isa_in_use().reparam->sweep(p);
 }
 
 void dh(const py::tuple &sizes, const py::tuple &tensors) {
     const SweepParams p = sweep_params(sizes, tensors, 1.f);
     const py::gil_scoped_release nogil;
-    kernels().sweep(p);
+    isa_in_use().reparam->sweep(p);
 }
 
 void adamw(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &exp_avg,
@@ -121,7 +114,7 @@ void adamw(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, c
     Reader(numbers).all(p.one_minus_beta1, p.beta2, p.one_minus_beta2, p.eps, p.step_size, p.inverse_sqrt_correction2,
                         p.decay);
     const py::gil_scoped_release nogil;
-    kernels().sweep(p);
+    isa_in_use().reparam->sweep(p);
 }
 
 void sgd(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, const py::tuple &buffer,
@@ -131,7 +124,7 @@ void sgd(const py::tuple &sizes, const py::tuple &tensors, float grad_scale, con
     read_moment(buffer, p.moment1);
     Reader(numbers).all(p.lr, p.momentum, p.one_minus_dampening, p.weight_decay, p.nesterov, p.first);
     const py::gil_scoped_release nogil;
-    kernels().sweep(p);
+    isa_in_use().reparam->sweep(p);
 }
 
 }  // namespace

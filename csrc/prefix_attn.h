@@ -55,15 +55,4 @@ struct BwdParams : AttnParams {
     Strided dmemory;               // [memories, H, D, D], likewise
 };
 
-// One entry per instruction set; null members were not compiled.
-struct Kernels {
-    const char *name;
-    void (*fwd)(const FwdParams &);
-    void (*bwd)(const BwdParams &);
-};
-const Kernels &portable_kernels();
-const Kernels &avx2_kernels();
-const Kernels &avx512_kernels();       // fp32 arithmetic
-const Kernels &avx512_bf16_kernels();  // bf16 inputs multiplied by vdpbf16ps
-
 }  // namespace prefixattn

@@ -68,14 +68,4 @@ int64_t sweep_chunks(const ReparamSizes &);             // of a network
 int64_t reparam_fwd_workspace(const ReparamSizes &);    // floats
 int64_t reparam_sweep_workspace(const ReparamSizes &);  // floats
 
-// One entry per instruction set; null members were not compiled.
-struct ReparamKernels {
-    const char *name;
-    void (*fwd)(const ReparamFwdParams &);
-    void (*sweep)(const SweepParams &);
-};
-const ReparamKernels &portable_reparam_kernels();
-const ReparamKernels &avx2_reparam_kernels();
-const ReparamKernels &avx512_reparam_kernels();
-
 }  // namespace prefixattn

@@ -1,5 +1,6 @@
-// The functions that one instruction set exports; included last by prefix_attn_<isa>.cpp.
+// The functions that one instruction set exports; included by attention/<isa>.cpp.
 #pragma once
+#include "cpu/kernels.h"
 #include "prefix_attn_bwd.h"
 #include "prefix_attn_decode.h"
 #include "prefix_attn_fwd.h"

@@ -1,4 +1,4 @@
-// One float vector type per instruction set. Included only from files <what>_<isa>.cpp, which define PA_ISA (a
+// One float vector type per instruction set. Included only from files <op>/<isa>.cpp, which define PA_ISA (a
 // namespace) and one of PA_AVX512, PA_AVX2 or neither. No templates of the standard library below this line: an
 // instance compiled for AVX-512 could otherwise be the one the linker keeps for everybody.
 #pragma once

@@ -1,0 +1,21 @@
+// What each file <op>/<isa>.cpp exports. Those files include no standard library: see vec.h.
+#pragma once
+#include "prefix_attn.h"
+#include "reparam.h"
+
+namespace prefixattn {
+
+// Null members were not compiled.
+struct AttentionKernels {
+    void (*fwd)(const FwdParams &);
+    void (*bwd)(const BwdParams &);
+};
+struct ReparamKernels {
+    void (*fwd)(const ReparamFwdParams &);
+    void (*sweep)(const SweepParams &);
+};
+
+extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, avx512_bf16_attention;
+extern const ReparamKernels portable_reparam, avx2_reparam, avx512_reparam;
+
+}  // namespace prefixattn
