@@ -20,6 +20,13 @@ py::list isas() {
     return names;
 }
 
+template <class E>
+py::dict numbers() {
+    py::dict found;
+    for (const Named<E> &x : Names<E>::all) found[x.name] = static_cast<int>(x.value);
+    return found;
+}
+
 Strided strided(const py::tuple &t) {  // (address, stride0, stride1, stride2)
     return {reinterpret_cast<void *>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
             t[3].cast<int64_t>()};
@@ -96,5 +103,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("limit_scratch", limit_scratch,
           "Lets a thread's scratch be refused beyond so many bytes (0: never), for tests.");
     m.def("openmp_runtime", openmp_runtime, "File of the OpenMP runtime in use; empty: none found, one thread.");
+    m.attr("DTYPES") = numbers<DType>();
+    m.attr("MASK_KINDS") = numbers<MaskKind>();
+    m.attr("PHIS") = numbers<Phi>();
+    m.attr("MOMENT_FORMATS") = numbers<MomentFormat>();
+    m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+    m.attr("HEAD_DIM_STEP") = kHeadDimStep;
+    m.attr("MOMENT_BLOCK") = kMomentBlock;
     bind_reparam(m);
 }

@@ -2,11 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace prefixattn {
+#include "api/limits.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum class MaskKind : int { kNone = 0, kBool = 1, kSameAsQ = 2, kFloat32 = 3 };
-enum class Phi : int { kNone = 0, kElu = 1, kGelu = 2, kRelu = 3 };
+namespace prefixattn {
 
 // A four-dimensional tensor with unit stride in its last dimension; strides count elements.
 struct Strided {

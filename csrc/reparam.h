@@ -29,12 +29,10 @@ struct ReparamFwdParams : ReparamSizes {
     void *bank;  // [G * layers, 2, kv_heads, P, head_dim]
 };
 
-enum class MomentFormat : int { kFloat32 = 0, kBFloat16 = 1, kEightBit = 2 };
-
 struct KeptMoment {
     void *data;           // [G, O, M]; null: not kept
-    float *scale;         // kEightBit: [G, O, ceil(M / 256)]
-    MomentFormat format;  // kEightBit: prefixattn/reparam/moments8.py
+    float *scale;  // kEightBit: [G, O, ceil(M / kMomentBlock)]
+    MomentFormat format;
 };
 
 enum class SweepRule : int { kNone = 0, kDense = 1, kAdamW = 2, kSgd = 3 };

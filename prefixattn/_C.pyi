@@ -1,5 +1,14 @@
 """The compiled kernels (csrc/bindings.cpp). Addresses, sizes and strides; prefixattn/cpu.py says what goes where."""
 
+# enums and limits of csrc/api/limits.h; types by torch's names
+DTYPES: dict[str, int]
+MASK_KINDS: dict[str, int]
+PHIS: dict[str, int]
+MOMENT_FORMATS: dict[str, int]
+MAX_HEAD_DIM: int
+HEAD_DIM_STEP: int
+MOMENT_BLOCK: int
+
 _Strided = tuple[int, int, int, int]  # address and three strides, in elements; the fourth is 1
 
 def prefix_attn_fwd(common: tuple[object, ...], out: _Strided, attended: _Strided, lse: int, mass: int) -> None: ...

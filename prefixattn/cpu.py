@@ -9,10 +9,7 @@ import prefixattn._C as _C
 from prefixattn.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated
 from prefixattn.layout import empty_like_order, lse_type
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
-MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind
-PHIS = {"none": 0, "elu": 1, "gelu": 2, "relu": 3}  # enum Phi
-MAX_HEAD_DIM = 256
+DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 ABSENT = 0, 0, 0, 0
 
 
@@ -23,8 +20,8 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
     D = q.shape[3]
-    if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim={D}; needs a multiple of 8 up to {MAX_HEAD_DIM}")
+    if D % _C.HEAD_DIM_STEP or not 0 < D <= _C.MAX_HEAD_DIM:
+        reasons.append(f"head_dim={D}; needs a multiple of {_C.HEAD_DIM_STEP} up to {_C.MAX_HEAD_DIM}")
     if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
         reasons.append(f"attn_mask has dtype {mask.dtype}; needs bool, {q.dtype} or float32")
     if needs.attn_mask:
@@ -111,9 +108,9 @@ def _common(call: Call) -> tuple[object, ...]:
     q, mask, memory, ids, lengths = call.q, call.attn_mask, call.memory, call.prefix_ids, call.prefix_lengths
     B, H, L, D = q.shape
     T, Hkv, P, _ = call.prefix_k.shape
-    kind, mask_at, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]
+    kind, mask_at, mask_strides = "none", 0, [0, 0, 0, 0]
     if mask is not None:
-        kind = {torch.bool: MASK_BOOL, q.dtype: MASK_SAME_AS_Q}.get(mask.dtype, MASK_FLOAT32)
+        kind = {torch.bool: "bool", q.dtype: "same_as_q"}.get(mask.dtype, "float32")
         mask_at = mask.data_ptr()
         mask_strides = [s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True)]
     return (
@@ -121,10 +118,10 @@ def _common(call: Call) -> tuple[object, ...]:
         *(B, H, Hkv, L, call.k.shape[2], T, P, D),
         *map(_strided, (q, call.k, call.v, call.prefix_k, call.prefix_v)),
         *((ABSENT, 0) if memory is None else (_strided(memory), memory.shape[0])),
-        PHIS[call.phi],
+        _C.PHIS[call.phi],
         0 if ids is None else ids.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
-        *(kind, (mask_at, *mask_strides[:3]), mask_strides[3]),
+        *(_C.MASK_KINDS[kind], (mask_at, *mask_strides[:3]), mask_strides[3]),
         *(call.scale, call.softcap, call.is_causal, call.dropout_p, call.prefix_dropout_p),
         0 if call.seed is None else int(call.seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixattn import backends, prefix_attention
+from prefixattn import backends, prefix_attention, reference
+from prefixattn.reparam import moments8
 from prefixattn.testing import FEATURES, Shape, assert_all_as_accurate, exact, make_inputs, ours, same_dtype, suited
 
 if reasons := backends.here()["cpu"]:
@@ -102,6 +103,11 @@ def test_a_cap_is_accurate_at_every_size_of_score() -> None:
             _, lse = prefix_attention(q, one, one, zero, zero, scale=1.0, softcap=50.0, backend="cpu", return_lse=True)
         expected = torch.nn.functional.softplus(50 * torch.tanh(scores.double() / 50))
         torch.testing.assert_close(lse[0, 0].double(), expected, rtol=3e-7, atol=1.2e-7)
+
+
+def test_what_is_said_in_both_languages_agrees() -> None:
+    assert _C.PHIS.keys() == reference.PHIS.keys()
+    assert _C.MOMENT_BLOCK == moments8.BLOCK
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -56,7 +56,7 @@ class QuerySide {
             delta[i] = 0;
         }
         for (int i = 0; i < q.lanes; ++i) {
-            float out[256], dout[256];
+            float out[kMaxHeadDim], dout[kMaxHeadDim];
             widen((const Storage *)at(p.out, b, h, q.l0 + i, Ops::kSize), out, D_);
             widen((const Storage *)at(p.dout, b, h, q.l0 + i, Ops::kSize), dout, D_);
             const double sum = exact_dot(out, dout, D_);  // the softmax's gradient is what it leaves of dout @ values

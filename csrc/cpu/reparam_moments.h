@@ -6,8 +6,6 @@
 namespace prefixattn {
 namespace PA_ISA {
 
-constexpr int kMomentBlock = 256;  // numbers along a row that share a scale
-
 typedef int32_t vs __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 

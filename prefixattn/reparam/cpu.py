@@ -24,7 +24,7 @@ __all__ = [
     "unsupported",
 ]
 
-MOMENT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # enum MomentFormat of csrc/reparam.h
+MOMENT_FORMATS: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.MOMENT_FORMATS.items()}
 
 
 def unsupported(call: Call, needs: Needs) -> list[str]:
