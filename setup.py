@@ -124,8 +124,8 @@ def write_if_changed(path: Path, text: str) -> None:
 def compile_extension(output: Path) -> dict[str, object]:
     """Makes `output`; returns what to record. Objects stay in its folder, so that the next build is incremental."""
     sources = sorted(ROOT.glob("csrc/**/*.cpp"))
-    if ROOT / "csrc" / "bindings.cpp" not in sources:
-        raise CannotBuild("csrc/bindings.cpp is not in this source tree")
+    if ROOT / "csrc" / "python" / "module.cpp" not in sources:
+        raise CannotBuild("csrc/python/module.cpp is not in this source tree")
     compiler = find_compiler()
     ninja = [find_ninja(), "-C", str(output.parent)]
     if jobs := os.environ.get("MAX_JOBS"):

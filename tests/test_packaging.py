@@ -57,9 +57,10 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "prefixattn" / "attach").mkdir(parents=True)
     (tmp_path / "prefixattn" / "__init__.py").write_text('import torch\n\n__version__ = "1.2.3"\n')
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    for folder in ("cpu", "python"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
     (tmp_path / "csrc" / "shared.h").write_text("int from_shared();\n")
-    (tmp_path / "csrc" / "bindings.cpp").write_text('extern "C" int bound() { return 1; }\n')
+    (tmp_path / "csrc" / "python" / "module.cpp").write_text('extern "C" int bound() { return 1; }\n')
     (tmp_path / "csrc" / "cpu" / "plain.cpp").write_text('#include "shared.h"\nint from_shared() { return 2; }\n')
     return tmp_path
 
@@ -176,7 +177,7 @@ def test_a_build_compiles_only_what_changed(project: Path) -> None:
     time.sleep(0.01)  # a file system's clock may be coarse
     (project / "csrc" / "shared.h").write_text("int from_shared();\n\n")
     changed = run_setup(project, "-q", "build_ext", "--inplace").stdout
-    assert "plain.o" in changed and "bindings.o" not in changed
+    assert "plain.o" in changed and "module.o" not in changed
 
 
 @needs_compiler

@@ -4,6 +4,7 @@
 
 namespace prefixattn {
 
+void bind_attention(pybind11::module_ &);
 void bind_reparam(pybind11::module_ &);
 
 }  // namespace prefixattn
