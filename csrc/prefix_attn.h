@@ -30,8 +30,7 @@ struct AttnParams {
     float softcap;         // then scores become softcap * tanh(score / softcap); 0: they do not
     bool causal;           // own key s is visible to query l iff s <= l + S - L
     double dropout_p, prefix_dropout_p;
-    int64_t seed;
-    int threads;
+    const int64_t *seed;  // of both kinds of dropout; read where the kernels run; null: there is none
 };
 
 struct FwdParams : AttnParams {

@@ -9,7 +9,6 @@ namespace prefixattn {
 
 struct ReparamSizes {
     int64_t G, P, O, M;  // networks, rows, outputs and inputs of the matrix
-    int threads;
 };
 
 // Output o of a network in the bank [G * layers, 2, kv_heads, P, head_dim].
@@ -30,7 +29,7 @@ struct ReparamFwdParams : ReparamSizes {
 };
 
 struct KeptMoment {
-    void *data;           // [G, O, M]; null: not kept
+    void *data;    // [G, O, M]; null: not kept
     float *scale;  // kEightBit: [G, O, ceil(M / kMomentBlock)]
     MomentFormat format;
 };

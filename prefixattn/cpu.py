@@ -41,7 +41,7 @@ def fwd(call: Call, wants: Wants) -> Results:
         "attended": _strided(attended) if wants.attended else None,
         "lse": lse.data_ptr(),
         "mass": mass.data_ptr() if wants.mass else None,
-    })  # fmt: skip
+    }, torch.get_num_threads())  # fmt: skip
     return Results(out, lse, mass, attended)
 
 
@@ -64,7 +64,7 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
         "dprefix_k": _strided(grads.prefix_k) if needs.prefix_k else None,
         "dprefix_v": _strided(grads.prefix_v) if needs.prefix_v else None,
         "dmemory": _strided(grads.memory) if needs.memory else None,
-    })  # fmt: skip
+    }, torch.get_num_threads())  # fmt: skip
     return grads
 
 
@@ -77,6 +77,8 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
     # an exported program, or parts of it, can be moved or cast after its backend was chosen
     if dtype not in DTYPES or not all([t.dtype == dtype and t.is_cpu for t in (*tensors, *others.values())]):
         _refuse(call, others)
+    if call.seed is not None and (call.seed.dtype != torch.int64 or not call.seed.is_cpu):
+        call = call._replace(seed=call.seed.to("cpu", torch.int64))
     indices = [t for t in (ids, lengths) if t is not None]
     if all([_is_readable(t) for t in tensors]) and all([t.is_contiguous() for t in indices]):
         return call
@@ -140,6 +142,5 @@ def _fields(call: Call) -> "_C.Attn":
         "mask": (mask_at, mask_strides[0], mask_strides[1], mask_strides[2]), "mask_stride3": mask_strides[3],
         "scale": call.scale, "softcap": call.softcap, "causal": call.is_causal,
         "dropout_p": call.dropout_p, "prefix_dropout_p": call.prefix_dropout_p,
-        "seed": 0 if call.seed is None else int(call.seed),
-        "threads": torch.get_num_threads(),
+        "seed": _address(call.seed),
     }  # fmt: skip

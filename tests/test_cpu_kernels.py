@@ -128,14 +128,16 @@ WRONG = {
 def test_fields_are_read_by_name(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[dict[str, object]] = []
     read = _C.prefix_attn_fwd
-    monkeypatch.setattr(_C, "prefix_attn_fwd", taken.append)
+    monkeypatch.setattr(_C, "prefix_attn_fwd", lambda fields, threads: taken.append(fields))
     make_inputs("even").call("cpu")
     changes, words = WRONG[case]
     fields = {name: x for name, x in (taken[0] | changes).items() if x is not ...}
     with pytest.raises(TypeError, match=re.escape(f"prefix_attn_fwd: {words}")):
-        read(fields)
+        read(fields, 1)
     with pytest.raises(ValueError, match="head_dim is 264, expected a multiple of 8 up to 256"):
-        read(taken[0] | {"D": 264})
+        read(taken[0] | {"D": 264}, 1)
+    with pytest.raises(ValueError, match="dropout has no seed"):
+        read(taken[0] | {"dropout_p": 0.5}, 1)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -355,13 +355,13 @@ def test_refusals_are_in_words() -> None:
 
 
 def test_fields_are_read_by_name() -> None:
-    sizes = {"G": 1, "P": 2, "O": 8, "M": 16, "threads": 1}
+    sizes = {"G": 1, "P": 2, "O": 8, "M": 16}
     assert _C.reparam_sweep_workspace(sizes) > 0
     with pytest.raises(TypeError, match="sizes: unknown field 'form'"):
         _C.reparam_sweep_workspace(sizes | {"form": None})
     fields = sizes | {"h": None, "dy": 0, "form": {"layers": 1}, "dtype": 0, "w": 0, "dh": 0, "workspace": 0}
     with pytest.raises(TypeError, match="form: no field 'kv_heads'"):
-        _C.reparam_dh(fields | {"grad_scale": 1.0})
+        _C.reparam_dh(fields | {"grad_scale": 1.0}, 1)
 
 
 def test_every_named_shape_by_the_op() -> None:

@@ -131,7 +131,7 @@ class KeySide {
         const int D = (int)p.D;
         gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
         if (prefix) {
-            if (p.prefix_dropout_p > 0) kept.draw(p.seed, p.prefix_dropout_p, b * p.Hkv + g, j0, n, j0 + n);
+            if (p.prefix_dropout_p > 0) kept.draw(dropout_seed(p), p.prefix_dropout_p, b * p.Hkv + g, j0, n, j0 + n);
             k = Ops::prefix_rows(p, p.prefix_k, kept, b, g, j0, n, 1, k_copy_);
             v = Ops::prefix_rows(p, p.prefix_v, kept, b, g, j0, n, 2, v_copy_);
         } else {
@@ -299,7 +299,7 @@ class BwdTile {
     template <bool kDrop, bool kCap>
     void weights(const BwdParams &p, const Queries &q, int64_t j0, int n, float factor, float gain) {
         const int width = q.q.width;
-        AttentionDropout dropout(p.seed, p.dropout_p, q.b * p.H + q.h, q.q.l0, width);
+        AttentionDropout dropout(dropout_seed(p), p.dropout_p, q.b * p.H + q.h, q.q.l0, width);
         alignas(64) float kept[2][kLanes];
         const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
             const int64_t x = (int64_t)r * width + i;

@@ -48,6 +48,7 @@ inline const char *at(const Strided &t, int64_t i0, int64_t i1, int64_t i2, int6
 inline int64_t prefix_row(const AttnParams &p, int64_t b) { return p.rows ? p.rows[b] : p.T == 1 ? 0 : b; }
 inline int64_t memory_row(const AttnParams &p, int64_t b) { return p.memories == 1 ? 0 : prefix_row(p, b); }
 inline int64_t prefix_length(const AttnParams &p, int64_t b) { return p.lengths ? p.lengths[b] : p.P; }
+inline uint64_t dropout_seed(const AttnParams &p) { return p.seed ? (uint64_t)*p.seed : 0; }
 
 inline int64_t element_size(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 inline int64_t mask_element(const AttnParams &p) {

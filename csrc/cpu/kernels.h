@@ -5,14 +5,14 @@
 
 namespace prefixattn {
 
-// Null members were not compiled.
+// Null members were not compiled. Each runs on at most so many threads.
 struct AttentionKernels {
-    void (*fwd)(const FwdParams &);
-    void (*bwd)(const BwdParams &);
+    void (*fwd)(const FwdParams &, int threads);
+    void (*bwd)(const BwdParams &, int threads);
 };
 struct ReparamKernels {
-    void (*fwd)(const ReparamFwdParams &);
-    void (*sweep)(const SweepParams &);
+    void (*fwd)(const ReparamFwdParams &, int threads);
+    void (*sweep)(const SweepParams &, int threads);
 };
 
 extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, avx512_bf16_attention;

@@ -15,7 +15,9 @@ class Decode {
     static constexpr int64_t kSize = sizeof(Storage);
 
   public:
-    static void run(const FwdParams &p) { parallel_for(p.B * p.Hkv, p.threads, unit, const_cast<FwdParams *>(&p)); }
+    static void run(const FwdParams &p, int threads) {
+        parallel_for(p.B * p.Hkv, threads, unit, const_cast<FwdParams *>(&p));
+    }
 
   private:
     struct Head {

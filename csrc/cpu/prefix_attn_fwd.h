@@ -13,22 +13,26 @@ class Forward {
     static constexpr int kKeys = 128;  // keys of a block: its scores (32 KB) stay in L1
 
   public:
-    static void run(const FwdParams &p) {
+    static void run(const FwdParams &p, int threads) {
         if (p.L == 0) return;
-        parallel_for(p.B * p.H * (query_blocks(p.L) / blocks_of_unit(p)), p.threads, unit, const_cast<FwdParams *>(&p));
+        // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
+        const bool heads = p.prefix_dropout_p > 0 && p.B * p.H >= 4 * threads;
+        Job job{p, heads ? query_blocks(p.L) : 1};
+        parallel_for(p.B * p.H * (query_blocks(p.L) / job.blocks), threads, unit, &job);
     }
 
   private:
     static constexpr int64_t kKeptRows = 1024;  // most rows of a prefix whose dropout is drawn ahead
 
-    // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
-    static int64_t blocks_of_unit(const FwdParams &p) {
-        return p.prefix_dropout_p > 0 && p.B * p.H >= 4 * p.threads ? query_blocks(p.L) : 1;
-    }
+    struct Job {
+        const FwdParams &p;
+        int64_t blocks;  // of a unit
+    };
 
     static void unit(void *context, int64_t unit) {
-        const auto &p = *(const FwdParams *)context;
-        const int64_t n = blocks_of_unit(p), first = unit * n, blocks = query_blocks(p.L);
+        const Job &job = *(const Job *)context;
+        const FwdParams &p = job.p;
+        const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(p.L);
         KeptPrefix kept;
         Arena counted = Arena::counting();
         allocate_kept(p, counted, kept);
@@ -102,7 +106,7 @@ class Forward {
 
         if (np > 0) {
             if (p_.prefix_dropout_p > 0)
-                kept_.draw(p_.seed, p_.prefix_dropout_p, b_ * p_.Hkv + g, p0, np, prefix_length(p_, b_));
+                kept_.draw(dropout_seed(p_), p_.prefix_dropout_p, b_ * p_.Hkv + g, p0, np, prefix_length(p_, b_));
             const Rows k = Ops::prefix_rows(p_, p_.prefix_k, kept_, b_, g, p0, np, 1, key_copy_);
             gemm<Dot, true>(np, q_.width, Ops::words(D_), k.by_row(0), queries_, q_.width, scores_, q_.width, false);
         }
@@ -155,7 +159,7 @@ class Forward {
     }
 
     void fill_multipliers(int64_t p0, int np, int np_even, int64_t s0, int ns, int n) {
-        AttentionDropout dropout(p_.seed, p_.dropout_p, b_ * p_.H + h_, q_.l0, q_.width);
+        AttentionDropout dropout(dropout_seed(p_), p_.dropout_p, b_ * p_.H + h_, q_.l0, q_.width);
         for (int64_t i = 0; i < (int64_t)n * q_.width; ++i) multipliers_[i] = 1;  // rows that only fill a pair
         for (int r = 0; r < np; ++r) dropout.row(p0 + r, multipliers_ + (int64_t)r * q_.width);
         for (int r = 0; r < ns; ++r) dropout.row(p_.P + s0 + r, multipliers_ + (int64_t)(np_even + r) * q_.width);

@@ -15,29 +15,29 @@ using Bf16Arithmetic = Fp32;
 #endif
 
 template <class Storage, class Dot>
-void fwd_of(const FwdParams &p) {
-    one_query(p) ? Decode<Storage>::run(p) : Forward<Storage, Dot>::run(p);
+void fwd_of(const FwdParams &p, int threads) {
+    one_query(p) ? Decode<Storage>::run(p, threads) : Forward<Storage, Dot>::run(p, threads);
 }
 
-inline void fwd(const FwdParams &p) {
+inline void fwd(const FwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
-            return fwd_of<float, Fp32>(p);
+            return fwd_of<float, Fp32>(p, threads);
         case DType::kBFloat16:
-            return fwd_of<bf16, Bf16Arithmetic>(p);
+            return fwd_of<bf16, Bf16Arithmetic>(p, threads);
         case DType::kFloat16:
-            return fwd_of<f16, Fp32>(p);
+            return fwd_of<f16, Fp32>(p, threads);
     }
 }
 
-inline void bwd(const BwdParams &p) {
+inline void bwd(const BwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
-            return Backward<float, Fp32>::run(p);
+            return Backward<float, Fp32>::run(p, threads);
         case DType::kBFloat16:
-            return Backward<bf16, Bf16Arithmetic>::run(p);
+            return Backward<bf16, Bf16Arithmetic>::run(p, threads);
         case DType::kFloat16:
-            return Backward<f16, Fp32>::run(p);
+            return Backward<f16, Fp32>::run(p, threads);
     }
 }
 

@@ -10,9 +10,9 @@ class ReparamForward {
     static constexpr int kRun = 128;  // terms of a sum that are added before they join the rest; fits L1 with its panel
 
   public:
-    static void run(const ReparamFwdParams &p) {
-        parallel_for(p.G * panels_of(p).count(), p.threads, pack, const_cast<ReparamFwdParams *>(&p));
-        parallel_for(p.G * blocks_of(p.O), p.threads, unit, const_cast<ReparamFwdParams *>(&p));
+    static void run(const ReparamFwdParams &p, int threads) {
+        parallel_for(p.G * panels_of(p).count(), threads, pack, const_cast<ReparamFwdParams *>(&p));
+        parallel_for(p.G * blocks_of(p.O), threads, unit, const_cast<ReparamFwdParams *>(&p));
     }
 
   private:
@@ -143,14 +143,14 @@ class ReparamForward {
     }
 };
 
-inline void reparam_fwd(const ReparamFwdParams &p) {
+inline void reparam_fwd(const ReparamFwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
-            return ReparamForward<float>::run(p);
+            return ReparamForward<float>::run(p, threads);
         case DType::kBFloat16:
-            return ReparamForward<bf16>::run(p);
+            return ReparamForward<bf16>::run(p, threads);
         case DType::kFloat16:
-            return ReparamForward<f16>::run(p);
+            return ReparamForward<f16>::run(p, threads);
     }
 }
 

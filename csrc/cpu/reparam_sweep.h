@@ -14,12 +14,12 @@ class Sweep {
     static constexpr int kGroup = Rule::kBlocks ? kMomentBlock / kPanel : 1;  // panels of a tile
 
   public:
-    static void run(const SweepParams &p) {
+    static void run(const SweepParams &p, int threads) {
         const int64_t panels = Panels{p.M, p.P}.count();
         void *context = const_cast<SweepParams *>(&p);
-        if (Rule::kGradient) parallel_for(p.G * panels, p.threads, pack_hidden, context);
-        parallel_for(p.G * sweep_chunks(p), p.threads, chunk, context);
-        if (p.dh) parallel_for(p.G * p.P, p.threads, reduce, context);
+        if (Rule::kGradient) parallel_for(p.G * panels, threads, pack_hidden, context);
+        parallel_for(p.G * sweep_chunks(p), threads, chunk, context);
+        if (p.dh) parallel_for(p.G * p.P, threads, reduce, context);
     }
 
   private:
@@ -218,21 +218,22 @@ class Sweep {
     }
 };
 
-inline void reparam_sweep(const SweepParams &p) {
+inline void reparam_sweep(const SweepParams &p, int threads) {
     using F = MomentFormat;
     const F first = p.moment1.format, second = p.moment2.format;
     switch (p.rule) {
         case SweepRule::kNone:
-            return Sweep<NoRule>::run(p);
+            return Sweep<NoRule>::run(p, threads);
         case SweepRule::kDense:
-            return Sweep<DenseRule>::run(p);
+            return Sweep<DenseRule>::run(p, threads);
         case SweepRule::kAdamW:
-            if (first == F::kFloat32 && second == F::kFloat32) return Sweep<AdamWRule<float, float>>::run(p);
-            if (first == F::kBFloat16 && second == F::kBFloat16) return Sweep<AdamWRule<bf16, bf16>>::run(p);
-            if (first == F::kBFloat16 && second == F::kFloat32) return Sweep<AdamWRule<bf16, float>>::run(p);
-            return Sweep<AdamWByBlock>::run(p);
+            if (first == F::kFloat32 && second == F::kFloat32) return Sweep<AdamWRule<float, float>>::run(p, threads);
+            if (first == F::kBFloat16 && second == F::kBFloat16) return Sweep<AdamWRule<bf16, bf16>>::run(p, threads);
+            if (first == F::kBFloat16 && second == F::kFloat32) return Sweep<AdamWRule<bf16, float>>::run(p, threads);
+            return Sweep<AdamWByBlock>::run(p, threads);
         case SweepRule::kSgd:
-            return first == F::kFloat32 ? Sweep<SgdRule<float>>::run(p) : Sweep<SgdRule<bf16>>::run(p);
+            return first == F::kFloat32 ? Sweep<SgdRule<float>>::run(p, threads)
+                                        : Sweep<SgdRule<bf16>>::run(p, threads);
     }
 }
 

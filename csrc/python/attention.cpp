@@ -37,30 +37,30 @@ std::vector<Field<Call>> attn_fields() {
             PA_FIELD(Call, causal),
             PA_FIELD(Call, dropout_p),
             PA_FIELD(Call, prefix_dropout_p),
-            PA_FIELD(Call, seed),
-            PA_FIELD(Call, threads)};
+            PA_FIELD(Call, seed)};
 }
 
-// What the kernels would write beyond their buffers for, whoever calls.
-void require_limits(const AttnParams &p) {
+// Without these the kernels would write beyond their buffers, or drop the same for every call.
+void require_sense(const AttnParams &p) {
     if (p.D < 1 || p.D > kMaxHeadDim || p.D % kHeadDimStep)
         throw py::value_error("head_dim is " + std::to_string(p.D) + ", expected a multiple of " +
                               std::to_string(kHeadDimStep) + " up to " + std::to_string(kMaxHeadDim));
+    if ((p.dropout_p > 0 || p.prefix_dropout_p > 0) && !p.seed) throw py::value_error("dropout has no seed");
 }
 
-void fwd(const py::dict &fields) {
+void fwd(const py::dict &fields, int threads) {
     using Call = FwdParams;
     static const Record<Call> record(
         "prefix_attn_fwd", attn_fields<Call>(),
         {PA_FIELD(Call, out), PA_FIELD(Call, attended), PA_FIELD(Call, lse), PA_FIELD(Call, mass)});
     Call p{};
     record.read(fields, p);
-    require_limits(p);
+    require_sense(p);
     const py::gil_scoped_release nogil;
-    isa_in_use().attention->fwd(p);
+    isa_in_use().attention->fwd(p, threads);
 }
 
-void bwd(const py::dict &fields) {
+void bwd(const py::dict &fields, int threads) {
     using Call = BwdParams;
     static const Record<Call> record("prefix_attn_bwd", attn_fields<Call>(),
                                      {PA_FIELD(Call, dout), PA_FIELD(Call, out), PA_FIELD(Call, lse),
@@ -68,9 +68,9 @@ void bwd(const py::dict &fields) {
                                       PA_FIELD(Call, dprefix_k), PA_FIELD(Call, dprefix_v), PA_FIELD(Call, dmemory)});
     Call p{};
     record.read(fields, p);
-    require_limits(p);
+    require_sense(p);
     const py::gil_scoped_release nogil;
-    isa_in_use().attention->bwd(p);
+    isa_in_use().attention->bwd(p, threads);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ namespace {
 
 template <class Call>
 std::vector<Field<Call>> sizes() {
-    return {PA_FIELD(Call, G), PA_FIELD(Call, P), PA_FIELD(Call, O), PA_FIELD(Call, M), PA_FIELD(Call, threads)};
+    return {PA_FIELD(Call, G), PA_FIELD(Call, P), PA_FIELD(Call, O), PA_FIELD(Call, M)};
 }
 
 template <class Call>
@@ -56,14 +56,14 @@ ReparamSizes read_sizes(const py::dict &fields) {
 int64_t fwd_workspace(const py::dict &sizes) { return reparam_fwd_workspace(read_sizes(sizes)); }
 int64_t sweep_workspace(const py::dict &sizes) { return reparam_sweep_workspace(read_sizes(sizes)); }
 
-void fwd(const py::dict &fields) {
+void fwd(const py::dict &fields, int threads) {
     using Call = ReparamFwdParams;
     static const Record<Call> record("reparam_fwd", sizes<Call>(),
                                      {PA_FIELD(Call, h), PA_FIELD(Call, w), PA_FIELD(Call, b), PA_FIELD(Call, form),
                                       PA_FIELD(Call, dtype), PA_FIELD(Call, workspace), PA_FIELD(Call, bank)});
     const Call p = read(record, fields);
     const py::gil_scoped_release nogil;
-    isa_in_use().reparam->fwd(p);
+    isa_in_use().reparam->fwd(p, threads);
 }
 
 void read_form(py::handle x, SweepParams &to) {  // None: dy is no gradient of a bank
@@ -87,24 +87,24 @@ std::vector<Field<Call>> sweep_fields() {
     return fields;
 }
 
-void sweep(const Record<Call> &record, const py::dict &fields, SweepRule rule) {
+void sweep(const Record<Call> &record, const py::dict &fields, int threads, SweepRule rule) {
     Call p = read(record, fields);
     p.rule = rule == SweepRule::kDense && !p.dw ? SweepRule::kNone : rule;
     const py::gil_scoped_release nogil;
-    isa_in_use().reparam->sweep(p);
+    isa_in_use().reparam->sweep(p, threads);
 }
 
-void bwd(const py::dict &fields) {
+void bwd(const py::dict &fields, int threads) {
     static const Record<Call> record("reparam_bwd", sweep_fields(), {PA_FIELD(Call, dw), PA_FIELD(Call, db)});
-    sweep(record, fields, SweepRule::kDense);
+    sweep(record, fields, threads, SweepRule::kDense);
 }
 
-void dh(const py::dict &fields) {
+void dh(const py::dict &fields, int threads) {
     static const Record<Call> record("reparam_dh", sweep_fields());
-    sweep(record, fields, SweepRule::kNone);
+    sweep(record, fields, threads, SweepRule::kNone);
 }
 
-void adamw(const py::dict &fields) {
+void adamw(const py::dict &fields, int threads) {
     static const Record<Call> record("reparam_adamw", sweep_fields(),
                                      {{"exp_avg", read_member<&Call::moment1, Call>},
                                       {"exp_avg_sq", read_member<&Call::moment2, Call>},
@@ -116,10 +116,10 @@ void adamw(const py::dict &fields) {
                                       PA_FIELD(Call, inverse_sqrt_correction2),
                                       PA_FIELD(Call, decay),
                                       PA_FIELD(Call, salt)});
-    sweep(record, fields, SweepRule::kAdamW);
+    sweep(record, fields, threads, SweepRule::kAdamW);
 }
 
-void sgd(const py::dict &fields) {
+void sgd(const py::dict &fields, int threads) {
     static const Record<Call> record("reparam_sgd", sweep_fields(),
                                      {{"momentum_buffer", read_member<&Call::moment1, Call>},
                                       PA_FIELD(Call, lr),
@@ -128,7 +128,7 @@ void sgd(const py::dict &fields) {
                                       PA_FIELD(Call, weight_decay),
                                       PA_FIELD(Call, nesterov),
                                       PA_FIELD(Call, first)});
-    sweep(record, fields, SweepRule::kSgd);
+    sweep(record, fields, threads, SweepRule::kSgd);
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ def fwd(call: Call) -> Results:
         "h": h.data_ptr(), "w": w2.data_ptr(), "b": _address(b2),
         "form": _layout(form), "dtype": DTYPES[call.dtype],
         "workspace": workspace.data_ptr(), "bank": bank.data_ptr(),
-    })  # fmt: skip
+    }, torch.get_num_threads())  # fmt: skip
     return Results(bank, z)
 
 
@@ -80,7 +80,7 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
             "h": _address(h), "dy": dbank.data_ptr(), "form": _layout(form), "dtype": DTYPES[dbank.dtype],
             "w": w2.data_ptr(), "dh": _address(dh), "workspace": workspace.data_ptr(), "grad_scale": 1.0,
             "dw": dw2.data_ptr() if needs.w2 else None, "db": db2.data_ptr() if needs.b2 else None,
-        })  # fmt: skip
+        }, torch.get_num_threads())  # fmt: skip
     dx, dw1, db1 = (empty, empty, empty) if dh is None else hidden_bwd(dh, x, call.w1, z, form, needs)
     return Grads(dx, dw1, db1, dw2, db2)
 
@@ -137,7 +137,7 @@ def adamw_sweep(
         "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2, "eps": eps,
         "step_size": lr / (1 - beta1**step), "inverse_sqrt_correction2": (1 - beta2**step) ** -0.5,
         "decay": 1 - lr * weight_decay, "salt": moments8.salt(step),
-    })  # fmt: skip
+    }, torch.get_num_threads())  # fmt: skip
     return dh
 
 
@@ -163,7 +163,7 @@ def sgd_sweep(
         **fields,
         "momentum_buffer": _kept(momentum_buffer), "lr": lr, "momentum": momentum,
         "one_minus_dampening": 1 - dampening, "weight_decay": weight_decay, "nesterov": nesterov, "first": first,
-    })  # fmt: skip
+    }, torch.get_num_threads())  # fmt: skip
     return dh
 
 
@@ -172,7 +172,7 @@ def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G,
     _require(_sweep_objections(w, None, None, dh, dy, form))
     fields, dh_made, _keep = _sweep(w, dh, dy, form, 1.0, True)
     assert dh_made is not None
-    _C.reparam_dh(fields)
+    _C.reparam_dh(fields, torch.get_num_threads())
     return dh_made
 
 
@@ -228,7 +228,7 @@ def _sweep_objections(
 
 def _sizes(w: Tensor, h: Tensor) -> "_C.ReparamSizes":
     G, O, M = w.shape
-    return {"G": G, "P": h.shape[1], "O": O, "M": M, "threads": torch.get_num_threads()}
+    return {"G": G, "P": h.shape[1], "O": O, "M": M}
 
 
 def _layout(form: Form) -> "_C.BankForm":
