@@ -39,6 +39,7 @@ struct Names<MomentFormat> {  // torch's names
         {"float32", MomentFormat::kFloat32}, {"bfloat16", MomentFormat::kBFloat16}, {"uint8", MomentFormat::kEightBit}};
 };
 
+constexpr float kMinusInf = -__builtin_inff();
 constexpr int kMaxHeadDim = 256, kHeadDimStep = 8;  // head_dim is a multiple of the step, up to the most
 constexpr int kMomentBlock = 256;                   // numbers along a row of the matrix whose codes share a scale
 

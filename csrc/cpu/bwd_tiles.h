@@ -132,8 +132,8 @@ class KeySide {
         gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
         if (prefix) {
             if (p.prefix_dropout_p > 0) kept.draw(dropout_seed(p), p.prefix_dropout_p, b * p.Hkv + g, j0, n, j0 + n);
-            k = Ops::prefix_rows(p, p.prefix_k, kept, b, g, j0, n, 1, k_copy_);
-            v = Ops::prefix_rows(p, p.prefix_v, kept, b, g, j0, n, 2, v_copy_);
+            k = Ops::prefix_rows(p, p.prefix_k, kept, b, g, j0, n, kDropsPrefixK, k_copy_);
+            v = Ops::prefix_rows(p, p.prefix_v, kept, b, g, j0, n, kDropsPrefixV, v_copy_);
         } else {
             k = Ops::rows(p.k, b, g, j0, n, D, k_copy_);
             v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);
@@ -182,7 +182,7 @@ class BwdTile {
         }
         if (rows.begin >= rows.end) return;
         const int r0 = (int)rows.begin, n = (int)(rows.end - rows.begin), width = q.q.width;
-        const Strips strips(p.causal && !keys.prefix, p.S - p.L, q.q, keys.j0 + r0, n, Ops::kRowAlign);
+        const Strips strips(p.causal && !keys.prefix, causal_offset(p), q.q, keys.j0 + r0, n, Ops::kRowAlign);
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;

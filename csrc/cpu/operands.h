@@ -1,6 +1,7 @@
 // How queries, keys, values and masks reach the matrix products, by storage type and arithmetic.
 #pragma once
-#include "geometry.h"
+#include "gemm.h"
+#include "mask.h"
 #include "phi.h"
 #include "philox.h"
 #include "softcap.h"
@@ -51,13 +52,13 @@ struct Operands {
     }
 
     // The same for prefix rows under dropout: every sample has its own copy, made here, in which what is dropped is 0;
-    // the scale of what is kept is applied in fp32 to what the copy was multiplied into. stream: 1 keys, 2 values.
+    // the scale of what is kept is applied in fp32 to what the copy was multiplied into. draw: as KeptPrefix::row().
     static Rows dropped_prefix(const Strided &t, const KeptPrefix &kept, int64_t row, int64_t head, int64_t j0, int n,
-                               int stream, int D, void *buffer) {
+                               int draw, int D, void *buffer) {
         const int64_t size = kPairs ? 2 : 4;
         for (int r = 0; r < n; ++r) {
             const Storage *src = (const Storage *)at(t, row, head, j0 + r, kSize);
-            const uint64_t *bits = kept.row(j0 + r, stream);
+            const uint64_t *bits = kept.row(j0 + r, draw);
             if constexpr (kPairs) {
                 keep_elements((const uint16_t *)src, bits, D, (uint16_t *)buffer + (int64_t)r * D);
             } else {
@@ -70,9 +71,9 @@ struct Operands {
     }
 
     static Rows prefix_rows(const AttnParams &p, const Strided &t, const KeptPrefix &kept, int64_t b, int64_t head,
-                            int64_t j0, int n, int stream, void *buffer) {
+                            int64_t j0, int n, int draw, void *buffer) {
         const int64_t row = prefix_row(p, b);
-        if (p.prefix_dropout_p > 0) return dropped_prefix(t, kept, row, head, j0, n, stream, (int)p.D, buffer);
+        if (p.prefix_dropout_p > 0) return dropped_prefix(t, kept, row, head, j0, n, draw, (int)p.D, buffer);
         return rows(t, row, head, j0, n, (int)p.D, buffer);
     }
 
@@ -117,67 +118,6 @@ inline void load_query_rows(const float *queries, int width, int d, int i, vf &f
     first = vload(queries + (int64_t)d * width + i);
     second = vload(queries + (int64_t)(d + 1) * width + i);
 }
-
-// Masks of own keys, added to scores S [rows][width] of keys s0 .. s0 + n; `unit` is a score of 1 in the units of S.
-class Masker {
-  public:
-    static int64_t scratch_floats(const AttnParams &p, int rows) {
-        return p.mask_kind == MaskKind::kNone || is_key_padding(p) ? 0 : (int64_t)2 * (rows + 16) * kLanes;
-    }
-
-    Masker(const AttnParams &p, int64_t b, int64_t h, float *scratch)
-        : p_(p), scratch_(scratch), size_(mask_element(p)) {
-        if (p.mask_kind != MaskKind::kNone) base_ = at(p.mask, b, h, 0, size_);
-    }
-
-    void apply(const QueryBlock &q, const Strips &strips, int64_t s0, int n, float *S) const {
-        if (base_ && is_key_padding(p_))
-            padding(q, s0, n, S);
-        else if (base_)
-            general(q, s0, n, S);
-        if (p_.causal) causal(q, strips, n, S);
-    }
-
-  private:
-    void padding(const QueryBlock &q, int64_t s0, int n, float *S) const {
-        for (int r = 0; r < n; ++r) {
-            const float bias = mask_value(p_, base_ + (s0 + r) * p_.mask_stride3 * size_);
-            if (bias == 0) continue;
-            for (int i = 0; i < q.width; i += VL)
-                vstore(S + (int64_t)r * q.width + i, vmasked(vload(S + (int64_t)r * q.width + i), vset(bias)));
-        }
-    }
-
-    void general(const QueryBlock &q, int64_t s0, int n, float *S) const {
-        const int ld = (n + 15) / 16 * 16;
-        float *tile = scratch_, *turned = scratch_ + (int64_t)ld * kLanes;
-        for (int i = 0; i < q.lanes; ++i) {
-            const char *row = base_ + ((q.l0 + i) * p_.mask.stride2 + s0 * p_.mask_stride3) * size_;
-            float *dst = tile + (int64_t)i * ld;
-            if (p_.mask_kind == MaskKind::kBool && p_.mask_stride3 == 1)
-                for (int r = 0; r < n; ++r) dst[r] = row[r] ? 0.f : kMinusInf;
-            else
-                for (int r = 0; r < n; ++r) dst[r] = mask_value(p_, row + r * p_.mask_stride3 * size_);
-        }
-        transpose(tile, 4 * ld, q.lanes, n, turned, q.width);
-        for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vmasked(vload(S + i), vload(turned + i)));
-    }
-
-    static void causal(const QueryBlock &q, const Strips &strips, int n, float *S) {
-        for (int r = strips.first_hidden_row(); r < n; ++r) {
-            float *row = S + (int64_t)r * q.width;
-            const int hidden = strips.hidden_lanes(r);
-            int i = 0;
-            for (; i + VL <= min_of(hidden, q.width); i += VL) vstore(row + i, vset(kMinusInf));
-            if (i < hidden && i < q.width) vstore(row + i, vmasked(vload(row + i), vhide_first(hidden - i)));
-        }
-    }
-
-    const AttnParams &p_;
-    float *scratch_;
-    int64_t size_;
-    const char *base_ = nullptr;
-};
 
 }  // namespace PA_ISA
 }  // namespace prefixattn

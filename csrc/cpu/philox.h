@@ -1,32 +1,26 @@
-// Philox4x32-10 (Salmon et al., 2011), counter = position, so that every backend and both passes drop the same
-// elements.
+// What dropout keeps, by vectors; api/semantics.h says which counter is whose.
 #pragma once
+#include "api/semantics.h"
 #include "vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {
-
-struct Keep {            // what is kept, and how it is scaled
-    uint32_t threshold;  // keep iff word >= threshold = floor(p * 2^32)
-    float scale;         // 1 / (1 - p)
-    explicit Keep(double p) : threshold((uint32_t)(p * 4294967296.0)), scale((float)(1.0 / (1.0 - p))) {}
-};
 
 // The four words of a vector of counters.
 inline void philox(uint64_t seed, vu x0, vu x1, uint32_t c2, uint32_t c3, vu words[4]) {
     vu x2 = vu{} + c2, x3 = vu{} + c3;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
         vu a_high, a_low, b_high, b_low;
-        vmul_wide(x0, 0xD2511F53u, a_high, a_low);
-        vmul_wide(x2, 0xCD9E8D57u, b_high, b_low);
+        vmul_wide(x0, kPhiloxFactor0, a_high, a_low);
+        vmul_wide(x2, kPhiloxFactor1, b_high, b_low);
         x0 = b_high ^ x1 ^ k0;
         x2 = a_high ^ x3 ^ k1;
         x1 = b_low;
         x3 = a_low;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        k0 += kPhiloxStep0;
+        k1 += kPhiloxStep1;
     }
     words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
 }
@@ -36,31 +30,30 @@ inline void philox(uint64_t seed, vu x0, vu x1, uint32_t c2, uint32_t c3, vu wor
 class AttentionDropout {
   public:
     AttentionDropout(uint64_t seed, double p, int64_t head, int64_t l0, int n)
-        : keep_(p), seed_(seed), head_((uint32_t)head), l0_((uint32_t)l0), n_(n) {}
+        : keep_(p), seed_(seed), head_(head), l0_(l0), n_(n) {}
 
     void row(int64_t j, float *multiplier) {  // [n]
         if ((j >> 2) != group_) {
             group_ = j >> 2;
             for (int i = 0; i < n_; i += VL) {
+                const PhiloxWords c = dropout_counter(l0_ + i, j, head_, kDropsAttention);
                 vu words[4];
-                philox(seed_, vu{} + (uint32_t)group_, vcount(l0_ + (uint32_t)i), head_, 0, words);
+                philox(seed_, vu{} + c.x[0], vcount(c.x[1]), c.x[2], c.x[3], words);
                 for (int w = 0; w < 4; ++w) std::memcpy(words_[w] + i, &words[w], sizeof(vu));
             }
         }
-        const uint32_t *w = words_[j & 3];
+        const uint32_t *w = words_[dropout_word(j)];
         for (int i = 0; i < n_; ++i) multiplier[i] = w[i] >= keep_.threshold ? keep_.scale : 0.f;
     }
 
   private:
     Keep keep_;
     uint64_t seed_;
-    uint32_t head_, l0_;
+    int64_t head_, l0_;
     int n_;
     int64_t group_ = -1;
     uint32_t words_[4][kLanes];
 };
-
-inline float prefix_gain(double p) { return p > 0 ? Keep(p).scale : 1.f; }
 
 // Bit 4 i of the result is bit i.
 inline uint64_t spread(uint64_t bits) {
@@ -88,24 +81,25 @@ class KeptPrefix {
         if (head == head_ && p0 >= first_ && p0 + n <= end_) return;
         head_ = head, first_ = p0, end_ = p0 + capacity_ < end ? p0 + capacity_ : end;
         const uint32_t threshold = Keep(p).threshold;
-        for (int stream = 1; stream <= 2; ++stream)
+        for (int draw = kDropsPrefixK; draw <= kDropsPrefixV; ++draw)
             for (int64_t row = first_; row < end_; ++row) {
-                uint64_t *bits = at(row, stream);
+                uint64_t *bits = at(row, draw);
                 std::memset(bits, 0, sizeof(uint64_t) * words(D_));
                 for (int d = 0; d < D_; d += 4 * VL) {
+                    const PhiloxWords c = dropout_counter(row, d, head, draw);
                     vu x[4];
-                    philox(seed, vcount((uint32_t)d / 4), vu{} + (uint32_t)row, (uint32_t)head, (uint32_t)stream, x);
+                    philox(seed, vcount(c.x[0]), vu{} + c.x[1], c.x[2], c.x[3], x);
                     for (int w = 0; w < 4; ++w) bits[d / 64] |= spread(vat_least(x[w], threshold)) << (w + d % 64);
                 }
             }
     }
 
-    // stream: 1 keys, 2 values. Bit d % 64 of word d / 64 is element d.
-    const uint64_t *row(int64_t row, int stream) const { return at(row, stream); }
+    // draw: kDropsPrefixK or kDropsPrefixV. Bit d % 64 of word d / 64 is element d.
+    const uint64_t *row(int64_t row, int draw) const { return at(row, draw); }
 
   private:
-    uint64_t *at(int64_t row, int stream) const {
-        return bits_ + ((stream - 1) * capacity_ + row - first_) * words(D_);
+    uint64_t *at(int64_t row, int draw) const {
+        return bits_ + ((draw - kDropsPrefixK) * capacity_ + row - first_) * words(D_);
     }
 
     int D_ = 0;

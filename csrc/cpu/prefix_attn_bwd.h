@@ -225,8 +225,8 @@ class Backward {
             if ((tile + 1) % KeySums::kRun && tile + 1 < tiles(p_)) return;
             for (int64_t r = 0; r < n; ++r) {
                 // dk has the gain already
-                add_kept(own_k + r * Dp_, 1.f, keys_.kept.row(p0 + r, 1), D_, sums.dk + r * Dp_);
-                add_kept(own_v + r * Dp_, keys_.gain, keys_.kept.row(p0 + r, 2), D_, sums.dv + r * Dp_);
+                add_kept(own_k + r * Dp_, 1.f, keys_.kept.row(p0 + r, kDropsPrefixK), D_, sums.dk + r * Dp_);
+                add_kept(own_v + r * Dp_, keys_.gain, keys_.kept.row(p0 + r, kDropsPrefixV), D_, sums.dv + r * Dp_);
             }
             std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
             sums.added();

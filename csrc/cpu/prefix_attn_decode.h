@@ -3,6 +3,7 @@
 // fetched once. Without dropout and memory.
 #pragma once
 #include "dot.h"
+#include "lse.h"
 #include "operands.h"
 #include "parallel.h"
 

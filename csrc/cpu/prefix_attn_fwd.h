@@ -1,5 +1,6 @@
 // Forward: a unit of work is one (sample, head, block of queries); online softmax over blocks of keys, prefix first.
 #pragma once
+#include "lse.h"
 #include "operands.h"
 #include "parallel.h"
 
@@ -100,14 +101,14 @@ class Forward {
         const int64_t g = h_ / (p_.H / p_.Hkv);
         const int np_even = (np + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
         const int n = np_even + (ns + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
-        const Strips strips(p_.causal, p_.S - p_.L, q_, s0, ns, Ops::kRowAlign);
+        const Strips strips(p_.causal, causal_offset(p_), q_, s0, ns, Ops::kRowAlign);
         float *own_scores = scores_ + (int64_t)np_even * q_.width;
         float *own_keys = key_copy_ + (int64_t)np * D_, *own_values = value_copy_ + (int64_t)np * D_;
 
         if (np > 0) {
             if (p_.prefix_dropout_p > 0)
                 kept_.draw(dropout_seed(p_), p_.prefix_dropout_p, b_ * p_.Hkv + g, p0, np, prefix_length(p_, b_));
-            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, kept_, b_, g, p0, np, 1, key_copy_);
+            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, kept_, b_, g, p0, np, kDropsPrefixK, key_copy_);
             gemm<Dot, true>(np, q_.width, Ops::words(D_), k.by_row(0), queries_, q_.width, scores_, q_.width, false);
         }
         if (ns > 0) {
@@ -139,7 +140,7 @@ class Forward {
                       : softmax<false, false>(i, np_even, n, prefix_factor, factor);
 
         if (np > 0) {
-            const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, 2, value_copy_);
+            const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, kDropsPrefixV, value_copy_);
             accumulate(v, 0, np, 0, 0);
         }
         if (ns > 0) {

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "api/limits.h"
+
 namespace prefixattn {
 namespace PA_ISA {
 
@@ -144,7 +146,6 @@ inline vf vkeep(vf x, uint64_t bits) {
 
 constexpr int kLanes = 64;  // most queries of one block
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kMinusInf = -__builtin_inff();
 
 inline vf vzero() { return vset(0.f); }
 
