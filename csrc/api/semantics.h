@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "prefix_attn.h"
+#include "api/prefix_attn.h"
 
 #if defined(__CUDACC__)
 #define PA_HOST_DEVICE __host__ __device__ __forceinline__

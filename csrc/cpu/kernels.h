@@ -1,7 +1,7 @@
-// What each file <op>/<isa>.cpp exports. Those files include no standard library: see vec.h.
+// What each file <op>/<isa>.cpp exports. Those files include no templates of the standard library: see vec.h.
 #pragma once
-#include "prefix_attn.h"
-#include "reparam.h"
+#include "api/prefix_attn.h"
+#include "api/reparam.h"
 
 namespace prefixattn {
 

@@ -1,6 +1,6 @@
 // Conversions between storage types and floats, transposes of 4-byte words, and the arena that scratch is taken from.
 #pragma once
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

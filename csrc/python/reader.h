@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "api/limits.h"
-#include "prefix_attn.h"
-#include "reparam.h"
+#include "api/prefix_attn.h"
+#include "api/reparam.h"
 
 namespace prefixattn {
 

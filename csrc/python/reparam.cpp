@@ -1,6 +1,6 @@
 // The reparameterization for Python: a dict of the members of ReparamFwdParams or SweepParams in, nothing returned.
 // prefixattn/reparam/cpu.py checks them.
-#include "reparam.h"
+#include "api/reparam.h"
 
 #include "cpu/isa.h"
 #include "python/bindings.h"

@@ -1,4 +1,4 @@
-"""The CPU kernels of csrc/cpu/reparam_*.h as a backend: the large matrix there, the small half by torch."""
+"""The CPU kernels of csrc/cpu/reparam as a backend: the large matrix there, the small half by torch."""
 
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 #if defined(__AVX2__)
 #define PA_ISA avx2
 #define PA_AVX2
-#include "cpu/prefix_attn_kernels.h"
+#include "cpu/attention/kernels.h"
 
 const prefixattn::AttentionKernels prefixattn::avx2_attention{avx2::fwd, avx2::bwd};
 #else

@@ -2,7 +2,7 @@
 #if defined(__AVX512F__)
 #define PA_ISA avx512
 #define PA_AVX512
-#include "cpu/prefix_attn_kernels.h"
+#include "cpu/attention/kernels.h"
 
 const prefixattn::AttentionKernels prefixattn::avx512_attention{avx512::fwd, avx512::bwd};
 #else

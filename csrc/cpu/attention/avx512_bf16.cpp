@@ -3,7 +3,7 @@
 #define PA_ISA avx512_bf16
 #define PA_AVX512
 #define PA_BF16DOT
-#include "cpu/prefix_attn_kernels.h"
+#include "cpu/attention/kernels.h"
 
 const prefixattn::AttentionKernels prefixattn::avx512_bf16_attention{avx512_bf16::fwd, avx512_bf16::bwd};
 #else

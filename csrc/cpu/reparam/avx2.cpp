@@ -2,7 +2,7 @@
 #if defined(__AVX2__)
 #define PA_ISA avx2
 #define PA_AVX2
-#include "cpu/reparam_kernels.h"
+#include "cpu/reparam/kernels.h"
 
 const prefixattn::ReparamKernels prefixattn::avx2_reparam{avx2::reparam_fwd, avx2::reparam_sweep};
 #else

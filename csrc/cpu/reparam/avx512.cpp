@@ -2,7 +2,7 @@
 #if defined(__AVX512F__)
 #define PA_ISA avx512
 #define PA_AVX512
-#include "cpu/reparam_kernels.h"
+#include "cpu/reparam/kernels.h"
 
 const prefixattn::ReparamKernels prefixattn::avx512_reparam{avx512::reparam_fwd, avx512::reparam_sweep};
 #else

@@ -1,12 +1,12 @@
 // One query against keys, along the head size: how a call of one query a head computes scores, in either pass.
 #pragma once
 #include "api/semantics.h"
-#include "pack.h"
+#include "cpu/pack.h"
 
 namespace prefixattn {
 namespace PA_ISA {
 
-// Calls whose forward is prefix_attn_decode.h's, so that the backward computes scores as it does.
+// Calls whose forward is decode.h's, so that the backward computes scores as it does.
 inline bool one_query(const AttnParams &p) {
     return p.L == 1 && p.D % VL == 0 && p.dropout_p == 0 && p.prefix_dropout_p == 0 && !p.memory.data;
 }

@@ -1,9 +1,9 @@
 // Blocks and panels of the reparameterization: outputs (rows of the matrix) in blocks of 64, lanes in panels of 64.
 #pragma once
-#include "../reparam.h"
-#include "gemm.h"
-#include "pack.h"
-#include "parallel.h"
+#include "api/reparam.h"
+#include "cpu/gemm.h"
+#include "cpu/pack.h"
+#include "cpu/parallel.h"
 
 namespace prefixattn {
 namespace PA_ISA {

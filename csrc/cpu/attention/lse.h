@@ -1,7 +1,7 @@
 // lse of a query from the maximum of its scores and the sum of what exceeds it, in natural units.
 #pragma once
 #include "api/semantics.h"
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

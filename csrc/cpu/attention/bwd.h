@@ -7,9 +7,9 @@
 // on the number of threads nor on which gradients are wanted. In float32 sums over many tiles are KeySums'; that of
 // 16-bit types would lose nothing that their rounding leaves.
 #pragma once
-#include "bwd_tiles.h"
-#include "key_sums.h"
-#include "parallel.h"
+#include "cpu/attention/bwd_tiles.h"
+#include "cpu/attention/key_sums.h"
+#include "cpu/parallel.h"
 
 namespace prefixattn {
 namespace PA_ISA {

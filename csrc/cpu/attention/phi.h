@@ -1,7 +1,7 @@
 // What a memory is multiplied by: phi of a query, and its derivative; a nan stays one.
 #pragma once
-#include "../prefix_attn.h"
-#include "vec.h"
+#include "api/prefix_attn.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -1,10 +1,10 @@
 // How queries, keys, values and masks reach the matrix products, by storage type and arithmetic.
 #pragma once
-#include "gemm.h"
-#include "mask.h"
-#include "phi.h"
-#include "philox.h"
-#include "softcap.h"
+#include "cpu/attention/mask.h"
+#include "cpu/attention/phi.h"
+#include "cpu/attention/philox.h"
+#include "cpu/attention/softcap.h"
+#include "cpu/gemm.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -1,7 +1,7 @@
 // Backward of one block of queries against one chunk of keys: weights from lse, then up to three products.
 #pragma once
-#include "dot.h"
-#include "operands.h"
+#include "cpu/attention/dot.h"
+#include "cpu/attention/operands.h"
 
 namespace prefixattn {
 namespace PA_ISA {
@@ -21,7 +21,7 @@ class QuerySide {
     // keeps its last bits. Where a query has no key, or a lane no query, pivot is inf, so that the weight is 0 whatever
     // a mask adds to the score.
     float *pivot, *weight, *delta;
-    float *single;  // [D], the query as floats, where the forward is prefix_attn_decode.h's; else null
+    float *single;  // [D], the query as floats, where the forward is decode.h's; else null
 
     void allocate(const BwdParams &p, Arena &arena) {
         D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;

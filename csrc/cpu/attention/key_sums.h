@@ -1,6 +1,6 @@
 // A long sum of products, kept in two floats an element: one chain of additions errs with its length.
 #pragma once
-#include "geometry.h"
+#include "cpu/attention/geometry.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -2,10 +2,10 @@
 // the head size. A unit is one key head of a sample with all the query heads that share it: each key and value is
 // fetched once. Without dropout and memory.
 #pragma once
-#include "dot.h"
-#include "lse.h"
-#include "operands.h"
-#include "parallel.h"
+#include "cpu/attention/dot.h"
+#include "cpu/attention/lse.h"
+#include "cpu/attention/operands.h"
+#include "cpu/parallel.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -1,6 +1,6 @@
 // Scores that are bent towards a cap: cap * tanh(score / cap).
 #pragma once
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

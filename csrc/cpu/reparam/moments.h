@@ -1,7 +1,7 @@
 // How a moment is kept: a kind of number, or the codes of 8 bits that prefixattn/reparam/moments8.py defines. A block
 // of a row comes as floats and goes back when all of it is new, since the scale of its codes is its new maximum.
 #pragma once
-#include "reparam_tiles.h"
+#include "cpu/reparam/tiles.h"
 
 namespace prefixattn {
 namespace PA_ISA {

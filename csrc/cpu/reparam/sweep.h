@@ -3,7 +3,7 @@
 // chunks are added in their order at the end: the number of chunks follows from the sizes alone, so bits do not depend
 // on the number of threads.
 #pragma once
-#include "reparam_few.h"
+#include "cpu/reparam/few.h"
 
 namespace prefixattn {
 namespace PA_ISA {

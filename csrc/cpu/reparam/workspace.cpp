@@ -1,5 +1,5 @@
 // Sizes that the instruction sets share; compiled once for the base instruction set.
-#include "../reparam.h"
+#include "api/reparam.h"
 
 namespace prefixattn {
 namespace {

@@ -1,7 +1,7 @@
 // What dropout keeps, by vectors; api/semantics.h says which counter is whose.
 #pragma once
 #include "api/semantics.h"
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

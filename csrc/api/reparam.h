@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "prefix_attn.h"
+#include "api/prefix_attn.h"
 
 namespace prefixattn {
 

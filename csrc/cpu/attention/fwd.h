@@ -1,8 +1,8 @@
 // Forward: a unit of work is one (sample, head, block of queries); online softmax over blocks of keys, prefix first.
 #pragma once
-#include "lse.h"
-#include "operands.h"
-#include "parallel.h"
+#include "cpu/attention/lse.h"
+#include "cpu/attention/operands.h"
+#include "cpu/parallel.h"
 
 namespace prefixattn {
 namespace PA_ISA {

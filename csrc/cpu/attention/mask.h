@@ -1,7 +1,7 @@
 // Masks of own keys: which they leave visible, and what they add to a tile of scores.
 #pragma once
-#include "geometry.h"
-#include "pack.h"
+#include "cpu/attention/geometry.h"
+#include "cpu/pack.h"
 
 namespace prefixattn {
 namespace PA_ISA {

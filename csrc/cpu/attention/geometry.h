@@ -2,7 +2,7 @@
 // softmax then runs down the lanes, and keys and values are operands that need no packing.
 #pragma once
 #include "api/semantics.h"
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -1,7 +1,7 @@
 // The sweep when h has few rows, bound by memory: the matrix is read along its rows, four at a time, and nothing of it
 // is copied.
 #pragma once
-#include "reparam_rules.h"
+#include "cpu/reparam/rules.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -1,6 +1,6 @@
 // y = h w^T + b, written as the bank: a unit is a block of rows of w, read once.
 #pragma once
-#include "reparam_tiles.h"
+#include "cpu/reparam/tiles.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -2,7 +2,7 @@
 // `slot`, 256 r + m % 256 for number m of the r-th row in work. A rule with kBlocks is told of each block of 256
 // numbers along a row before and after its vectors; it has kBuffer floats to keep until then.
 #pragma once
-#include "reparam_moments.h"
+#include "cpu/reparam/moments.h"
 
 namespace prefixattn {
 namespace PA_ISA {

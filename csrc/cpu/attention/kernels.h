@@ -1,9 +1,9 @@
-// The functions that one instruction set exports; included by attention/<isa>.cpp.
+// The functions that one instruction set exports; included by <isa>.cpp.
 #pragma once
+#include "cpu/attention/bwd.h"
+#include "cpu/attention/decode.h"
+#include "cpu/attention/fwd.h"
 #include "cpu/kernels.h"
-#include "prefix_attn_bwd.h"
-#include "prefix_attn_decode.h"
-#include "prefix_attn_fwd.h"
 
 namespace prefixattn {
 namespace PA_ISA {
