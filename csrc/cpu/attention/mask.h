@@ -29,7 +29,7 @@ inline Range padded_range(const AttnParams &p, int64_t b, int64_t h) {
     return r;
 }
 
-// Masks of own keys, added to scores S [rows][width] of keys s0 .. s0 + n; `unit` is a score of 1 in the units of S.
+// Masks of own keys, added to scores S [rows][width] of keys s0 .. s0 + n.
 class Masker {
   public:
     static int64_t scratch_floats(const AttnParams &p, int rows) {
