@@ -2,6 +2,7 @@
 
     pip install -e .                           # the usual way
     python setup.py build_ext --inplace        # after editing C++: only what changed is compiled again
+    python setup.py build_tests                # the programs of csrc/tests; tests/test_native.py runs them
 
 The extension knows no torch, so one build serves every torch. A machine that cannot compile still gets the package:
 the reason is written beside it (`prefixattn/_C_build.json`) and `python -m prefixattn` says it;
@@ -30,14 +31,14 @@ RECORD = "_C_build.json"
 
 # no -ffast-math: infinities mark what a mask hides. What is left out (errno, trapping) lets loops become vector code.
 BASE_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
-# By the end of a file's stem, the first that fits. Which file runs is decided at run time, so no other may hold such
-# instructions, nor any file more than csrc/bindings.cpp asks the CPU for: the compiler uses all that it is allowed.
+# By a file's stem. Which file runs is decided at run time, so no other may hold such instructions, nor any file more
+# than csrc/cpu/isa.cpp asks the CPU for: the compiler uses all that it is allowed.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split()
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12's own headers trip them (its bug 105593)
 ISA_FLAGS = {
-    "_bf16_avx512": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
-    "_avx512": AVX512,
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -80,11 +81,18 @@ def include_dirs() -> list[str]:
 
 def isa_flags(source: Path) -> list[str]:
     # elsewhere the same files compile to nothing: they guard themselves with #if
-    return next((flags for end, flags in ISA_FLAGS.items() if IS_X86 and source.stem.endswith(end)), [])
+    return ISA_FLAGS.get(source.stem, []) if IS_X86 else []
 
 
 def ninja_escape(text: str | Path) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def test_programs() -> dict[str, tuple[Path, list[str]]]:
+    """Source and flags of each by its name: one a source of csrc/tests and an instruction set."""
+    isas = {"portable": []} | (ISA_FLAGS if IS_X86 else {})
+    sources = sorted(ROOT.glob("csrc/tests/*.cpp"))
+    return {f"{source.stem}.{isa}": (source, flags) for source in sources for isa, flags in isas.items()}
 
 
 def ninja_file(sources: list[Path], compiler: list[str], output: Path) -> str:
@@ -106,12 +114,19 @@ def ninja_file(sources: list[Path], compiler: list[str], output: Path) -> str:
         "rule link",
         "  command = $cxx $ldflags $in $libs -o $out",
         "  description = $out",
+        "rule program",
+        "  command = $cxx $flags $isa -MMD -MF $out.d -MT $out $in -o $out",
+        "  depfile = $out.d",
+        "  description = $out",
     ]
     objects = []
     for source in sources:
         objects.append(ninja_escape(source.relative_to(ROOT).with_suffix(".o")))
         lines += [f"build {objects[-1]}: compile {ninja_escape(source)}", f"  isa = {' '.join(isa_flags(source))}"]
     lines += [f"build {ninja_escape(output.name)}: link {' '.join(objects)}", f"default {ninja_escape(output.name)}"]
+    for name, (source, flags_of_isa) in test_programs().items():
+        lines += [f"build tests/{name}: program {ninja_escape(source)}", f"  isa = {' '.join(flags_of_isa)}"]
+    lines.append(f"build all_tests: phony {' '.join(f'tests/{name}' for name in test_programs())}")
     return "\n".join(lines) + "\n"
 
 
@@ -121,13 +136,13 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def compile_extension(output: Path) -> dict[str, object]:
-    """Makes `output`; returns what to record. Objects stay in its folder, so that the next build is incremental."""
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
-    if ROOT / "csrc" / "bindings.cpp" not in sources:
-        raise CannotBuild("csrc/bindings.cpp is not in this source tree")
+def compile_with_ninja(output: Path, *targets: str) -> dict[str, object]:
+    """Makes `output`, or targets beside it; returns what to record. Objects stay, so that the next build is short."""
+    sources = [path for path in sorted(ROOT.glob("csrc/**/*.cpp")) if path.parent.name != "tests"]
+    if ROOT / "csrc" / "python" / "module.cpp" not in sources:
+        raise CannotBuild("csrc/python/module.cpp is not in this source tree")
     compiler = find_compiler()
-    ninja = [find_ninja(), "-C", str(output.parent)]
+    ninja = [find_ninja(), "-C", str(output.parent), *targets]
     if jobs := os.environ.get("MAX_JOBS"):
         ninja += ["-j", jobs]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,20 +169,25 @@ def place(built: Path, target: Path) -> None:
 
 
 class NinjaBuildExt(build_ext):
+    @property
+    def built(self) -> Path:
+        """Where the library is made. Not in self.build_temp: an editable install makes that a folder of one use."""
+        [extension] = self.extensions
+        filename = Path(self.get_ext_filename(self.get_ext_fullname(extension.name)))
+        return ROOT / "build" / f"{self.plat_name}-{sys.implementation.cache_tag}" / filename.name
+
     def run(self) -> None:
         [extension] = self.extensions
         filename = Path(self.get_ext_filename(self.get_ext_fullname(extension.name)))
         target = (ROOT if self.inplace else Path(self.build_lib)) / filename
-        # not self.build_temp: an editable install makes that a folder of one use
-        built = ROOT / "build" / f"{self.plat_name}-{sys.implementation.cache_tag}" / filename.name
         try:
-            record = compile_extension(built)
+            record = compile_with_ninja(self.built)
         except CannotBuild as objection:
             target.unlink(missing_ok=True)  # one of an older source would answer for this one
             record = {"built": False, "reason": str(objection)}
             print(f"prefixattn: installing without prefixattn._C (the CPU kernels): {objection}", file=sys.stderr)
         else:
-            place(built, target)
+            place(self.built, target)
         write_if_changed(target.with_name(RECORD), json.dumps(record, indent=2) + "\n")
         if not record["built"] and os.environ.get("PREFIXATTN_REQUIRE_EXT", "0") not in ("", "0"):
             raise SystemExit(f"prefixattn._C was not built and PREFIXATTN_REQUIRE_EXT is set: {record['reason']}")
@@ -182,6 +202,18 @@ class NinjaBuildExt(build_ext):
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in grafts csrc
+
+
+class BuildTests(NinjaBuildExt):
+    description = "compile the programs of csrc/tests, and say where they are"
+
+    def run(self) -> None:
+        try:
+            compile_with_ninja(self.built, "all_tests")
+        except CannotBuild as objection:
+            raise SystemExit(f"the tests below Python were not built: {objection}") from None
+        for name in test_programs():
+            print(self.built.parent / "tests" / name)
 
 
 setup(
@@ -199,5 +231,5 @@ setup(
         "prefixattn.testing",
     ],
     ext_modules=[Extension("prefixattn._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuildExt},
+    cmdclass={"build_ext": NinjaBuildExt, "build_tests": BuildTests},
 )

@@ -1,46 +1,140 @@
-"""The compiled kernels (csrc/bindings.cpp). Addresses, sizes, strides; attention/cpu.py says what goes where."""
+"""The compiled kernels (csrc/). A dict holds the members of a struct of csrc/api by name: all of them, and no other."""
+
+from typing import TypedDict
+
+# enums and limits of csrc/api/limits.h; types by torch's names
+DTYPES: dict[str, int]
+MASK_KINDS: dict[str, int]
+PHIS: dict[str, int]
+MOMENT_FORMATS: dict[str, int]
+MAX_HEAD_DIM: int
+HEAD_DIM_STEP: int
+MOMENT_BLOCK: int
 
 _Strided = tuple[int, int, int, int]  # address and three strides, in elements; the fourth is 1
+_Address = int
 
-def prefix_attn_fwd(common: tuple[object, ...], out: _Strided, attended: _Strided, lse: int, mass: int) -> None: ...
-def prefix_attn_bwd(
-    common: tuple[object, ...],
-    dout: _Strided,
-    out: _Strided,
-    lse: int,
-    dlse: int,
-    gradients: tuple[_Strided, ...],
-) -> None: ...
+class Attn(TypedDict):
+    dtype: int
+    B: int
+    H: int
+    Hkv: int
+    L: int
+    S: int
+    T: int
+    P: int
+    D: int
+    q: _Strided
+    k: _Strided
+    v: _Strided
+    prefix_k: _Strided
+    prefix_v: _Strided
+    memory: _Strided | None
+    memories: int
+    phi: int
+    rows: _Address | None
+    lengths: _Address | None
+    mask_kind: int
+    mask: _Strided | None
+    mask_stride3: int
+    scale: float
+    softcap: float
+    causal: bool
+    dropout_p: float
+    prefix_dropout_p: float
+    seed: _Address | None
+
+class AttnFwd(Attn):
+    out: _Strided
+    attended: _Strided | None
+    lse: _Address
+    mass: _Address | None
+
+class AttnBwd(Attn):
+    dout: _Strided
+    out: _Strided | None
+    lse: _Address
+    dlse: _Address | None
+    dq: _Strided | None
+    dk: _Strided | None
+    dv: _Strided | None
+    dprefix_k: _Strided | None
+    dprefix_v: _Strided | None
+    dmemory: _Strided | None
+
+def prefix_attn_fwd(fields: AttnFwd, threads: int) -> None: ...
+def prefix_attn_bwd(fields: AttnBwd, threads: int) -> None: ...
+
+class ReparamSizes(TypedDict):
+    G: int
+    P: int
+    O: int
+    M: int
+
+class BankForm(TypedDict):
+    layers: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool
+
+class KeptMoment(TypedDict):
+    data: _Address
+    scale: _Address | None
+    format: int
+
+class ReparamFwd(ReparamSizes):
+    h: _Address
+    w: _Address
+    b: _Address | None
+    form: BankForm
+    dtype: int
+    workspace: _Address
+    bank: _Address
+
+class Sweep(ReparamSizes):
+    h: _Address | None
+    dy: _Address
+    form: BankForm | None  # of the bank whose gradient dy is
+    dtype: int
+    w: _Address
+    dh: _Address | None
+    workspace: _Address
+    grad_scale: float
+
+class ReparamBwd(Sweep):
+    dw: _Address | None
+    db: _Address | None
+
+class AdamW(Sweep):
+    exp_avg: KeptMoment | None
+    exp_avg_sq: KeptMoment | None
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    eps: float
+    step_size: float
+    inverse_sqrt_correction2: float
+    decay: float
+    salt: int
+
+class Sgd(Sweep):
+    momentum_buffer: KeptMoment | None
+    lr: float
+    momentum: float
+    one_minus_dampening: float
+    weight_decay: float
+    nesterov: bool
+    first: bool
+
+def reparam_fwd_workspace(sizes: ReparamSizes) -> int: ...
+def reparam_sweep_workspace(sizes: ReparamSizes) -> int: ...
+def reparam_fwd(fields: ReparamFwd, threads: int) -> None: ...
+def reparam_bwd(fields: ReparamBwd, threads: int) -> None: ...
+def reparam_dh(fields: Sweep, threads: int) -> None: ...
+def reparam_adamw(fields: AdamW, threads: int) -> None: ...
+def reparam_sgd(fields: Sgd, threads: int) -> None: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def limit_scratch(bytes: int) -> None: ...
 def openmp_runtime() -> str: ...
-
-_Sizes = tuple[int, int, int, int, int]  # G, P, O, M, threads
-# addresses: h, dy, w, dh, workspace; where dy is the gradient of a bank, that bank's form and its type
-_Sweep = tuple[int, int, int, int, int] | tuple[int, int, int, int, int, int, int, int, bool, int]
-_Kept = tuple[int, int, int]  # struct KeptMoment: addresses of numbers and scale, format
-_BankForm = tuple[int, int, int, bool]  # layers, kv_heads, head_dim, interleaved
-
-def reparam_fwd_workspace(sizes: _Sizes) -> int: ...
-def reparam_sweep_workspace(sizes: _Sizes) -> int: ...
-def reparam_fwd(sizes: _Sizes, form: _BankForm, dtype: int, tensors: tuple[int, int, int, int, int]) -> None: ...
-def reparam_bwd(sizes: _Sizes, tensors: _Sweep, form: _BankForm, dtype: int, dw: int, db: int) -> None: ...
-def reparam_dh(sizes: _Sizes, tensors: _Sweep) -> None: ...
-def reparam_adamw(
-    sizes: _Sizes,
-    tensors: _Sweep,
-    grad_scale: float,
-    exp_avg: _Kept,
-    exp_avg_sq: _Kept,
-    numbers: tuple[float, float, float, float, float, float, float],
-    salt: int,
-) -> None: ...
-def reparam_sgd(
-    sizes: _Sizes,
-    tensors: _Sweep,
-    grad_scale: float,
-    momentum_buffer: _Kept,
-    numbers: tuple[float, float, float, float, bool, bool],
-) -> None: ...

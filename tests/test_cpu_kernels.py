@@ -1,6 +1,7 @@
 """What is particular to the CPU kernels: every instruction set, the schedules of the backward, threads."""
 
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from prefixattn import backends, prefix_attention
+from prefixattn.attention import reference
+from prefixattn.reparam import moments8
 from prefixattn.testing.attention import (
     FEATURES,
     Shape,
@@ -90,6 +93,40 @@ def test_a_cap_is_accurate_at_every_size_of_score() -> None:
             _, lse = prefix_attention(q, one, one, zero, zero, scale=1.0, softcap=50.0, backend="cpu", return_lse=True)
         expected = torch.nn.functional.softplus(50 * torch.tanh(scores.double() / 50))
         torch.testing.assert_close(lse[0, 0].double(), expected, rtol=3e-7, atol=1.2e-7)
+
+
+def test_what_is_said_in_both_languages_agrees() -> None:
+    assert _C.PHIS.keys() == reference.PHIS.keys()
+    assert _C.MOMENT_BLOCK == moments8.BLOCK
+
+
+WRONG = {
+    "missing": ({"softcap": ...}, "no field 'softcap'"),
+    "unknown": ({"sofcap": 0.0, "cap": 1}, "unknown field 'sofcap', 'cap'"),
+    "kind": ({"B": "2"}, "field 'B' is '2', expected an integer"),
+    "too_large": ({"S": 2**63}, "field 'S' is 9223372036854775808, expected an integer"),
+    "number": ({"scale": None}, "field 'scale' is None, expected a number"),
+    "flag": ({"causal": 1}, "field 'causal' is 1, expected a bool"),
+    "enum": ({"phi": 4}, "field 'phi' is 4, expected 0 to 3"),
+    "strides": ({"q": (0, 1)}, "field 'q' is (0, 1), expected (address, stride, stride, stride) or None"),
+    "address": ({"lse": 1.5}, "field 'lse' is 1.5, expected an address or None"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_fields_are_read_by_name(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, object]] = []
+    read = _C.prefix_attn_fwd
+    monkeypatch.setattr(_C, "prefix_attn_fwd", lambda fields, threads: taken.append(fields))
+    make_inputs("even").call("cpu")
+    changes, words = WRONG[case]
+    fields = {name: x for name, x in (taken[0] | changes).items() if x is not ...}
+    with pytest.raises(TypeError, match=re.escape(f"prefix_attn_fwd: {words}")):
+        read(fields, 1)
+    with pytest.raises(ValueError, match="head_dim is 264, expected a multiple of 8 up to 256"):
+        read(taken[0] | {"D": 264}, 1)
+    with pytest.raises(ValueError, match="dropout has no seed"):
+        read(taken[0] | {"dropout_p": 0.5}, 1)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

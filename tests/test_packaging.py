@@ -57,9 +57,10 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "prefixattn" / "attach").mkdir(parents=True)
     (tmp_path / "prefixattn" / "__init__.py").write_text('import torch\n\n__version__ = "1.2.3"\n')
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    for folder in ("cpu", "python"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
     (tmp_path / "csrc" / "shared.h").write_text("int from_shared();\n")
-    (tmp_path / "csrc" / "bindings.cpp").write_text('extern "C" int bound() { return 1; }\n')
+    (tmp_path / "csrc" / "python" / "module.cpp").write_text('extern "C" int bound() { return 1; }\n')
     (tmp_path / "csrc" / "cpu" / "plain.cpp").write_text('#include "shared.h"\nint from_shared() { return 2; }\n')
     return tmp_path
 
@@ -176,7 +177,7 @@ def test_a_build_compiles_only_what_changed(project: Path) -> None:
     time.sleep(0.01)  # a file system's clock may be coarse
     (project / "csrc" / "shared.h").write_text("int from_shared();\n\n")
     changed = run_setup(project, "-q", "build_ext", "--inplace").stdout
-    assert "plain.o" in changed and "bindings.o" not in changed
+    assert "plain.o" in changed and "module.o" not in changed
 
 
 @needs_compiler
@@ -194,11 +195,12 @@ def test_a_source_that_does_not_compile_leaves_no_stale_library(project: Path) -
 @needs_compiler
 @pytest.mark.skipif(not X86, reason="the instruction sets are those of x86")
 def test_only_files_named_for_it_use_an_instruction_set(project: Path) -> None:
-    allowed = {
+    allowed: dict[str, set[str]] = {
         "plain.cpp": set(),
-        "a_avx2.cpp": {"AVX2"},
-        "a_avx512.cpp": {"AVX2", "AVX512F"},
-        "a_bf16_avx512.cpp": {"AVX2", "AVX512F", "AVX512BF16"},
+        "not_avx2.cpp": set(),
+        "avx2.cpp": {"AVX2"},
+        "avx512.cpp": {"AVX2", "AVX512F"},
+        "avx512_bf16.cpp": {"AVX2", "AVX512F", "AVX512BF16"},
     }
     for name, macros in allowed.items():
         checks = [

@@ -282,6 +282,22 @@ def test_each_gradient_alone_is_the_same() -> None:
             assert torch.equal(grad, every[name]) if name == wanted else grad.numel() == 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_scratch_that_cannot_be_had_is_an_error_in_words(n: int) -> None:
+    """Also where a worker is refused it, whose exception has to reach the caller's thread."""
+    call, (w, _, dy) = detached(make_inputs("three_networks")), sweep_inputs((2, 40, 300, 70))
+    for run in (lambda: cpu.fwd(call).bank, lambda: cpu.dh_only(w, dy)):
+        with threads(n):
+            right = run()
+            _C.limit_scratch(64)
+            try:
+                with pytest.raises(MemoryError, match=r"no memory for [0-9]+ bytes of scratch of one thread"):
+                    run()
+            finally:
+                _C.limit_scratch(0)
+            assert torch.equal(run(), right)
+
+
 def test_refusals_are_in_words() -> None:
     w, h, dy = sweep_inputs((1, 2, 8, 16))
     assert cpu.sweep_unsupported(w, w, w, h, dy) == []
@@ -315,6 +331,16 @@ def test_refusals_are_in_words() -> None:
     inputs = make_inputs("tiny", torch.float64)
     with pytest.raises(NotImplementedError, match=r"the parameters are torch.float64; needs float32"):
         inputs.call("cpu")
+
+
+def test_fields_are_read_by_name() -> None:
+    sizes = {"G": 1, "P": 2, "O": 8, "M": 16}
+    assert _C.reparam_sweep_workspace(sizes) > 0
+    with pytest.raises(TypeError, match="sizes: unknown field 'form'"):
+        _C.reparam_sweep_workspace(sizes | {"form": None})
+    fields = sizes | {"h": None, "dy": 0, "form": {"layers": 1}, "dtype": 0, "w": 0, "dh": 0, "workspace": 0}
+    with pytest.raises(TypeError, match="form: no field 'kv_heads'"):
+        _C.reparam_dh(fields | {"grad_scale": 1.0}, 1)
 
 
 def test_every_named_shape_by_the_op() -> None:

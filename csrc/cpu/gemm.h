@@ -2,7 +2,7 @@
 // vectors of B. A is read where it lies, through byte strides, so that keys and values need no packing; B has rows of
 // 4-byte words. With Fp32 a word is a float; with Bf16Dot it is a pair of bfloat16 and k counts pairs.
 #pragma once
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {

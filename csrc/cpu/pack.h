@@ -1,6 +1,6 @@
 // Conversions between storage types and floats, transposes of 4-byte words, and the arena that scratch is taken from.
 #pragma once
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {
@@ -158,20 +158,26 @@ inline void transpose(const void *src, ptrdiff_t stride, int rows, int cols, flo
                             cols - c < kB ? cols - c : kB, dst + c * ld + r, ld);
 }
 
-// Hands out 64-byte aligned pieces of one buffer; with a null base it only counts.
+// Hands out 64-byte aligned pieces of one buffer. A counting one hands out nothing, and says how large a buffer must
+// be.
 class Arena {
   public:
-    explicit Arena(void *base = nullptr) : base_((char *)base) {}
+    explicit Arena(void *buffer) : buffer_((char *)buffer) {
+        if (!buffer) __builtin_trap();  // thread_scratch() throws before: no scratch must not pass for counting
+    }
+    static Arena counting() { return Arena(); }
     template <class T>
     T *take(int64_t n) {
-        char *piece = base_ + used_;
+        T *piece = counts_ ? nullptr : (T *)(buffer_ + used_);
         used_ += (n * (int64_t)sizeof(T) + 63) / 64 * 64;
-        return base_ ? (T *)piece : nullptr;
+        return piece;
     }
     int64_t used() const { return used_; }
 
   private:
-    char *base_;
+    Arena() : counts_(true) {}
+    char *buffer_ = nullptr;
+    bool counts_ = false;
     int64_t used_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// One float vector type per instruction set. Included only from files <what>_<isa>.cpp, which define PA_ISA (a
+// One float vector type per instruction set. Included only from files <op>/<isa>.cpp, which define PA_ISA (a
 // namespace) and one of PA_AVX512, PA_AVX2 or neither. No templates of the standard library below this line: an
 // instance compiled for AVX-512 could otherwise be the one the linker keeps for everybody.
 #pragma once
@@ -8,6 +8,8 @@
 #if defined(PA_AVX512) || defined(PA_AVX2)
 #include <immintrin.h>
 #endif
+
+#include "api/limits.h"
 
 namespace prefixattn {
 namespace PA_ISA {
@@ -144,7 +146,6 @@ inline vf vkeep(vf x, uint64_t bits) {
 
 constexpr int kLanes = 64;  // most queries of one block
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kMinusInf = -__builtin_inff();
 
 inline vf vzero() { return vset(0.f); }
 

@@ -9,11 +9,7 @@ import prefixattn._C as _C
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order, lse_type
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/prefix_attn.h
-MASK_NONE, MASK_BOOL, MASK_SAME_AS_Q, MASK_FLOAT32 = range(4)  # enum MaskKind
-PHIS = {"none": 0, "elu": 1, "gelu": 2, "relu": 3}  # enum Phi
-MAX_HEAD_DIM = 256
-ABSENT = 0, 0, 0, 0
+DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 # every option of Call that the kernels have
 KNOWN = (
     *("attn_mask", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
@@ -29,8 +25,8 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
     D = q.shape[3]
-    if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim={D}; needs a multiple of 8 up to {MAX_HEAD_DIM}")
+    if D % _C.HEAD_DIM_STEP or not 0 < D <= _C.MAX_HEAD_DIM:
+        reasons.append(f"head_dim={D}; needs a multiple of {_C.HEAD_DIM_STEP} up to {_C.MAX_HEAD_DIM}")
     if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
         reasons.append(f"attn_mask has dtype {mask.dtype}; needs bool, {q.dtype} or float32")
     if needs.attn_mask:
@@ -45,8 +41,13 @@ def fwd(call: Call, wants: Wants) -> Results:
     mass = q.new_empty(q.shape[:3] if wants.mass else (0,), dtype=torch.float32)
     attended = empty_like_order(q) if wants.attended else q.new_empty(0)
     call = _readable_call(call)
-    kept = _strided(attended) if wants.attended else ABSENT
-    _C.prefix_attn_fwd(_common(call), _strided(out), kept, lse.data_ptr(), mass.data_ptr() if wants.mass else 0)
+    _C.prefix_attn_fwd({
+        **_fields(call),
+        "out": _strided(out),
+        "attended": _strided(attended) if wants.attended else None,
+        "lse": lse.data_ptr(),
+        "mass": mass.data_ptr() if wants.mass else None,
+    }, torch.get_num_threads())  # fmt: skip
     return Results(out, lse, mass, attended)
 
 
@@ -57,13 +58,19 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
     if needs.softmax:  # else it is not read, and may be empty
         out = _readable(out)
     lse, dlse = given.lse.contiguous(), None if dlse is None else dlse.float().contiguous()
-    wanted = tuple(
-        _strided(getattr(grads, name)) if getattr(needs, name) else ABSENT
-        for name in ("q", "k", "v", "prefix_k", "prefix_v", "memory")
-    )
-    left = _strided(out) if out.dim() == 4 else ABSENT
-    dlse_at = 0 if dlse is None else dlse.data_ptr()
-    _C.prefix_attn_bwd(_common(call), _strided(dout), left, lse.data_ptr(), dlse_at, wanted)
+    _C.prefix_attn_bwd({
+        **_fields(call),
+        "dout": _strided(dout),
+        "out": _strided(out) if out.dim() == 4 else None,
+        "lse": lse.data_ptr(),
+        "dlse": _address(dlse),
+        "dq": _strided(grads.q) if needs.q else None,
+        "dk": _strided(grads.k) if needs.k else None,
+        "dv": _strided(grads.v) if needs.v else None,
+        "dprefix_k": _strided(grads.prefix_k) if needs.prefix_k else None,
+        "dprefix_v": _strided(grads.prefix_v) if needs.prefix_v else None,
+        "dmemory": _strided(grads.memory) if needs.memory else None,
+    }, torch.get_num_threads())  # fmt: skip
     return grads
 
 
@@ -76,6 +83,8 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
     # an exported program, or parts of it, can be moved or cast after its backend was chosen
     if dtype not in DTYPES or not all([t.dtype == dtype and t.is_cpu for t in (*tensors, *others.values())]):
         _refuse(call, others)
+    if call.seed is not None and (call.seed.dtype != torch.int64 or not call.seed.is_cpu):
+        call = call._replace(seed=call.seed.to("cpu", torch.int64))
     indices = [t for t in (ids, lengths) if t is not None]
     if all([_is_readable(t) for t in tensors]) and all([t.is_contiguous() for t in indices]):
         return call
@@ -112,26 +121,32 @@ def _strided(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
 
 
-def _common(call: Call) -> tuple[object, ...]:
-    """What both passes hand over, in the order of Common::read in csrc/bindings.cpp."""
-    q, mask, memory, ids, lengths = call.q, call.attn_mask, call.memory, call.prefix_ids, call.prefix_lengths
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _fields(call: Call) -> "_C.Attn":
+    """What both passes hand over: the members of struct AttnParams."""
+    q, mask, memory = call.q, call.attn_mask, call.memory
     B, H, L, D = q.shape
     T, Hkv, P, _ = call.prefix_k.shape
-    kind, mask_at, mask_strides = MASK_NONE, 0, [0, 0, 0, 0]
+    kind, mask_at, mask_strides = "none", 0, [0, 0, 0, 0]
     if mask is not None:
-        kind = {torch.bool: MASK_BOOL, q.dtype: MASK_SAME_AS_Q}.get(mask.dtype, MASK_FLOAT32)
+        kind = {torch.bool: "bool", q.dtype: "same_as_q"}.get(mask.dtype, "float32")
         mask_at = mask.data_ptr()
         mask_strides = [s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True)]
-    return (
-        DTYPES[q.dtype],
-        *(B, H, Hkv, L, call.k.shape[2], T, P, D),
-        *map(_strided, (q, call.k, call.v, call.prefix_k, call.prefix_v)),
-        *((ABSENT, 0) if memory is None else (_strided(memory), memory.shape[0])),
-        PHIS[call.phi],
-        0 if ids is None else ids.data_ptr(),
-        0 if lengths is None else lengths.data_ptr(),
-        *(kind, (mask_at, *mask_strides[:3]), mask_strides[3]),
-        *(call.scale, call.softcap, call.is_causal, call.dropout_p, call.prefix_dropout_p),
-        0 if call.seed is None else int(call.seed) & 0xFFFFFFFFFFFFFFFF,
-        torch.get_num_threads(),
-    )
+    return {
+        "dtype": DTYPES[q.dtype],
+        "B": B, "H": H, "Hkv": Hkv, "L": L, "S": call.k.shape[2], "T": T, "P": P, "D": D,
+        "q": _strided(q), "k": _strided(call.k), "v": _strided(call.v),
+        "prefix_k": _strided(call.prefix_k), "prefix_v": _strided(call.prefix_v),
+        "memory": None if memory is None else _strided(memory),
+        "memories": 0 if memory is None else memory.shape[0],
+        "phi": _C.PHIS[call.phi],
+        "rows": _address(call.prefix_ids), "lengths": _address(call.prefix_lengths),
+        "mask_kind": _C.MASK_KINDS[kind],
+        "mask": (mask_at, mask_strides[0], mask_strides[1], mask_strides[2]), "mask_stride3": mask_strides[3],
+        "scale": call.scale, "softcap": call.softcap, "causal": call.is_causal,
+        "dropout_p": call.dropout_p, "prefix_dropout_p": call.prefix_dropout_p,
+        "seed": _address(call.seed),
+    }  # fmt: skip

@@ -1,6 +1,4 @@
-"""The CPU kernels of csrc/cpu/reparam_*.h as a backend: the large matrix there, the small half by torch."""
-
-from typing import Any
+"""The CPU kernels of csrc/cpu/reparam as a backend: the large matrix there, the small half by torch."""
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ __all__ = [
     "unsupported",
 ]
 
-MOMENT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # enum MomentFormat of csrc/reparam.h
+MOMENT_FORMATS: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.MOMENT_FORMATS.items()}
 
 
 def unsupported(call: Call, needs: Needs) -> list[str]:
@@ -52,8 +50,12 @@ def fwd(call: Call) -> Results:
     bank = x.new_empty(shape, dtype=call.dtype)
     sizes = _sizes(w2, h)
     workspace = x.new_empty(_C.reparam_fwd_workspace(sizes))
-    tensors = (h.data_ptr(), w2.data_ptr(), _address(b2), workspace.data_ptr(), bank.data_ptr())
-    _C.reparam_fwd(sizes, form.layout, DTYPES[call.dtype], tensors)
+    _C.reparam_fwd({
+        **sizes,
+        "h": h.data_ptr(), "w": w2.data_ptr(), "b": _address(b2),
+        "form": _layout(form), "dtype": DTYPES[call.dtype],
+        "workspace": workspace.data_ptr(), "bank": bank.data_ptr(),
+    }, torch.get_num_threads())  # fmt: skip
     return Results(bank, z)
 
 
@@ -73,9 +75,12 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
             h = reference.hidden(z, form).contiguous() if needs.w2 else None
         sizes = _sizes(w2, z)
         workspace = z.new_empty(_C.reparam_sweep_workspace(sizes))
-        tensors = (_address(h), dbank.data_ptr(), w2.data_ptr(), _address(dh), workspace.data_ptr())
-        dw_db = dw2.data_ptr() if needs.w2 else 0, db2.data_ptr() if needs.b2 else 0
-        _C.reparam_bwd(sizes, tensors, form.layout, DTYPES[dbank.dtype], *dw_db)
+        _C.reparam_bwd({
+            **sizes,
+            "h": _address(h), "dy": dbank.data_ptr(), "form": _layout(form), "dtype": DTYPES[dbank.dtype],
+            "w": w2.data_ptr(), "dh": _address(dh), "workspace": workspace.data_ptr(), "grad_scale": 1.0,
+            "dw": dw2.data_ptr() if needs.w2 else None, "db": db2.data_ptr() if needs.b2 else None,
+        }, torch.get_num_threads())  # fmt: skip
     dx, dw1, db1 = (empty, empty, empty) if dh is None else hidden_bwd(dh, x, call.w1, z, form, needs)
     return Grads(dx, dw1, db1, dw2, db2)
 
@@ -125,10 +130,14 @@ def adamw_sweep(
     want_dh: bool,
 ) -> Tensor | None:
     _require(_sweep_objections(w, exp_avg, exp_avg_sq, h, dy, form))
-    step_size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    numbers = (1 - beta1, beta2, 1 - beta2, eps, step_size, correction, 1 - lr * weight_decay)
-    sizes, tensors, dh, _keep = _sweep(w, h, dy, form, want_dh)
-    _C.reparam_adamw(sizes, tensors, grad_scale, _kept(exp_avg), _kept(exp_avg_sq), numbers, moments8.salt(step))
+    fields, dh, _keep = _sweep(w, h, dy, form, grad_scale, want_dh)
+    _C.reparam_adamw({
+        **fields,
+        "exp_avg": _kept(exp_avg), "exp_avg_sq": _kept(exp_avg_sq),
+        "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2, "eps": eps,
+        "step_size": lr / (1 - beta1**step), "inverse_sqrt_correction2": (1 - beta2**step) ** -0.5,
+        "decay": 1 - lr * weight_decay, "salt": moments8.salt(step),
+    }, torch.get_num_threads())  # fmt: skip
     return dh
 
 
@@ -149,32 +158,39 @@ def sgd_sweep(
     want_dh: bool,
 ) -> Tensor | None:
     _require(_sweep_objections(w, momentum_buffer, None, h, dy, form))
-    numbers = (lr, momentum, 1 - dampening, weight_decay, nesterov, first)
-    sizes, tensors, dh, _keep = _sweep(w, h, dy, form, want_dh)
-    _C.reparam_sgd(sizes, tensors, grad_scale, _kept(momentum_buffer), numbers)
+    fields, dh, _keep = _sweep(w, h, dy, form, grad_scale, want_dh)
+    _C.reparam_sgd({
+        **fields,
+        "momentum_buffer": _kept(momentum_buffer), "lr": lr, "momentum": momentum,
+        "one_minus_dampening": 1 - dampening, "weight_decay": weight_decay, "nesterov": nesterov, "first": first,
+    }, torch.get_num_threads())  # fmt: skip
     return dh
 
 
 def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of a bank
     dh = w.new_empty((w.shape[0], dy.shape[1 if form is None else 3], w.shape[2]))
     _require(_sweep_objections(w, None, None, dh, dy, form))
-    sizes, tensors, dh_made, _keep = _sweep(w, dh, dy, form, True)
+    fields, dh_made, _keep = _sweep(w, dh, dy, form, 1.0, True)
     assert dh_made is not None
-    _C.reparam_dh(sizes, tensors)
+    _C.reparam_dh(fields, torch.get_num_threads())
     return dh_made
 
 
 def _sweep(
-    w: Tensor, h: Tensor, dy: Tensor, form: Form | None, want_dh: bool
-) -> tuple[tuple[int, int, int, int, int], Any, Tensor | None, tuple[Tensor, Tensor]]:
-    """Sizes and addresses of a sweep, its dh, and what has to live until it is done."""
+    w: Tensor, h: Tensor, dy: Tensor, form: Form | None, grad_scale: float, want_dh: bool
+) -> tuple["_C.Sweep", Tensor | None, tuple[Tensor, Tensor]]:
+    """What every sweep hands over, its dh, and what has to live until it is done."""
     h = h.contiguous()
     sizes = _sizes(w, h)
     dh = torch.empty_like(h) if want_dh else None
     workspace = w.new_empty(_C.reparam_sweep_workspace(sizes))
-    tensors = (h.data_ptr(), dy.data_ptr(), w.data_ptr(), _address(dh), workspace.data_ptr())
-    bank = () if form is None else (*form.layout, DTYPES[dy.dtype])
-    return sizes, (*tensors, *bank), dh, (h, workspace)
+    fields: _C.Sweep = {
+        **sizes,
+        "h": h.data_ptr(), "dy": dy.data_ptr(), "form": None if form is None else _layout(form),
+        "dtype": DTYPES[dy.dtype], "w": w.data_ptr(), "dh": _address(dh), "workspace": workspace.data_ptr(),
+        "grad_scale": grad_scale,
+    }  # fmt: skip
+    return fields, dh, (h, workspace)
 
 
 def _sweep_objections(
@@ -210,22 +226,26 @@ def _sweep_objections(
     return reasons
 
 
-def _sizes(w: Tensor, h: Tensor) -> tuple[int, int, int, int, int]:
+def _sizes(w: Tensor, h: Tensor) -> "_C.ReparamSizes":
     G, O, M = w.shape
-    return G, h.shape[1], O, M, torch.get_num_threads()
+    return {"G": G, "P": h.shape[1], "O": O, "M": M}
 
 
-def _kept(m: Moment | None) -> tuple[int, int, int]:
-    """A moment as struct KeptMoment of csrc/reparam.h."""
+def _layout(form: Form) -> "_C.BankForm":
+    layers, kv_heads, head_dim, interleaved = form.layout
+    return {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "interleaved": interleaved}
+
+
+def _kept(m: Moment | None) -> "_C.KeptMoment | None":
     if m is None:
-        return 0, 0, 0
+        return None
     if isinstance(m, Moment8):
-        return m.code.data_ptr(), m.scale.data_ptr(), MOMENT_FORMATS[m.code.dtype]
-    return m.data_ptr(), 0, MOMENT_FORMATS[m.dtype]
+        return {"data": m.code.data_ptr(), "scale": m.scale.data_ptr(), "format": MOMENT_FORMATS[m.code.dtype]}
+    return {"data": m.data_ptr(), "scale": None, "format": MOMENT_FORMATS[m.dtype]}
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
 
 
 def _require(reasons: list[str]) -> None:

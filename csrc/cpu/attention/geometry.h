@@ -1,0 +1,79 @@
+// Which queries and keys a piece of work covers. Scores are kept transposed, a key to a row and a query to a lane:
+// softmax then runs down the lanes, and keys and values are operands that need no packing.
+#pragma once
+#include "api/semantics.h"
+#include "cpu/vec.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+constexpr int kStrip = 16;  // keys of a strip on the causal diagonal
+
+struct QueryBlock {
+    int64_t l0;  // first query
+    int lanes;   // queries
+    int width;   // lanes rounded up to vectors: the row stride of everything transposed
+};
+
+inline int64_t query_blocks(int64_t L) { return (((L + VL - 1) / VL) * VL + kLanes - 1) / kLanes; }
+
+// Blocks differ by at most one vector: 197 queries are 64 + 48 + 48 + 37, not 64 + 64 + 64 + 5.
+inline QueryBlock query_block(int64_t L, int64_t i) {
+    const int64_t vectors = (L + VL - 1) / VL, n = query_blocks(L);
+    const int64_t v0 = (vectors * i + n - 1) / n, v1 = (vectors * (i + 1) + n - 1) / n;
+    const int64_t end = v1 * VL < L ? v1 * VL : L;
+    return {v0 * VL, (int)(end - v0 * VL), (int)((v1 - v0) * VL)};
+}
+
+struct Range {
+    int64_t begin, end;
+};
+
+template <class X>
+inline X min_of(X a, X b) {
+    return a < b ? a : b;
+}
+template <class X>
+inline X max_of(X a, X b) {
+    return a > b ? a : b;
+}
+
+inline const char *at(const Strided &t, int64_t i0, int64_t i1, int64_t i2, int64_t element) {
+    return (const char *)t.data + (i0 * t.stride0 + i1 * t.stride1 + i2 * t.stride2) * element;
+}
+
+// Own keys that some query of the block sees.
+inline Range visible_keys(const AttnParams &p, Range padded, const QueryBlock &q) {
+    Range r = padded;
+    if (p.causal) r.end = min_of(r.end, causal_end(p, q.l0 + q.lanes - 1));
+    r.end = max_of(r.begin, r.end);
+    return r;
+}
+
+// Own keys s0 .. s0 + n in strips: the first is seen by the whole block, those on the diagonal lack their first `skip`
+// lanes altogether (and may need single lanes hidden). Where a strip begins depends on its keys alone, not on s0: the
+// order in which a product sums depends on how many lanes it has, and both passes must compute the same score.
+struct Strips {
+    // offset: causal_offset(). align: strips begin at a multiple of so many rows.
+    Strips(bool causal, int64_t offset, const QueryBlock &q, int64_t s0, int n, int align)
+        : n_(n), align_(align), diagonal_(causal ? q.l0 + offset - s0 : n) {}  // row seen by lanes >= row - diagonal
+    template <class F>
+    void each(F f) const {  // f(first row, rows, lanes to skip)
+        for (int r = 0; r < n_;) {
+            const int64_t strip = r > diagonal_ ? (r - diagonal_) / kStrip : 0;
+            const int64_t next = (diagonal_ + (strip + 1) * kStrip + align_ - 1) / align_ * align_;
+            const int rows = (int)min_of<int64_t>(n_, next) - r;
+            f(r, rows, (int)(strip * kStrip));
+            r += rows;
+        }
+    }
+    int first_hidden_row() const { return (int)max_of<int64_t>(0, min_of<int64_t>(n_, diagonal_ + 1)); }
+    int hidden_lanes(int row) const { return (int)max_of<int64_t>(0, row - diagonal_); }
+
+  private:
+    int n_, align_;
+    int64_t diagonal_;
+};
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

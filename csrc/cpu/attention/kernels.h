@@ -1,0 +1,45 @@
+// The functions that one instruction set exports; included by <isa>.cpp.
+#pragma once
+#include "cpu/attention/bwd.h"
+#include "cpu/attention/decode.h"
+#include "cpu/attention/fwd.h"
+#include "cpu/kernels.h"
+
+namespace prefixattn {
+namespace PA_ISA {
+
+#if defined(PA_BF16DOT)
+using Bf16Arithmetic = Bf16Dot;
+#else
+using Bf16Arithmetic = Fp32;
+#endif
+
+template <class Storage, class Dot>
+void fwd_of(const FwdParams &p, int threads) {
+    one_query(p) ? Decode<Storage>::run(p, threads) : Forward<Storage, Dot>::run(p, threads);
+}
+
+inline void fwd(const FwdParams &p, int threads) {
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return fwd_of<float, Fp32>(p, threads);
+        case DType::kBFloat16:
+            return fwd_of<bf16, Bf16Arithmetic>(p, threads);
+        case DType::kFloat16:
+            return fwd_of<f16, Fp32>(p, threads);
+    }
+}
+
+inline void bwd(const BwdParams &p, int threads) {
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return Backward<float, Fp32>::run(p, threads);
+        case DType::kBFloat16:
+            return Backward<bf16, Bf16Arithmetic>::run(p, threads);
+        case DType::kFloat16:
+            return Backward<f16, Fp32>::run(p, threads);
+    }
+}
+
+}  // namespace PA_ISA
+}  // namespace prefixattn

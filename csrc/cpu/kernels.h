@@ -1,0 +1,21 @@
+// What each file <op>/<isa>.cpp exports. Those files include no templates of the standard library: see vec.h.
+#pragma once
+#include "api/prefix_attn.h"
+#include "api/reparam.h"
+
+namespace prefixattn {
+
+// Null members were not compiled. Each runs on at most so many threads.
+struct AttentionKernels {
+    void (*fwd)(const FwdParams &, int threads);
+    void (*bwd)(const BwdParams &, int threads);
+};
+struct ReparamKernels {
+    void (*fwd)(const ReparamFwdParams &, int threads);
+    void (*sweep)(const SweepParams &, int threads);
+};
+
+extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, avx512_bf16_attention;
+extern const ReparamKernels portable_reparam, avx2_reparam, avx512_reparam;
+
+}  // namespace prefixattn

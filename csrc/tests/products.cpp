@@ -1,0 +1,90 @@
+// Products of small integers, which any order of summing gives exactly: tested is which numbers meet, with tails of
+// rows, of columns and of what is summed over, and that nothing beside C is written.
+#include "check.h"
+#include "cpu/gemm.h"
+#include "cpu/pack.h"
+
+using namespace prefixattn::PA_ISA;
+
+namespace {
+
+constexpr float kUntouched = 12345;
+constexpr int kPadding = 3;  // elements between rows beyond what a row holds
+
+// The numbers of a word, and how one is put together of integers.
+struct Floats {
+    using Dot = Fp32;
+    static constexpr int kNumbers = 1;
+    static void put(void *word, int, int x) {
+        const float value = (float)x;
+        std::memcpy(word, &value, 4);
+    }
+};
+#if defined(PA_BF16DOT)
+struct Pairs {
+    using Dot = Bf16Dot;
+    static constexpr int kNumbers = 2;
+    static void put(void *word, int half, int x) {
+        bf16 value;
+        from_float((float)x, &value);
+        std::memcpy((char *)word + 2 * half, &value, 2);
+    }
+};
+#endif
+
+template <class Words, bool kStepIsWord>
+void product(int M, int N, int K, bool accumulate) {
+    constexpr int n = Words::kNumbers;
+    const int lda = (kStepIsWord ? K : M) + kPadding, ldb = N + kPadding, ldc = N + kPadding;
+    std::vector<float> a((size_t)(kStepIsWord ? M : K) * lda + 1), b((size_t)K * ldb + 1), c((size_t)M * ldc + 1);
+    std::vector<int> a_numbers((size_t)M * K * n), b_numbers((size_t)K * N * n);
+    for (int m = 0; m < M; ++m)
+        for (int k = 0; k < K; ++k)
+            for (int half = 0; half < n; ++half) {
+                const int x = a_numbers[((size_t)m * K + k) * n + half] = check::below(17) - 8;
+                Words::put(&a[kStepIsWord ? (size_t)m * lda + k : (size_t)k * lda + m], half, x);
+            }
+    for (int k = 0; k < K; ++k)
+        for (int j = 0; j < N; ++j)
+            for (int half = 0; half < n; ++half) {
+                const int x = b_numbers[((size_t)k * N + j) * n + half] = check::below(17) - 8;
+                Words::put(&b[(size_t)k * ldb + j], half, x);
+            }
+    for (float &x : c) x = kUntouched;
+
+    const ptrdiff_t row = kStepIsWord ? 4 * lda : 4, step = kStepIsWord ? 4 : 4 * lda;
+    gemm<typename Words::Dot, kStepIsWord>(M, N, K, {(const char *)a.data(), row, step}, b.data(), ldb, c.data(), ldc,
+                                           accumulate);
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < ldc; ++j) {
+            int right = j < N && !accumulate ? 0 : (int)kUntouched;
+            for (int k = 0; j < N && k < K * n; ++k)
+                right += a_numbers[(size_t)m * K * n + k] * b_numbers[((size_t)(k / n) * N + j) * n + k % n];
+            const float found = c[(size_t)m * ldc + j];
+            CHECK(found == (float)right, "%s: M %d, N %d, K %d: C[%d, %d] is %g, expected %d",
+                  kStepIsWord ? "step is a word" : "row is a word", M, N, K, m, j, found, right);
+        }
+}
+
+template <class Words>
+void products() {
+    for (int M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 31})
+        for (int vectors = 1; vectors <= 9; ++vectors)
+            for (int K : {0, 1, 2, 15, 16, 17, 63, 64, 65, 130})
+                for (bool accumulate : {false, true}) {
+                    product<Words, true>(M, vectors * VL, K, accumulate);
+                    product<Words, false>(M, vectors * VL, K, accumulate);
+                }
+    product<Words, true>(0, VL, 3, false);
+    product<Words, true>(3, 0, 3, false);
+}
+
+}  // namespace
+
+int main() {
+    products<Floats>();
+#if defined(PA_BF16DOT)
+    products<Pairs>();
+#endif
+    return check::result();
+}
