@@ -32,8 +32,8 @@ class Attn(TypedDict):
     memory: _Strided | None
     memories: int
     phi: int
-    rows: _Address | None
-    lengths: _Address | None
+    prefix_ids: _Address | None
+    prefix_lengths: _Address | None
     mask_kind: int
     mask: _Strided | None
     mask_stride3: int

@@ -21,8 +21,8 @@ struct AttnParams {
     Strided memory;              // [memories, H, D, D], added to out as phi(q) @ memory; null: none
     int64_t memories;            // 1, or T
     Phi phi;
-    const int64_t *rows;     // [B], row of the prefix for each sample; null: row 0 if T == 1, else row b
-    const int64_t *lengths;  // [B], prefix rows in use for each sample; null: P
+    const int64_t *prefix_ids;      // [B], which prefix each sample has; null: the only one, or prefix b of sample b
+    const int64_t *prefix_lengths;  // [B], its rows in use for each sample; null: P
     MaskKind mask_kind;
     Strided mask;          // [B, H, L, S], own keys only; a stride of 0 broadcasts
     int64_t mask_stride3;  // along S

@@ -143,7 +143,7 @@ def _fields(call: Call) -> "_C.Attn":
         "memory": None if memory is None else _strided(memory),
         "memories": 0 if memory is None else memory.shape[0],
         "phi": _C.PHIS[call.phi],
-        "rows": _address(call.prefix_ids), "lengths": _address(call.prefix_lengths),
+        "prefix_ids": _address(call.prefix_ids), "prefix_lengths": _address(call.prefix_lengths),
         "mask_kind": _C.MASK_KINDS[kind],
         "mask": (mask_at, mask_strides[0], mask_strides[1], mask_strides[2]), "mask_stride3": mask_strides[3],
         "scale": call.scale, "softcap": call.softcap, "causal": call.is_causal,

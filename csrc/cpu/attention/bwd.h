@@ -51,7 +51,7 @@ class Backward {
     static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
     // Tiles that meet one key of a sample, and one prefix row of all samples that may use it.
     static int64_t tiles(const BwdParams &p) { return query_blocks(p.L) * heads(p); }
-    static int64_t prefix_tiles(const BwdParams &p) { return (p.T == 1 || p.rows ? p.B : 1) * tiles(p); }
+    static int64_t prefix_tiles(const BwdParams &p) { return (p.T == 1 || p.prefix_ids ? p.B : 1) * tiles(p); }
     static bool totals_own(const BwdParams &p) { return kFloat32 && tiles(p) > 4 * KeySums::kRun; }
     static bool totals_prefix(const BwdParams &p) { return kFloat32 && prefix_tiles(p) > KeySums::kRun; }
     static bool totals_memory(const BwdParams &p) { return kFloat32 && p.B * query_blocks(p.L) > KeySums::kRun; }
