@@ -17,9 +17,13 @@
 namespace prefixattn {
 
 // Which row of prefix_k and prefix_v, and of the memory, sample b has, and how much of it.
-PA_HOST_DEVICE int64_t prefix_row(const AttnParams &p, int64_t b) { return p.prefix_ids ? p.prefix_ids[b] : p.T == 1 ? 0 : b; }
+PA_HOST_DEVICE int64_t prefix_row(const AttnParams &p, int64_t b) {
+    return p.prefix_ids ? p.prefix_ids[b] : p.T == 1 ? 0 : b;
+}
 PA_HOST_DEVICE int64_t memory_row(const AttnParams &p, int64_t b) { return p.memories == 1 ? 0 : prefix_row(p, b); }
-PA_HOST_DEVICE int64_t prefix_length(const AttnParams &p, int64_t b) { return p.prefix_lengths ? p.prefix_lengths[b] : p.P; }
+PA_HOST_DEVICE int64_t prefix_length(const AttnParams &p, int64_t b) {
+    return p.prefix_lengths ? p.prefix_lengths[b] : p.P;
+}
 
 // Under causality query l sees own key s iff s <= l + causal_offset, and all of the prefix either way.
 PA_HOST_DEVICE int64_t causal_offset(const AttnParams &p) { return p.S - p.L; }
