@@ -62,18 +62,23 @@ def _fwd(*args: Any) -> Results:
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
     given, call, needs = _of_backward(args)
     _check_attended(given, call, needs)
-    given = given._replace(dout=unit_stride(given.dout))
+    given = _read(given)
     return _wanted(backends.module(args[-1]).bwd(call, given, needs), needs)
 
 
 def _bwd_qkvpacked(*args: Any) -> tuple[Tensor, ...]:
     given, qkv, call, needs = _of_backward_qkvpacked(args)
     _check_attended(given, call, needs)
-    given = given._replace(dout=unit_stride(given.dout))
+    given = _read(given)
     dqkv = qkv.new_empty(qkv.shape if needs.q else 0)
     into = unpacked(dqkv) if needs.q else None
     grads = backends.module(args[-1]).bwd(call, given, needs, into)
     return dqkv, *_wanted(grads[_QKV:], needs[_QKV:])
+
+
+def _read(given: Given) -> Given:
+    dout = unit_stride(given.dout)
+    return given if dout is given.dout else given._replace(dout=dout)
 
 
 def _check_attended(given: Given, call: Call, needs: Needs) -> None:
