@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bench.harness.timing import interleave, quantiles
 from language.methods import METHODS, Choices, Tuned
@@ -85,7 +86,8 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
     for bf16 in types:
         own = replace(settings, bf16=bf16)
         steps = {name: Steps(own, name) for name in (FLOOR, *methods)}
-        samples = interleave(steps, 0.0, (rounds, rounds))
+        with tqdm(total=(rounds + 1) * len(steps), desc=f"steps in {TYPES[bf16]}", unit="step") as bar:
+            samples = interleave({name: _shown(step, bar) for name, step in steps.items()}, 0.0, (rounds, rounds))
         for name, each in steps.items():
             if not np.isfinite(each.losses).all():
                 raise Refusal(f"{name}: a loss of its steps is not finite; lower the first rate of the grid")
@@ -95,6 +97,14 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
             name: {"ms": list(times), "first_loss": first[name], **memory(own, name)} for name, times in samples.items()
         }
     return {**found, "threads": torch.get_num_threads(), "provenance": provenance()}
+
+
+def _shown(step: Steps, bar: Any) -> Callable[[], None]:
+    def run() -> None:
+        step()
+        bar.update()
+
+    return run
 
 
 def _told(settings: Settings) -> dict[str, Any]:
