@@ -76,6 +76,19 @@ def test_the_moments_table_is_the_records() -> None:
         assert line in shown
 
 
+def test_the_steps_of_smollm2_are_the_records() -> None:
+    pytest.importorskip("transformers", reason="what makes the tables needs transformers")
+    from language import decode_times, times
+    from sweeps.tables import markdown
+
+    result, shown = record("bench/paper/results/nlg-smollm2-times.json", "docs/language.md")
+    made = markdown("", "", [*times.tables(result), decode_times.table(result["decoding"])])
+    lines = [line for line in made.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 * 7 + 5
+    for line in lines:
+        assert line in shown
+
+
 def test_gpu_tables_are_the_records() -> None:
     """`python -m bench.attention.plot_gpu RECORD` prints the table."""
     results = ROOT / "bench" / "results"
