@@ -29,7 +29,7 @@ LAYERS = """
     reparam.sweep
     reparam.moments8 reparam.reference attention.reference
     attention.call attention.checks attention.philox reparam.call
-    attention.layout trials _C
+    attention.layout differentiation trials _C
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 FACES = {"attention", "reparam"}  # packages whose own __init__ holds nothing

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from prefixattn import backends
 from prefixattn.attention.call import NUMBERS, TENSORS, Call, Given, Grads, Needs, Results, Wants, schema
 from prefixattn.attention.layout import empty_like_order, lse_type, unit_stride, unpacked
+from prefixattn.differentiation import once, transformed, without_vmap
 
 _QKV = 3  # fields of Call whose place a packed projection takes
 _CALL, _GIVEN = len(Call._fields), len(Given._fields)
@@ -122,12 +123,15 @@ def _dense_fakes(inputs: Sequence[Tensor | None], needs: Sequence[bool], like: T
     ]
 
 
-def _no_vmap(*_: Any) -> Any:
-    raise NotImplementedError(
-        "prefix_attention has no rule for torch.func.vmap; fold the mapped axis into the batch, "
-        "and mapped prefixes into a bank with prefix_ids"
-    )
-
+_no_vmap = without_vmap(
+    "prefix_attention has no rule for torch.func.vmap; fold the mapped axis into the batch, "
+    "and mapped prefixes into a bank with prefix_ids"
+)
+_Once = once(
+    "prefix_attention can be differentiated once; for second derivatives use "
+    "scaled_dot_product_attention over concatenated keys and values",
+    _no_vmap,
+)
 
 for _name, _impl, _fake in (
     ("fwd", _fwd, _fwd_fake),
@@ -226,28 +230,6 @@ class _QkvPackedTransformed(_QkvPacked):
     setup_context = staticmethod(_keep_for_backward)
 
 
-class _Once(torch.autograd.Function):
-    """The backward pass when a graph of it is recorded: its values are right, and differentiating them is refused."""
-
-    @staticmethod
-    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = op(*args)
-        return grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "prefix_attention can be differentiated once; for second derivatives use "
-            "scaled_dot_product_attention over concatenated keys and values"
-        )
-
-    vmap = staticmethod(_no_vmap)
-
-
 torch.library.register_autograd(
     "prefixattn::fwd", _PrefixAttention.backward, setup_context=_keep_for_backward, lib=_LIB
 )
@@ -264,16 +246,11 @@ def prefix_attn_qkvpacked(qkv: Tensor, call: Call, wants: Wants, backend: str) -
 
 
 def _apply(forward: Any, usual: Any, for_transforms: Any, args: tuple[Any, ...]) -> Flat:
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
-        raise NotImplementedError(
-            "prefix_attention inside torch.func's transforms does not compile; compile a function that calls "
-            "torch.autograd.grad or backward, or leave the transform uncompiled"
-        )
-    if not (transformed or torch.compiler.is_compiling() or _records(args)):
+    inside = transformed("prefix_attention")
+    if not (inside or torch.compiler.is_compiling() or _records(args)):
         with torch._C._AutoDispatchBelowAutograd():  # the gradient rule costs 30 us a call, a third of a small one
             return forward(*args)
-    result: Flat = (for_transforms if transformed else usual).apply(*args)
+    result: Flat = (for_transforms if inside else usual).apply(*args)
     return result
 
 

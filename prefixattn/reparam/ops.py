@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prefixattn import backends
 from prefixattn.attention.call import schema
+from prefixattn.differentiation import once, transformed, without_vmap
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
 
 _TENSORS, _FORM, _GIVEN = len(Needs._fields), len(Form._fields), len(Given._fields)
@@ -64,11 +65,14 @@ def _bwd_fake(*args: Any) -> Grads:
     return Grads(*[x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)])
 
 
-def _no_vmap(*_: Any) -> Any:
-    raise NotImplementedError(
-        "reparameterize has no rule for torch.func.vmap; stack the mapped networks along the first axis of x, w1 and w2"
-    )
-
+_no_vmap = without_vmap(
+    "reparameterize has no rule for torch.func.vmap; stack the mapped networks along the first axis of x, w1 and w2"
+)
+_Once = once(
+    "reparameterize can be differentiated once; for second derivatives use two linear layers "
+    "(DeepShare(..., fused=False))",
+    _no_vmap,
+)
 
 for _name, _impl, _fake in (("reparam_fwd", _fwd, _fwd_fake), ("reparam_bwd", _bwd, _bwd_fake)):
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -93,7 +97,7 @@ class _Reparameterize(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_TENSORS]
         args = (dbank, z, x, w1, None, w2, None, *ctx.rest, needs, ctx.backend)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _Once.apply(*args)
+            grads = _Once.apply(_BWD, *args)
         else:
             grads = _BWD(*args)
         return *[grad if need else None for grad, need in zip(grads, needs, strict=True)], *(None,) * _OTHERS
@@ -121,28 +125,6 @@ class _Transformed(_Reparameterize):
     setup_context = staticmethod(_keep_for_backward)
 
 
-class _Once(torch.autograd.Function):
-    """The backward pass when a graph of it is recorded: its values are right, and differentiating them is refused."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = _BWD(*args)
-        return grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "reparameterize can be differentiated once; for second derivatives use two linear layers "
-            "(DeepShare(..., fused=False))"
-        )
-
-    vmap = staticmethod(_no_vmap)
-
-
 torch.library.register_autograd(
     "prefixattn::reparam_fwd", _Reparameterize.backward, setup_context=_keep_for_backward, lib=_LIB
 )
@@ -155,13 +137,7 @@ def reparam_fwd(call: Call, backend: str) -> Results:
 
 def reparam(call: Call, backend: str) -> Tensor:
     """The bank by prefixattn::reparam_fwd, with its gradient rule."""
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed and torch.compiler.is_compiling():  # Dynamo would take the gradient of this call for zero
-        raise NotImplementedError(
-            "reparameterize inside torch.func's transforms does not compile; compile a function that calls "
-            "torch.autograd.grad or backward, or leave the transform uncompiled"
-        )
-    bank: Tensor = (_Transformed if transformed else _Reparameterize).apply(*_flat(call), backend)[0]
+    bank: Tensor = (_Transformed if transformed("reparameterize") else _Reparameterize).apply(*_flat(call), backend)[0]
     return bank
 
 
