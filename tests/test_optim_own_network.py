@@ -1,6 +1,7 @@
 """A network of the user's own, factored because it is a `FactoredNetwork`."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from torch.nn import functional as F
 
 from prefixattn import FactoredAdamW, FactoredNetwork, FactoredSGD
 from prefixattn.optim import DeferredGradient, FactoredGradient
+from prefixattn.prefixes.ownership import Factorable, Hidden
+from prefixattn.reparam.call import Form
+from prefixattn.reparam.reference import bank_view
 from prefixattn.testing.optim import Largest
 
 P, E, M, LAYERS, HEADS, D = 5, 12, 10, 3, 2, 8
 OUTPUTS = LAYERS * 2 * HEADS * D
+FORM = Form(LAYERS, HEADS, D, interleaved=False, activation="none")
 
 
 class Deeper(FactoredNetwork):
@@ -138,3 +143,115 @@ def test_compiled_or_without_an_owner_its_gradients_are_ordinary() -> None:
     loss(net, wanted).backward()
     assert type(net.up.grad) is Tensor
     torch.compiler.reset()
+
+
+class Wrong(Deeper):
+    """A network with one thing wrong."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def parameters_in_order(self) -> tuple[Tensor | None, ...]:
+        *ahead, w2, b2 = super().parameters_in_order()
+        if self.what == "ahead":
+            ahead[1] = None
+        short = {"w2": (nn.Parameter(w2[1:]), b2), "b2": (w2, nn.Parameter(b2[1:])), "axes": (nn.Parameter(w2[0]), b2)}
+        return *ahead, *short.get(self.what, (w2, b2))
+
+    def hidden(self, *ahead: Tensor) -> Tensor:
+        h = super().hidden(*ahead)
+        return {"width": h[:, 1:], "networks": h.expand(2, -1, -1), "kind": None}.get(self.what, h)
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("ahead", r"parameter 1 of Wrong is None; only b2, the last, may be"),
+        (
+            "w2",
+            r"w2 of Wrong has shape \[95, 10\], expected \[O, M\] or \[G, O, M\] with O=96: layers=3 ",
+        ),
+        ("b2", r"b2 of Wrong has shape \[95\], expected \[O\] or \[G, O\] with O=96"),
+        ("axes", r"w2 of Wrong has shape \[10\], expected \[O, M\]"),
+        ("width", r"hidden of Wrong returned \[5, 9\], expected \[G=1, P, M=10\]"),
+        ("networks", r"hidden of Wrong returned \[2, 5, 10\], expected \[G=1, P, M=10\]"),
+        ("kind", r"hidden of Wrong returned NoneType, expected \[G=1, P, M=10\]"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_in_words(what: str, words: str, owned: bool) -> None:
+    net = Wrong(what)
+    if owned:
+        net.take_over(Receiver().receive)
+    with pytest.raises(ValueError, match=words):
+        net()
+
+
+@pytest.mark.parametrize("name", ["layers", "kv_heads", "head_dim"])
+def test_sizes_are_integers_from_one(name: str) -> None:
+    sizes = {"layers": 1, "kv_heads": 1, "head_dim": 8}
+    for value in (0, 1.0, True, None):
+        with pytest.raises(ValueError, match=rf"{name} is {value}, expected an integer from 1"):
+            FactoredNetwork(**{**sizes, name: value})
+
+
+class Receiver:
+    def receive(self, *_: object) -> None:
+        raise AssertionError("nothing arrives")
+
+
+class Foreign(nn.Module):
+    """No class of ours: only the protocol. Its h is one parameter."""
+
+    reads_the_model = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.up = nn.Parameter(torch.randn(P, M)), nn.Parameter(torch.randn(OUTPUTS, M))
+        self.receive: Any = None
+        self.leaf: Tensor | None = None
+
+    def factored_parameter(self) -> Tensor:
+        return self.up
+
+    def parameters_in_order(self) -> tuple[Tensor | None, ...]:
+        return self.h, self.up, None
+
+    def take_over(self, receive: Any) -> None:
+        self.receive = receive
+
+    def forget(self) -> None:
+        self.leaf = None
+
+    def forward(self) -> Tensor:
+        bank = bank_view((self.h @ self.up.mT)[None], FORM).flatten(0, 1)
+        if self.receive is None:
+            return bank
+        if self.leaf is None:
+            made = Hidden(self.h.detach()[None], FORM, lambda dh, ahead: (dh[0],))
+            self.leaf = bank.detach().requires_grad_()
+            self.leaf.register_post_accumulate_grad_hook(lambda leaf: self.arrived(leaf, made))
+        return self.leaf
+
+    def arrived(self, leaf: Tensor, made: Hidden) -> None:
+        dbank, leaf.grad = leaf.grad, None
+        self.receive(self, dbank, made)
+
+
+def test_a_module_that_implements_the_protocol_is_factored() -> None:
+    torch.manual_seed(0)
+    net = Foreign().double()
+    twin = copy.deepcopy(net)
+    assert isinstance(net, Factorable)
+    ours, theirs = FactoredAdamW(net, lr=1e-2), torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    wanted = torch.randn_like(twin().detach())
+    for _ in range(3):
+        for module, optimizer in ((net, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            (module() - wanted).square().sum().backward()
+            if module is net:
+                assert type(net.up.grad) is FactoredGradient and type(net.h.grad) is DeferredGradient
+            optimizer.step()
+        torch.testing.assert_close(net.up, twin.up, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(net.h, twin.h, rtol=1e-9, atol=1e-12)

@@ -18,7 +18,7 @@ def digest(*entries: str, folder: Path = KERNELS) -> str:
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
-                node.body = [line for line in body if not _is_silent(line)]  # type: ignore[attr-defined]
+                node.body = [line for line in body if not _is_silent(line)]
         total.update(f"{name} {ast.dump(tree)}\n".encode())
     return total.hexdigest()[:16]
 

@@ -179,7 +179,7 @@ def step(
         z = backend.fwd(Call(*parameters, form, dtype)).z
     with phase("finite"):
         made = hidden_of(z, form)
-        source = Source(parameters, made, dbank, form, lambda: None)
+        source = Source(parameters, made, dbank, lambda: None)
         source.averaged = True
         source.finite()
     with phase("sweep"):

@@ -97,7 +97,7 @@ class Factored(torch.optim.Optimizer):
         """What a backward pass left in a bank: dbank [N, 2, Hkv, P, D], any type; `made` is what made it."""
         parameters, before_reading = module.parameters_in_order(), self._before_reading()
         if isinstance(made, Hidden):
-            accumulate(parameters, made, dbank, module.form, before_reading, self.backend)
+            accumulate(parameters, made, dbank, before_reading, self.backend)
         else:
             accumulate_projected(parameters[0], made, dbank, before_reading)
 

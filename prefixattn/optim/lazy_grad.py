@@ -300,7 +300,6 @@ def accumulate(
     parameters: Parameters,
     made: Hidden,  # by the forward pass
     dbank: Tensor,  # [N, 2, Hkv, P, D], any float type; is kept and added to
-    form: Form,
     before_reading: Callable[[], None],
     backend: str = "auto",
 ) -> None:
@@ -315,7 +314,7 @@ def accumulate(
     if source is not None:
         source.add(dbank)
         return
-    source = Source(parameters, made, dbank, form, before_reading, backend)
+    source = Source(parameters, made, dbank, before_reading, backend)
     for index, p in wanting:
         if isinstance(p.grad, LazyGradient):
             p.grad.value.parts.append((source, 1.0))

@@ -33,13 +33,12 @@ class Source:
         parameters: Parameters,
         made: Hidden,  # by the forward pass
         dbank: Tensor,  # [N, 2, Hkv, P, D], any float type, owned
-        form: Form,
         before_reading: Callable[[], None],  # called as long as `averaged` is False
         backend: str = "auto",  # of dh
     ) -> None:
         self.parameters = tuple(None if p is None else weakref.ref(p) for p in parameters)
         self.versions = tuple(None if p is None else p._version for p in parameters)
-        self.made, self.form, self.backend = made, form, backend
+        self.made, self.form, self.backend = made, made.form, backend
         self.h = made.h  # [G, P, M]
         narrow = dbank.element_size() <= self.h.element_size()
         self.dbank = (dbank if narrow else dbank.to(self.h.dtype)).contiguous()

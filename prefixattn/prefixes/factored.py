@@ -33,6 +33,9 @@ class FactoredNetwork(OwnedByOptimizer):
     ) -> None:
         """Of the sizes of `reparameterize`; `activation` is the affair of `hidden`."""
         super().__init__()
+        for name, value in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected an integer from 1")
         self.form = Form(layers, kv_heads, head_dim, interleaved, activation)
 
     def hidden(self, *ahead: Tensor) -> Tensor:
@@ -75,21 +78,46 @@ class FactoredNetwork(OwnedByOptimizer):
 
     def _computed(self, dtype: torch.dtype, known: Known) -> Tensor:
         """The bank without a graph; what else the optimizer will need is in `known.made` afterwards."""
-        *ahead, w2, b2 = self.parameters_in_order()
+        ahead, w2, b2 = self._split()
         with torch.inference_mode(False), torch.autocast(w2.device.type, enabled=False):
             if known.made is None:
                 # of aliases: a graph that held the parameters would be held by their gradients
                 aliases = [t.detach().requires_grad_() for t in ahead]
                 with torch.enable_grad():
-                    h = _grouped(self.hidden(*aliases)).to(w2.dtype)
-                known.made = Hidden(h.detach(), partial(_pulled, h, aliases))
+                    h = self._rows(aliases, w2).to(w2.dtype)
+                known.made = Hidden(h.detach(), self.form, partial(_pulled, h, aliases))
             with torch.no_grad():
                 return _bank(known.made.h, w2, b2, self.form, dtype)
 
     def _recorded(self, dtype: torch.dtype) -> Tensor:
         """The bank with its graph."""
+        ahead, w2, b2 = self._split()
+        return _bank(self._rows(ahead, w2), w2, b2, self.form, dtype)
+
+    def _split(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The parameters ahead, w2 and b2; ValueError if they do not fit the form."""
         *ahead, w2, b2 = self.parameters_in_order()
-        return _bank(_grouped(self.hidden(*ahead)), w2, b2, self.form, dtype)
+        kind, form = type(self).__name__, self.form
+        if missing := [i for i, t in enumerate(ahead) if t is None]:
+            raise ValueError(f"parameter {missing[0]} of {kind} is None; only b2, the last, may be")
+        outputs = form.layers * 2 * form.kv_heads * form.head_dim
+        for name, t, axes, last in (("w2", w2, "O, M", -2), ("b2", b2, "O", -1)):
+            if t is not None and (t.dim() not in (-last, 1 - last) or t.shape[last] != outputs):
+                raise ValueError(
+                    f"{name} of {kind} has shape {list(t.shape)}, expected [{axes}] or [G, {axes}] with O={outputs}: "
+                    f"layers={form.layers} * 2 * kv_heads={form.kv_heads} * head_dim={form.head_dim}"
+                )
+        return ahead, w2, b2
+
+    def _rows(self, ahead: list[Tensor], w2: Tensor) -> Tensor:
+        """h [G, P, M]; ValueError if it is something else."""
+        h = self.hidden(*ahead)
+        found = list(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        G, M = (w2.shape[0] if w2.dim() == 3 else 1), w2.shape[-1]
+        h = h[None] if isinstance(h, Tensor) and h.dim() == 2 else h
+        if not isinstance(h, Tensor) or h.dim() != 3 or (h.shape[0], h.shape[2]) != (G, M):
+            raise ValueError(f"hidden of {type(self).__name__} returned {found}, expected [G={G}, P, M={M}]")
+        return h
 
     def _deliver(self, name: object, dbank: Tensor) -> None:
         known, receive = self._known(self._there()), self.receiver
@@ -102,10 +130,6 @@ class FactoredNetwork(OwnedByOptimizer):
         if known.made is None:
             self._computed(dbank.dtype, known)
         receive(self, dbank, known.made)
-
-
-def _grouped(h: Tensor) -> Tensor:
-    return h if h.dim() == 3 else h[None]
 
 
 def _bank(h: Tensor, w2: Tensor, b2: Tensor | None, form: Form, dtype: torch.dtype) -> Tensor:  # h [G, P, M]

@@ -188,7 +188,7 @@ class DeepShare(FactoredNetwork):
 
 def hidden_of(z: Tensor, form: Form) -> Hidden:  # z [G, P, M]
     """What the op saved, as the optimizer takes it."""
-    return Hidden(reference.hidden(z, form), partial(_pulled, z, form))
+    return Hidden(reference.hidden(z, form), form, partial(_pulled, z, form))
 
 
 def _pulled(z: Tensor, form: Form, dh: Tensor, ahead: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from prefixattn.reparam.call import Form
+
 
 class State:
     """Parameters at a time."""
@@ -45,6 +47,7 @@ class Hidden(NamedTuple):
     """What a network made ahead of its large matrix, of one state of its parameters."""
 
     h: Tensor  # [G, P, M], without a graph
+    form: Form  # how the matrix's rows become a bank
     # the gradient of h, and the parameters ahead of the matrix -> their gradients; holds neither them nor the module
     pull: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
