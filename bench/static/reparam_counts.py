@@ -17,11 +17,9 @@ of the launches to what the kernels really do.
 """
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -36,6 +34,7 @@ from triton.runtime.jit import KernelInterface
 
 from bench.harness.command import NOTHING, command
 from bench.harness.record import write
+from bench.static.stand import Stand
 from prefixattn.kernels import launch_reparam
 from prefixattn.optim.network_grad import Source
 from prefixattn.prefixes.networks import hidden_of
@@ -119,21 +118,12 @@ def moved(kernel: str, a: SimpleNamespace) -> tuple[int, int]:
 def intercepted(take: Callable[[Launched, Callable[[], Any]], None]) -> Iterator[None]:
     """`take` gets each launch, and what would make it, instead."""
 
-    class Stand:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel, self.signature = kernel, inspect.signature(kernel.fn)
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                own = {name: value for name, value in kwargs.items() if name in self.signature.parameters}
-                bound = SimpleNamespace(**self.signature.bind(*args, **own).arguments)
-                take((self.kernel.fn.__name__, bound), partial(self.kernel[grid], *args, **kwargs))
-
-            return launch
+    def looked_at(name: str, grid: tuple[int, ...], bound: SimpleNamespace, launch: Callable[[], Any]) -> None:
+        take((name, bound), launch)
 
     kernels = {name: k for name, k in vars(launch_reparam).items() if isinstance(k, KernelInterface)}
     try:
-        vars(launch_reparam).update({name: Stand(kernel) for name, kernel in kernels.items()})
+        vars(launch_reparam).update({name: Stand(kernel, looked_at) for name, kernel in kernels.items()})
         yield
     finally:
         vars(launch_reparam).update(kernels)

@@ -13,11 +13,9 @@ next, and not the rereading of a tensor by many programs). Not counted: exponent
 """
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +28,7 @@ from triton.runtime.jit import KernelInterface
 
 from bench.harness.command import NOTHING, command
 from bench.harness.record import write
+from bench.static.stand import Stand
 from bench.static.triton_shapes import SHAPES, TargetShape
 from prefixattn.attention.call import Given, Needs, Wants
 from prefixattn.attention.layout import unpacked
@@ -251,17 +250,8 @@ def count(launched: Launched) -> Count:
 def intercepted(take: Callable[[Launched, Callable[[], Any]], None], processors: int) -> Iterator[None]:
     """`take` gets each launch, and what would make it, instead; the launch code sees a GPU of `processors`."""
 
-    class Stand:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel, self.signature = kernel, inspect.signature(kernel.fn)
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                own = {name: value for name, value in kwargs.items() if name in self.signature.parameters}
-                bound = SimpleNamespace(**self.signature.bind(*args, **own).arguments)
-                take(Launched(self.kernel.fn.__name__, grid, bound), partial(self.kernel[grid], *args, **kwargs))
-
-            return launch
+    def looked_at(name: str, grid: tuple[int, ...], bound: SimpleNamespace, launch: Callable[[], Any]) -> None:
+        take(Launched(name, grid, bound), launch)
 
     saved: list[tuple[Any, str, Any]] = []
     try:
@@ -269,7 +259,9 @@ def intercepted(take: Callable[[Launched, Callable[[], Any]], None], processors:
             for name, value in list(vars(module).items()):
                 if isinstance(value, KernelInterface) or name == "processors":
                     saved.append((module, name, value))
-                    setattr(module, name, Stand(value) if name != "processors" else lambda device: processors)
+                    setattr(
+                        module, name, Stand(value, looked_at) if name != "processors" else lambda device: processors
+                    )
         yield
     finally:
         for module, name, value in saved:
