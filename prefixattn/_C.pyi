@@ -91,7 +91,7 @@ class ReparamFwd(ReparamSizes):
     workspace: _Address
     bank: _Address
 
-class Sweep(ReparamSizes):
+class FusedStep(ReparamSizes):
     h: _Address | None
     dy: _Address
     form: BankForm | None  # of the bank whose gradient dy is
@@ -101,11 +101,11 @@ class Sweep(ReparamSizes):
     workspace: _Address
     grad_scale: float
 
-class ReparamBwd(Sweep):
+class ReparamBwd(FusedStep):
     dw: _Address | None
     db: _Address | None
 
-class AdamW(Sweep):
+class AdamW(FusedStep):
     exp_avg: KeptMoment | None
     exp_avg_sq: KeptMoment | None
     one_minus_beta1: float
@@ -117,7 +117,7 @@ class AdamW(Sweep):
     decay: float
     salt: int
 
-class Sgd(Sweep):
+class Sgd(FusedStep):
     momentum_buffer: KeptMoment | None
     lr: float
     momentum: float
@@ -127,10 +127,10 @@ class Sgd(Sweep):
     first: bool
 
 def reparam_fwd_workspace(sizes: ReparamSizes) -> int: ...
-def reparam_sweep_workspace(sizes: ReparamSizes) -> int: ...
+def reparam_step_workspace(sizes: ReparamSizes) -> int: ...
 def reparam_fwd(fields: ReparamFwd, threads: int) -> None: ...
 def reparam_bwd(fields: ReparamBwd, threads: int) -> None: ...
-def reparam_dh(fields: Sweep, threads: int) -> None: ...
+def reparam_dh(fields: FusedStep, threads: int) -> None: ...
 def reparam_adamw(fields: AdamW, threads: int) -> None: ...
 def reparam_sgd(fields: Sgd, threads: int) -> None: ...
 def isas() -> list[str]: ...

@@ -26,7 +26,7 @@ LAYERS = """
     reparam.cpu reparam.triton
     attention.cpu attention.triton
     kernels
-    reparam.sweep
+    reparam.fused_step
     reparam.moments8 reparam.reference attention.reference
     attention.call attention.checks attention.philox reparam.call
     attention.layout differentiation trials _C

@@ -75,7 +75,7 @@ def test_the_reparameterizations_kernels_refuse_a_size_of_zero() -> None:
     for sizes in itertools.product((0, 1), repeat=4):
         if 0 in sizes:
             with pytest.raises(ValueError, match="a size is 0, expected 1 or more"):
-                _C.reparam_sweep_workspace(dict(zip("GPOM", sizes, strict=True)))
+                _C.reparam_step_workspace(dict(zip("GPOM", sizes, strict=True)))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

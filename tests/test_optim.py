@@ -15,7 +15,7 @@ from prefixattn.attach import attach
 from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
 from prefixattn.optim.dispatch import choose
 from prefixattn.prefixes.config import PrefixConfig
-from prefixattn.reparam import sweep
+from prefixattn.reparam import fused_step
 from prefixattn.testing.models import tiny_gpt2, token_ids
 from prefixattn.testing.optim import NETWORKS, Largest, assert_as_close, loss, network, parameters, targets, train, twin
 
@@ -24,8 +24,8 @@ SGD = [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True}, {"momentum": 
 
 
 @pytest.fixture(params=[row.name for row in backends.REPARAM if row.named])
-def sweeps(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that can sweep here."""
+def stepping(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that has a fused step here."""
     w, h, dy = torch.zeros(1, 64, 8), torch.zeros(1, 2, 8), torch.zeros(1, 2, 64)
     try:
         choose(request.param, w, w, w, h, dy)
@@ -34,8 +34,8 @@ def sweeps(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def few(sweeps: str) -> bool:
-    return sweeps == "triton" and not torch.cuda.is_available()  # interpreted
+def few(stepping: str) -> bool:
+    return stepping == "triton" and not torch.cuda.is_available()  # interpreted
 
 
 @functools.cache
@@ -48,25 +48,25 @@ def trained(name: str, optimizer: Any, steps: int, options: tuple[tuple[str, Any
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_adamw_is_torchs_over_1000_steps(sweeps: str, name: str) -> None:
-    steps = 20 if few(sweeps) else 1000 if name == "language" else 100
+def test_adamw_is_torchs_over_1000_steps(stepping: str, name: str) -> None:
+    steps = 20 if few(stepping) else 1000 if name == "language" else 100
     net = network(name)
-    train(net, FactoredAdamW(net, **ADAMW, backend=sweeps), targets(net), steps)
+    train(net, FactoredAdamW(net, **ADAMW, backend=stepping), targets(net), steps)
     assert isinstance(net.up.weight.grad, FactoredGradient)
     assert_as_close(net, *trained(name, torch.optim.AdamW, steps, tuple(ADAMW.items())))
 
 
 @pytest.mark.parametrize("options", SGD, ids=["plain", "momentum", "nesterov", "dampening"])
-def test_sgd_is_torchs_over_300_steps(sweeps: str, options: dict[str, Any]) -> None:
-    steps, name = 10 if few(sweeps) else 300, "vision"
+def test_sgd_is_torchs_over_300_steps(stepping: str, options: dict[str, Any]) -> None:
+    steps, name = 10 if few(stepping) else 300, "vision"
     net = network(name)
     options = {"lr": 1e-3, "weight_decay": 0.05, **options}
-    train(net, FactoredSGD(net, **options, backend=sweeps), targets(net), steps)
+    train(net, FactoredSGD(net, **options, backend=stepping), targets(net), steps)
     assert isinstance(net.up.weight.grad, FactoredGradient)
     assert_as_close(net, *trained(name, torch.optim.SGD, steps, tuple(options.items())))
 
 
-def test_float64_is_exact_and_the_reference_sweeps_it() -> None:
+def test_float64_is_exact_and_the_reference_steps_it() -> None:
     net = network(dtype=torch.float64)
     exact, wanted = twin(net, torch.float64), targets(net)
     train(net, FactoredAdamW(net, **ADAMW), wanted, 50)
@@ -229,7 +229,7 @@ def test_another_optimizer_reads_what_this_one_owns() -> None:
 def test_no_large_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(length=2, layers=8, hidden=64)
     wanted = targets(net, 1)
-    monkeypatch.setattr(sweep, "TILE", 1024)
+    monkeypatch.setattr(fused_step, "TILE", 1024)
     ours = FactoredAdamW(net, max_norm=1.0, backend="reference")
     train(net, ours, wanted, 1)  # moments
     with Largest() as seen:

@@ -15,7 +15,7 @@ from prefixattn import backends
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.optim.dispatch import choose
 from prefixattn.optim.network_grad import is_finite
-from prefixattn.reparam import reference, sweep
+from prefixattn.reparam import fused_step, reference
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.functional import here
 from prefixattn.testing.optim import NETWORKS, loss, network, parameters, targets, train
@@ -30,7 +30,7 @@ FORMS = {
 
 @pytest.fixture(params=[row.name for row in backends.REPARAM if row.named])
 def module(request: pytest.FixtureRequest) -> ModuleType:
-    """Each backend that can sweep here."""
+    """Each backend that has a fused step here."""
     w, h, dy = torch.zeros(1, 64, 8), torch.zeros(1, 2, 8), torch.zeros(1, 2, 64)
     try:
         return choose(request.param, w, w, w, h, dy)
@@ -40,7 +40,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("length", [3, 33])
-def test_sweeps_take_a_bank_or_its_rows(module: ModuleType, name: str, length: int) -> None:
+def test_fused_steps_take_a_bank_or_its_rows(module: ModuleType, name: str, length: int) -> None:
     form, G, M = FORMS[name], 2, 40
     O = form.layers * 2 * form.kv_heads * form.head_dim
     generator = torch.Generator().manual_seed(0)
@@ -57,10 +57,10 @@ def test_sweeps_take_a_bank_or_its_rows(module: ModuleType, name: str, length: i
     found = []
     for dy, its_form in ((dbank, form), (rows, None)):
         made = [w.clone(), torch.zeros_like(w), torch.zeros_like(w), w.clone(), torch.zeros_like(w)]
-        made.append(module.adamw_sweep(*made[:3], h, dy, form=its_form, **adamw))
-        made.append(module.sgd_sweep(*made[3:5], h, dy, form=its_form, **sgd))
+        made.append(module.fused_adamw(*made[:3], h, dy, form=its_form, **adamw))
+        made.append(module.fused_sgd(*made[3:5], h, dy, form=its_form, **sgd))
         found.append(made)
-        assert module.sweep_unsupported(*made[:3], h, dy, its_form) == []
+        assert module.fused_step_unsupported(*made[:3], h, dy, its_form) == []
     of_bank, of_rows = found
     assert all(torch.equal(a, b) for a, b in zip(of_bank[:5], of_rows[:5], strict=True))
     # an interleaved bank's columns have an order of their own, and a sum over them its own roundings
@@ -108,7 +108,7 @@ def test_a_gradient_is_taken_and_not_copied() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_the_gradient_of_a_half_bank_stays_so_until_it_is_added_up(dtype: torch.dtype) -> None:
-    """One micro-batch's is swept in its own type, with what float32 copies of its numbers give; sums are float32."""
+    """One micro-batch's is stepped in its own type, with what float32 copies of its numbers give; sums are float32."""
     wide, half = network(), network()
     optimizers = FactoredAdamW(wide, lr=1e-2), FactoredAdamW(half, lr=1e-2)
     for net in (wide, half):
@@ -134,13 +134,15 @@ def test_the_gradient_of_a_half_bank_stays_so_until_it_is_added_up(dtype: torch.
 
 
 @pytest.mark.parametrize("kind", [FactoredAdamW, FactoredSGD])
-def test_the_bank_is_gone_while_its_matrix_is_swept(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bank_is_gone_while_its_matrix_is_stepped(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     net, wanted = network(), targets(network())
     optimizer = kind(net, backend="reference")
     alive: list[bool] = []
-    for name in ("adamw_sweep", "sgd_sweep"):
-        run = getattr(sweep, name)
-        monkeypatch.setattr(sweep, name, lambda *a, run=run, **k: (alive.append(bank() is not None), run(*a, **k))[1])
+    for name in ("fused_adamw", "fused_sgd"):
+        run = getattr(fused_step, name)
+        monkeypatch.setattr(
+            fused_step, name, lambda *a, run=run, **k: (alive.append(bank() is not None), run(*a, **k))[1]
+        )
     bank = weakref.ref(net())
     train(net, optimizer, wanted, 1)
     assert alive == [False]

@@ -16,8 +16,8 @@ from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
 from prefixattn.optim.adamw import moment
 from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.reparam.fused_step import fused_adamw
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.sweep import adamw_sweep
 from prefixattn.testing.models import tiny_gpt2, token_ids
 from prefixattn.testing.optim import loss, network, parameters, targets, train, twin
 
@@ -305,7 +305,7 @@ def test_a_slow_average_moves() -> None:
     h[..., 0] = 10.0
     options: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     for step in range(1, 1001):
-        adamw_sweep(w, *eight, h, dy, **options, step=step, grad_scale=1.0, want_dh=False)
+        fused_adamw(w, *eight, h, dy, **options, step=step, grad_scale=1.0, want_dh=False)
     expected = 1 + 3 * 0.999**1000
     found = eight[1].decode(0, slice(0, 8))
     assert found[:, 1:].mean() == pytest.approx(expected, rel=0.02)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixattn.reparam import functional, moments8, sweep
+from prefixattn.reparam import functional, fused_step, moments8
 from prefixattn.reparam.call import Given, Needs
 from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.testing.attention import assert_all_as_accurate
@@ -44,7 +44,7 @@ CASES = {
     "one": (Shape(1, 1, 1, 1, 1, 1, 1), "plain"),
 }
 # (G, P, O, M)
-SWEEPS = [
+SIZES = [
     (1, 1, 1, 1),
     (1, 10, 130, 512),
     (2, 5, 77, 48),
@@ -62,7 +62,7 @@ SGD = {
 }
 
 
-def sweep_inputs(size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def step_inputs(size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     G, P, O, M = size
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(*shape, generator=generator) for shape in ((G, O, M), (G, P, M), (G, P, O)))  # type: ignore[return-value]
@@ -82,31 +82,31 @@ def adamw_steps(
     module: Any, size: tuple[int, int, int, int], dtype: torch.dtype, moments: torch.dtype
 ) -> dict[str, Tensor]:
     """What three steps leave behind."""
-    w, h, dy = (t.to(dtype) for t in sweep_inputs(size))
+    w, h, dy = (t.to(dtype) for t in step_inputs(size))
     found = {"w": w, "exp_avg": torch.zeros_like(w, dtype=moments), "exp_avg_sq": torch.zeros_like(w, dtype=moments)}
     for step in (1, 2, 3):
         options = {**ADAMW, "step": step, "grad_scale": 0.5, "want_dh": step != 2}
-        dh = module.adamw_sweep(w, found["exp_avg"], found["exp_avg_sq"], h, dy, **options)
+        dh = module.fused_adamw(w, found["exp_avg"], found["exp_avg_sq"], h, dy, **options)
         assert (dh is not None) == (step != 2)
         if dh is not None:
             found[f"dh{step}"] = dh
     return found
 
 
-@pytest.mark.parametrize("size", SWEEPS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", FLOAT32_ISAS)
 def test_adamw_equals_the_definition(name: str, size: tuple[int, int, int, int]) -> None:
-    right = adamw_steps(sweep, size, torch.float64, torch.float64)
-    plain = adamw_steps(sweep, size, torch.float32, torch.float32)
+    right = adamw_steps(fused_step, size, torch.float64, torch.float64)
+    plain = adamw_steps(fused_step, size, torch.float32, torch.float32)
     with isa(name):
         assert_all_as_accurate(adamw_steps(cpu, size, torch.float32, torch.float32), plain, right)
 
 
-@pytest.mark.parametrize("size", SWEEPS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", FLOAT32_ISAS)
 def test_moments_in_bfloat16(name: str, size: tuple[int, int, int, int]) -> None:
     """As the definition keeps them: rounded to nearest once a step, so at most a neighbour apart."""
-    plain = adamw_steps(sweep, size, torch.float32, torch.bfloat16)
+    plain = adamw_steps(fused_step, size, torch.float32, torch.bfloat16)
     with isa(name):
         found = adamw_steps(cpu, size, torch.float32, torch.bfloat16)
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -145,11 +145,11 @@ def moments_before(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def one_step(module: Any, size: tuple[int, int, int, int], forms: tuple[str, str], step: int = 7) -> tuple[Any, ...]:
-    w, h, dy = sweep_inputs(size)
+    w, h, dy = step_inputs(size)
     h[:, :, 2 * size[3] // 3 :] = 0  # a part of the gradient that is zero
     first, second = (kept(t, form, i == 0) for i, (t, form) in enumerate(zip(moments_before(w), forms, strict=True)))
     options = {**ADAMW, "step": step, "grad_scale": 0.5, "want_dh": True}
-    return w, first, second, module.adamw_sweep(w, first, second, h, dy, **options)
+    return w, first, second, module.fused_adamw(w, first, second, h, dy, **options)
 
 
 def code_of(moment: Moment8) -> Tensor:
@@ -176,21 +176,21 @@ def assert_codes_are_right(found: Moment8, plain: Moment8, exact: Tensor, step: 
 
 
 EDGES = {("8bit", "8bit"), ("8bit", "float32"), ("bfloat16", "8bit"), ("float32", "bfloat16"), ("8bit", "bfloat16")}
-BLOCKS = [*SWEEPS, (1, 10, 130, 513), (2, 3, 9, 255), (1, 21, 150, 777), (1, 32, 70, 600), (1, 40, 30, 256)]
+BLOCKS = [*SIZES, (1, 10, 130, 513), (2, 3, 9, 255), (1, 21, 150, 777), (1, 32, 70, 600), (1, 40, 30, 256)]
 
 
 @pytest.mark.parametrize("size", BLOCKS, ids=str)
 @pytest.mark.parametrize("forms", [*sorted(EDGES), ("bfloat16", "float32")], ids=str)
 @pytest.mark.parametrize("name", FLOAT32_ISAS)
 def test_moments_of_two_kinds(name: str, forms: tuple[str, str], size: tuple[int, int, int, int]) -> None:
-    plain = one_step(sweep, size, forms)
+    plain = one_step(fused_step, size, forms)
     with isa(name):
         found = one_step(cpu, size, forms)
-    w, h, dy = (t.double() for t in sweep_inputs(size))
+    w, h, dy = (t.double() for t in step_inputs(size))
     h[:, :, 2 * size[3] // 3 :] = 0
     pairs = zip(moments_before(w), forms, (True, False), strict=True)
     before = [numbers(kept(t, form, signed)).double() for t, form, signed in pairs]
-    sweep.adamw_sweep(w, before[0], before[1], h, dy, **ADAMW, step=7, grad_scale=0.5, want_dh=False)
+    fused_step.fused_adamw(w, before[0], before[1], h, dy, **ADAMW, step=7, grad_scale=0.5, want_dh=False)
     for i, form in enumerate(forms, 1):
         if form == "8bit":
             assert_codes_are_right(found[i], plain[i], before[i - 1], 7)
@@ -215,7 +215,7 @@ def test_codes_of_any_values(name: str) -> None:
         before = numbers(first), numbers(second)
         options: dict[str, Any] = {**ADAMW, "beta1": 1 - 1e-12, "beta2": 1 - 1e-12, "step": 3}
         with isa(name):
-            cpu.adamw_sweep(w, first, second, h, dy, **options, grad_scale=1.0, want_dh=False)
+            cpu.fused_adamw(w, first, second, h, dy, **options, grad_scale=1.0, want_dh=False)
         for moment, old in zip((first, second), before, strict=True):
             new = numbers(moment)
             assert torch.equal(new == 0, old == 0)
@@ -228,7 +228,7 @@ def test_a_small_value_keeps_a_code() -> None:
     for name in FLOAT32_ISAS:
         moments = kept(w, "8bit", True), kept(w, "8bit", False)
         with isa(name):
-            cpu.adamw_sweep(w.clone(), *moments, h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=False)
+            cpu.fused_adamw(w.clone(), *moments, h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=False)
         assert moments[1].code[0, 0].tolist() == [255, 1, *[0] * 298]
         assert moments[0].code[0, 0, 0] == 254 and moments[0].code[0, 0, 2:].eq(127).all()
 
@@ -236,16 +236,16 @@ def test_a_small_value_keeps_a_code() -> None:
 @pytest.mark.parametrize("form", SGD)
 @pytest.mark.parametrize("name", FLOAT32_ISAS)
 def test_sgd_equals_the_definition(name: str, form: str) -> None:
-    for size in SWEEPS:
-        w, h, dy = sweep_inputs(size)
+    for size in SIZES:
+        w, h, dy = step_inputs(size)
         buffer = torch.full_like(w, torch.nan) if SGD[form]["momentum"] else None
         right_w, right_buffer = w.double(), None if buffer is None else buffer.double()
         with isa(name):
             for first in (True, False):
                 options: dict[str, Any] = {**SGD[form], "lr": 0.1, "weight_decay": 0.01, "first": first}
                 options |= {"grad_scale": 2.0, "want_dh": True}
-                dh = cpu.sgd_sweep(w, buffer, h, dy, **options)
-                right_dh = sweep.sgd_sweep(right_w, right_buffer, h.double(), dy.double(), **options)
+                dh = cpu.fused_sgd(w, buffer, h, dy, **options)
+                right_dh = fused_step.fused_sgd(right_w, right_buffer, h.double(), dy.double(), **options)
                 scale = right_dh.abs().max().item()  # type: ignore[union-attr]
                 torch.testing.assert_close(dh.double(), right_dh, rtol=1e-5, atol=1e-5 * scale)  # type: ignore[union-attr]
         scale = right_w.abs().max().item()
@@ -256,16 +256,16 @@ def test_sgd_equals_the_definition(name: str, form: str) -> None:
 def test_bits_do_not_depend_on_threads(size: tuple[int, int, int, int]) -> None:
     found = []
     for n in (1, 2, 5):
-        w, h, dy = sweep_inputs(size)
+        w, h, dy = step_inputs(size)
         state: list[Any] = [torch.zeros_like(w), torch.zeros_like(w)]
         with threads(n):
-            dh = cpu.adamw_sweep(w, state[0], state[1], h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
-            assert torch.equal(cpu.dh_only(sweep_inputs(size)[0], dy), dh)  # type: ignore[arg-type]
+            dh = cpu.fused_adamw(w, state[0], state[1], h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
+            assert torch.equal(cpu.dh_only(step_inputs(size)[0], dy), dh)  # type: ignore[arg-type]
         state += [t for k in (True, False) for t in kept(torch.zeros_like(w), "8bit", k)[:2]]
-        w8 = sweep_inputs(size)[0]
+        w8 = step_inputs(size)[0]
         with threads(n):
             eight: list[Any] = [Moment8(state[2], state[3], True), Moment8(state[4], state[5], False)]
-            cpu.adamw_sweep(w8, eight[0], eight[1], h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
+            cpu.fused_adamw(w8, eight[0], eight[1], h, dy, **ADAMW, step=1, grad_scale=1.0, want_dh=True)
         found.append((w, w8, *state, dh))
     for other in found[1:]:
         for t, first in zip(other, found[0], strict=True):
@@ -285,7 +285,7 @@ def test_each_gradient_alone_is_the_same() -> None:
 @pytest.mark.parametrize("n", [1, 3])
 def test_scratch_that_cannot_be_had_is_an_error_in_words(n: int) -> None:
     """Also where a worker is refused it, whose exception has to reach the caller's thread."""
-    call, (w, _, dy) = detached(make_inputs("three_networks")), sweep_inputs((2, 40, 300, 70))
+    call, (w, _, dy) = detached(make_inputs("three_networks")), step_inputs((2, 40, 300, 70))
     for run in (lambda: cpu.fwd(call).bank, lambda: cpu.dh_only(w, dy)):
         with threads(n):
             right = run()
@@ -299,15 +299,15 @@ def test_scratch_that_cannot_be_had_is_an_error_in_words(n: int) -> None:
 
 
 def test_refusals_are_in_words() -> None:
-    w, h, dy = sweep_inputs((1, 2, 8, 16))
-    assert cpu.sweep_unsupported(w, w, w, h, dy) == []
-    assert cpu.sweep_unsupported(w.double(), None, None, h, dy) == ["w is torch.float64; needs torch.float32"]
-    assert cpu.sweep_unsupported(w, w.bfloat16(), w.byte(), h, dy) == []
-    [reason] = cpu.sweep_unsupported(w, w, w.half(), h, dy)
+    w, h, dy = step_inputs((1, 2, 8, 16))
+    assert cpu.fused_step_unsupported(w, w, w, h, dy) == []
+    assert cpu.fused_step_unsupported(w.double(), None, None, h, dy) == ["w is torch.float64; needs torch.float32"]
+    assert cpu.fused_step_unsupported(w, w.bfloat16(), w.byte(), h, dy) == []
+    [reason] = cpu.fused_step_unsupported(w, w, w.half(), h, dy)
     assert reason == "exp_avg_sq is torch.float16; needs torch.float32 or torch.bfloat16 or torch.uint8"
-    [reason] = cpu.sweep_unsupported(w, w.byte(), None, h, dy)  # SGD's
+    [reason] = cpu.fused_step_unsupported(w, w.byte(), None, h, dy)  # SGD's
     assert reason == "exp_avg is torch.uint8; needs torch.float32 or torch.bfloat16"
-    [reason] = cpu.sweep_unsupported(w.mT.contiguous().mT, None, None, h, dy)
+    [reason] = cpu.fused_step_unsupported(w.mT.contiguous().mT, None, None, h, dy)
     assert reason.startswith("w is not contiguous")
     options: dict[str, Any] = {**ADAMW, "step": 1, "grad_scale": 1.0, "want_dh": False}
     first, second = kept(torch.zeros_like(w), "8bit", True), kept(torch.zeros_like(w), "8bit", False)
@@ -325,7 +325,7 @@ def test_refusals_are_in_words() -> None:
     }
     for words, moments in wrong.items():
         with pytest.raises(NotImplementedError, match=words):
-            cpu.adamw_sweep(w, *moments, h, dy, **options)
+            cpu.fused_adamw(w, *moments, h, dy, **options)
     with pytest.raises(NotImplementedError, match=r"dy has shape \[1, 2, 7\], expected \[1, 2, 8\]"):
         cpu.dh_only(w, dy[:, :, :7].contiguous())
     inputs = make_inputs("tiny", torch.float64)
@@ -335,9 +335,9 @@ def test_refusals_are_in_words() -> None:
 
 def test_fields_are_read_by_name() -> None:
     sizes = {"G": 1, "P": 2, "O": 8, "M": 16}
-    assert _C.reparam_sweep_workspace(sizes) > 0
+    assert _C.reparam_step_workspace(sizes) > 0
     with pytest.raises(TypeError, match="sizes: unknown field 'form'"):
-        _C.reparam_sweep_workspace(sizes | {"form": None})
+        _C.reparam_step_workspace(sizes | {"form": None})
     fields = sizes | {"h": None, "dy": 0, "form": {"layers": 1}, "dtype": 0, "w": 0, "dh": 0, "workspace": 0}
     with pytest.raises(TypeError, match="form: no field 'kv_heads'"):
         _C.reparam_dh(fields | {"grad_scale": 1.0}, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefixattn import backends
-from prefixattn.reparam import functional, guard, reference, sweep, triton
+from prefixattn.reparam import functional, fused_step, guard, reference, triton
 from prefixattn.reparam.call import Call, Form, Needs
 
 CPU = torch.device("cpu")
@@ -40,14 +40,14 @@ def shifted(function: Any) -> Any:
         result = function(operand, *args, **kwargs)
         if isinstance(result, tuple):  # a record
             return type(result)._make(t.roll(1, -1) for t in result)
-        operand.add_(0.1)  # a sweep's matrix
+        operand.add_(0.1)  # a fused step's matrix
         return result
 
     return wrong
 
 
 @pytest.mark.parametrize(
-    ("kind", "function"), [("fwd", "fwd"), ("bwd", "bwd"), ("adamw", "adamw_sweep"), ("sgd", "sgd_sweep")]
+    ("kind", "function"), [("fwd", "fwd"), ("bwd", "bwd"), ("adamw", "fused_adamw"), ("sgd", "fused_sgd")]
 )
 def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, function, shifted(getattr(triton, function)))
@@ -61,14 +61,14 @@ def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypat
         if kind == "adamw":
             numbers |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 1}
             expected = w.clone()
-            sweep.adamw_sweep(expected, first.clone(), second.clone(), h, dy, **numbers)
-            guard.adamw_sweep(w, first, second, h, dy, **numbers)
+            fused_step.fused_adamw(expected, first.clone(), second.clone(), h, dy, **numbers)
+            guard.fused_adamw(w, first, second, h, dy, **numbers)
             assert torch.equal(w, expected)
         if kind == "sgd":
             numbers |= {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "first": True}
             expected = w.clone()
-            sweep.sgd_sweep(expected, None, h, dy, **numbers)
-            guard.sgd_sweep(w, None, h, dy, **numbers)
+            fused_step.fused_sgd(expected, None, h, dy, **numbers)
+            guard.fused_sgd(w, None, h, dy, **numbers)
             assert torch.equal(w, expected)
         if kind == "fwd":
             x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
@@ -97,7 +97,7 @@ def test_moments_of_8_bits_have_a_trial_of_their_own(forms: tuple[bool, bool], m
     monkeypatch.setattr(guard.trials, "tried", lambda case: tried.append(case) or "")
     w, h, dy = torch.randn(1, 8, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 8)
     m, v = (guard._eight(w.abs(), i == 0) if form else torch.zeros_like(w) for i, form in enumerate(forms))
-    guard.adamw_sweep(w, m, v, h, dy, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
+    guard.fused_adamw(w, m, v, h, dy, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=1)
     assert tried == [("adamw8", CPU, torch.float32)]
 
 

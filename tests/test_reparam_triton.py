@@ -1,4 +1,4 @@
-"""The Triton kernels of the reparameterization and of its sweeps: odd sizes, each kind of tile, fixed sums, bytes."""
+"""The Triton kernels of the reparameterization and its fused steps: odd sizes, each kind of tile, fixed sums, bytes."""
 
 import copy
 from typing import Any
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixattn.reparam import fused_step as reference
 from prefixattn.reparam import reference as network
-from prefixattn.reparam import sweep as reference
 from prefixattn.reparam import triton
 from prefixattn.reparam.call import Call, Form
 from prefixattn.testing.attention import assert_all_as_accurate, assert_as_accurate, rms
@@ -104,7 +104,7 @@ def test_refusals() -> None:
     huge = torch.empty(1, 2**16, 2**15, device="meta")
     assert "2147483648" in triton.unsupported(call._replace(w2=huge), NEEDS)[-1]
     w2 = call.w2
-    words = triton.sweep_unsupported(w2, w2.to(torch.int8), w2.half(), call.x, torch.zeros(1, 3, 8).mT)
+    words = triton.fused_step_unsupported(w2, w2.to(torch.int8), w2.half(), call.x, torch.zeros(1, 3, 8).mT)
     assert [w.split(";")[0] for w in words] == [
         "exp_avg is torch.int8",
         "exp_avg_sq is torch.float16",
@@ -112,7 +112,7 @@ def test_refusals() -> None:
     ]
 
 
-# --- the sweeps
+# --- the fused steps
 
 # G, P, O, M: every row of the table of tiles, and past it; one part and several
 MATRICES = {
@@ -141,17 +141,17 @@ def matrix(name: str, dtype: torch.dtype = torch.float32, state: int = 2) -> tup
     return [w, average.to(dtype), square.square().to(dtype)][: 1 + state], h, dy
 
 
-def run(sweep: Any, tensors: tuple[list[Tensor], Tensor, Tensor], dtype: torch.dtype, **numbers: Any) -> dict[str, Any]:
+def run(fused: Any, tensors: tuple[list[Tensor], Tensor, Tensor], dtype: torch.dtype, **numbers: Any) -> dict[str, Any]:
     """What the state becomes, and dh, when it is kept in its own type and computed in `dtype`."""
     state, h, dy = copy.deepcopy(tensors)
     if dtype == torch.float64:
         state = [t.double() for t in state]
-    dh = sweep(*state, h.to(dtype), dy.to(dtype), want_dh=True, **numbers)
+    dh = fused(*state, h.to(dtype), dy.to(dtype), want_dh=True, **numbers)
     return dict(zip(("w", "first", "second"), state, strict=False)) | {"dh": dh}
 
 
-def check(name: str, sweep: str, moments: torch.dtype = torch.float32, state: int = 2, **numbers: Any) -> None:
-    tensors, ours, other = matrix(name, moments, state), getattr(triton, sweep), getattr(reference, sweep)
+def check(name: str, fused: str, moments: torch.dtype = torch.float32, state: int = 2, **numbers: Any) -> None:
+    tensors, ours, other = matrix(name, moments, state), getattr(triton, fused), getattr(reference, fused)
     right, same = (run(other, tensors, t, **numbers) for t in (torch.float64, torch.float32))
     found = run(ours, tensors, torch.float32, **numbers)
     assert {k: t.dtype for k, t in found.items()} == {k: t.dtype for k, t in same.items()}
@@ -161,7 +161,7 @@ def check(name: str, sweep: str, moments: torch.dtype = torch.float32, state: in
 @pytest.mark.parametrize("step", [1, 7])
 @pytest.mark.parametrize("name", MATRICES)
 def test_adamw(name: str, step: int) -> None:
-    check(name, "adamw_sweep", step=step, grad_scale=0.3, **ADAMW)
+    check(name, "fused_adamw", step=step, grad_scale=0.3, **ADAMW)
 
 
 def test_adamw_is_that_of_torch() -> None:
@@ -173,7 +173,7 @@ def test_adamw_is_that_of_torch() -> None:
     average, square = torch.zeros_like(w), torch.zeros_like(w)
     for step in range(1, 9):
         rows = dy * np.cos(step)
-        triton.adamw_sweep(w, average, square, h, rows, step=step, grad_scale=1.0, want_dh=False, **ADAMW)  # type: ignore[arg-type]
+        triton.fused_adamw(w, average, square, h, rows, step=step, grad_scale=1.0, want_dh=False, **ADAMW)  # type: ignore[arg-type]
         for t, p in plain.items():
             p.grad = rows.to(t).mT @ h.to(t)
             optimizers[t].step()
@@ -182,7 +182,7 @@ def test_adamw_is_that_of_torch() -> None:
 
 
 def test_moments_in_bfloat16() -> None:
-    check("P10", "adamw_sweep", torch.bfloat16, step=3, grad_scale=1.0, **ADAMW)
+    check("P10", "fused_adamw", torch.bfloat16, step=3, grad_scale=1.0, **ADAMW)
 
 
 SGDS: dict[str, dict[str, Any]] = {
@@ -196,18 +196,18 @@ SGDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", SGDS)
 def test_sgd(kind: str) -> None:
-    check("P10", "sgd_sweep", state=1, grad_scale=0.5, **{**SGD, "first": False, **SGDS[kind]})
+    check("P10", "fused_sgd", state=1, grad_scale=0.5, **{**SGD, "first": False, **SGDS[kind]})
 
 
 def test_sgd_without_momentum() -> None:
     tensors = matrix("P17", state=0)
 
-    def without(sweep: Any) -> Any:
-        return lambda w, h, dy, **numbers: sweep(w, None, h, dy, **numbers)
+    def without(fused: Any) -> Any:
+        return lambda w, h, dy, **numbers: fused(w, None, h, dy, **numbers)
 
     numbers = {**SGD, "momentum": 0.0, "first": False, "grad_scale": 1.0}
-    right, same = (run(without(reference.sgd_sweep), tensors, t, **numbers) for t in (torch.float64, torch.float32))
-    assert_all_as_accurate(run(without(triton.sgd_sweep), tensors, torch.float32, **numbers), same, right)
+    right, same = (run(without(reference.fused_sgd), tensors, t, **numbers) for t in (torch.float64, torch.float32))
+    assert_all_as_accurate(run(without(triton.fused_sgd), tensors, torch.float32, **numbers), same, right)
 
 
 BANKS = {
@@ -220,7 +220,7 @@ BANKS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["blocked", "interleaved"])
 @pytest.mark.parametrize("name", BANKS)
-def test_sweeps_read_the_gradient_of_a_bank(
+def test_fused_steps_read_the_gradient_of_a_bank(
     name: str, interleaved: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it lies and in its own type: what rows of the same numbers give, and nobody makes rows."""
@@ -232,18 +232,18 @@ def test_sweeps_read_the_gradient_of_a_bank(
     bank = network.bank_of(dy, form, dtype)
     dy = network.rows_of(bank, form, G, torch.float32)
     kinds: list[tuple[str, list[Tensor], dict[str, Any]]] = [
-        ("adamw_sweep", [w, m, v.square()], {**ADAMW, "step": 3}),
-        ("sgd_sweep", [w, m], {**SGD, "first": False}),
+        ("fused_adamw", [w, m, v.square()], {**ADAMW, "step": 3}),
+        ("fused_sgd", [w, m], {**SGD, "first": False}),
     ]
-    for sweep, state, numbers in kinds:
+    for fused, state, numbers in kinds:
         numbers |= {"grad_scale": 0.5, "want_dh": True}
         by_rows = [t.clone() for t in state]
-        dh_by_rows = getattr(triton, sweep)(*by_rows, h, dy, **numbers)
+        dh_by_rows = getattr(triton, fused)(*by_rows, h, dy, **numbers)
         with monkeypatch.context() as patched:
             patched.setattr(network, "rows_of", None)
             patched.setattr(network, "as_rows", None)
             by_bank = [t.clone() for t in state]
-            dh = getattr(triton, sweep)(*by_bank, h, bank, form=form, **numbers)
+            dh = getattr(triton, fused)(*by_bank, h, bank, form=form, **numbers)
         assert all(torch.equal(a, b) for a, b in zip(by_rows, by_bank, strict=True))
         exact = 0.5 * dy.double() @ w.double()
         assert_as_accurate("dh", dh, 0.5 * dy @ w, exact)
@@ -252,7 +252,7 @@ def test_sweeps_read_the_gradient_of_a_bank(
 
 def test_a_new_buffer_is_not_read() -> None:
     (w, buffer), h, dy = matrix("M3", state=1)
-    triton.sgd_sweep(w, buffer.fill_(torch.nan), h, dy, **SGD, first=True, grad_scale=1.0, want_dh=False)  # type: ignore[arg-type]
+    triton.fused_sgd(w, buffer.fill_(torch.nan), h, dy, **SGD, first=True, grad_scale=1.0, want_dh=False)  # type: ignore[arg-type]
     assert w.isfinite().all() and buffer.isfinite().all()
 
 
@@ -269,8 +269,8 @@ def test_any_number_of_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     for programs in (1, 10**6, 10**6):
         monkeypatch.setattr(launch_reparam, "PROGRAMS", programs)
         monkeypatch.setattr(launch_reparam, "FEW", programs)
-        check(name, "adamw_sweep", step=2, grad_scale=1.0, **ADAMW)
-        found.append(run(triton.adamw_sweep, matrix(name), torch.float32, step=2, grad_scale=1.0, **ADAMW))
+        check(name, "fused_adamw", step=2, grad_scale=1.0, **ADAMW)
+        found.append(run(triton.fused_adamw, matrix(name), torch.float32, step=2, grad_scale=1.0, **ADAMW))
     assert torch.equal(found[0]["w"], found[1]["w"])
     assert not torch.equal(found[0]["dh"], found[1]["dh"])
     assert torch.equal(found[1]["dh"], found[2]["dh"])
@@ -279,10 +279,10 @@ def test_any_number_of_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_found_inf_leaves_everything_as_it_is(found: float) -> None:
     flag, halves = torch.tensor([found]), {"grad_scale": 1.0, "want_dh": False, "found_inf": torch.tensor([found])}
-    for sweep, numbers, state in (("adamw_sweep", {**ADAMW, "step": 2}, 2), ("sgd_sweep", {**SGD, "first": False}, 1)):
+    for fused, numbers, state in (("fused_adamw", {**ADAMW, "step": 2}, 2), ("fused_sgd", {**SGD, "first": False}, 1)):
         before, h, dy = matrix("P10", state=state)
         after = [t.clone() for t in before]
-        getattr(triton, sweep)(*after, h, dy, **numbers, **halves)
+        getattr(triton, fused)(*after, h, dy, **numbers, **halves)
         assert all(torch.equal(a, b) == bool(flag) for a, b in zip(before, after, strict=True))
 
 
@@ -291,14 +291,14 @@ def test_numbers_beside_the_tensors_are_not_touched() -> None:
     (w, average, square), h, dy = matrix("P17")
     wide = [torch.full((3 * t.numel(),), 7.0) for t in (w, average, square)]
     inner = [b[t.numel() : 2 * t.numel()].view_as(t).copy_(t) for b, t in zip(wide, (w, average, square), strict=True)]
-    triton.adamw_sweep(*inner, h, dy, step=1, grad_scale=1.0, want_dh=True, **ADAMW)  # type: ignore[arg-type]
+    triton.fused_adamw(*inner, h, dy, step=1, grad_scale=1.0, want_dh=True, **ADAMW)  # type: ignore[arg-type]
     for b, t in zip(wide, inner, strict=True):
         assert (b[: t.numel()] == 7).all() and (b[2 * t.numel() :] == 7).all()
         assert not torch.equal(t, w)
 
 
 def test_parts_stay_small() -> None:
-    """Parts of dh, written and read, are within SHARE of a large sweep, which has programs enough all the same."""
+    """Parts of dh, written and read, are within SHARE of a large fused step, which has programs enough all the same."""
     for P in (1, 10, 50, 100, 200, 256):
         sizes, plan = Sizes(1, P, 49152, 512), launch_reparam.SWEEP[launch_reparam.tile(P, 256)]
         tiles = -(-512 // plan.block_m)

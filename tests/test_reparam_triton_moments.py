@@ -1,4 +1,4 @@
-"""Moments of 8 bits in the Triton sweep: the definition's codes to the bit, and a step as near as rounding lets."""
+"""Moments of 8 bits in Triton's fused step: the definition's codes to the bit, and a step as near as rounding lets."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim import FactoredAdamW
+from prefixattn.reparam import fused_step as reference
 from prefixattn.reparam import moments8, triton
 from prefixattn.reparam import reference as network
-from prefixattn.reparam import sweep as reference
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.testing.optim import network as optimized
@@ -90,13 +90,13 @@ def test_codes_and_scales_are_the_definitions_to_the_bit(name: str, step: int, m
     (h, dy), w = factors(name), torch.ones(G, O, M)
     options: dict[str, Any] = {**ADAMW, "beta1": 0.75, "beta2": 0.5, "step": step, "grad_scale": 1.0, "want_dh": False}
     found, right = ([kept(m, "8bit", True), kept(v, "8bit", False)] for _ in range(2))
-    triton.adamw_sweep(w.clone(), *found, h, dy, **options)
-    reference.adamw_sweep(w.clone(), *right, h, dy, **options)
+    triton.fused_adamw(w.clone(), *found, h, dy, **options)
+    reference.fused_adamw(w.clone(), *right, h, dy, **options)
     for a, b in zip(found, right, strict=True):
         assert torch.equal(a.scale, b.scale)
         assert torch.equal(a.code, b.code)
     other = [kept(m, "8bit", True), kept(v, "8bit", False)]
-    triton.adamw_sweep(w.clone(), *other, h, dy, **{**options, "step": step + 1})
+    triton.fused_adamw(w.clone(), *other, h, dy, **{**options, "step": step + 1})
     assert all((a.code != b.code).float().mean() > 0.1 for a, b in zip(found, other, strict=True)), "the coin decides"
     assert all((t.scale == 0).any() and (t.scale > 0).any() for t in right), "scales that vanish, and that last"
 
@@ -155,9 +155,9 @@ def test_a_step(forms: tuple[str, str], name: str) -> None:
     options = {**ADAMW, "step": 7, "grad_scale": 0.5, "want_dh": True}
     found, plain = ([w.clone(), kept(m, forms[0], True), kept(v, forms[1], False)] for _ in range(2))
     exact = [w.double(), numbers(kept(m, forms[0], True)).double(), numbers(kept(v, forms[1], False)).double()]
-    dh = triton.adamw_sweep(*found, h, dy, **options)
-    dh_plain = reference.adamw_sweep(*plain, h, dy, **options)
-    reference.adamw_sweep(*exact, h.double(), dy.double(), **options)
+    dh = triton.fused_adamw(*found, h, dy, **options)
+    dh_plain = reference.fused_adamw(*plain, h, dy, **options)
+    reference.fused_adamw(*exact, h.double(), dy.double(), **options)
     # where v nearly vanishes, m / sqrt(v) magnifies its rounding
     assert ((found[0] - plain[0]).abs() <= 1e-5 * plain[0].abs() + 1e-5).float().mean() > 0.999
     torch.testing.assert_close(found[0], plain[0], rtol=1e-3, atol=1e-3)
@@ -173,7 +173,7 @@ def test_a_step(forms: tuple[str, str], name: str) -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["blocked", "interleaved"])
 def test_coins_belong_to_rows_of_the_matrix(interleaved: bool) -> None:
-    """An interleaved matrix is swept in another order; its codes are the same."""
+    """An interleaved matrix is stepped in another order; its codes are the same."""
     form, P, M = Form(2, 1, 12, interleaved, "tanh"), 6, 70
     O = form.layers * 2 * form.kv_heads * form.head_dim
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def test_coins_belong_to_rows_of_the_matrix(interleaved: bool) -> None:
     found = []
     for gradient, its in ((dy, None), (bank, form)):
         state = [kept(t, "8bit", signed) for t, signed in zip(moments((1, O, M)), (True, False), strict=True)]
-        triton.adamw_sweep(w.clone(), *state, h, gradient, form=its, **{**ADAMW, "step": 4}, want_dh=False)
+        triton.fused_adamw(w.clone(), *state, h, gradient, form=its, **{**ADAMW, "step": 4}, want_dh=False)
         found.append(state)
     assert all(torch.equal(x, y) for a, b in zip(*found, strict=True) for x, y in zip(a[:2], b[:2], strict=True))
 
@@ -195,7 +195,7 @@ def test_found_inf_leaves_codes_and_scales() -> None:
     before = [w.clone(), *(t.clone() for m in state for t in m[:2])]
     h, dy = torch.ones(1, 3, 300), torch.ones(1, 3, 20)
     for flag, same in ((1.0, True), (0.0, False)):
-        triton.adamw_sweep(w, *state, h, dy, **{**ADAMW, "step": 4}, want_dh=False, found_inf=torch.tensor([flag]))
+        triton.fused_adamw(w, *state, h, dy, **{**ADAMW, "step": 4}, want_dh=False, found_inf=torch.tensor([flag]))
         after = [w, *(t for m in state for t in m[:2])]
         assert all(torch.equal(a, b) == same for a, b in zip(before, after, strict=True))
 
@@ -203,8 +203,8 @@ def test_found_inf_leaves_codes_and_scales() -> None:
 def test_refusals() -> None:
     w, h, dy = torch.ones(1, 4, 8), torch.ones(1, 2, 8), torch.ones(1, 2, 4)
     m, v = kept(w, "8bit", True), kept(w, "8bit", False)
-    assert triton.sweep_unsupported(w, m.code, v.code, h, dy) == []
-    assert "exp_avg is torch.uint8" in triton.sweep_unsupported(w, m.code, None, h, dy)[0], "SGD's buffer"
+    assert triton.fused_step_unsupported(w, m.code, v.code, h, dy) == []
+    assert "exp_avg is torch.uint8" in triton.fused_step_unsupported(w, m.code, None, h, dy)[0], "SGD's buffer"
     options: dict[str, Any] = {**ADAMW, "step": 1}
     for first, second, words in (
         (m.code, v, "exp_avg is uint8, expected a Moment8"),
@@ -212,7 +212,7 @@ def test_refusals() -> None:
         (m, v._replace(scale=torch.ones(1, 4, 2)), r"exp_avg_sq has signed=False with scales \[1, 4, 2\]"),
     ):
         with pytest.raises(ValueError, match=words):
-            triton.adamw_sweep(w, first, second, h, dy, **options)
+            triton.fused_adamw(w, first, second, h, dy, **options)
 
 
 @pytest.mark.parametrize("moments", ["8bit", ("8bit", "bfloat16"), ("float32", "8bit")], ids=str)

@@ -8,12 +8,12 @@ two moments; 4 W where these have 8 bits. Beside it stands the floor of both mat
 step is compared: where networks are small, w1 is a third of the parameters.
 
 The code's own step runs on tensors without memory, from the forward to the last update, the bank's gradient being what
-a backward pass of one micro-batch left: forward, look for what is not finite, sweep, small gradients, small parameters.
-Launches are counted twice: each element that a kernel reads or writes once for each kernel, as in triton_counts.py; and
-once for each program that asks for it, most of which a cache answers. An operation of torch between them counts its
-operands and its results, views apart. What is before the step is not in it: the backward pass of attention, and
-autograd's putting together of the layers' gradients into the bank's. tests/test_reparam_resources.py holds both counts
-of the launches to what the kernels really do.
+a backward pass of one micro-batch left: forward, look for what is not finite, fused step, small gradients, small
+parameters. Launches are counted twice: each element that a kernel reads or writes once for each kernel, as in
+triton_counts.py; and once for each program that asks for it, most of which a cache answers. An operation of torch
+between them counts its operands and its results, views apart. What is before the step is not in it: the backward pass
+of attention, and autograd's putting together of the layers' gradients into the bank's. tests/test_reparam_resources.py
+holds both counts of the launches to what the kernels really do.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Case(NamedTuple):
     D: int
     interleaved: bool = False
     eight: bool = False  # both moments of 8 bits
-    # written down before anything was counted: forward and sweep over 7 W; the whole step over 7 W1 + 7 W
+    # written down before anything was counted: forward and fused step over 7 W; the whole step over 7 W1 + 7 W
     predicted: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -172,8 +172,8 @@ def step(
         source = Source(parameters, made, dbank, lambda: None)
         source.averaged = True
         source.finite()
-    with phase("sweep"):
-        dh = backend.adamw_sweep(w2, *moments, source.h, source.dbank, form=form, step=1, **numbers)
+    with phase("sweep"):  # the fused step, by the word in the record
+        dh = backend.fused_adamw(w2, *moments, source.h, source.dbank, form=form, step=1, **numbers)
     assert dh is not None
     # torch has no autocast for tensors without memory
     without = patch.object(torch, "autocast", lambda *_, **__: nullcontext()) if device == "meta" else nullcontext()

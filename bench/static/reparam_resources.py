@@ -1,4 +1,4 @@
-"""As triton_resources.py, for the kernels of the reparameterization and of its sweeps: what they need on absent GPUs.
+"""As triton_resources.py, for the kernels of the reparameterization and its fused steps: what they need on absent GPUs.
 
 python -m bench.static.reparam_resources              # prints registers, spills and shared memory
 python -m bench.static.reparam_resources --out bench/results/reparam_resources.json

@@ -34,18 +34,18 @@ struct KeptMoment {
     MomentFormat format;
 };
 
-enum class SweepRule : int { kNone = 0, kDense = 1, kAdamW = 2, kSgd = 3 };
+enum class StepRule : int { kNone = 0, kDense = 1, kAdamW = 2, kSgd = 3 };
 
 // One read of the matrix: dh from the old values and, by the rule, what becomes of the gradient dy^T h.
-struct SweepParams : ReparamSizes {
+struct FusedStepParams : ReparamSizes {
     const float *h;  // [G, P, M]; null: the rule is kNone
     const void *dy;  // [G, P, O] float32; or, with dy_is_bank, [G * layers, 2, kv_heads, P, head_dim] in dtype
     bool dy_is_bank;
     BankForm form;
     DType dtype;
     float grad_scale;  // a factor on dy
-    SweepRule rule;
-    float *workspace;  // reparam_sweep_workspace() floats
+    StepRule rule;
+    float *workspace;  // reparam_step_workspace() floats
     float *w;          // [G, O, M]; changed by kAdamW and kSgd; null: not read
     float *dh;         // [G, P, M], output; null: not wanted
     // kDense, outputs
@@ -61,8 +61,8 @@ struct SweepParams : ReparamSizes {
     bool nesterov, first;
 };
 
-int64_t sweep_chunks(const ReparamSizes &);             // of a network
-int64_t reparam_fwd_workspace(const ReparamSizes &);    // floats
-int64_t reparam_sweep_workspace(const ReparamSizes &);  // floats
+int64_t step_chunks(const ReparamSizes &);             // of a network
+int64_t reparam_fwd_workspace(const ReparamSizes &);   // floats
+int64_t reparam_step_workspace(const ReparamSizes &);  // floats
 
 }  // namespace prefixattn

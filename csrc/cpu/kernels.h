@@ -12,7 +12,7 @@ struct AttentionKernels {
 };
 struct ReparamKernels {
     void (*fwd)(const ReparamFwdParams &, int threads);
-    void (*sweep)(const SweepParams &, int threads);
+    void (*fused_step)(const FusedStepParams &, int threads);
 };
 
 extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, avx512_bf16_attention;

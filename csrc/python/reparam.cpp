@@ -1,4 +1,4 @@
-// The reparameterization for Python: a dict of the members of ReparamFwdParams or SweepParams in, nothing returned.
+// The reparameterization for Python: a dict of the members of ReparamFwdParams or FusedStepParams in, nothing returned.
 // prefixattn/reparam/cpu.py checks them.
 #include "api/reparam.h"
 
@@ -54,7 +54,7 @@ ReparamSizes read_sizes(const py::dict &fields) {
 }
 
 int64_t fwd_workspace(const py::dict &sizes) { return reparam_fwd_workspace(read_sizes(sizes)); }
-int64_t sweep_workspace(const py::dict &sizes) { return reparam_sweep_workspace(read_sizes(sizes)); }
+int64_t step_workspace(const py::dict &sizes) { return reparam_step_workspace(read_sizes(sizes)); }
 
 void fwd(const py::dict &fields, int threads) {
     using Call = ReparamFwdParams;
@@ -66,15 +66,15 @@ void fwd(const py::dict &fields, int threads) {
     isa_in_use().reparam->fwd(p, threads);
 }
 
-void read_form(py::handle x, SweepParams &to) {  // None: dy is no gradient of a bank
+void read_form(py::handle x, FusedStepParams &to) {  // None: dy is no gradient of a bank
     to.dy_is_bank = !x.is_none();
     if (to.dy_is_bank) read_value(x, to.form);
 }
 
-using Call = SweepParams;
+using Call = FusedStepParams;
 
-// What every sweep takes.
-std::vector<Field<Call>> sweep_fields() {
+// What every fused step takes.
+std::vector<Field<Call>> step_fields() {
     std::vector<Field<Call>> fields = sizes<Call>();
     fields.insert(fields.end(), {PA_FIELD(Call, h),
                                  PA_FIELD(Call, dy),
@@ -87,25 +87,25 @@ std::vector<Field<Call>> sweep_fields() {
     return fields;
 }
 
-void sweep(const Record<Call> &record, const py::dict &fields, int threads, SweepRule rule) {
+void fused_step(const Record<Call> &record, const py::dict &fields, int threads, StepRule rule) {
     Call p = read(record, fields);
-    p.rule = rule == SweepRule::kDense && !p.dw ? SweepRule::kNone : rule;
+    p.rule = rule == StepRule::kDense && !p.dw ? StepRule::kNone : rule;
     const py::gil_scoped_release nogil;
-    isa_in_use().reparam->sweep(p, threads);
+    isa_in_use().reparam->fused_step(p, threads);
 }
 
 void bwd(const py::dict &fields, int threads) {
-    static const Record<Call> record("reparam_bwd", sweep_fields(), {PA_FIELD(Call, dw), PA_FIELD(Call, db)});
-    sweep(record, fields, threads, SweepRule::kDense);
+    static const Record<Call> record("reparam_bwd", step_fields(), {PA_FIELD(Call, dw), PA_FIELD(Call, db)});
+    fused_step(record, fields, threads, StepRule::kDense);
 }
 
 void dh(const py::dict &fields, int threads) {
-    static const Record<Call> record("reparam_dh", sweep_fields());
-    sweep(record, fields, threads, SweepRule::kNone);
+    static const Record<Call> record("reparam_dh", step_fields());
+    fused_step(record, fields, threads, StepRule::kNone);
 }
 
 void adamw(const py::dict &fields, int threads) {
-    static const Record<Call> record("reparam_adamw", sweep_fields(),
+    static const Record<Call> record("reparam_adamw", step_fields(),
                                      {{"exp_avg", read_member<&Call::moment1, Call>},
                                       {"exp_avg_sq", read_member<&Call::moment2, Call>},
                                       PA_FIELD(Call, one_minus_beta1),
@@ -116,11 +116,11 @@ void adamw(const py::dict &fields, int threads) {
                                       PA_FIELD(Call, inverse_sqrt_correction2),
                                       PA_FIELD(Call, decay),
                                       PA_FIELD(Call, salt)});
-    sweep(record, fields, threads, SweepRule::kAdamW);
+    fused_step(record, fields, threads, StepRule::kAdamW);
 }
 
 void sgd(const py::dict &fields, int threads) {
-    static const Record<Call> record("reparam_sgd", sweep_fields(),
+    static const Record<Call> record("reparam_sgd", step_fields(),
                                      {{"momentum_buffer", read_member<&Call::moment1, Call>},
                                       PA_FIELD(Call, lr),
                                       PA_FIELD(Call, momentum),
@@ -128,14 +128,14 @@ void sgd(const py::dict &fields, int threads) {
                                       PA_FIELD(Call, weight_decay),
                                       PA_FIELD(Call, nesterov),
                                       PA_FIELD(Call, first)});
-    sweep(record, fields, threads, SweepRule::kSgd);
+    fused_step(record, fields, threads, StepRule::kSgd);
 }
 
 }  // namespace
 
 void bind_reparam(py::module_ &m) {
     m.def("reparam_fwd_workspace", fwd_workspace, "Floats of scratch that reparam_fwd wants.");
-    m.def("reparam_sweep_workspace", sweep_workspace, "Floats of scratch that the others want.");
+    m.def("reparam_step_workspace", step_workspace, "Floats of scratch that the others want.");
     m.def("reparam_fwd", fwd);
     m.def("reparam_bwd", bwd);
     m.def("reparam_dh", dh);

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from prefixattn.optim.base import Factored, Hyper, Sweep
+from prefixattn.optim.base import Factored, FusedStep, Hyper
 from prefixattn.optim.dispatch import choose, fusible
 from prefixattn.optim.network_grad import W2, stacked
 from prefixattn.reparam.call import Form
+from prefixattn.reparam.fused_step import Moment, adamw_tile, tiles
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.sweep import Moment, adamw_tile, tiles
 
 
 class FactoredAdamW(Factored):
     """torch.optim.AdamW that never makes the gradient of a prefix network's large matrix.
 
-    The gradient of w2 [G, O, M] is dy.mT @ h, of rank P at most. One sweep reads the matrix and its moments, makes a
-    tile of the gradient at a time from the factors, applies the rule of torch.optim.AdamW, and takes dy @ w2, of which
-    the smaller gradients are made, from the old matrix in the same visit. Equal to AdamW up to float32's rounding.
+    The gradient of w2 [G, O, M] is dy.mT @ h, of rank P at most. One fused step reads the matrix and its moments, makes
+    a tile of the gradient at a time from the factors, applies the rule of torch.optim.AdamW, and takes dy @ w2, of
+    which the small gradients are made, from the old matrix in the same visit. Equal to AdamW up to float32's rounding.
 
         optimizer = FactoredAdamW(prefix, lr=5e-5)      # the prefix itself, not prefix.parameters()
 
@@ -46,17 +46,17 @@ class FactoredAdamW(Factored):
             It costs another read of w2.
         process_group: What the prefixes' `process_group` becomes: the processes that train together, or False: this one
             alone. None leaves it as it is: all, if torch.distributed is initialized.
-        backend: Of the sweep: "auto", or the name of one, which then runs or says why it cannot.
+        backend: Of the fused step: "auto", or the name of one, which then runs or says why it cannot.
     """
 
     kept: ClassVar = {"step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq"}
     refused: ClassVar = {
-        "amsgrad": "the sweep keeps two moments and no maximum; use torch.optim.AdamW",
+        "amsgrad": "the fused step keeps two moments and no maximum; use torch.optim.AdamW",
         "maximize": "negate the loss instead",
         "capturable": "the step reads its counter on the host; leave it out",
-        "differentiable": "the sweep has no gradient; use torch.optim.AdamW",
-        "foreach": "parameters that are not swept take torch's default; leave it out",
-        "fused": "the sweep is fused, and other parameters take torch's fused step where it has one; leave it out",
+        "differentiable": "the fused step has no gradient; use torch.optim.AdamW",
+        "foreach": "parameters without factors take torch's default; leave it out",
+        "fused": "the matrix's step is fused, and other parameters take torch's where it has one; leave it out",
     }
 
     def __init__(
@@ -115,18 +115,18 @@ class FactoredAdamW(Factored):
             as_format(name, key, p, state)
         return state
 
-    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> Sweep:
+    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> FusedStep:
         state = self._start(p, _formats(group))
         w, m, v = stacked(p.detach(), W2), moment("exp_avg", state), moment("exp_avg_sq", state)
         module = choose(self.backend, w, m, v, h, dy, form)
 
-        def sweep(h: Tensor, dy: Tensor, form: Form | None, scale: float, want_dh: bool) -> Tensor | None:
+        def fused_step(h: Tensor, dy: Tensor, form: Form | None, scale: float, want_dh: bool) -> Tensor | None:
             state["step"] += 1
             numbers = {**_numbers(group), "step": int(state["step"]), "grad_scale": scale}
-            dh: Tensor | None = module.adamw_sweep(w, m, v, h, dy, form=form, **numbers, want_dh=want_dh)
+            dh: Tensor | None = module.fused_adamw(w, m, v, h, dy, form=form, **numbers, want_dh=want_dh)
             return dh
 
-        return sweep
+        return fused_step
 
     def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
         rest = []
@@ -134,7 +134,7 @@ class FactoredAdamW(Factored):
             state = self.state[p]
             other = [k for k in _MOMENTS if state and state[k].dtype != p.dtype]
             if other and (p.dim() in (2, 3) or any(isinstance(moment(k, state), Moment8) for k in other)):
-                self._by_tiles(group, p, grad)  # a matrix that was swept before
+                self._by_tiles(group, p, grad)  # a matrix that took fused steps before
             else:
                 self._start(p, _NATIVE)
                 rest.append((p, grad))
@@ -194,7 +194,7 @@ def _formats(group: Hyper) -> tuple[str, str]:
 
 
 def moment(key: str, state: dict[str, Any]) -> Moment:
-    """The moment as the sweeps take it, [G, O, M]; the tensors themselves, not copies."""
+    """The moment as the fused steps take it, [G, O, M]; the tensors themselves, not copies."""
     value = stacked(state[key], W2) if state[key].dim() >= 2 else state[key]
     if value.dtype != torch.uint8:
         return value

@@ -1,4 +1,4 @@
-"""`Factored`: what FactoredAdamW and FactoredSGD share, a torch optimizer around sweeps over factored gradients."""
+"""`Factored`: what FactoredAdamW and FactoredSGD share, a torch optimizer around fused steps."""
 
 import warnings
 import weakref
@@ -19,11 +19,11 @@ from prefixattn.reparam.call import Form
 
 Hyper = dict[str, Any]  # a parameter group
 # h, dy (rows, or with a form the gradient of a bank), the form, scale, dh wanted -> dh
-Sweep = Callable[[Tensor, Tensor, Form | None, float, bool], Tensor | None]
+FusedStep = Callable[[Tensor, Tensor, Form | None, float, bool], Tensor | None]
 
 
 class Factored(torch.optim.Optimizer):
-    """A step sweeps the large matrix of each network taken over; all other parameters take torch's ordinary step."""
+    """A step is a fused one for each owned network's large matrix; all other parameters take torch's ordinary step."""
 
     kept: ClassVar[set[str]] = set()  # keys of a parameter's state
     refused: ClassVar[dict[str, str]] = {}  # option of torch's optimizer -> why not
@@ -215,8 +215,8 @@ class Factored(torch.optim.Optimizer):
     def _check_state(self, name: str, p: Tensor, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> Sweep:
-        """A sweep over p that takes factors as these; NotImplementedError if no backend has one."""
+    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> FusedStep:
+        """The fused step of p that takes factors as these; NotImplementedError if no backend has one."""
         raise NotImplementedError
 
     def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -226,20 +226,20 @@ class Factored(torch.optim.Optimizer):
 
     def _update(self) -> None:
         held = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        swept = [(group, p) for group, p in held if _factored(p.grad)]
+        factored = [(group, p) for group, p in held if _factored(p.grad)]
         # whatever can be refused is, before the first change
-        sweeps = [self._prepared(p, group, *_sample(p)) for group, p in swept]
-        coming = {id(source) for _, p in swept for source, _ in p.grad.value.parts}  # whose dh the sweep makes
+        fused_steps = [self._prepared(p, group, *_sample(p)) for group, p in factored]
+        coming = {id(source) for _, p in factored for source, _ in p.grad.value.parts}  # whose dh the fused step makes
         for _, p in held:
             if isinstance(p.grad, LazyGradient) and p.grad.which not in (W2, B2):
                 for source, _ in p.grad.value.parts:
                     source.check(id(source) in coming)
         self._forget({id(p) for _, p in held})
-        for (_, p), sweep in zip(swept, sweeps, strict=True):
-            self._sweep_one(p, p.grad, sweep)
-        taken = {id(p) for _, p in swept}
+        for (_, p), fused_step in zip(factored, fused_steps, strict=True):
+            self._step_one(p, p.grad, fused_step)
+        stepped = {id(p) for _, p in factored}
         # all small gradients before the first change of a small parameter, of which they are made
-        made = {id(p): _numbers(p.grad) for _, p in held if id(p) not in taken}
+        made = {id(p): _numbers(p.grad) for _, p in held if id(p) not in stepped}
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in made]
             if params:
@@ -253,7 +253,7 @@ class Factored(torch.optim.Optimizer):
             if any(id(p) in changing for p in network.parameters_in_order()):
                 network.forget()
 
-    def _sweep_one(self, p: Tensor, grad: Any, sweep: Sweep) -> None:
+    def _step_one(self, p: Tensor, grad: Any, fused_step: FusedStep) -> None:
         sources = [source for source, _ in grad.value.parts]
         scale: Any = 1.0
         if len(sources) == 1:
@@ -262,11 +262,11 @@ class Factored(torch.optim.Optimizer):
         else:
             factors = grad.factors() if sources else _sample(p)
         wanting = [source for source in sources if not source.knows_dh and _awaited(source)]
-        if len(sources) > 1 or scale == 0:  # the sweep would add their dh up, or lose it
+        if len(sources) > 1 or scale == 0:  # the fused step would add their dh up, or lose it
             for source in wanting:
                 source.make_dh()
             wanting = []
-        dh = sweep(*factors, scale, bool(wanting))
+        dh = fused_step(*factors, scale, bool(wanting))
         torch.autograd.graph.increment_version(p)  # a kernel writes where torch does not see it
         if dh is not None and wanting:
             wanting[0].dh = dh if scale == 1 else dh / scale
@@ -279,7 +279,7 @@ class Factored(torch.optim.Optimizer):
             for name, p in sorted(named, key=lambda pair: not isinstance(pair[1].grad, FactoredGradient)):
                 grad = p.grad
                 if grad is not None and grad.layout != torch.strided:
-                    raise NotImplementedError(f"{name} has a sparse gradient; sweeps and moments are dense")
+                    raise NotImplementedError(f"{name} has a sparse gradient; fused steps and moments are dense")
                 if isinstance(grad, LazyGradient):
                     for source, _ in grad.value.parts:
                         flags.setdefault(id(source), (name, source.finite()))

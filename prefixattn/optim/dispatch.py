@@ -1,4 +1,4 @@
-"""What steps a parameter: which backend sweeps a large matrix, and whether torch's fused step takes another."""
+"""What steps a parameter: which backend has the fused step of a large matrix, and whether torch's takes another."""
 
 from types import ModuleType
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import backends
-from prefixattn.reparam import sweep as reference
+from prefixattn.reparam import fused_step as reference
 from prefixattn.reparam.call import Form
 from prefixattn.reparam.moments8 import Moment8
 
@@ -16,7 +16,7 @@ _FLOATS = torch.float32, torch.float64, torch.bfloat16, torch.float16
 def choose(
     backend: str, w: Tensor, first: object, second: object, h: Tensor, dy: Tensor, form: Form | None = None
 ) -> ModuleType:
-    """The module whose sweeps take these: the first of the table without an objection, or the one named.
+    """The module whose fused step takes these: the first of the table without an objection, or the one named.
 
     `first` and `second` are moments of AdamW; of SGD the buffer and None. NotImplementedError has every objection.
     """
@@ -34,9 +34,9 @@ def _objections(row: backends.Row, *args: object) -> list[str]:
         module = _module(row)
     except NotImplementedError as error:
         return [str(error)]
-    if not hasattr(module, "sweep_unsupported"):
-        return ["it has no sweep"]
-    reasons: list[str] = module.sweep_unsupported(*args)
+    if not hasattr(module, "fused_step_unsupported"):
+        return ["it has no fused step"]
+    reasons: list[str] = module.fused_step_unsupported(*args)
     return reasons
 
 

@@ -127,7 +127,7 @@ class FactoredGradient(LazyGradient):
 
 
 class DeferredGradient(LazyGradient):
-    """The gradient of what is ahead of w2, which needs dy @ w2 and gets that from the optimizer's sweep; or of b2."""
+    """The gradient of what is ahead of w2, which needs dy @ w2 and gets that from the fused step; or of b2."""
 
     def _of(self, source: Source) -> Tensor:
         return source.small(self.which)

@@ -23,8 +23,8 @@ Scale = float | Tensor  # a tensor of one element where reading it would stop a 
 class Source:
     """The gradient of the bank that a network made, summed over micro-batches, and what it was made with.
 
-    It stays in the bank's layout, and of one micro-batch in the bank's type, as it came: sweeps read it so. Sums are of
-    h's type; rows dy [G, P, O] are for those who cannot do without.
+    It stays in the bank's layout, and of one micro-batch in the bank's type, as it came: the step reads it so. Sums are
+    of h's type; rows dy [G, P, O] are for those who cannot do without.
     Holds the parameters weakly: their `.grad` holds the source, a circle that Python's collector does not see.
     """
 
@@ -110,7 +110,7 @@ class Source:
 
     @property
     def dh(self) -> Tensor:
-        """dy @ w2, [G, P, M]: one read of w2, unless a sweep took it along."""
+        """dy @ w2, [G, P, M]: one read of w2, unless a fused step took it along."""
         return self.make_dh() if self._dh is None else self._dh
 
     @dh.setter
@@ -137,7 +137,7 @@ class Source:
         return self._small[index]
 
     def check(self, dh_comes: bool) -> None:
-        """RuntimeError if a parameter is no longer what a small gradient is made of; makes dh if no sweep will."""
+        """RuntimeError if a parameter is no longer what a small gradient is made of; makes dh if no step will."""
         if self._small is not None:
             return
         self.ahead()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from prefixattn.optim.base import Factored, Hyper, Sweep
+from prefixattn.optim.base import Factored, FusedStep, Hyper
 from prefixattn.optim.dispatch import choose, fusible
 from prefixattn.optim.network_grad import W2, stacked
 from prefixattn.reparam.call import Form
@@ -25,9 +25,9 @@ class FactoredSGD(Factored):
     kept: ClassVar = {"momentum_buffer"}
     refused: ClassVar = {
         "maximize": "negate the loss instead",
-        "differentiable": "the sweep has no gradient; use torch.optim.SGD",
-        "foreach": "parameters that are not swept take torch's default; leave it out",
-        "fused": "the sweep is fused, and other parameters take torch's fused step where it has one; leave it out",
+        "differentiable": "the fused step has no gradient; use torch.optim.SGD",
+        "foreach": "parameters without factors take torch's default; leave it out",
+        "fused": "the matrix's step is fused, and other parameters take torch's where it has one; leave it out",
     }
 
     def __init__(
@@ -73,7 +73,7 @@ class FactoredSGD(Factored):
             found = list(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
             raise ValueError(f"momentum_buffer of {name} has shape {found}, expected {list(p.shape)}")
 
-    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> Sweep:
+    def _prepared(self, p: Tensor, group: Hyper, h: Tensor, dy: Tensor, form: Form | None) -> FusedStep:
         numbers = _numbers(group)
         w, kept, first = stacked(p.detach(), W2), None, False
         if numbers["momentum"] != 0:
@@ -84,14 +84,14 @@ class FactoredSGD(Factored):
         buffer = None if kept is None else stacked(kept, W2)
         module = choose(self.backend, w, buffer, None, h, dy, form)
 
-        def sweep(h: Tensor, dy: Tensor, form: Form | None, scale: float, want_dh: bool) -> Tensor | None:
+        def fused_step(h: Tensor, dy: Tensor, form: Form | None, scale: float, want_dh: bool) -> Tensor | None:
             if first:
                 self.state[p]["momentum_buffer"] = kept
             options = {**numbers, "first": first, "grad_scale": scale, "want_dh": want_dh}
-            dh: Tensor | None = module.sgd_sweep(w, buffer, h, dy, form=form, **options)
+            dh: Tensor | None = module.fused_sgd(w, buffer, h, dy, form=form, **options)
             return dh
 
-        return sweep
+        return fused_step
 
     def _ordinary(self, group: Hyper, params: list[Tensor], grads: list[Tensor]) -> None:
         sets: dict[tuple[bool, bool], list[tuple[Tensor, Tensor, Tensor | None]]] = {}

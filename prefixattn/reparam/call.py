@@ -18,7 +18,7 @@ class Form(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, int, int, bool]:
-        """Where y's numbers lie in the bank: what the sweeps' kernels are told."""
+        """Where y's numbers lie in the bank: what the fused steps' kernels are told."""
         return self.layers, self.kv_heads, self.head_dim, self.interleaved
 
 

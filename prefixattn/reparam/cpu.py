@@ -7,18 +7,18 @@ import prefixattn._C as _C
 from prefixattn.attention.cpu import DTYPES
 from prefixattn.reparam import moments8, reference
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
+from prefixattn.reparam.fused_step import Moment
 from prefixattn.reparam.moments8 import Moment8
 from prefixattn.reparam.reference import hidden_bwd
-from prefixattn.reparam.sweep import Moment
 
 __all__ = [
-    "adamw_sweep",
     "bwd",
     "dh_only",
+    "fused_adamw",
+    "fused_sgd",
+    "fused_step_unsupported",
     "fwd",
     "hidden_bwd",
-    "sgd_sweep",
-    "sweep_unsupported",
     "unsupported",
 ]
 
@@ -74,7 +74,7 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
         with torch.autocast("cpu", enabled=False):
             h = reference.hidden(z, form).contiguous() if needs.w2 else None
         sizes = _sizes(w2, z)
-        workspace = z.new_empty(_C.reparam_sweep_workspace(sizes))
+        workspace = z.new_empty(_C.reparam_step_workspace(sizes))
         _C.reparam_bwd({
             **sizes,
             "h": _address(h), "dy": dbank.data_ptr(), "form": _layout(form), "dtype": DTYPES[dbank.dtype],
@@ -85,7 +85,7 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     return Grads(dx, dw1, db1, dw2, db2)
 
 
-def sweep_unsupported(
+def fused_step_unsupported(
     w: Tensor,  # [G, O, M]
     exp_avg: Tensor | None,  # [G, O, M]; for SGD the momentum buffer
     exp_avg_sq: Tensor | None,  # [G, O, M]; for SGD None
@@ -112,7 +112,7 @@ def sweep_unsupported(
     return reasons
 
 
-def adamw_sweep(
+def fused_adamw(
     w: Tensor,  # [G, O, M], updated in place
     exp_avg: Moment,  # [G, O, M]
     exp_avg_sq: Moment,  # [G, O, M]
@@ -129,8 +129,8 @@ def adamw_sweep(
     grad_scale: float,
     want_dh: bool,
 ) -> Tensor | None:
-    _require(_sweep_objections(w, exp_avg, exp_avg_sq, h, dy, form))
-    fields, dh, _keep = _sweep(w, h, dy, form, grad_scale, want_dh)
+    _require(_step_objections(w, exp_avg, exp_avg_sq, h, dy, form))
+    fields, dh, _keep = _fields(w, h, dy, form, grad_scale, want_dh)
     _C.reparam_adamw({
         **fields,
         "exp_avg": _kept(exp_avg), "exp_avg_sq": _kept(exp_avg_sq),
@@ -141,7 +141,7 @@ def adamw_sweep(
     return dh
 
 
-def sgd_sweep(
+def fused_sgd(
     w: Tensor,  # [G, O, M], updated in place
     momentum_buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
@@ -157,8 +157,8 @@ def sgd_sweep(
     grad_scale: float,
     want_dh: bool,
 ) -> Tensor | None:
-    _require(_sweep_objections(w, momentum_buffer, None, h, dy, form))
-    fields, dh, _keep = _sweep(w, h, dy, form, grad_scale, want_dh)
+    _require(_step_objections(w, momentum_buffer, None, h, dy, form))
+    fields, dh, _keep = _fields(w, h, dy, form, grad_scale, want_dh)
     _C.reparam_sgd({
         **fields,
         "momentum_buffer": _kept(momentum_buffer), "lr": lr, "momentum": momentum,
@@ -169,22 +169,22 @@ def sgd_sweep(
 
 def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of a bank
     dh = w.new_empty((w.shape[0], dy.shape[1 if form is None else 3], w.shape[2]))
-    _require(_sweep_objections(w, None, None, dh, dy, form))
-    fields, dh_made, _keep = _sweep(w, dh, dy, form, 1.0, True)
+    _require(_step_objections(w, None, None, dh, dy, form))
+    fields, dh_made, _keep = _fields(w, dh, dy, form, 1.0, True)
     assert dh_made is not None
     _C.reparam_dh(fields, torch.get_num_threads())
     return dh_made
 
 
-def _sweep(
+def _fields(
     w: Tensor, h: Tensor, dy: Tensor, form: Form | None, grad_scale: float, want_dh: bool
-) -> tuple["_C.Sweep", Tensor | None, tuple[Tensor, Tensor]]:
-    """What every sweep hands over, its dh, and what has to live until it is done."""
+) -> tuple["_C.FusedStep", Tensor | None, tuple[Tensor, Tensor]]:
+    """What every fused step hands over, its dh, and what has to live until it is done."""
     h = h.contiguous()
     sizes = _sizes(w, h)
     dh = torch.empty_like(h) if want_dh else None
-    workspace = w.new_empty(_C.reparam_sweep_workspace(sizes))
-    fields: _C.Sweep = {
+    workspace = w.new_empty(_C.reparam_step_workspace(sizes))
+    fields: _C.FusedStep = {
         **sizes,
         "h": h.data_ptr(), "dy": dy.data_ptr(), "form": None if form is None else _layout(form),
         "dtype": DTYPES[dy.dtype], "w": w.data_ptr(), "dh": _address(dh), "workspace": workspace.data_ptr(),
@@ -193,14 +193,14 @@ def _sweep(
     return fields, dh, (h, workspace)
 
 
-def _sweep_objections(
+def _step_objections(
     w: Tensor, exp_avg: Moment | None, exp_avg_sq: Moment | None, h: Tensor, dy: Tensor, form: Form | None
 ) -> list[str]:
     """What would make the kernels read or write elsewhere than in the tensors."""
     G, O, M = w.shape
     blocks = G, O, -(-M // moments8.BLOCK)
     first, second = (m.code if isinstance(m, Moment8) else m for m in (exp_avg, exp_avg_sq))
-    reasons = sweep_unsupported(w, first, second, h, dy, form)
+    reasons = fused_step_unsupported(w, first, second, h, dy, form)
     for name, m, signed in (("exp_avg", exp_avg, True), ("exp_avg_sq", exp_avg_sq, False)):
         if not isinstance(m, Moment8):
             if m is not None and m.dtype == torch.uint8:

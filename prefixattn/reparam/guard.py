@@ -1,4 +1,4 @@
-"""What "auto" takes on a GPU for the reparameterization and its optimizers' sweeps: the Triton kernels, once tried.
+"""What "auto" takes on a GPU for the reparameterization and its fused steps: the Triton kernels, once tried.
 
 As attention/guard.py does for attention: each kind of kernel is compared with the reference at its first use on a
 device and for a type. Where it disagrees the reference takes over for the rest of the process, with a warning.
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn.reparam import reference, sweep, triton
+from prefixattn.reparam import fused_step, reference, triton
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
+from prefixattn.reparam.fused_step import Moment
 from prefixattn.reparam.moments8 import BLOCK, Moment8
-from prefixattn.reparam.sweep import Moment
 from prefixattn.trials import Pairs, Trials, close, device_name
 
 Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of the bank or of moments (8 bits: float32)
@@ -28,8 +28,8 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return _on_a_gpu(call.x, triton.unsupported(call, needs))
 
 
-def sweep_unsupported(w: Tensor, *args: Any) -> list[str]:
-    return _on_a_gpu(w, triton.sweep_unsupported(w, *args))
+def fused_step_unsupported(w: Tensor, *args: Any) -> list[str]:
+    return _on_a_gpu(w, triton.fused_step_unsupported(w, *args))
 
 
 def _on_a_gpu(t: Tensor, reasons: list[str]) -> list[str]:
@@ -45,23 +45,23 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     return (triton if trials.trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(call, given, needs)
 
 
-def adamw_sweep(w: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *args: Any, **numbers: Any) -> Tensor | None:
+def fused_adamw(w: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *args: Any, **numbers: Any) -> Tensor | None:
     if isinstance(exp_avg, Moment8) or isinstance(exp_avg_sq, Moment8):
         case = "adamw8", w.device, torch.float32
     else:
         case = "adamw", w.device, exp_avg.dtype
-    module = triton if trials.trusted(case) else sweep
-    return module.adamw_sweep(w, exp_avg, exp_avg_sq, *args, **numbers)
+    module = triton if trials.trusted(case) else fused_step
+    return module.fused_adamw(w, exp_avg, exp_avg_sq, *args, **numbers)
 
 
-def sgd_sweep(w: Tensor, momentum_buffer: Tensor | None, *args: Any, **numbers: Any) -> Tensor | None:
+def fused_sgd(w: Tensor, momentum_buffer: Tensor | None, *args: Any, **numbers: Any) -> Tensor | None:
     dtype = torch.float32 if momentum_buffer is None else momentum_buffer.dtype
-    module = triton if trials.trusted(("sgd", w.device, dtype)) else sweep
-    return module.sgd_sweep(w, momentum_buffer, *args, **numbers)
+    module = triton if trials.trusted(("sgd", w.device, dtype)) else fused_step
+    return module.fused_sgd(w, momentum_buffer, *args, **numbers)
 
 
 def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:
-    return (triton if trials.trusted(("dh", w.device, w.dtype)) else sweep).dh_only(w, dy, form)
+    return (triton if trials.trusted(("dh", w.device, w.dtype)) else fused_step).dh_only(w, dy, form)
 
 
 def _lost(kind: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -104,7 +104,7 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
     dbank = normal(G * _FORM.layers, 2, _FORM.kv_heads, P, _FORM.head_dim).to(dtype)
     h, dy = normal(G, P, M), normal(G, P, O)
     first, second = normal(G, O, M).to(dtype), normal(G, O, M).square().to(dtype)
-    network, optimizer = module or reference, module or sweep
+    network, optimizer = module or reference, module or fused_step
     if kind == "fwd":
         found: dict[str, Tensor] = network.fwd(Call(x, w1, b1, w2, b2, form, dtype))._asdict()
         return found
@@ -119,11 +119,11 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
     more: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 3}
     if kind == "adamw8":
         m, v = _eight(first, True), _eight(second, False)
-        dh = optimizer.adamw_sweep(w2, m, v, h, dbank, form=form, **numbers, **more)
+        dh = optimizer.fused_adamw(w2, m, v, h, dbank, form=form, **numbers, **more)
         return {"w": w2, "m": m.code, "scale of m": m.scale, "v": v.code, "scale of v": v.scale, "dh": dh}
     if kind == "adamw":
-        dh = optimizer.adamw_sweep(w2, first, second, h, dbank, form=form, **numbers, **more)
+        dh = optimizer.fused_adamw(w2, first, second, h, dbank, form=form, **numbers, **more)
         return {"w": w2, "exp_avg": first, "exp_avg_sq": second, "dh": dh}
     more = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first": False}
-    dh = optimizer.sgd_sweep(w2, first, h, dbank, form=form, **numbers, **more)
+    dh = optimizer.fused_sgd(w2, first, h, dbank, form=form, **numbers, **more)
     return {"w": w2, "momentum_buffer": first, "dh": dh}

@@ -124,7 +124,7 @@ def rows_of(bank: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tens
 
 
 def as_rows(dy: Tensor, form: Form | None, w: Tensor) -> Tensor:
-    """What the sweeps take for dy as rows [G, P, O]: without a form it is them, with one the gradient of a bank."""
+    """What fused steps take for dy as rows [G, P, O]: without a form it is them, with one the gradient of a bank."""
     return dy if form is None else rows_of(dy, form, len(w), w.dtype)
 
 

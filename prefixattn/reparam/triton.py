@@ -1,4 +1,4 @@
-"""The Triton kernels of the reparameterization and of its optimizers' sweeps.
+"""The Triton kernels of the reparameterization and of its fused steps.
 
 Triton itself is imported by the first call that runs.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 from prefixattn.kernels.table import INTERPRETED
 from prefixattn.reparam import moments8, reference
 from prefixattn.reparam.call import Call, Form, Given, Grads, Needs, Results
+from prefixattn.reparam.fused_step import Moment
 from prefixattn.reparam.moments8 import Moment8
 from prefixattn.reparam.reference import hidden_bwd
-from prefixattn.reparam.sweep import Moment
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 LAST = 2**31 - 1
@@ -61,7 +61,7 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     return Grads(dx, dw1, db1, dw2, db2)
 
 
-def sweep_unsupported(
+def fused_step_unsupported(
     w: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -87,7 +87,7 @@ def sweep_unsupported(
     return reasons + _too_large(w, h.shape[1], h.shape[2:])
 
 
-def adamw_sweep(
+def fused_adamw(
     w: Tensor,  # [G, O, M], in place
     exp_avg: Moment,  # [G, O, M], in place
     exp_avg_sq: Moment,  # [G, O, M], in place
@@ -123,7 +123,7 @@ def adamw_sweep(
     return dh
 
 
-def sgd_sweep(
+def fused_sgd(
     w: Tensor,  # [G, O, M], in place
     momentum_buffer: Tensor | None,  # [G, O, M], in place
     h: Tensor,  # [G, P, M]
@@ -140,7 +140,7 @@ def sgd_sweep(
     want_dh: bool = True,
     found_inf: Tensor | None = None,  # [1], float32: where it is not 0, w and its buffer stay
 ) -> Tensor | None:
-    """SGD with the gradient grad_scale dy^T h; `first`: the buffer holds nothing yet. Returns as adamw_sweep."""
+    """SGD with the gradient grad_scale dy^T h; `first`: the buffer holds nothing yet. Returns as fused_adamw."""
     from prefixattn.kernels.launch_reparam import sgd
 
     numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)

@@ -51,7 +51,7 @@ MISTAKES = (
     Mistake("prefixattn/optim/network_grad.py", "        self.wide().add_(dbank)\n", "        self.wide().copy_(dbank)\n", OPTIM),
     Mistake("prefixattn/optim/base.py", "        for source in wanting:\n                source.make_dh()\n            wanting = []", "        wanting = []", OPTIM),
     Mistake("prefixattn/optim/adamw.py", "                step += 1\n", "                pass\n", OPTIM),
-    Mistake("prefixattn/reparam/sweep.py", "    m.lerp_(grad, 1 - beta1)\n", "    m.lerp_(grad, beta1)\n", OPTIM + " tests/test_optim_bank.py"),
+    Mistake("prefixattn/reparam/fused_step.py", "    m.lerp_(grad, 1 - beta1)\n", "    m.lerp_(grad, beta1)\n", OPTIM + " tests/test_optim_bank.py"),
     # files
     Mistake("prefixattn/prefixes/checkpoint.py", "        saver.place(weights)\n        saver.place(JSON)\n", "        saver.place(JSON)\n        saver.place(weights)\n", FILES),
     Mistake("prefixattn/prefixes/checkpoint.py", ".requires_grad_(not values[\"folded\"])", ".requires_grad_(True)", FILES),

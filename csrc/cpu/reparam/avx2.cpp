@@ -4,7 +4,7 @@
 #define PA_AVX2
 #include "cpu/reparam/kernels.h"
 
-const prefixattn::ReparamKernels prefixattn::avx2_reparam{avx2::reparam_fwd, avx2::reparam_sweep};
+const prefixattn::ReparamKernels prefixattn::avx2_reparam{avx2::reparam_fwd, avx2::reparam_fused_step};
 #else
 #include "cpu/kernels.h"
 

@@ -4,7 +4,7 @@
 #define PA_AVX512
 #include "cpu/reparam/kernels.h"
 
-const prefixattn::ReparamKernels prefixattn::avx512_reparam{avx512::reparam_fwd, avx512::reparam_sweep};
+const prefixattn::ReparamKernels prefixattn::avx512_reparam{avx512::reparam_fwd, avx512::reparam_fused_step};
 #else
 #include "cpu/kernels.h"
 

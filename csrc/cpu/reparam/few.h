@@ -1,5 +1,5 @@
-// The sweep when h has few rows, bound by memory: the matrix is read along its rows, four at a time, and nothing of it
-// is copied.
+// The fused step when h has few rows, bound by memory: the matrix is read along its rows, four at a time, and none
+// of it is copied.
 #pragma once
 #include "cpu/reparam/rules.h"
 
@@ -10,7 +10,7 @@ struct FewRows {
     int64_t P, M, ld;      // ld: see row_floats()
     const float *h;        // [P][ld]
     float *dh;             // [P][ld]
-    const float *dy;       // [P][kSweepBlock], from the first of R rows of the matrix on
+    const float *dy;       // [P][kStepBlock], from the first of R rows of the matrix on
     const float *w;        // the first row
     int64_t row;           // which it is
     int64_t prefetch_end;  // of the matrix: nothing is asked for from here on
@@ -27,7 +27,7 @@ __attribute__((always_inline)) inline void few_rows_step(const FewRows &s, const
     }
     const float *h = s.h + m, *dy = s.dy;
     float *dh = kDh ? s.dh + m : nullptr;
-    for (int64_t p = 0; p < s.P; ++p, h += s.ld, dy += kSweepBlock) {
+    for (int64_t p = 0; p < s.P; ++p, h += s.ld, dy += kStepBlock) {
         const vf rows = vload(h);
         vf sum = kDh ? vload(dh) : vzero();
 #pragma GCC unroll 4

@@ -2,4 +2,4 @@
 #define PA_ISA portable
 #include "cpu/reparam/kernels.h"
 
-const prefixattn::ReparamKernels prefixattn::portable_reparam{portable::reparam_fwd, portable::reparam_sweep};
+const prefixattn::ReparamKernels prefixattn::portable_reparam{portable::reparam_fwd, portable::reparam_fused_step};

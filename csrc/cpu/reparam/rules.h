@@ -18,13 +18,13 @@ struct ByVector {
 
 struct NoRule : ByVector {
     static constexpr bool kGradient = false;
-    NoRule(const SweepParams &, float *) {}
+    NoRule(const FusedStepParams &, float *) {}
     void operator()(vf, vf, int64_t, int, int) const {}
     void prefetch_at(int64_t) const {}
 };
 
 struct DenseRule : ByVector {
-    DenseRule(const SweepParams &p, float *) : dw_(p.dw) {}
+    DenseRule(const FusedStepParams &p, float *) : dw_(p.dw) {}
     void operator()(vf g, vf, int64_t at, int n, int) const { store(dw_ + at, g, n); }
     void prefetch_at(int64_t) const {}
 
@@ -35,7 +35,7 @@ struct DenseRule : ByVector {
 // torch.optim.AdamW's rule.
 class AdamW {
   public:
-    explicit AdamW(const SweepParams &p)
+    explicit AdamW(const FusedStepParams &p)
         : toward1_(vset(p.one_minus_beta1)),
           beta2_(vset(p.beta2)),
           toward2_(vset(p.one_minus_beta2)),
@@ -59,7 +59,7 @@ class AdamW {
 template <class First, class Second>
 class AdamWRule : public ByVector {
   public:
-    AdamWRule(const SweepParams &p, float *)
+    AdamWRule(const FusedStepParams &p, float *)
         : w_(p.w), m_((First *)p.moment1.data), v_((Second *)p.moment2.data), rule_(p) {}
 
     void operator()(vf g, vf w, int64_t at, int n, int) const {
@@ -85,7 +85,7 @@ class AdamWByBlock {
   public:
     static constexpr bool kGradient = true, kBlocks = true;
     static constexpr int kBuffer = 2 * kRowsAtOnce * kMomentBlock;
-    AdamWByBlock(const SweepParams &p, float *buffer)
+    AdamWByBlock(const FusedStepParams &p, float *buffer)
         : w_(p.w),
           m_(p.moment1, p.M),
           v_(p.moment2, p.M),
@@ -151,7 +151,7 @@ class AdamWByBlock {
 template <class Moment>
 class SgdRule : public ByVector {
   public:
-    SgdRule(const SweepParams &p, float *)
+    SgdRule(const FusedStepParams &p, float *)
         : w_(p.w),
           b_((Moment *)p.moment1.data),
           nesterov_(p.nesterov),

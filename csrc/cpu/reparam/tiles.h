@@ -8,11 +8,11 @@
 namespace prefixattn {
 namespace PA_ISA {
 
-constexpr int kBlock = 64;        // rows of the matrix that the forward works on together
-constexpr int kSweepBlock = 128;  // and the sweep: dh comes and goes once for as many
-constexpr int kPanel = 64;        // lanes of a panel; the last one is narrower
-// Most rows of h for which the matrix is read along its rows, not in tiles: by the forward, by the sweep.
-constexpr int kFewRows = 16, kFewSweepRows = VL == 16 ? 32 : VL == 8 ? 24 : 16;
+constexpr int kBlock = 64;       // rows of the matrix that the forward works on together
+constexpr int kStepBlock = 128;  // and the fused step: dh comes and goes once for as many
+constexpr int kPanel = 64;       // lanes of a panel; the last one is narrower
+// Most rows of h for which the matrix is read along its rows, not in tiles: by the forward, by the fused step.
+constexpr int kFewRows = 16, kFewStepRows = VL == 16 ? 32 : VL == 8 ? 24 : 16;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }

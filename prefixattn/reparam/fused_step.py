@@ -1,4 +1,4 @@
-"""The definition of the optimizers' sweeps over the large matrix, in plain PyTorch, a tile of rows at a time.
+"""The definition of the optimizers' fused steps of the large matrix, in plain PyTorch, a tile of rows at a time.
 
 The gradient of w [G, O, M] is `grad_scale * dy.mT @ h`, of rank P at most; a tile of it lives while its rows are
 updated and the whole never. `dh`, the gradient of h, is taken from the old rows in the same visit. The rules are those
@@ -20,7 +20,7 @@ Moment = Tensor | Moment8
 TILE = 1 << 16  # numbers in a tile, 256 kB of float32: with its moments it stays in a cache
 
 
-def sweep_unsupported(
+def fused_step_unsupported(
     w: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -34,7 +34,7 @@ def sweep_unsupported(
     return []
 
 
-def adamw_sweep(
+def fused_adamw(
     w: Tensor,  # [G, O, M], updated in place
     exp_avg: Moment,  # [G, O, M]
     exp_avg_sq: Moment,  # [G, O, M]
@@ -56,10 +56,10 @@ def adamw_sweep(
     def update(g: int, rows: slice, grad: Tensor) -> None:
         adamw_tile(w, exp_avg, exp_avg_sq, g, rows, grad, lr, beta1, beta2, eps, weight_decay, step)
 
-    return _sweep(w, h, as_rows(dy, form, w), grad_scale, want_dh, update)
+    return _by_tiles(w, h, as_rows(dy, form, w), grad_scale, want_dh, update)
 
 
-def sgd_sweep(
+def fused_sgd(
     w: Tensor,  # [G, O, M], updated in place
     momentum_buffer: Tensor | None,  # [G, O, M]; None without momentum
     h: Tensor,  # [G, P, M]
@@ -90,7 +90,7 @@ def sgd_sweep(
             grad = grad.add_(buffer, alpha=momentum) if nesterov else buffer
         row.add_(grad, alpha=-lr)
 
-    return _sweep(w, h, as_rows(dy, form, w), grad_scale, want_dh, update)
+    return _by_tiles(w, h, as_rows(dy, form, w), grad_scale, want_dh, update)
 
 
 def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:
@@ -134,7 +134,7 @@ def tiles(w: Tensor) -> Iterator[tuple[int, slice]]:
             yield g, slice(start, min(outputs, start + count))
 
 
-def _sweep(
+def _by_tiles(
     w: Tensor, h: Tensor, dy: Tensor, grad_scale: float, want_dh: bool, update: Callable[[int, slice, Tensor], None]
 ) -> Tensor | None:
     dh = w.new_zeros(h.shape) if want_dh else None
