@@ -30,8 +30,8 @@ q, k, v = torch.randn(3, 2, heads, 20, head_dim).unbind()
 wanted = torch.randn(2, heads, 20, head_dim)
 for step in range(5):
     optimizer.zero_grad()
-    bank = network()  # [layers, 2, heads, length, head_dim]
-    out = prefixattn.prefix_attention(q, k, v, *bank[0].unbind())
+    kv = network()  # [layers, 2, heads, length, head_dim]
+    out = prefixattn.prefix_attention(q, k, v, *kv[0].unbind())
     loss = (out - wanted).square().mean()
     loss.backward()  # network.up.weight.grad stays two thin factors
     optimizer.step()

@@ -71,7 +71,7 @@ class ReparamSizes(TypedDict):
     O: int
     M: int
 
-class BankForm(TypedDict):
+class KvForm(TypedDict):
     layers: int
     kv_heads: int
     head_dim: int
@@ -86,15 +86,15 @@ class ReparamFwd(ReparamSizes):
     h: _Address
     w: _Address
     b: _Address | None
-    form: BankForm
+    form: KvForm
     dtype: int
     workspace: _Address
-    bank: _Address
+    kv: _Address
 
 class FusedStep(ReparamSizes):
     h: _Address | None
     dy: _Address
-    form: BankForm | None  # of the bank whose gradient dy is
+    form: KvForm | None  # of the kv whose gradient dy is
     dtype: int
     w: _Address
     dh: _Address | None

@@ -123,19 +123,19 @@ def test_micro_batches_run_the_network_once() -> None:
 
 
 def _count_runs(net: Any) -> Any:
-    banks: list[int] = []
+    leaves: list[int] = []
     leaf = net.leaf
 
     def counted(dtype: torch.dtype) -> Any:
-        bank = leaf(dtype)
-        if not banks or banks[-1] != id(bank):
-            banks.append(id(bank))
-            kept.append(bank)  # so that no id comes twice
-        return bank
+        kv = leaf(dtype)
+        if not leaves or leaves[-1] != id(kv):
+            leaves.append(id(kv))
+            kept.append(kv)  # so that no id comes twice
+        return kv
 
     kept: list[Any] = []
     net.leaf = counted
-    return lambda: len(banks)
+    return lambda: len(leaves)
 
 
 def test_gradients_kept_over_a_step_add_up() -> None:
@@ -152,7 +152,7 @@ def test_gradients_kept_over_a_step_add_up() -> None:
     assert_as_close(net, theirs, exact)
 
 
-def test_banks_of_two_types_in_a_step() -> None:
+def test_leaves_of_two_types_in_a_step() -> None:
     net = network()
     theirs, exact, wanted = twin(net), twin(net, torch.float64), targets(net)[0]
     made = [FactoredAdamW(net, **ADAMW), *(torch.optim.AdamW(t.parameters(), **ADAMW) for t in (theirs, exact))]
@@ -261,7 +261,7 @@ for backend in ("reference", "auto"):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's VmHWM")
 def test_memory_of_a_step() -> None:
-    """Beyond parameters and moments: the bank, its gradient and that as the reference's rows, 2 MB each, and tiles."""
+    """Beyond parameters and moments: kv, its gradient and that as the reference's rows, 2 MB each, and tiles."""
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", PEAK], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The gradient of the bank on its way through a step: in place, in its own layout, and the bank itself gone."""
+"""The gradient of kv on its way through a step: in place, in its own layout, and kv itself gone."""
 
 import weakref
 from pathlib import Path
@@ -40,7 +40,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("length", [3, 33])
-def test_fused_steps_take_a_bank_or_its_rows(module: ModuleType, name: str, length: int) -> None:
+def test_fused_steps_take_kv_or_its_rows(module: ModuleType, name: str, length: int) -> None:
     form, G, M = FORMS[name], 2, 40
     O = form.layers * 2 * form.kv_heads * form.head_dim
     generator = torch.Generator().manual_seed(0)
@@ -49,22 +49,22 @@ def test_fused_steps_take_a_bank_or_its_rows(module: ModuleType, name: str, leng
         return torch.randn(*size, generator=generator)
 
     w, h = normal(G, O, M), normal(G, length, M)
-    dbank = normal(G * form.layers, 2, form.kv_heads, length, form.head_dim)
-    rows = reference.rows_of(dbank, form, G, torch.float32)
+    dkv = normal(G * form.layers, 2, form.kv_heads, length, form.head_dim)
+    rows = reference.rows_of(dkv, form, G, torch.float32)
     numbers: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}
     adamw = {**numbers, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 1}
     sgd = {**numbers, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "first": True}
     found = []
-    for dy, its_form in ((dbank, form), (rows, None)):
+    for dy, its_form in ((dkv, form), (rows, None)):
         made = [w.clone(), torch.zeros_like(w), torch.zeros_like(w), w.clone(), torch.zeros_like(w)]
         made.append(module.fused_adamw(*made[:3], h, dy, form=its_form, **adamw))
         made.append(module.fused_sgd(*made[3:5], h, dy, form=its_form, **sgd))
         found.append(made)
         assert module.fused_step_unsupported(*made[:3], h, dy, its_form) == []
-    of_bank, of_rows = found
-    assert all(torch.equal(a, b) for a, b in zip(of_bank[:5], of_rows[:5], strict=True))
-    # an interleaved bank's columns have an order of their own, and a sum over them its own roundings
-    dh = [*of_bank[5:], module.dh_only(w, dbank, form)], [*of_rows[5:], module.dh_only(w, rows)]
+    of_kv, of_rows = found
+    assert all(torch.equal(a, b) for a, b in zip(of_kv[:5], of_rows[:5], strict=True))
+    # an interleaved kv's columns have an order of their own, and a sum over them its own roundings
+    dh = [*of_kv[5:], module.dh_only(w, dkv, form)], [*of_rows[5:], module.dh_only(w, rows)]
     torch.testing.assert_close(*dh, rtol=1e-5, atol=1e-4)
 
 
@@ -75,9 +75,7 @@ def test_the_kernels_get_no_rows(name: str, kind: Any, monkeypatch: pytest.Monke
     """Neither the step nor clipping turns the gradient round; b2's, which is one row, may be."""
     turned: list[int] = []
     rows_of = reference.rows_of
-    monkeypatch.setattr(
-        reference, "rows_of", lambda bank, *args: (turned.append(bank.shape[3]), rows_of(bank, *args))[1]
-    )
+    monkeypatch.setattr(reference, "rows_of", lambda kv, *args: (turned.append(kv.shape[3]), rows_of(kv, *args))[1])
     net = network(name, length=7)
     optimizer = kind(net, max_norm=0.1, backend="cpu")
     for _ in range(2):
@@ -94,30 +92,30 @@ def test_a_gradient_is_taken_and_not_copied() -> None:
     net = network()
     optimizer = FactoredAdamW(net)
     left: list[int] = []
-    bank = net()
+    kv = net()
     # before the optimizer's hook takes it away
-    bank.register_hook(lambda grad: left.append(grad.data_ptr()))
-    bank.square().sum().backward()
+    kv.register_hook(lambda grad: left.append(grad.data_ptr()))
+    kv.square().sum().backward()
     [(source, _)] = net.up.weight.grad.value.parts
-    assert left == [source.dbank.data_ptr()] and bank.grad is None
-    bank.square().sum().backward()
-    assert source.dbank.data_ptr() == left[0], "a micro-batch is added in place"
-    torch.testing.assert_close(source.dbank, 4 * bank.detach())
+    assert left == [source.dkv.data_ptr()] and kv.grad is None
+    kv.square().sum().backward()
+    assert source.dkv.data_ptr() == left[0], "a micro-batch is added in place"
+    torch.testing.assert_close(source.dkv, 4 * kv.detach())
     del optimizer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_the_gradient_of_a_half_bank_stays_so_until_it_is_added_up(dtype: torch.dtype) -> None:
+def test_the_gradient_of_a_half_kv_stays_so_until_it_is_added_up(dtype: torch.dtype) -> None:
     """One micro-batch's is stepped in its own type, with what float32 copies of its numbers give; sums are float32."""
     wide, half = network(), network()
     optimizers = FactoredAdamW(wide, lr=1e-2), FactoredAdamW(half, lr=1e-2)
     for net in (wide, half):
         (net(dtype).float() - targets(net)[0]).square().sum().backward()
         [(source, _)] = net.up.weight.grad.value.parts
-        assert source.dbank.dtype == dtype
+        assert source.dkv.dtype == dtype
         if net is wide:
             source.wide()
-            assert source.dbank.dtype == torch.float32
+            assert source.dkv.dtype == torch.float32
     norms = [torch.linalg.vector_norm(net.up.weight.grad) for net in (wide, half)]
     assert torch.equal(*norms)
     for optimizer in optimizers:
@@ -130,20 +128,20 @@ def test_the_gradient_of_a_half_bank_stays_so_until_it_is_added_up(dtype: torch.
     [(source, _)] = half.up.weight.grad.value.parts
     leaf = half(dtype).detach()
     parts = [(2 * (leaf.float() - sample)).to(dtype).float() for sample in targets(half)[:2]]
-    assert torch.equal(source.dbank, parts[0] + parts[1])
+    assert torch.equal(source.dkv, parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("kind", [FactoredAdamW, FactoredSGD])
-def test_the_bank_is_gone_while_its_matrix_is_stepped(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_is_gone_while_its_matrix_is_stepped(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     net, wanted = network(), targets(network())
     optimizer = kind(net, backend="reference")
     alive: list[bool] = []
     for name in ("fused_adamw", "fused_sgd"):
         run = getattr(fused_step, name)
         monkeypatch.setattr(
-            fused_step, name, lambda *a, run=run, **k: (alive.append(bank() is not None), run(*a, **k))[1]
+            fused_step, name, lambda *a, run=run, **k: (alive.append(kv() is not None), run(*a, **k))[1]
         )
-    bank = weakref.ref(net())
+    kv = weakref.ref(net())
     train(net, optimizer, wanted, 1)
     assert alive == [False]
     stale = net()
@@ -152,19 +150,19 @@ def test_the_bank_is_gone_while_its_matrix_is_stepped(kind: Any, monkeypatch: py
         stale.sum().backward()
 
 
-def test_a_bank_stays_where_nothing_changes() -> None:
+def test_kv_stays_where_nothing_changes() -> None:
     """Of a network without gradients, and in a step that is skipped."""
     one, other = network(), network(seed=1)
     optimizer = FactoredAdamW([one, other])
-    banks = one(), other()
-    banks[0].sum().backward()
+    leaves = one(), other()
+    leaves[0].sum().backward()
     optimizer.step()
-    assert other() is banks[1] and one() is not banks[0]
-    banks[1].sum().backward()
+    assert other() is leaves[1] and one() is not leaves[0]
+    leaves[1].sum().backward()
     (one() * float("inf")).sum().backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
-    assert other() is banks[1]
+    assert other() is leaves[1]
 
 
 @pytest.mark.skipif(bool(NO_KERNELS), reason="; ".join(NO_KERNELS))
@@ -212,7 +210,7 @@ def test_large_numbers_are_no_reason_to_skip() -> None:
     optimizer = FactoredSGD(net, lr=1e-38, backend="reference")
     (net() * 1e37).sum().backward()
     ((source, _),) = net.up.weight.grad.value.parts
-    assert source.dbank.sum().isinf()
+    assert source.dkv.sum().isinf()
     optimizer.step()
     assert optimizer.skipped_steps == 0
 
@@ -220,7 +218,7 @@ def test_large_numbers_are_no_reason_to_skip() -> None:
 @pytest.mark.skipif(bool(NO_KERNELS), reason="; ".join(NO_KERNELS))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's VmHWM")
 def test_a_step_needs_less_than_a_twentieth_of_the_matrix() -> None:
-    """GPT-2 medium with ten rows: 96 MiB, beside which the bank and its gradient have 2 MiB each, as has w1's."""
+    """GPT-2 medium with ten rows: 96 MiB, beside which kv and its gradient have 2 MiB each, as has w1's."""
     case = "gpt2-medium P10"
     found = peak_rss.of("ours", case)["step_mib"]
     assert found < 0.05 * CASES[case].matrix_bytes / 2**20

@@ -12,7 +12,7 @@ from prefixattn import FactoredAdamW, FactoredNetwork, FactoredSGD
 from prefixattn.optim import DeferredGradient, FactoredGradient
 from prefixattn.prefixes.ownership import Factorable, Hidden
 from prefixattn.reparam.call import Form
-from prefixattn.reparam.reference import bank_view
+from prefixattn.reparam.reference import kv_view
 from prefixattn.testing.optim import Largest
 
 P, E, M, LAYERS, HEADS, D = 5, 12, 10, 3, 2, 8
@@ -45,7 +45,7 @@ KINDS = {"one": {}, "three": {"networks": 3}, "no_bias": {"bias": False}}
 
 
 def made(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Deeper, Deeper, Tensor]:
-    """A network, its twin, and a bank to come near."""
+    """A network, its twin, and kv to come near."""
     torch.manual_seed(0)
     net = Deeper(**KINDS[kind]).to(dtype)
     return net, copy.deepcopy(net), torch.randn_like(net().detach())
@@ -117,7 +117,7 @@ def test_a_parameter_changed_before_the_step_is_refused(changed: str) -> None:
     optimizer.step()
 
 
-def test_a_bank_is_computed_once_for_a_state_of_the_parameters() -> None:
+def test_kv_is_computed_once_for_a_state_of_the_parameters() -> None:
     net, _, wanted = made("one")
     optimizer = FactoredAdamW(net)
     assert net() is net() and net().is_leaf
@@ -225,18 +225,18 @@ class Foreign(nn.Module):
         self.leaf = None
 
     def forward(self) -> Tensor:
-        bank = bank_view((self.h @ self.up.mT)[None], FORM).flatten(0, 1)
+        kv = kv_view((self.h @ self.up.mT)[None], FORM).flatten(0, 1)
         if self.receive is None:
-            return bank
+            return kv
         if self.leaf is None:
             made = Hidden(self.h.detach()[None], FORM, lambda dh, ahead: (dh[0],))
-            self.leaf = bank.detach().requires_grad_()
+            self.leaf = kv.detach().requires_grad_()
             self.leaf.register_post_accumulate_grad_hook(lambda leaf: self.arrived(leaf, made))
         return self.leaf
 
     def arrived(self, leaf: Tensor, made: Hidden) -> None:
-        dbank, leaf.grad = leaf.grad, None
-        self.receive(self, dbank, made)
+        dkv, leaf.grad = leaf.grad, None
+        self.receive(self, dkv, made)
 
 
 def test_a_module_that_implements_the_protocol_is_factored() -> None:

@@ -101,19 +101,19 @@ def test_the_gradient_is_made_when_it_is_read_and_added_to() -> None:
     assert optimizer.param_groups
 
 
-def test_the_bank_is_a_leaf_until_a_parameter_changes() -> None:
+def test_kv_is_a_leaf_until_a_parameter_changes() -> None:
     ids, (model, prefix) = token_ids(), attached()
     optimizer = FactoredAdamW(prefix, lr=0.1)
-    bank = prefix()
-    assert bank.is_leaf and bank.requires_grad and prefix() is bank
+    kv = prefix()
+    assert kv.is_leaf and kv.requires_grad and prefix() is kv
     assert prefix(torch.bfloat16).dtype == torch.bfloat16
     backward(model, ids)
-    before = bank.detach().clone()
+    before = kv.detach().clone()
     optimizer.step()
     after = prefix()
-    assert after is not bank and not torch.equal(after, before)
+    assert after is not kv and not torch.equal(after, before)
     with pytest.raises(RuntimeError, match="projections behind the prefix was changed"):
-        bank.sum().backward()
+        kv.sum().backward()
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight.mul_(2)
     assert prefix() is not after and not torch.equal(prefix(), after)

@@ -110,8 +110,8 @@ def test_rows_are_the_same_numbers_and_the_network_of_peft_is_left_behind(tmp_pa
     prefix.export_peft(tmp_path / "ours")
     saved = [safetensors_torch.load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours")]
     assert torch.equal(saved[0]["prompt_embeddings"], saved[1]["prompt_embeddings"])
-    rows, bank = saved[0]["prompt_embeddings"], prefix().detach()  # [P, layers * 2 * Hkv * D], [layers, 2, Hkv, P, D]
-    assert torch.equal(rows[:, 3 * 32 :], bank[1, 1].transpose(0, 1).reshape(P, 32))
+    rows, kv = saved[0]["prompt_embeddings"], prefix().detach()  # [P, layers * 2 * Hkv * D], [layers, 2, Hkv, P, D]
+    assert torch.equal(rows[:, 3 * 32 :], kv[1, 1].transpose(0, 1).reshape(P, 32))
 
 
 def test_past_the_window_peft_loses_the_prefix_and_we_keep_it(tmp_path):

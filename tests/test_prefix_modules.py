@@ -45,11 +45,11 @@ def make_prefix(**choices: object) -> Prefix:
 def test_deep_share_lays_out_layer_then_key_or_value_then_head():
     encoder = DeepShare(layers=3, length=5, hidden=7, geometry=GEOMETRY)
     out = encoder.up(torch.tanh(encoder.down(encoder.embedding.weight)))  # [P, N * 2 * Hkv * D]
-    bank = encoder()
-    assert bank.shape == (3, 2, 2, 5, 4)
-    for layer, kv, head, d in ((0, 0, 0, 0), (0, 1, 0, 3), (1, 0, 1, 2), (2, 1, 1, 3)):
-        column = ((2 * layer + kv) * 2 + head) * 4 + d
-        torch.testing.assert_close(bank[layer, kv, head, :, d], out[:, column])
+    kv = encoder()
+    assert kv.shape == (3, 2, 2, 5, 4)
+    for layer, side, head, d in ((0, 0, 0, 0), (0, 1, 0, 3), (1, 0, 1, 2), (2, 1, 1, 3)):
+        column = ((2 * layer + side) * 2 + head) * 4 + d
+        torch.testing.assert_close(kv[layer, side, head, :, d], out[:, column])
 
 
 NETWORKS = {
@@ -66,13 +66,13 @@ def test_deep_share_fused_equals_its_layers(kind):
     found = {}
     for fused in (True, False):
         network.fused = fused
-        bank = network()
-        bank.square().sum().backward()
-        found[fused] = [bank.detach(), *(p.grad.clone() for p in network.parameters())]
+        kv = network()
+        kv.square().sum().backward()
+        found[fused] = [kv.detach(), *(p.grad.clone() for p in network.parameters())]
         network.zero_grad()
         half = network(torch.bfloat16)
         assert half.dtype == torch.bfloat16
-        torch.testing.assert_close(half, bank.to(torch.bfloat16), rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(half, kv.to(torch.bfloat16), rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(found[True], found[False])
     assert not torch.equal(found[True][1], torch.zeros_like(found[True][1]))
 
@@ -81,14 +81,14 @@ def test_several_networks_are_drawn_and_run_as_one_each():
     torch.manual_seed(0)
     network = DeepShare(length=500, hidden=40, geometry=GEOMETRY, layers=2, networks=3)
     alone = DeepShare(length=500, hidden=40, geometry=GEOMETRY, layers=2)
-    bank, ours, theirs = network(), network.state_dict(), alone.state_dict()
+    kv, ours, theirs = network(), network.state_dict(), alone.state_dict()
     assert ours.keys() == theirs.keys()
     for name in theirs:
         torch.testing.assert_close(ours[name][0].std(), theirs[name].std(), rtol=0.4, atol=0)
         assert ours[name].abs().max() <= 6**-0.5 or name == "embedding.weight"
     for g in range(3):
         alone.load_state_dict({name: t[g] for name, t in ours.items()})
-        torch.testing.assert_close(alone(), bank[2 * g : 2 * g + 2])
+        torch.testing.assert_close(alone(), kv[2 * g : 2 * g + 2])
 
 
 def test_deep_share_keeps_the_names_and_random_numbers_of_its_layers():
@@ -144,21 +144,21 @@ def test_a_prefix_of_chosen_layers_has_their_parameters_only(share):
 
 def test_simple_share_projects_each_layers_vectors_with_that_layer():
     prefix = make_prefix(share="simple", layers=(0, 2))
-    bank = prefix()
+    kv = prefix()
     adapter = prefix._adapter
     assert adapter.calls == [0, 2]
     keys = prefix.encoder.vectors[1] @ adapter.weight[2][:, :8]  # [P, Hkv * D]
-    torch.testing.assert_close(bank[1, 0], keys.view(5, 2, 4).transpose(0, 1))
+    torch.testing.assert_close(kv[1, 0], keys.view(5, 2, 4).transpose(0, 1))
 
 
 @pytest.mark.parametrize("share", ["deep", "simple", "none"])
-def test_layer_prefixes_are_the_bank_by_layer(share):
+def test_layer_prefixes_are_kv_by_layer(share):
     prefix = make_prefix(share=share)
-    bank = prefix()
+    kv = prefix()
     pairs = prefix.layer_prefixes(torch.float32, torch.device("cpu"))
     assert len(pairs) == 3
     for layer, (key, value) in enumerate(pairs):
-        assert torch.equal(key, bank[layer, 0]) and torch.equal(value, bank[layer, 1])
+        assert torch.equal(key, kv[layer, 0]) and torch.equal(value, kv[layer, 1])
     sum((key * value).sum() for key, value in pairs).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prefix.parameters())
 
@@ -217,12 +217,12 @@ def test_another_type_and_inference_mode_do_not_spoil_what_is_kept():
 @pytest.mark.parametrize("share", ["deep", "simple", "none"])
 def test_fold_keeps_the_prefixes_and_nothing_else(share):
     prefix = make_prefix(share=share)
-    bank = prefix().detach()
+    kv = prefix().detach()
     assert prefix.fold() is prefix and prefix.folded
-    assert torch.equal(prefix(), bank)
+    assert torch.equal(prefix(), kv)
     assert isinstance(prefix.encoder, FreePrefix)
     assert sum(p.numel() for p in prefix.parameters()) == prefix.num_parameters(kept=True)
-    assert prefix.num_parameters() == (0 if share != "none" else bank.numel())
+    assert prefix.num_parameters() == (0 if share != "none" else kv.numel())
 
 
 def test_the_network_runs_in_its_own_type_under_autocast():

@@ -37,15 +37,15 @@ class Owner:
         for network in networks:
             network.take_over(self.receive)
 
-    def receive(self, network: DeepShare, dbank: Tensor, made: Hidden) -> None:
-        self.arrived.append((network, dbank, made))
+    def receive(self, network: DeepShare, dkv: Tensor, made: Hidden) -> None:
+        self.arrived.append((network, dkv, made))
 
     def gradients(self) -> list[Tensor]:
         """Of the network's parameters, summed over all that arrived."""
         total = None
-        for network, dbank, made in self.arrived:
+        for network, dkv, made in self.arrived:
             x, _, _, w2, _ = (t.detach() for t in network.operands())
-            dy = reference.rows_of(dbank, network.form, len(x), x.dtype)
+            dy = reference.rows_of(dkv, network.form, len(x), x.dtype)
             grads = (*made.pull(dy @ w2, network.parameters_in_order()[:3]), dy.mT @ made.h, dy.sum(1))
             total = grads if total is None else tuple(map(torch.add, total, grads))
         assert total is not None
@@ -79,20 +79,20 @@ def test_what_arrives_makes_the_ordinary_gradients(kind: str, dtype: torch.dtype
     plain = network(dtype).detach()
     owner = Owner(network)
     for weight in given:
-        bank = network(dtype)
-        assert torch.equal(bank, plain) and bank.dtype == dtype and bank.is_leaf
-        (bank * weight).sum().backward()
-        assert bank.grad is None
+        kv = network(dtype)
+        assert torch.equal(kv, plain) and kv.dtype == dtype and kv.is_leaf
+        (kv * weight).sum().backward()
+        assert kv.grad is None
     assert all(p.grad is None for p in network.parameters())
-    assert [dbank.dtype for _, dbank, _ in owner.arrived] == [dtype] * 3
+    assert [dkv.dtype for _, dkv, _ in owner.arrived] == [dtype] * 3
     assert all(made is owner.arrived[0][2] for _, _, made in owner.arrived)
     torch.testing.assert_close(owner.gradients(), right)
 
 
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
-    run = networks.bank_and_z
-    monkeypatch.setattr(networks, "bank_and_z", lambda *args: (runs.append(1), run(*args))[1])
+    run = networks.kv_and_z
+    monkeypatch.setattr(networks, "kv_and_z", lambda *args: (runs.append(1), run(*args))[1])
     return runs
 
 
@@ -316,14 +316,14 @@ def test_decoding_between_micro_batches_disturbs_nothing(monkeypatch: pytest.Mon
     model, made, ids = attached()
     owner = Owner(made.encoder)
     steps(model, ids, 1)
-    right, bank = owner.gradients(), made.encoder()
+    right, kv = owner.gradients(), made.encoder()
     owner.arrived.clear()
     loss = model(ids, labels=ids, use_cache=False).loss
     with torch.no_grad():
         model.eval().generate(ids, max_new_tokens=3, do_sample=False)
     model.train()
     loss.backward()
-    assert made.encoder() is bank
+    assert made.encoder() is kv
     torch.testing.assert_close(owner.gradients(), right)
 
 
@@ -332,8 +332,8 @@ def test_in_a_half_precision_model_the_leaf_has_its_type() -> None:
     model.bfloat16()
     owner = Owner(made.encoder)
     steps(model, ids, 1)
-    [(_, dbank, made)] = owner.arrived
-    assert (dbank.dtype, made.h.dtype) == (torch.bfloat16, torch.float32)
+    [(_, dkv, made)] = owner.arrived
+    assert (dkv.dtype, made.h.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.float()(ids, labels=ids, use_cache=False).loss.backward()
     assert owner.arrived[-1][1].dtype == torch.bfloat16

@@ -74,23 +74,23 @@ def test_language_reads_the_rows_as_the_published_code_views_them(backend: str) 
     x, w1, b1, w2, b2 = (t[0].detach() for t in inputs.tensors.values())
     past = torch.tanh(x @ w1.T + b1) @ w2.T + b2
     past = past.view(P, layers * 2, heads, D).permute(1, 2, 0, 3)  # [layers * 2, heads, P, D]
-    bank = inputs.call(backend)
+    kv = inputs.call(backend)
     for layer, (key, value) in enumerate(zip(past[0::2], past[1::2], strict=True)):
-        torch.testing.assert_close(bank[layer, 0], key)
-        torch.testing.assert_close(bank[layer, 1], value)
+        torch.testing.assert_close(kv[layer, 0], key)
+        torch.testing.assert_close(kv[layer, 1], value)
 
 
 def test_vision_reads_the_rows_as_the_published_code_does(backend: str) -> None:
     """A network a layer; its [P, 2 * width] is reshaped to [P, width, 2]: keys are the even numbers, values the odd."""
     layers, heads, D, P = 4, 3, 16, 5
     inputs = accepted(backend, make_inputs(Shape(layers, P, heads * D, 8, 1, heads, D), interleaved=True))
-    bank = inputs.call(backend)
+    kv = inputs.call(backend)
     for layer in range(layers):
         x, w1, b1, w2, b2 = (t[layer].detach() for t in inputs.tensors.values())
         out = torch.tanh(x @ w1.T + b1) @ w2.T + b2
         key, value = out.reshape(P, heads * D, 2).permute(2, 0, 1)  # [P, width] each
-        torch.testing.assert_close(bank[layer, 0], key.reshape(P, heads, D).transpose(0, 1))
-        torch.testing.assert_close(bank[layer, 1], value.reshape(P, heads, D).transpose(0, 1))
+        torch.testing.assert_close(kv[layer, 0], key.reshape(P, heads, D).transpose(0, 1))
+        torch.testing.assert_close(kv[layer, 1], value.reshape(P, heads, D).transpose(0, 1))
 
 
 def test_several_networks_are_each_of_them_alone(backend: str) -> None:
@@ -106,9 +106,9 @@ def test_one_network_without_its_axis(backend: str) -> None:
     inputs = accepted(backend, make_inputs("ten_rows"))
     every = ours(inputs, backend)
     flat = {name: t.detach()[0].requires_grad_() for name, t in inputs.tensors.items()}
-    bank = reparameterize(**flat, **inputs.form._asdict(), backend=backend)
-    assert torch.equal(bank, every["bank"])
-    bank.backward(inputs.dbank)
+    kv = reparameterize(**flat, **inputs.form._asdict(), backend=backend)
+    assert torch.equal(kv, every["kv"])
+    kv.backward(inputs.dkv)
     for name, t in flat.items():
         assert t.grad is not None and torch.equal(t.grad, every["d" + name][0]), name
 
@@ -131,7 +131,7 @@ def test_only_the_gradients_that_are_wanted(backend: str, name: str, alone: bool
     for other, t in inputs.tensors.items():
         t.requires_grad_((other == name) == alone)
     some = ours(inputs, backend)
-    expected = {"bank", "d" + name} if alone else every.keys() - {"d" + name}
+    expected = {"kv", "d" + name} if alone else every.keys() - {"d" + name}
     assert some.keys() == expected
     for found, t in some.items():
         assert_as_accurate(found, t, every[found], every[found].double())
@@ -143,7 +143,7 @@ def test_a_backends_own_backward_leaves_the_unwanted_empty(backend: str) -> None
     call = detached(inputs)
     z = module.fwd(call).z
     for wanted in PARAMETERS:
-        grads = module.bwd(call._replace(b1=None, b2=None), Given(inputs.dbank, z), Needs(**{wanted: True}))
+        grads = module.bwd(call._replace(b1=None, b2=None), Given(inputs.dkv, z), Needs(**{wanted: True}))
         shapes = {name: t.shape if name == wanted else (0,) for name, t in inputs.tensors.items()}
         assert {name: grad.shape for name, grad in grads._asdict().items()} == shapes
 
@@ -153,7 +153,7 @@ def test_the_small_half_of_the_backward_pass(backend: str) -> None:
     module = backends.module(backend, "reparam")
     call = detached(inputs)
     z = module.fwd(call).z
-    dh = reference.rows_of(inputs.dbank, inputs.form, 3, torch.float32) @ call.w2
+    dh = reference.rows_of(inputs.dkv, inputs.form, 3, torch.float32) @ call.w2
     same, right = same_dtype(inputs), exact(inputs)
     grads = module.hidden_bwd(dh, call.x, call.w1, z, inputs.form, Needs(x=True, w1=True, b1=True))
     for name, grad in zip(PARAMETERS, grads, strict=False):
@@ -161,15 +161,15 @@ def test_the_small_half_of_the_backward_pass(backend: str) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_rows_of_a_bank_and_the_bank_of_rows_undo_each_other(interleaved: bool) -> None:
+def test_rows_of_kv_and_kv_of_rows_undo_each_other(interleaved: bool) -> None:
     inputs = make_inputs("three_networks", interleaved=interleaved)
-    rows = reference.rows_of(inputs.dbank, inputs.form, 3, torch.float64)
+    rows = reference.rows_of(inputs.dkv, inputs.form, 3, torch.float64)
     assert rows.is_contiguous() and rows.shape == (3, 10, SHAPES["three_networks"].O)
-    assert torch.equal(reference.bank_of(rows, inputs.form, torch.float32), inputs.dbank)
+    assert torch.equal(reference.kv_of(rows, inputs.form, torch.float32), inputs.dkv)
 
 
 @pytest.mark.parametrize("poisoned", PARAMETERS)
-def test_a_nan_reaches_the_bank(backend: str, poisoned: str) -> None:
+def test_a_nan_reaches_kv(backend: str, poisoned: str) -> None:
     inputs = accepted(backend, make_inputs("tile_past", grad=False, activation="relu"))
     inputs.tensors[poisoned][0, -1] = torch.nan
     assert inputs.call(backend).isnan().any()
@@ -177,7 +177,7 @@ def test_a_nan_reaches_the_bank(backend: str, poisoned: str) -> None:
 
 def test_a_nan_in_the_gradient_reaches_the_gradients(backend: str) -> None:
     inputs = accepted(backend, make_inputs("tile_past"))
-    inputs.dbank[0, 0, 0, -1, -1] = torch.nan
+    inputs.dkv[0, 0, 0, -1, -1] = torch.nan
     found = ours(inputs, backend)
     for name in PARAMETERS:
         assert found["d" + name].isnan().any(), name
@@ -185,7 +185,7 @@ def test_a_nan_in_the_gradient_reaches_the_gradients(backend: str) -> None:
 
 def test_a_gradient_in_any_layout(backend: str) -> None:
     inputs = accepted(backend, make_inputs("five_rows"))
-    inputs.dbank = torch.randn(()).expand(inputs.dbank.shape)  # as sum() passes it on
+    inputs.dkv = torch.randn(()).expand(inputs.dkv.shape)  # as sum() passes it on
     assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
@@ -193,8 +193,8 @@ def test_a_gradient_in_any_layout(backend: str) -> None:
 def test_parameters_of_any_float_type(parameters: str) -> None:
     inputs = make_inputs("five_rows", torch.float32, parameters=DTYPES[parameters])
     found, right = ours(inputs), exact(inputs)
-    assert found["bank"].dtype == torch.float32
-    same = {"bank": right["bank"].float()}  # the arithmetic is float32, though what it reads and leaves is not
+    assert found["kv"].dtype == torch.float32
+    same = {"kv": right["kv"].float()}  # the arithmetic is float32, though what it reads and leaves is not
     for name in PARAMETERS:
         assert found["d" + name].dtype == DTYPES[parameters]
         same["d" + name] = right["d" + name].to(DTYPES[parameters])

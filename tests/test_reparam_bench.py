@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_network(name: str) -> None:
     network = reparam_cases.make(size, True, "cpu")
     assert size.parameter_bytes == sum(p.nbytes for p in network.parameters())
     assert size.matrix_bytes == network.up.weight.nbytes
-    assert size.bank_bytes == network().nbytes
+    assert size.kv_bytes == network().nbytes
 
 
 def test_the_networks_are_the_papers() -> None:

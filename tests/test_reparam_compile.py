@@ -36,7 +36,7 @@ def test_opcheck(backend: str) -> None:
         x, w1, _, w2, _ = inputs.parameters
         _, z = torch.ops.prefixattn.reparam_fwd(*args)
         for needs in ([t is not None for t in inputs.parameters], [True, False, False, True, False]):
-            args = (inputs.dbank, z, x, w1, None, w2, None, *inputs.form, torch.bfloat16, needs, backend)
+            args = (inputs.dkv, z, x, w1, None, w2, None, *inputs.form, torch.bfloat16, needs, backend)
             torch.library.opcheck(torch.ops.prefixattn.reparam_bwd, args)
 
 
@@ -46,12 +46,12 @@ def test_compiles_in_one_graph(backend: str, compiler: str) -> None:
     eager = ours(inputs, backend)
 
     def call(**tensors: Tensor) -> Tensor:
-        bank = reparameterize(**tensors, **inputs.form._asdict(), dtype=torch.bfloat16, backend=backend)
-        return bank.flatten(0, 1) * 2
+        kv = reparameterize(**tensors, **inputs.form._asdict(), dtype=torch.bfloat16, backend=backend)
+        return kv.flatten(0, 1) * 2
 
-    bank = torch.compile(call, fullgraph=True, backend=compiler)(**inputs.tensors)
-    torch.testing.assert_close(bank.detach().view_as(inputs.dbank), eager["bank"] * 2)
-    grads = torch.autograd.grad(bank, list(inputs.tensors.values()), inputs.dbank.flatten(0, 1) / 2)
+    kv = torch.compile(call, fullgraph=True, backend=compiler)(**inputs.tensors)
+    torch.testing.assert_close(kv.detach().view_as(inputs.dkv), eager["kv"] * 2)
+    grads = torch.autograd.grad(kv, list(inputs.tensors.values()), inputs.dkv.flatten(0, 1) / 2)
     for name, grad in zip(inputs.tensors, grads, strict=True):
         torch.testing.assert_close(grad, eager["d" + name], msg=name)
 
@@ -64,10 +64,10 @@ def test_export_keeps_the_op_and_its_gradient(backend: str) -> None:
             return reparameterize(*tensors, **inputs.form._asdict(), backend=backend)
 
     program = torch.export.export(Network(), tuple(t.detach() for t in inputs.tensors.values())).module()
-    bank = program(*inputs.tensors.values())
+    kv = program(*inputs.tensors.values())
     eager = ours(inputs, backend)
-    assert torch.equal(bank, eager["bank"])
-    grads = torch.autograd.grad(bank, list(inputs.tensors.values()), inputs.dbank)
+    assert torch.equal(kv, eager["kv"])
+    grads = torch.autograd.grad(kv, list(inputs.tensors.values()), inputs.dkv)
     for name, grad in zip(inputs.tensors, grads, strict=True):
         assert torch.equal(grad, eager["d" + name]), name
 
@@ -78,7 +78,7 @@ def test_torch_func_grad_is_right_and_vmap_refused(backend: str) -> None:
     tensors = tuple(t.detach() for t in inputs.tensors.values())
 
     def loss(*tensors: Tensor) -> Tensor:
-        return (reparameterize(*tensors, **inputs.form._asdict(), backend=backend) * inputs.dbank).sum()
+        return (reparameterize(*tensors, **inputs.form._asdict(), backend=backend) * inputs.dkv).sum()
 
     grads = torch.func.grad(loss, argnums=tuple(range(5)))(*tensors)
     for name, grad in zip(inputs.tensors, grads, strict=True):
@@ -100,8 +100,8 @@ def test_a_compiled_func_grad_is_refused_and_never_zero() -> None:
 
 def test_meta_tensors_have_a_shape() -> None:
     inputs = make_inputs("three_networks", device="meta", grad=False)
-    bank = inputs.call()
-    assert (bank.shape, bank.device.type) == (inputs.dbank.shape, "meta")
+    kv = inputs.call()
+    assert (kv.shape, kv.device.type) == (inputs.dkv.shape, "meta")
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:

@@ -275,7 +275,7 @@ def test_bits_do_not_depend_on_threads(size: tuple[int, int, int, int]) -> None:
 def test_each_gradient_alone_is_the_same() -> None:
     inputs = make_inputs("three_networks")
     call = detached(inputs)
-    given = Given(inputs.dbank, cpu.fwd(call).z)
+    given = Given(inputs.dkv, cpu.fwd(call).z)
     every = cpu.bwd(call, given, NEEDS)._asdict()
     for wanted in PARAMETERS:
         for name, grad in cpu.bwd(call, given, Needs(**{wanted: True}))._asdict().items():
@@ -286,7 +286,7 @@ def test_each_gradient_alone_is_the_same() -> None:
 def test_scratch_that_cannot_be_had_is_an_error_in_words(n: int) -> None:
     """Also where a worker is refused it, whose exception has to reach the caller's thread."""
     call, (w, _, dy) = detached(make_inputs("three_networks")), step_inputs((2, 40, 300, 70))
-    for run in (lambda: cpu.fwd(call).bank, lambda: cpu.dh_only(w, dy)):
+    for run in (lambda: cpu.fwd(call).kv, lambda: cpu.dh_only(w, dy)):
         with threads(n):
             right = run()
             _C.limit_scratch(64)

@@ -73,11 +73,11 @@ def test_what_is_wrong_is_replaced_and_named(kind: str, function: str, monkeypat
         if kind == "fwd":
             x, w1, w2 = torch.randn(1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 16, 4)
             call = Call(x, w1, None, w2, None, Form(1, 2, 4, False, "tanh"), torch.float32)
-            assert torch.equal(guard.fwd(call).bank, reference.fwd(call).bank)
+            assert torch.equal(guard.fwd(call).kv, reference.fwd(call).kv)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_a_bank_read_in_another_layout_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_read_in_another_layout_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from prefixattn.kernels import launch_reparam
 
     monkeypatch.setattr(launch_reparam, "layout", lambda form: launch_reparam.BLOCKED)

@@ -91,7 +91,7 @@ def test_the_record_spills_nowhere_and_fits_everywhere() -> None:
 
 def test_bytes_are_near_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 1.15 of 7 W for language, the whole step too; for vision reading w1, which 7 W lacks, is 7 %."""
-    monkeypatch.setattr(reparam_counts.backend, "_is_emulated", lambda dtype: False)  # a GPU's bank is bfloat16
+    monkeypatch.setattr(reparam_counts.backend, "_is_emulated", lambda dtype: False)  # a GPU's kv is bfloat16
     counted = {name: reparam_counts.row(name, case) for name, case in CASES.items()}
     assert recorded("reparam_counts.json") == {"table": DATE, "rows": json.loads(json.dumps(list(counted.values())))}
     for key in ("bytes_ratio", "whole_ratio"):

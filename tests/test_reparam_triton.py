@@ -41,10 +41,10 @@ def test_network(name: str, interleaved: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_bank(dtype: torch.dtype) -> None:
+def test_half_kv(dtype: torch.dtype) -> None:
     inputs = make_inputs(NETWORKS["M48"], dtype, interleaved=True)
     found = from_module(inputs, triton)
-    assert found["bank"].dtype == dtype
+    assert found["kv"].dtype == dtype
     assert_all_as_accurate(found, same_dtype(inputs), exact(inputs))
 
 
@@ -62,11 +62,11 @@ def test_tanh_is_accurate_everywhere() -> None:
     z = torch.cat([-z, torch.tensor([0.0, 1e30, -1e30]), z])[None, None]  # [1, 1, E]
     x, one = z.mT.contiguous(), torch.ones(1, 1, 1)  # P = numbers, E = M = 1
     form = make_inputs("tiny").form._replace(head_dim=1)
-    bank = triton.fwd(Call(x, one, None, torch.ones(1, 2, 1), None, form, torch.float32)).bank
+    kv = triton.fwd(Call(x, one, None, torch.ones(1, 2, 1), None, form, torch.float32)).kv
     right = torch.tanh(z.double()).flatten()
-    error = (bank[0, 0, 0, :, 0].double() - right).abs() / right.abs().clamp(min=1e-300)
+    error = (kv[0, 0, 0, :, 0].double() - right).abs() / right.abs().clamp(min=1e-300)
     assert error.max() < 2 * torch.finfo(torch.float32).eps
-    assert torch.equal(bank[0, 0], bank[0, 1])
+    assert torch.equal(kv[0, 0], kv[0, 1])
 
 
 def test_a_call_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_sgd_without_momentum() -> None:
     assert_all_as_accurate(run(without(triton.fused_sgd), tensors, torch.float32, **numbers), same, right)
 
 
-BANKS = {
+FORMS = {
     "P5": (5, Form(3, 1, 7, False, "tanh")),  # tiles end within a head
     "P33": (33, Form(1, 2, 24, False, "tanh")),
     "P300": (300, Form(2, 1, 5, False, "tanh")),  # dh by a kernel of its own
@@ -219,18 +219,18 @@ BANKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["blocked", "interleaved"])
-@pytest.mark.parametrize("name", BANKS)
-def test_fused_steps_read_the_gradient_of_a_bank(
+@pytest.mark.parametrize("name", FORMS)
+def test_fused_steps_read_the_gradient_of_kv(
     name: str, interleaved: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it lies and in its own type: what rows of the same numbers give, and nobody makes rows."""
-    P, form = BANKS[name]
+    P, form = FORMS[name]
     form = form._replace(interleaved=interleaved)
     G, O, M = 2, form.layers * 2 * form.kv_heads * form.head_dim, 20
     generator = torch.Generator().manual_seed(0)
     w, m, v, h, dy = (torch.randn(G, *s, generator=generator) for s in ((O, M), (O, M), (O, M), (P, M), (P, O)))
-    bank = network.bank_of(dy, form, dtype)
-    dy = network.rows_of(bank, form, G, torch.float32)
+    kv = network.kv_of(dy, form, dtype)
+    dy = network.rows_of(kv, form, G, torch.float32)
     kinds: list[tuple[str, list[Tensor], dict[str, Any]]] = [
         ("fused_adamw", [w, m, v.square()], {**ADAMW, "step": 3}),
         ("fused_sgd", [w, m], {**SGD, "first": False}),
@@ -242,9 +242,9 @@ def test_fused_steps_read_the_gradient_of_a_bank(
         with monkeypatch.context() as patched:
             patched.setattr(network, "rows_of", None)
             patched.setattr(network, "as_rows", None)
-            by_bank = [t.clone() for t in state]
-            dh = getattr(triton, fused)(*by_bank, h, bank, form=form, **numbers)
-        assert all(torch.equal(a, b) for a, b in zip(by_rows, by_bank, strict=True))
+            by_kv = [t.clone() for t in state]
+            dh = getattr(triton, fused)(*by_kv, h, kv, form=form, **numbers)
+        assert all(torch.equal(a, b) for a, b in zip(by_rows, by_kv, strict=True))
         exact = 0.5 * dy.double() @ w.double()
         assert_as_accurate("dh", dh, 0.5 * dy @ w, exact)
         assert interleaved or torch.equal(dh, dh_by_rows)

@@ -178,9 +178,9 @@ def test_coins_belong_to_rows_of_the_matrix(interleaved: bool) -> None:
     O = form.layers * 2 * form.kv_heads * form.head_dim
     generator = torch.Generator().manual_seed(0)
     w, h, dy = (torch.randn(1, *size, generator=generator) for size in ((O, M), (P, M), (P, O)))
-    bank = network.bank_of(dy, form, torch.float32)
+    kv = network.kv_of(dy, form, torch.float32)
     found = []
-    for gradient, its in ((dy, None), (bank, form)):
+    for gradient, its in ((dy, None), (kv, form)):
         state = [kept(t, "8bit", signed) for t, signed in zip(moments((1, O, M)), (True, False), strict=True)]
         triton.fused_adamw(w.clone(), *state, h, gradient, form=its, **{**ADAMW, "step": 4}, want_dh=False)
         found.append(state)

@@ -58,15 +58,15 @@ def test_the_blocks_that_remain_keep_their_prefix(removal, share):
     with prefix.disabled():
         torch.testing.assert_close(model(images()), plain, **SAME)
     # a prefix of the remaining layers alone, on a model that never had others
-    bank = prefix()
+    kv = prefix()
     if share == "plus":
         other = prefixattn.attach(twin, SHARES[share])
         for i, slot in enumerate(remain):
-            for own, theirs in zip(other()[i][1:], bank[slot][1:], strict=True):
+            for own, theirs in zip(other()[i][1:], kv[slot][1:], strict=True):
                 own is None or own.data.copy_(theirs)
     else:
         other = prefixattn.attach(twin, SHARES["none"])
-        other.encoder.bank.data.copy_(bank[remain])
+        other.encoder.bank.data.copy_(kv[remain])
     torch.testing.assert_close(out, twin(images()), rtol=1e-5, atol=1e-5)
     if share == "none":
         gradient = prefix.encoder.bank.grad.flatten(1).abs().sum(1)

@@ -4,7 +4,7 @@
     python -m pytest bench/reparam/bench_reparam.py --device gpu
     python -m pytest bench/reparam/bench_reparam.py --quick     # tiny networks, no file
 
-The gradient of the bank is given. Before anything is timed, our step and every baseline's are compared with the plain
+The gradient of kv is given. Before anything is timed, our step and every baseline's are compared with the plain
 one's.
 """
 

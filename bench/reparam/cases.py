@@ -34,7 +34,7 @@ class Network:
         return 4 * self.networks * self.outputs * self.hidden
 
     @property
-    def bank_bytes(self) -> int:
+    def kv_bytes(self) -> int:
         return 4 * self.networks * self.length * self.outputs
 
     @property
@@ -44,8 +44,8 @@ class Network:
 
     @property
     def floor_bytes(self) -> int:
-        """Exact AdamW: forward reads W; the update reads p, m and v and writes them. The bank, and its gradient."""
-        return 7 * self.matrix_bytes + 2 * self.bank_bytes
+        """Exact AdamW: forward reads W; the update reads p, m and v and writes them. kv, and its gradient."""
+        return 7 * self.matrix_bytes + 2 * self.kv_bytes
 
 
 CASES = {
@@ -74,7 +74,7 @@ Make = Callable[[DeepShare], torch.optim.Optimizer]
 
 
 class Step:
-    """A network, its optimizer and one training step from a given gradient of the bank."""
+    """A network, its optimizer and one training step from a given gradient of kv."""
 
     def __init__(
         self, size: Network, device: str, fused: bool, optimizer: Callable[..., torch.optim.Optimizer]
@@ -83,11 +83,11 @@ class Step:
         self.optimizer = optimizer(self.network)
         generator = torch.Generator(device).manual_seed(1)
         shape = (size.networks * size.layers, 2, size.kv_heads, size.length, size.head_dim)
-        self.dbank = torch.randn(shape, generator=generator, device=device)
+        self.dkv = torch.randn(shape, generator=generator, device=device)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        self.network().backward(self.dbank)
+        self.network().backward(self.dkv)
         self.optimizer.step()
 
 
@@ -96,9 +96,9 @@ class OnRows(Step):
 
     def __init__(self, size: Network, device: str, optimizer: Make) -> None:
         super().__init__(size, device, False, optimizer)
-        self.shares = (self.dbank / ROWS).expand(ROWS, *self.dbank.shape).contiguous()
+        self.shares = (self.dkv / ROWS).expand(ROWS, *self.dkv.shape).contiguous()
 
-    def bank(self) -> Tensor:  # [ROWS, N, 2, Hkv, P, D]
+    def kv(self) -> Tensor:  # [ROWS, N, 2, Hkv, P, D]
         network, form = self.network, self.network.form
         P = network.embedding.weight.shape[-2]
         x, w1, b1, w2, b2 = network.operands()
@@ -112,7 +112,7 @@ class OnRows(Step):
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        self.bank().backward(self.shares)
+        self.kv().backward(self.shares)
         self.optimizer.step()
 
 

@@ -38,9 +38,9 @@ def mib(count: float) -> str:
 
 
 def activations(size: Network, rows: int) -> int:
-    """Input rows, the bottleneck before and after tanh, and the bank, of as many samples as go through the network."""
+    """Input rows, the bottleneck before and after tanh, and kv, of as many samples as go through the network."""
     small = size.networks * size.length * (size.width + 2 * size.hidden) * 4
-    return rows * (small + size.bank_bytes)
+    return rows * (small + size.kv_bytes)
 
 
 def memory(result: Row) -> list[str]:
@@ -53,7 +53,7 @@ def memory(result: Row) -> list[str]:
     measured = by_case(result)
     for case, size in (CASES | COMPUTED).items():
         small = size.parameter_bytes - size.matrix_bytes
-        factors = size.bank_bytes + 4 * size.networks * size.length * size.hidden
+        factors = size.kv_bytes + 4 * size.networks * size.length * size.hidden
         cells = [mib(size.parameter_bytes), mib(2 * size.parameter_bytes), mib(size.parameter_bytes)]
         cells += [mib(small + factors), mib(activations(size, ROWS)), mib(activations(size, 1))]
         ways = measured.get(case, {})

@@ -1,4 +1,4 @@
-"""The bank of a simple share by torch's library calls, forward and backward, beside its floor: GPT-2 medium, a CPU.
+"""A simple share's keys and values by torch's library calls, forward and backward, beside the floor: GPT-2 medium, CPU.
 
     python -m bench.reparam.simple_share                  # some minutes: prints a table
     python -m bench.reparam.simple_share --out bench/results/simple-share-cpu.json
@@ -44,12 +44,12 @@ def both_passes(
     vectors: Tensor,  # [N, P, E]
     weights: list[Tensor],  # [E, 3 E], as GPT-2 keeps them
     biases: list[Tensor],
-    dbank: Tensor,  # [N, 2, Hkv, P, D]
+    dkv: Tensor,  # [N, 2, Hkv, P, D]
 ) -> Tensor:
     vectors = vectors.detach().requires_grad_()
     made = [project(*operands) for operands in zip(vectors, weights, biases, strict=True)]
-    bank = torch.stack([kv.view(-1, 2, HEADS, WIDTH // HEADS).permute(1, 2, 0, 3) for kv in made])
-    [grad] = torch.autograd.grad(bank, vectors, dbank)
+    kv = torch.stack([one.view(-1, 2, HEADS, WIDTH // HEADS).permute(1, 2, 0, 3) for one in made])
+    [grad] = torch.autograd.grad(kv, vectors, dkv)
     return grad
 
 
@@ -58,9 +58,9 @@ def measure(length: int, seconds: float) -> dict[str, object]:
     vectors = torch.randn(LAYERS, length, WIDTH)
     weights = [torch.randn(WIDTH, 3 * WIDTH) / 32 for _ in range(LAYERS)]
     biases = [torch.randn(3 * WIDTH) for _ in range(LAYERS)]
-    dbank = torch.randn(LAYERS, 2, HEADS, length, WIDTH // HEADS)
+    dkv = torch.randn(LAYERS, 2, HEADS, length, WIDTH // HEADS)
     calls: dict[str, Callable[[], object]] = {
-        way.__name__: partial(both_passes, way, vectors, weights, biases, dbank) for way in (layer, columns)
+        way.__name__: partial(both_passes, way, vectors, weights, biases, dkv) for way in (layer, columns)
     }
     torch.testing.assert_close(*(call() for call in calls.values()))
     source = torch.randn(LAYERS * 2 * WIDTH * WIDTH)  # a copy reads and writes as much as two passes read

@@ -7,12 +7,12 @@ The floor is 7 W, W being the bytes of the large matrices: the forward reads the
 two moments; 4 W where these have 8 bits. Beside it stands the floor of both matrices, 7 W1 more, to which the whole
 step is compared: where networks are small, w1 is a third of the parameters.
 
-The code's own step runs on tensors without memory, from the forward to the last update, the bank's gradient being what
+The code's own step runs on tensors without memory, from the forward to the last update, kv's gradient being what
 a backward pass of one micro-batch left: forward, look for what is not finite, fused step, small gradients, small
 parameters. Launches are counted twice: each element that a kernel reads or writes once for each kernel, as in
 triton_counts.py; and once for each program that asks for it, most of which a cache answers. An operation of torch
 between them counts its operands and its results, views apart. What is before the step is not in it: the backward pass
-of attention, and autograd's putting together of the layers' gradients into the bank's. tests/test_reparam_resources.py
+of attention, and autograd's putting together of the layers' gradients into kv's. tests/test_reparam_resources.py
 holds both counts of the launches to what the kernels really do.
 """
 
@@ -162,18 +162,18 @@ def step(
     sizes = [(G, P, E), (G, M, E), (G, M), (G, case.outputs, M), (G, case.outputs)]
     parameters = tuple(torch.zeros(size, device=device) for size in sizes)
     w2 = parameters[3]
-    dbank = torch.zeros(G * n, 2, Hkv, P, D, device=device, dtype=dtype)
+    dkv = torch.zeros(G * n, 2, Hkv, P, D, device=device, dtype=dtype)
     moments = [moment(w2, signed) if eight else torch.zeros_like(w2) for signed in (True, False)]
     numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     with phase("forward"):
         z = backend.fwd(Call(*parameters, form, dtype)).z
     with phase("finite"):
         made = hidden_of(z, form)
-        source = Source(parameters, made, dbank, lambda: None)
+        source = Source(parameters, made, dkv, lambda: None)
         source.averaged = True
         source.finite()
     with phase("sweep"):  # the fused step, by the word in the record
-        dh = backend.fused_adamw(w2, *moments, source.h, source.dbank, form=form, step=1, **numbers)
+        dh = backend.fused_adamw(w2, *moments, source.h, source.dkv, form=form, step=1, **numbers)
     assert dh is not None
     # torch has no autocast for tensors without memory
     without = patch.object(torch, "autocast", lambda *_, **__: nullcontext()) if device == "meta" else nullcontext()

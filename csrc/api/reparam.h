@@ -1,5 +1,5 @@
 // What crosses from the host to the kernels of the reparameterization: the large matrix of G networks, the P rows that
-// go through it, and the bank of prefixes they make. Everything is contiguous. Knows no torch.
+// go through it, and kv, the prefixes that they make. Everything is contiguous. Knows no torch.
 #pragma once
 #include <cstdint>
 
@@ -11,21 +11,21 @@ struct ReparamSizes {
     int64_t G, P, O, M;  // networks, rows, outputs and inputs of the matrix
 };
 
-// Output o of a network in the bank [G * layers, 2, kv_heads, P, head_dim].
-struct BankForm {
+// Output o of a network in kv [G * layers, 2, kv_heads, P, head_dim].
+struct KvForm {
     int64_t layers, kv_heads, head_dim;
-    bool interleaved;  // o = ((layer, head, d), kv) instead of (layer, kv, head, d)
+    bool interleaved;  // o = ((layer, head, d), key or value), not (layer, key or value, head, d)
 };
 
 struct ReparamFwdParams : ReparamSizes {
     const float *h;  // [G, P, M]
     const float *w;  // [G, O, M]
     const float *b;  // [G, O] or null
-    BankForm form;
-    DType dtype;       // of the bank
+    KvForm form;
+    DType dtype;       // of kv
     float *workspace;  // reparam_fwd_workspace() floats
     // outputs
-    void *bank;  // [G * layers, 2, kv_heads, P, head_dim]
+    void *kv;  // [G * layers, 2, kv_heads, P, head_dim]
 };
 
 struct KeptMoment {
@@ -39,9 +39,9 @@ enum class StepRule : int { kNone = 0, kDense = 1, kAdamW = 2, kSgd = 3 };
 // One read of the matrix: dh from the old values and, by the rule, what becomes of the gradient dy^T h.
 struct FusedStepParams : ReparamSizes {
     const float *h;  // [G, P, M]; null: the rule is kNone
-    const void *dy;  // [G, P, O] float32; or, with dy_is_bank, [G * layers, 2, kv_heads, P, head_dim] in dtype
-    bool dy_is_bank;
-    BankForm form;
+    const void *dy;  // [G, P, O] float32; or, with dy_is_kv, [G * layers, 2, kv_heads, P, head_dim] in dtype
+    bool dy_is_kv;
+    KvForm form;
     DType dtype;
     float grad_scale;  // a factor on dy
     StepRule rule;

@@ -18,8 +18,8 @@ void require_some(std::initializer_list<int64_t> sizes) {  // the kernels divide
 }  // namespace
 
 // Not in the unnamed namespace, where read_member() would not find them.
-static void read_value(py::handle x, BankForm &to) {
-    using Form = BankForm;
+static void read_value(py::handle x, KvForm &to) {
+    using Form = KvForm;
     static const Record<Form> record("form", {PA_FIELD(Form, layers), PA_FIELD(Form, kv_heads),
                                               PA_FIELD(Form, head_dim), PA_FIELD(Form, interleaved)});
     record.read(x, to);
@@ -60,15 +60,15 @@ void fwd(const py::dict &fields, int threads) {
     using Call = ReparamFwdParams;
     static const Record<Call> record("reparam_fwd", sizes<Call>(),
                                      {PA_FIELD(Call, h), PA_FIELD(Call, w), PA_FIELD(Call, b), PA_FIELD(Call, form),
-                                      PA_FIELD(Call, dtype), PA_FIELD(Call, workspace), PA_FIELD(Call, bank)});
+                                      PA_FIELD(Call, dtype), PA_FIELD(Call, workspace), PA_FIELD(Call, kv)});
     const Call p = read(record, fields);
     const py::gil_scoped_release nogil;
     isa_in_use().reparam->fwd(p, threads);
 }
 
-void read_form(py::handle x, FusedStepParams &to) {  // None: dy is no gradient of a bank
-    to.dy_is_bank = !x.is_none();
-    if (to.dy_is_bank) read_value(x, to.form);
+void read_form(py::handle x, FusedStepParams &to) {  // None: dy is no gradient of kv
+    to.dy_is_kv = !x.is_none();
+    if (to.dy_is_kv) read_value(x, to.form);
 }
 
 using Call = FusedStepParams;

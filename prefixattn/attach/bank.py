@@ -65,10 +65,10 @@ class PrefixBank(Prefix):
         adapter = make_adapter(model)
         found = [_prefix(item, adapter) for item in prefixes]
         _check_alike(found, adapter)
-        banks = [prefix._bank() for prefix in found]
-        P = max(bank.shape[3] for bank in banks)
-        rows = torch.stack([_padded(bank, P).to(adapter.device) for bank in banks])
-        lengths = torch.tensor([bank.shape[3] for bank in banks], device=adapter.device)
+        kvs = [prefix._kv() for prefix in found]
+        P = max(kv.shape[3] for kv in kvs)
+        rows = torch.stack([_padded(kv, P).to(adapter.device) for kv in kvs])
+        lengths = torch.tensor([kv.shape[3] for kv in kvs], device=adapter.device)
         given = found[0].config
         config = PrefixConfig(
             P, "none", given.layers, given.attentions, dropout=given.dropout, positions=given.positions, count=len(rows)
@@ -146,7 +146,7 @@ class PrefixBank(Prefix):
         if not isinstance(item, Tensor):
             prefix = _prefix(item, self._attached())
             _check_alike([self, prefix], self._attached())
-            item = prefix._bank()
+            item = prefix._kv()
         N, kv, Hkv, P, D = self.encoder.shape
         shape = list(item.shape)
         if item.dim() != 5 or shape[:3] != [N, kv, Hkv] or shape[4] != D or not 1 <= shape[3] <= P:

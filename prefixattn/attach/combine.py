@@ -45,13 +45,13 @@ def combine(
     shares = _shares(prefixes, how, weights)
     first = prefixes[0]
     with torch.inference_mode(False), torch.no_grad():
-        banks = _alike([prefix() for prefix in prefixes], adapter.device)
+        kvs = _alike([prefix() for prefix in prefixes], adapter.device)
         if how == "average":
             lengths = first.lengths
-            bank = torch.stack([w * bank for w, bank in zip(shares, banks, strict=True)]).sum(0)
+            kv = torch.stack([w * kv for w, kv in zip(shares, kvs, strict=True)]).sum(0)
         else:
             lengths = tuple(sum(n) for n in zip(*(p.lengths for p in prefixes), strict=True))
-            bank = _concatenated(prefixes, banks, max(lengths))
+            kv = _concatenated(prefixes, kvs, max(lengths))
     config = PrefixConfig(
         length=lengths[0] if len(set(lengths)) == 1 else lengths,
         share="none",
@@ -59,7 +59,7 @@ def combine(
         attentions=first.config.attentions,
         positions=first.config.positions,
     )
-    prefix = Prefix(adapter.resolve(config), adapter, FreePrefix(bank))
+    prefix = Prefix(adapter.resolve(config), adapter, FreePrefix(kv))
     adapter.install(prefix)
     return prefix
 
@@ -102,18 +102,18 @@ def _shares(prefixes: Sequence[Prefix], how: str, weights: Sequence[float] | Non
     return [w / sum(given) for w in given]
 
 
-def _alike(banks: list[Tensor], device: torch.device) -> list[Tensor]:
-    dtype = banks[0].dtype
-    for bank in banks:
-        dtype = torch.promote_types(dtype, bank.dtype)
-    return [bank.to(device, dtype) for bank in banks]
+def _alike(kvs: list[Tensor], device: torch.device) -> list[Tensor]:
+    dtype = kvs[0].dtype
+    for kv in kvs:
+        dtype = torch.promote_types(dtype, kv.dtype)
+    return [kv.to(device, dtype) for kv in kvs]
 
 
-def _concatenated(prefixes: Sequence[Prefix], banks: list[Tensor], longest: int) -> Tensor:
+def _concatenated(prefixes: Sequence[Prefix], kvs: list[Tensor], longest: int) -> Tensor:
     """[N, 2, Hkv, P, D], zero past a layer's own rows."""
-    N, _, Hkv, _, D = banks[0].shape
-    out = banks[0].new_zeros(N, 2, Hkv, longest, D)
+    N, _, Hkv, _, D = kvs[0].shape
+    out = kvs[0].new_zeros(N, 2, Hkv, longest, D)
     for slot in range(N):
-        rows = torch.cat([bank[slot, :, :, : p.lengths[slot]] for p, bank in zip(prefixes, banks, strict=True)], 2)
+        rows = torch.cat([kv[slot, :, :, : p.lengths[slot]] for p, kv in zip(prefixes, kvs, strict=True)], 2)
         out[slot, :, :, : rows.shape[2]] = rows
     return out

@@ -43,20 +43,20 @@ class Prefix(Attached):
         return isinstance(self.encoder, FreePrefix) and self.gate is None
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The bank, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
+        """Keys and values, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
         # there is no autocast on meta to switch off, and torch raises
         with nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
             if isinstance(self.encoder, (DeepShare, DeepShares)):
-                bank = self.encoder(dtype)
+                kv = self.encoder(dtype)
             elif isinstance(self.encoder, SimpleShare):
-                bank = self.encoder(self._attached().project, self._projection_parameters(), dtype)
+                kv = self.encoder(self._attached().project, self._projection_parameters(), dtype)
             else:
-                bank = self.encoder()
+                kv = self.encoder()
             if self.gate is not None:
-                bank = bank * self.gate[:, None, None, None, None]
-            return bank if dtype is None else bank.to(dtype)
+                kv = kv * self.gate[:, None, None, None, None]
+            return kv if dtype is None else kv.to(dtype)
 
     def choose(self, ids: Tensor | None, batch: int, dtype: torch.dtype, device: torch.device) -> Chosen:
         """The prefixes of a forward pass of `batch` samples, for which the caller passed the prefix_ids `ids`."""
@@ -86,7 +86,7 @@ class Prefix(Attached):
         return self._cache[1]
 
     def sources(self) -> Iterator[Tensor]:
-        """What the bank is computed from, while the prefix is attached: its parameters, and weights of the model."""
+        """What kv is computed from, while the prefix is attached: its parameters, and weights of the model."""
         yield from self.parameters()
         if isinstance(self.encoder, SimpleShare) and self._adapter is not None:
             yield from self._projection_parameters()
@@ -96,8 +96,8 @@ class Prefix(Attached):
             yield from self._attached().projection_parameters(slot)
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
-        bank = self(dtype).to(device)
-        tensors = bank.flatten(0, 1).unbind(0)
+        kv = self(dtype).to(device)
+        tensors = kv.flatten(0, 1).unbind(0)
         pairs = list(zip(tensors[0::2], tensors[1::2], strict=True))
         if isinstance(self.config.length, int):
             return pairs
@@ -115,8 +115,8 @@ class Prefix(Attached):
         An optimizer made before holds parameters that are no longer used.
         """
         if not self.folded:
-            self.encoder, self.gate = FreePrefix(self._bank(), trainable=False), None
-            self.config = replace(self.config, gate=False)  # it is in the bank
+            self.encoder, self.gate = FreePrefix(self._kv(), trainable=False), None
+            self.config = replace(self.config, gate=False)  # it is in the keys and values
             self._cache = None
         return self
 
@@ -157,7 +157,7 @@ class Prefix(Attached):
 
         folded = folded or (self.folded and self.config.share != "none")
         gate = {} if self.gate is None else {"gate": self.gate}
-        tensors = {"bank": self._bank()} if folded else {**self.encoder.state_dict(), **gate}
+        tensors = {"bank": self._kv()} if folded else {**self.encoder.state_dict(), **gate}
         config = replace(self.config, gate=self.config.gate and not folded)
         checkpoint.save(Path(folder), config, self._geometry, tensors, folded)
 
@@ -170,9 +170,9 @@ class Prefix(Attached):
         """
         from prefixattn.prefixes import peft
 
-        peft.export(Path(folder), self.config, self._geometry, self._bank())
+        peft.export(Path(folder), self.config, self._geometry, self._kv())
 
-    def _bank(self) -> Tensor:
+    def _kv(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return self().detach().clone(memory_format=torch.contiguous_format)
 

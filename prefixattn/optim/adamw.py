@@ -32,7 +32,7 @@ class FactoredAdamW(Factored):
     modules and of a prefix that is neither float32 nor float64 take torch's ordinary step.
 
     Over several processes the gradients of prefixes are averaged, whatever the optimizer (`Prefix.process_group`), of
-    networks taken over as those of their banks; those of other parameters are left to the wrapper that reduces them
+    networks taken over as those of their kv; those of other parameters are left to the wrapper that reduces them
     (DistributedDataParallel, fully_shard).
 
     Args:

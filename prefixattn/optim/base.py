@@ -18,7 +18,7 @@ from prefixattn.prefixes.ownership import Factorable, Hidden, MakesPrefix
 from prefixattn.reparam.call import Form
 
 Hyper = dict[str, Any]  # a parameter group
-# h, dy (rows, or with a form the gradient of a bank), the form, scale, dh wanted -> dh
+# h, dy (rows, or with a form the gradient of kv), the form, scale, dh wanted -> dh
 FusedStep = Callable[[Tensor, Tensor, Form | None, float, bool], Tensor | None]
 
 
@@ -93,13 +93,13 @@ class Factored(torch.optim.Optimizer):
                     _owned.add(part)
                     watch_steps()
 
-    def _receive(self, module: Any, dbank: Tensor, made: Any) -> None:
-        """What a backward pass left in a bank: dbank [N, 2, Hkv, P, D], any type; `made` is what made it."""
+    def _receive(self, module: Any, dkv: Tensor, made: Any) -> None:
+        """What a backward pass left in kv: dkv [N, 2, Hkv, P, D], any type; `made` is what made it."""
         parameters, before_reading = module.parameters_in_order(), self._before_reading()
         if isinstance(made, Hidden):
-            accumulate(parameters, made, dbank, before_reading, self.backend)
+            accumulate(parameters, made, dkv, before_reading, self.backend)
         else:
-            accumulate_projected(parameters[0], made, dbank, before_reading)
+            accumulate_projected(parameters[0], made, dkv, before_reading)
 
     def _before_reading(self) -> Callable[[], None]:
         me = weakref.ref(self)
@@ -248,7 +248,7 @@ class Factored(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(p)  # torch's fused kernels leave no trace of their own
 
     def _forget(self, changing: set[int]) -> None:
-        """Frees banks that a change of these parameters makes invalid."""
+        """Frees leaves that a change of these parameters makes invalid."""
         for network in self.networks:
             if any(id(p) in changing for p in network.parameters_in_order()):
                 network.forget()
@@ -340,7 +340,7 @@ def _sample(p: Tensor) -> tuple[Tensor, Tensor, Form | None]:
     parts = p.grad.value.parts  # type: ignore[union-attr]
     if parts:
         source = parts[0][0]
-        return source.h, source.dbank, source.form
+        return source.h, source.dkv, source.form
     w = stacked(p, W2)  # after zero_grad(set_to_none=False) moments decay
     return w.new_zeros(w.shape[0], 1, w.shape[2]), w.new_zeros(w.shape[0], 1, w.shape[1]), None
 

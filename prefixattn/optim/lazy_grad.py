@@ -94,14 +94,14 @@ class FactoredGradient(LazyGradient):
         return source.rows().mT @ source.h
 
     def factors(self) -> tuple[Tensor, Tensor, Form]:
-        """h [G, P, M] and the gradient of a bank of this form: rows of all sources behind one another, with scales."""
+        """h [G, P, M] and the gradient of a kv of this form: rows of all sources one after another, with scales."""
         parts = self.value.parts
         form = parts[0][0].form
         if len(parts) == 1 and _is_one(parts[0][1]):
             source = parts[0][0].ready()
-            return source.h, source.dbank, form
-        dbanks = [source.dbank_in(form) * scale for source, scale in parts]
-        return torch.cat([source.h for source, _ in parts], 1), torch.cat(dbanks, 3), form
+            return source.h, source.dkv, form
+        dkvs = [source.dkv_in(form) * scale for source, scale in parts]
+        return torch.cat([source.h for source, _ in parts], 1), torch.cat(dkvs, 3), form
 
     def norm_exact(self) -> Tensor:
         """The Euclidean norm from Gram matrices: |dy.mT @ h|^2 = <h @ h.mT, dy @ dy.mT>, in float64."""
@@ -111,12 +111,12 @@ class FactoredGradient(LazyGradient):
             scale: Scale
             if len(self.value.parts) == 1:
                 source, scale = self.value.parts[0]
-                h, dbank = source.h, source.ready().dbank
+                h, dkv = source.h, source.ready().dkv
             else:
-                scale, (h, dbank, _) = 1.0, self.factors()
+                scale, (h, dkv, _) = 1.0, self.factors()
             square = torch.zeros((), dtype=torch.float64, device=h.device)
-            P, D = dbank.shape[3:]
-            for rows, heads in zip(h, dbank.view(len(h), -1, P, D), strict=True):  # a network each
+            P, D = dkv.shape[3:]
+            for rows, heads in zip(h, dkv.view(len(h), -1, P, D), strict=True):  # a network each
                 products = square.new_zeros(P, P)  # dy @ dy.mT
                 for part in heads.split(max(1, CHUNK // D)):
                     wide = square.new_empty(P, len(part), D).copy_(part.transpose(0, 1)).flatten(1)
@@ -299,7 +299,7 @@ RULES: dict[Any, Callable[..., Any]] = {
 def accumulate(
     parameters: Parameters,
     made: Hidden,  # by the forward pass
-    dbank: Tensor,  # [N, 2, Hkv, P, D], any float type; is kept and added to
+    dkv: Tensor,  # [N, 2, Hkv, P, D], any float type; is kept and added to
     before_reading: Callable[[], None],
     backend: str = "auto",
 ) -> None:
@@ -312,9 +312,9 @@ def accumulate(
     wanting = [(index, p) for index, p in numbered if p is not None and p.requires_grad]
     source = _shared([p for _, p in wanting], made)
     if source is not None:
-        source.add(dbank)
+        source.add(dkv)
         return
-    source = Source(parameters, made, dbank, before_reading, backend)
+    source = Source(parameters, made, dkv, before_reading, backend)
     for index, p in wanting:
         if isinstance(p.grad, LazyGradient):
             p.grad.value.parts.append((source, 1.0))
@@ -334,15 +334,15 @@ def _shared(wanting: list[Tensor], made: Hidden) -> Source | None:
 
 
 @torch.no_grad()
-def accumulate_projected(p: Tensor, made: Pull, dbank: Tensor, before_reading: Callable[[], None]) -> None:
+def accumulate_projected(p: Tensor, made: Pull, dkv: Tensor, before_reading: Callable[[], None]) -> None:
     """Adds the gradient of one backward pass to `.grad` of the vectors p, micro-batches of one state in one source."""
     parts = p.grad.value.parts if isinstance(p.grad, LazyGradient) else []
     if parts:
         source, scale = parts[-1]
         if isinstance(source, ProjectedSource) and source.projected is made and isinstance(scale, float) and scale == 1:
-            source.add(dbank)
+            source.add(dkv)
             return
-    source = ProjectedSource(made, dbank, before_reading)
+    source = ProjectedSource(made, dkv, before_reading)
     if isinstance(p.grad, LazyGradient):
         p.grad.value.parts.append((source, 1.0))
     else:

@@ -21,9 +21,9 @@ Scale = float | Tensor  # a tensor of one element where reading it would stop a 
 
 
 class Source:
-    """The gradient of the bank that a network made, summed over micro-batches, and what it was made with.
+    """The gradient of kv that a network made, summed over micro-batches, and what it was made with.
 
-    It stays in the bank's layout, and of one micro-batch in the bank's type, as it came: the step reads it so. Sums are
+    It stays in kv's layout, and of one micro-batch in kv's type, as it came: the step reads it so. Sums are
     of h's type; rows dy [G, P, O] are for those who cannot do without.
     Holds the parameters weakly: their `.grad` holds the source, a circle that Python's collector does not see.
     """
@@ -32,7 +32,7 @@ class Source:
         self,
         parameters: Parameters,
         made: Hidden,  # by the forward pass
-        dbank: Tensor,  # [N, 2, Hkv, P, D], any float type, owned
+        dkv: Tensor,  # [N, 2, Hkv, P, D], any float type, owned
         before_reading: Callable[[], None],  # called as long as `averaged` is False
         backend: str = "auto",  # of dh
     ) -> None:
@@ -40,26 +40,26 @@ class Source:
         self.versions = tuple(None if p is None else p._version for p in parameters)
         self.made, self.form, self.backend = made, made.form, backend
         self.h = made.h  # [G, P, M]
-        narrow = dbank.element_size() <= self.h.element_size()
-        self.dbank = (dbank if narrow else dbank.to(self.h.dtype)).contiguous()
+        narrow = dkv.element_size() <= self.h.element_size()
+        self.dkv = (dkv if narrow else dkv.to(self.h.dtype)).contiguous()
         self.before_reading = before_reading
         self.averaged = False  # over processes
         self._dh: Tensor | None = None
         self._small: tuple[Tensor, ...] | None = None
         self._row: Tensor | None = None
 
-    def add(self, dbank: Tensor) -> None:
+    def add(self, dkv: Tensor) -> None:
         """Another micro-batch's gradient."""
-        self.wide().add_(dbank)
+        self.wide().add_(dkv)
         self.changed()
 
     def wide(self) -> Tensor:
-        """dbank, from now on in the type of h: what is added up or averaged."""
-        self.dbank = self.dbank.to(self.h.dtype)
-        return self.dbank
+        """dkv, from now on in the type of h: what is added up or averaged."""
+        self.dkv = self.dkv.to(self.h.dtype)
+        return self.dkv
 
     def changed(self) -> None:
-        """dbank is another: what was made of it is made again."""
+        """dkv is another: what was made of it is made again."""
         self.averaged, self._dh, self._small, self._row = False, None, None, None
 
     def ready(self) -> "Source":
@@ -71,18 +71,18 @@ class Source:
     def copy(self) -> "Source":
         made = Source.__new__(Source)
         made.__dict__.update(self.__dict__)
-        made.dbank = self.dbank.clone()
+        made.dkv = self.dkv.clone()
         return made
 
     def rows(self) -> Tensor:
         """dy [G, P, O], a copy."""
-        return reference.rows_of(self.ready().dbank, self.form, len(self.h), self.h.dtype)
+        return reference.rows_of(self.ready().dkv, self.form, len(self.h), self.h.dtype)
 
-    def dbank_in(self, form: Form) -> Tensor:
-        """The gradient as if the bank had another form, in the type of h."""
+    def dkv_in(self, form: Form) -> Tensor:
+        """The gradient as if kv had another form, in the type of h."""
         if self.form.layout == form.layout:
-            return self.ready().dbank.to(self.h.dtype)
-        return reference.bank_of(self.rows(), form, self.h.dtype)
+            return self.ready().dkv.to(self.h.dtype)
+        return reference.kv_of(self.rows(), form, self.h.dtype)
 
     def parameter(self, index: int) -> Tensor:
         """The parameter as it was in the forward pass; RuntimeError if it was changed since."""
@@ -103,9 +103,9 @@ class Source:
 
     @property
     def row(self) -> Tensor:
-        """The sum over P, [N, 2, Hkv, 1, D]: a bank of one row."""
+        """The sum over P, [N, 2, Hkv, 1, D]: as if P were 1."""
         if self._row is None:
-            self._row = self.ready().dbank.sum(3, keepdim=True, dtype=self.h.dtype)
+            self._row = self.ready().dkv.sum(3, keepdim=True, dtype=self.h.dtype)
         return self._row
 
     @property
@@ -118,9 +118,9 @@ class Source:
         self._dh = dh
 
     def make_dh(self) -> Tensor:
-        w, dbank = stacked(self.parameter(W2), W2), self.ready().dbank
-        module = choose(self.backend, w, None, None, self.h, dbank, self.form)
-        self._dh = dh = module.dh_only(w, dbank, self.form)
+        w, dkv = stacked(self.parameter(W2), W2), self.ready().dkv
+        module = choose(self.backend, w, None, None, self.h, dkv, self.form)
+        self._dh = dh = module.dh_only(w, dkv, self.form)
         return dh
 
     @property
@@ -149,7 +149,7 @@ class Source:
 
     def finite(self) -> Tensor:
         """A bool of no dimensions."""
-        # what is wrong in the bank is also in the row, which is b2's gradient
+        # what is wrong in kv is also in the row, which is b2's gradient
         self.ready()
         return is_finite(self.h) & is_finite(self.row)
 
@@ -157,26 +157,26 @@ class Source:
 class Pull(Protocol):
     """prefixattn.prefixes.networks.Projected."""
 
-    bank: Tensor
+    kv: Tensor
 
-    def pull(self, dbank: Tensor) -> Tensor: ...
+    def pull(self, dkv: Tensor) -> Tensor: ...
 
 
 class ProjectedSource(Source):
-    """Micro-batches are summed in the bank, and carried through the frozen projections together."""
+    """Micro-batches are summed in kv, and carried through the frozen projections together."""
 
-    def __init__(self, made: Pull, dbank: Tensor, before_reading: Callable[[], None]) -> None:
-        self.projected, self.h = made, made.bank
-        self.pending: Tensor | None = dbank  # [N, 2, Hkv, P, D], not carried yet
+    def __init__(self, made: Pull, dkv: Tensor, before_reading: Callable[[], None]) -> None:
+        self.projected, self.h = made, made.kv
+        self.pending: Tensor | None = dkv  # [N, 2, Hkv, P, D], not carried yet
         self.carried: Tensor | None = None  # [N, P, E]
         self.before_reading = before_reading
         self.averaged = False
 
-    def add(self, dbank: Tensor) -> None:
+    def add(self, dkv: Tensor) -> None:
         if self.pending is None:
-            self.pending = dbank
+            self.pending = dkv
         else:
-            self.pending = self.pending.to(torch.promote_types(dbank.dtype, torch.float32)).add_(dbank)
+            self.pending = self.pending.to(torch.promote_types(dkv.dtype, torch.float32)).add_(dkv)
         self.averaged = False
 
     def changed(self) -> None:

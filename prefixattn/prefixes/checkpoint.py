@@ -39,7 +39,7 @@ Config = PrefixConfig | PrefixPlusConfig
 def save(folder: Path, config: Config, geometry: Geometry, tensors: dict[str, Tensor], folded: bool) -> None:
     """Writes a prefix, in the place of one or of a bank that is there; of an adapter it leaves the files.
 
-    With `folded`, `tensors` is its bank; otherwise its encoder's `state_dict`, and its gate.
+    With `folded`, `tensors` is its keys and values; otherwise its encoder's `state_dict`, and its gate.
     """
     chunks = files.tensor_chunks(tensors)
     digest = files.digest_of(chunks)
@@ -85,8 +85,8 @@ def _read_any(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
             return _read(folder, geometry, defaults)
     if peft.is_there(folder):
         with files.described(folder / peft.JSON):
-            config, bank = peft.read(folder, geometry, defaults)
-            return config, FreePrefix(bank), None
+            config, kv = peft.read(folder, geometry, defaults)
+            return config, FreePrefix(kv), None
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder with a saved prefix")
     raise ValueError(f"{folder} holds neither {JSON} nor {peft.JSON}; expected a folder with a saved prefix")

@@ -206,7 +206,7 @@ class PrefixConfig(LayerChoice):
 
     @property
     def longest(self) -> int:
-        """P of the bank: rows past a layer's own length are not used."""
+        """P of the keys and values: rows past a layer's own length are not used."""
         return self.length if isinstance(self.length, int) else max(self.length)
 
     def lengths(self, count: int) -> tuple[int, ...]:

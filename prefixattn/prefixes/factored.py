@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from prefixattn.prefixes.ownership import CHANGED, Hidden, Known, OwnedByOptimizer
 from prefixattn.reparam.call import Form
-from prefixattn.reparam.reference import bank_view
+from prefixattn.reparam.reference import kv_view
 
 
 class FactoredNetwork(OwnedByOptimizer):
@@ -15,13 +15,13 @@ class FactoredNetwork(OwnedByOptimizer):
 
         y = hidden(*ahead) @ w2.mT + b2    # [G, P, O], O = form.layers * 2 * form.kv_heads * form.head_dim
 
-    y is seen as the bank `[G * layers, 2, kv_heads, P, head_dim]` as `reparameterize` sees it. A subclass defines
+    y is seen as kv `[G * layers, 2, kv_heads, P, head_dim]` as `reparameterize` sees it. A subclass defines
 
     - `parameters_in_order()`: the parameters ahead, w2 [O, M] or [G, O, M], and b2 [O], [G, O] or None;
     - `hidden(*ahead)`: [P, M] or [G, P, M], of these tensors and of nothing that changes, the same each time.
 
     An optimizer that needs no gradient of w2 can *take over* the network (`prefixattn.FactoredAdamW` does). Then the
-    bank that a forward pass gets is a leaf, computed once for a state of the parameters and used by all forward passes
+    kv that a forward pass gets is a leaf, computed once for a state of the parameters and used by all forward passes
     until one of them changes; what a backward pass adds to it goes to the optimizer, and is found in `.grad` of the
     parameters as that writes it there. torch.autograd.grad sees no path to them. Parameters keep their state between a
     forward pass and its backward pass; else the latter raises. Who writes to a parameter where torch does not see it
@@ -47,7 +47,7 @@ class FactoredNetwork(OwnedByOptimizer):
         return w2 if w2.dtype in (torch.float32, torch.float64) else None
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The bank, in w2's type or in `dtype`."""
+        """Keys and values, in w2's type or in `dtype`."""
         if dtype is None:
             dtype = self.parameters_in_order()[-2].dtype
         plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -67,17 +67,17 @@ class FactoredNetwork(OwnedByOptimizer):
         return ordinary and w2 is not None and w2.requires_grad
 
     def leaf(self, dtype: torch.dtype) -> Tensor:
-        """The bank in `dtype` as a leaf that wants a gradient, the same one until a parameter changes."""
+        """kv in `dtype` as a leaf that wants a gradient, the same one until a parameter changes."""
         known = self._known(self._there())
-        if dtype not in known.banks:
+        if dtype not in known.leaves:
             return self._as_leaf(self._computed(dtype, known), known)
-        return known.banks[dtype]
+        return known.leaves[dtype]
 
     def _there(self) -> tuple[Tensor, ...]:
         return tuple([t for t in self.parameters_in_order() if t is not None])
 
     def _computed(self, dtype: torch.dtype, known: Known) -> Tensor:
-        """The bank without a graph; what else the optimizer will need is in `known.made` afterwards."""
+        """kv without a graph; what else the optimizer will need is in `known.made` afterwards."""
         ahead, w2, b2 = self._split()
         with torch.inference_mode(False), torch.autocast(w2.device.type, enabled=False):
             if known.made is None:
@@ -87,12 +87,12 @@ class FactoredNetwork(OwnedByOptimizer):
                     h = self._rows(aliases, w2).to(w2.dtype)
                 known.made = Hidden(h.detach(), self.form, partial(_pulled, h, aliases))
             with torch.no_grad():
-                return _bank(known.made.h, w2, b2, self.form, dtype)
+                return _kv(known.made.h, w2, b2, self.form, dtype)
 
     def _recorded(self, dtype: torch.dtype) -> Tensor:
-        """The bank with its graph."""
+        """kv with its graph."""
         ahead, w2, b2 = self._split()
-        return _bank(self._rows(ahead, w2), w2, b2, self.form, dtype)
+        return _kv(self._rows(ahead, w2), w2, b2, self.form, dtype)
 
     def _split(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """The parameters ahead, w2 and b2; ValueError if they do not fit the form."""
@@ -119,25 +119,25 @@ class FactoredNetwork(OwnedByOptimizer):
             raise ValueError(f"hidden of {type(self).__name__} returned {found}, expected [G={G}, P, M={M}]")
         return h
 
-    def _deliver(self, name: object, dbank: Tensor) -> None:
+    def _deliver(self, name: object, dkv: Tensor) -> None:
         known, receive = self._known(self._there()), self.receiver
         if name is not None and known.name is not name:
             raise RuntimeError(CHANGED.format(what="network"))
         if receive is None:  # the optimizer went away in between
             with torch.enable_grad():
-                self._recorded(dbank.dtype).backward(dbank)
+                self._recorded(dkv.dtype).backward(dkv)
             return
         if known.made is None:
-            self._computed(dbank.dtype, known)
-        receive(self, dbank, known.made)
+            self._computed(dkv.dtype, known)
+        receive(self, dkv, known.made)
 
 
-def _bank(h: Tensor, w2: Tensor, b2: Tensor | None, form: Form, dtype: torch.dtype) -> Tensor:  # h [G, P, M]
+def _kv(h: Tensor, w2: Tensor, b2: Tensor | None, form: Form, dtype: torch.dtype) -> Tensor:  # h [G, P, M]
     with torch.autocast(h.device.type, enabled=False):
         y = h.to(w2.dtype) @ (w2 if w2.dim() == 3 else w2[None]).mT
         if b2 is not None:
             y = y + (b2 if b2.dim() == 2 else b2[None])[:, None]
-    return bank_view(y, form).flatten(0, 1).to(dtype)
+    return kv_view(y, form).flatten(0, 1).to(dtype)
 
 
 def _pulled(h: Tensor, aliases: list[Tensor], dh: Tensor, ahead: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """Modules that make prefixes.
 
-A *bank* is all prefixes of a model: `[N, 2, Hkv, P, D]`, with N the layers that have a prefix, and key before value.
+*kv* is a model's prefix, `[N, 2, Hkv, P, D]`: N the layers that have one, and key before value.
 """
 
 import weakref
@@ -18,8 +18,8 @@ from prefixattn.prefixes.factored import FactoredNetwork
 from prefixattn.prefixes.ownership import CHANGED, Hidden, Known, MakesPrefix, OwnedByOptimizer, State, arrived
 from prefixattn.reparam import reference
 from prefixattn.reparam.call import Call, Form, Needs
-from prefixattn.reparam.functional import bank_and_z, bank_onto, reparameterize
-from prefixattn.reparam.reference import ACTIVATIONS, bank_view, hidden_bwd
+from prefixattn.reparam.functional import kv_and_z, kv_onto, reparameterize
+from prefixattn.reparam.reference import ACTIVATIONS, hidden_bwd, kv_view
 
 Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> [2, Hkv, P, D]
 
@@ -113,7 +113,7 @@ class DeepShare(FactoredNetwork):
         self._stand_in: Tensor | None = None
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The bank, in the parameters' type or in `dtype`. One pass over P rows, whatever the batch."""
+        """Keys and values, in the parameters' type or in `dtype`. One pass over P rows, whatever the batch."""
         if dtype is None:
             dtype = self.embedding.weight.dtype
         if not self.fused:
@@ -121,7 +121,7 @@ class DeepShare(FactoredNetwork):
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             if torch.compiler.is_compiling():
                 if self._stand_in is not None and self._trained():
-                    return bank_onto(self._stand_in, Call(*self.operands(), self.form, dtype))
+                    return kv_onto(self._stand_in, Call(*self.operands(), self.form, dtype))
             elif self.factored:
                 return self.leaf(dtype)
         return self._recorded(dtype)
@@ -129,7 +129,7 @@ class DeepShare(FactoredNetwork):
     def _by_layers(self, dtype: torch.dtype) -> Tensor:
         activation = ACTIVATIONS[self.form.activation][0]
         y = self.up(activation(self.down(self.embedding.weight)))  # [G, P, O] or [P, O]
-        return bank_view(y if y.dim() == 3 else y[None], self.form).flatten(0, 1).to(dtype)
+        return kv_view(y if y.dim() == 3 else y[None], self.form).flatten(0, 1).to(dtype)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x [G, P, E], w1 [G, M, E], b1 [G, M], w2 [G, O, M], b2 [G, O]: the parameters or, of one network, views."""
@@ -144,7 +144,7 @@ class DeepShare(FactoredNetwork):
     # taken over by an optimizer
 
     def take_over(self, receive: Callable[..., None]) -> None:
-        """As of any network; and a compiled forward pass computes the bank in its graph, each time.
+        """As of any network; and a compiled forward pass computes kv in its graph, each time.
 
         Its gradient comes by way of a leaf without memory that stands in for the parameters; it does not notice a
         parameter changed before its backward.
@@ -168,10 +168,10 @@ class DeepShare(FactoredNetwork):
         return self.fused and super().factored
 
     def _computed(self, dtype: torch.dtype, known: Known) -> Tensor:
-        bank, z = bank_and_z(Call(*self.operands(), self.form, dtype))
+        kv, z = kv_and_z(Call(*self.operands(), self.form, dtype))
         if known.made is None:
             known.made = hidden_of(z, self.form)
-        return bank
+        return kv
 
     def _recorded(self, dtype: torch.dtype) -> Tensor:
         return reparameterize(*self.operands(), **self.form._asdict(), dtype=dtype)
@@ -197,21 +197,21 @@ def _pulled(z: Tensor, form: Form, dh: Tensor, ahead: tuple[Tensor, ...]) -> tup
 
 
 class Projected(NamedTuple):
-    """A bank that frozen projections made of vectors, with the graph between them."""
+    """What frozen projections made of vectors, with the graph between them."""
 
     vectors: Tensor  # [N, P, E], an alias of the parameter: the parameter's gradient holds this, and must not hold it
-    bank: Tensor  # [N, 2, Hkv, P, D]
+    kv: Tensor  # [N, 2, Hkv, P, D]
     of: State
 
-    def pull(self, dbank: Tensor) -> Tensor:
+    def pull(self, dkv: Tensor) -> Tensor:
         """The gradient of the vectors; RuntimeError if they or the projections are no longer what they were."""
         if not self.of.lasts():
             raise RuntimeError(
                 "the vectors of a prefix, or the model's weights that project them, were changed, moved or sharded "
                 "between a backward pass and the first use of its gradient; call zero_grad() after such a change"
             )
-        with torch.autocast(dbank.device.type, enabled=False):
-            [grad] = torch.autograd.grad(self.bank, self.vectors, dbank.to(self.bank.dtype), retain_graph=True)
+        with torch.autocast(dkv.device.type, enabled=False):
+            [grad] = torch.autograd.grad(self.kv, self.vectors, dkv.to(self.kv.dtype), retain_graph=True)
         return grad
 
 
@@ -231,12 +231,12 @@ class SimpleShare(OwnedByOptimizer):
         self.vectors = nn.Parameter(torch.randn(len(layers), length, geometry.width))
 
     def forward(self, project: Project, weights: Iterable[Tensor] = (), dtype: torch.dtype | None = None) -> Tensor:
-        """The bank, in the type that `project` makes or in `dtype`. `weights`: all that `project` computes with."""
+        """kv, in the type that `project` makes or in `dtype`. `weights`: all that `project` computes with."""
         weights = tuple(weights)
         if self._factored(weights):
             return self._leaf(project, weights, dtype)
-        bank = self._projected(project, self.vectors)
-        return bank if dtype is None else bank.to(dtype)
+        kv = self._projected(project, self.vectors)
+        return kv if dtype is None else kv.to(dtype)
 
     def _projected(self, project: Project, vectors: Tensor) -> Tensor:
         return torch.stack([project(layer, vector) for layer, vector in zip(self.layers, vectors, strict=True)])
@@ -254,19 +254,19 @@ class SimpleShare(OwnedByOptimizer):
         if known.made is None:
             vectors = self.vectors.detach().requires_grad_()
             known.made = Projected(vectors, self._projected(project, vectors), known.of)
-        bank: Tensor = known.made.bank
+        kv: Tensor = known.made.kv
         if dtype is None:
-            dtype = bank.dtype
-        return known.banks[dtype] if dtype in known.banks else self._as_leaf(bank.detach().to(dtype), known)
+            dtype = kv.dtype
+        return known.leaves[dtype] if dtype in known.leaves else self._as_leaf(kv.detach().to(dtype), known)
 
-    def _deliver(self, name: object, dbank: Tensor) -> None:
+    def _deliver(self, name: object, dkv: Tensor) -> None:
         known, receive = self._last, self.receiver
         if known is None or known.name is not name or not known.of.lasts():
             raise RuntimeError(CHANGED.format(what="projections"))
         if receive is None:  # the optimizer went away in between
-            self.vectors.backward(known.made.pull(dbank))
+            self.vectors.backward(known.made.pull(dkv))
             return
-        receive(self, dbank, known.made)
+        receive(self, dkv, known.made)
 
     def factored_parameter(self) -> Tensor:
         return self.vectors
@@ -278,9 +278,9 @@ class SimpleShare(OwnedByOptimizer):
 class FreePrefix(MakesPrefix):
     """Keys and values as parameters: share="none", and what is left of any prefix after `fold`."""
 
-    def __init__(self, bank: Tensor, trainable: bool = True) -> None:
+    def __init__(self, kv: Tensor, trainable: bool = True) -> None:
         super().__init__()
-        self.bank = nn.Parameter(bank, requires_grad=trainable)  # [N, 2, Hkv, P, D]
+        self.bank = nn.Parameter(kv, requires_grad=trainable)  # [N, 2, Hkv, P, D]; by its name in checkpoints
 
     def forward(self) -> Tensor:
         return self.bank
@@ -319,7 +319,7 @@ class DeepShares(nn.Module):
 
 
 def make_encoder(config: PrefixConfig, geometry: Geometry) -> nn.Module:
-    """The module that makes the bank of a resolved config."""
+    """The module that makes the kv of a resolved config."""
     counts = list(config.counts(geometry.kinds).values())
     slots, P = config.slots(geometry.kinds), config.longest
     if config.share == "simple":

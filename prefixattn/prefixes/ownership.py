@@ -1,4 +1,4 @@
-"""Modules whose bank an optimizer can own: then it is a leaf, computed once for a state of the parameters.
+"""Modules whose kv an optimizer can own: then it is a leaf, computed once for a state of the parameters.
 
 An optimizer asks a module whether it is `Factorable`. `OwnedByOptimizer` is that but for what a kind of prefix says.
 """
@@ -38,7 +38,7 @@ class Known:
 
     def __init__(self, parameters: tuple[Tensor, ...]) -> None:
         self.of = State(parameters)
-        self.banks: dict[torch.dtype, Tensor] = {}  # leaves, by type
+        self.leaves: dict[torch.dtype, Tensor] = {}  # kv, by type
         self.made: Any = None  # Hidden of a network; of projections, Projected
         self.name = object()  # for leaves, which must not hold what holds them
 
@@ -47,27 +47,27 @@ class Hidden(NamedTuple):
     """What a network made ahead of its large matrix, of one state of its parameters."""
 
     h: Tensor  # [G, P, M], without a graph
-    form: Form  # how the matrix's rows become a bank
+    form: Form  # how the matrix's rows become kv
     # the gradient of h, and the parameters ahead of the matrix -> their gradients; holds neither them nor the module
     pull: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 @runtime_checkable
 class Factorable(Protocol):
-    """A module behind whose bank stands a parameter whose ordinary gradient an optimizer does without."""
+    """A module behind whose kv stands a parameter whose ordinary gradient an optimizer does without."""
 
-    reads_the_model: bool  # the bank is made of weights of a model too, which may be sharded
+    reads_the_model: bool  # kv is made of weights of a model too, which may be sharded
 
     def factored_parameter(self) -> Tensor | None:
         """That parameter; None where its type is none that an optimizer factors."""
 
     def parameters_in_order(self) -> tuple[Any, ...]:
-        """The parameters that a bank is computed from; of a network the matrix w2 and its bias are the last."""
+        """The parameters that kv is computed from; of a network the matrix w2 and its bias are the last."""
 
     def take_over(self, receive: Callable[..., None]) -> None:
-        """From now on `receive(module, dbank, made)` gets the gradient of a bank, once after each backward pass.
+        """From now on `receive(module, dkv, made)` gets the gradient of kv, once after each backward pass.
 
-        `made` is `Hidden`, or what has `bank` and `pull(dbank)`. It is the same object for one state of the parameters.
+        `made` is `Hidden`, or what has `kv` and `pull(dkv)`. It is the same object for one state of the parameters.
         """
 
     def forget(self) -> None:
@@ -104,7 +104,7 @@ class OwnedByOptimizer(MakesPrefix):
         """Undoes `take_over`."""
         self._receive = None
         if self._last is not None:
-            self._last.banks.clear()
+            self._last.leaves.clear()
         if self._finalizer is not None:
             self._finalizer.detach()
             self._finalizer = None
@@ -128,15 +128,15 @@ class OwnedByOptimizer(MakesPrefix):
             self._last = Known(parameters)
         return self._last
 
-    def _as_leaf(self, bank: Tensor, known: Known) -> Tensor:
-        """A tensor without a graph becomes the bank of its type."""
+    def _as_leaf(self, kv: Tensor, known: Known) -> Tensor:
+        """A tensor without a graph becomes the leaf of its type."""
         # the hook must not keep the module alive: Python's collector does not see that circle
         hook = partial(arrived, weakref.ref(self), known.name)
-        bank.requires_grad_().register_post_accumulate_grad_hook(hook)
-        known.banks[bank.dtype] = bank
-        return bank
+        kv.requires_grad_().register_post_accumulate_grad_hook(hook)
+        known.leaves[kv.dtype] = kv
+        return kv
 
-    def _deliver(self, name: object, dbank: Tensor) -> None:
+    def _deliver(self, name: object, dkv: Tensor) -> None:
         raise NotImplementedError
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "OwnedByOptimizer":
@@ -163,7 +163,7 @@ def _release(reference: "weakref.ref[OwnedByOptimizer]") -> None:
 
 def arrived(reference: "weakref.ref[OwnedByOptimizer]", name: object, leaf: Tensor) -> None:
     """What follows a backward pass that reached the leaf: its gradient moves on."""
-    module, dbank = reference(), leaf.grad
+    module, dkv = reference(), leaf.grad
     leaf.grad = None
-    if module is not None and dbank is not None:
-        module._deliver(name, dbank.detach())
+    if module is not None and dkv is not None:
+        module._deliver(name, dkv.detach())

@@ -41,7 +41,7 @@ def _embedded(weights: Path) -> str | None:
 
 
 def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixConfig, Tensor]:
-    """Config and bank of an adapter for such a model; an error in words if anything is wrong.
+    """Config and kv of an adapter for such a model; an error in words if anything is wrong.
 
     All rows can be trained, those that a CARTRIDGE freezes (`num_frozen_tokens`) too.
     """
@@ -75,8 +75,8 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
     return config, pairs[_pairs(geometry)].contiguous()
 
 
-def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor) -> None:
-    """Writes a PREFIX_TUNING adapter with the keys and values of `bank`, [N, 2, Hkv, P, D].
+def export(folder: Path, config: PrefixConfig, geometry: Geometry, kv: Tensor) -> None:
+    """Writes a PREFIX_TUNING adapter with the keys and values of `kv`, [N, 2, Hkv, P, D].
 
     Where an adapter with another JSON file is there, that file goes first and the new one comes last: to PEFT the
     folder is the old adapter, none for a moment, or the new one. `read` meets the old or the new one at any time, if
@@ -89,18 +89,18 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, bank: Tensor)
             f"attentions is {config.attentions!r}; a PEFT adapter of an encoder-decoder has a prefix in its decoder's "
             "self-attention alone: ('decoder',)"
         )
-    if len(bank) != _layers(geometry):
+    if len(kv) != _layers(geometry):
         raise ValueError(f"layers is {config.layers!r}; a PEFT adapter has a prefix in every layer")
-    if len(set(config.lengths(len(bank)))) > 1:
+    if len(set(config.lengths(len(kv)))) > 1:
         raise ValueError(f"length is {config.length!r}; a PEFT adapter has one length for all layers")
-    half, odd = divmod(len(bank), 2)
-    if _seq2seq(geometry) and not odd and not torch.equal(bank[:half], bank[half:]):
+    half, odd = divmod(len(kv), 2)
+    if _seq2seq(geometry) and not odd and not torch.equal(kv[:half], kv[half:]):
         raise ValueError(
-            f"the decoder has {len(bank)} layers; with an even number PEFT gives layers l and l + {half} the same "
+            f"the decoder has {len(kv)} layers; with an even number PEFT gives layers l and l + {half} the same "
             "prefix, and here they differ"
         )
-    pairs = torch.zeros_like(bank)
-    pairs[_pairs(geometry)] = bank
+    pairs = torch.zeros_like(kv)
+    pairs[_pairs(geometry)] = kv
     description = {
         "auto_mapping": None,
         "base_model_name_or_path": None,

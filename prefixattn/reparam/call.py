@@ -18,7 +18,7 @@ class Form(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, int, int, bool]:
-        """Where y's numbers lie in the bank: what the fused steps' kernels are told."""
+        """Where y's numbers lie in kv: what the fused steps' kernels are told."""
         return self.layers, self.kv_heads, self.head_dim, self.interleaved
 
 
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     w2: Tensor  # [G, O, M], O = n * 2 * Hkv * D
     b2: Tensor | None  # [G, O]
     form: Form
-    dtype: torch.dtype  # of the bank
+    dtype: torch.dtype  # of kv
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -62,14 +62,14 @@ class Needs(NamedTuple):
 class Results(NamedTuple):
     """Of a forward pass."""
 
-    bank: Tensor  # [N, 2, Hkv, P, D], contiguous
+    kv: Tensor  # [N, 2, Hkv, P, D], contiguous
     z: Tensor  # [G, P, M], float32 (float64 of float64)
 
 
 class Given(NamedTuple):
     """What a backward pass is given beside the call, in which b1 and b2 are None."""
 
-    dbank: Tensor  # [N, 2, Hkv, P, D], any float type
+    dkv: Tensor  # [N, 2, Hkv, P, D], any float type
     z: Tensor  # [G, P, M]
 
 

@@ -47,25 +47,25 @@ def fwd(call: Call) -> Results:
         h = reference.hidden(z, form).contiguous()
     w2, b2 = call.w2.contiguous(), None if call.b2 is None else call.b2.contiguous()
     shape = x.shape[0] * form.layers, 2, form.kv_heads, x.shape[1], form.head_dim
-    bank = x.new_empty(shape, dtype=call.dtype)
+    kv = x.new_empty(shape, dtype=call.dtype)
     sizes = _sizes(w2, h)
     workspace = x.new_empty(_C.reparam_fwd_workspace(sizes))
     _C.reparam_fwd({
         **sizes,
         "h": h.data_ptr(), "w": w2.data_ptr(), "b": _address(b2),
         "form": _layout(form), "dtype": DTYPES[call.dtype],
-        "workspace": workspace.data_ptr(), "bank": bank.data_ptr(),
+        "workspace": workspace.data_ptr(), "kv": kv.data_ptr(),
     }, torch.get_num_threads())  # fmt: skip
-    return Results(bank, z)
+    return Results(kv, z)
 
 
 def bwd(call: Call, given: Given, needs: Needs) -> Grads:
-    """One read of w2 gives dh; its own gradient is made from the same block of dbank."""
+    """One read of w2 gives dh; its own gradient is made from the same block of dkv."""
     _require(unsupported(call._replace(dtype=torch.float32), needs))
-    x, form, z, dbank = call.x, call.form, given.z, given.dbank
-    if dbank.dtype not in DTYPES:
-        dbank = dbank.float()
-    dbank, w2 = dbank.contiguous(), call.w2.contiguous()
+    x, form, z, dkv = call.x, call.form, given.z, given.dkv
+    if dkv.dtype not in DTYPES:
+        dkv = dkv.float()
+    dkv, w2 = dkv.contiguous(), call.w2.contiguous()
     empty = x.new_empty(0)
     dw2 = torch.empty_like(w2) if needs.w2 else empty
     db2 = w2.new_empty(w2.shape[:2]) if needs.b2 else empty
@@ -77,7 +77,7 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
         workspace = z.new_empty(_C.reparam_step_workspace(sizes))
         _C.reparam_bwd({
             **sizes,
-            "h": _address(h), "dy": dbank.data_ptr(), "form": _layout(form), "dtype": DTYPES[dbank.dtype],
+            "h": _address(h), "dy": dkv.data_ptr(), "form": _layout(form), "dtype": DTYPES[dkv.dtype],
             "w": w2.data_ptr(), "dh": _address(dh), "workspace": workspace.data_ptr(), "grad_scale": 1.0,
             "dw": dw2.data_ptr() if needs.w2 else None, "db": db2.data_ptr() if needs.b2 else None,
         }, torch.get_num_threads())  # fmt: skip
@@ -90,7 +90,7 @@ def fused_step_unsupported(
     exp_avg: Tensor | None,  # [G, O, M]; for SGD the momentum buffer
     exp_avg_sq: Tensor | None,  # [G, O, M]; for SGD None
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    dy: Tensor,  # [G, P, O], or with a form the gradient of kv
     form: Form | None = None,
 ) -> list[str]:
     reasons = []
@@ -117,7 +117,7 @@ def fused_adamw(
     exp_avg: Moment,  # [G, O, M]
     exp_avg_sq: Moment,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank, [N, 2, Hkv, P, D]
+    dy: Tensor,  # [G, P, O], or with a form the gradient of kv, [N, 2, Hkv, P, D]
     *,
     form: Form | None = None,
     lr: float,
@@ -145,7 +145,7 @@ def fused_sgd(
     w: Tensor,  # [G, O, M], updated in place
     momentum_buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    dy: Tensor,  # [G, P, O], or with a form the gradient of kv
     *,
     form: Form | None = None,
     lr: float,
@@ -167,7 +167,7 @@ def fused_sgd(
     return dh
 
 
-def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of a bank
+def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of kv
     dh = w.new_empty((w.shape[0], dy.shape[1 if form is None else 3], w.shape[2]))
     _require(_step_objections(w, None, None, dh, dy, form))
     fields, dh_made, _keep = _fields(w, dh, dy, form, 1.0, True)
@@ -231,7 +231,7 @@ def _sizes(w: Tensor, h: Tensor) -> "_C.ReparamSizes":
     return {"G": G, "P": h.shape[1], "O": O, "M": M}
 
 
-def _layout(form: Form) -> "_C.BankForm":
+def _layout(form: Form) -> "_C.KvForm":
     layers, kv_heads, head_dim, interleaved = form.layout
     return {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "interleaved": interleaved}
 

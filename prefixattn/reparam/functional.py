@@ -63,14 +63,14 @@ def reparameterize(
     return reparam(call, _chosen(backend, call))
 
 
-def bank_and_z(call: Call) -> Results:
-    """The bank and z [G, P, M] without a graph, for who carries the gradient back himself."""
+def kv_and_z(call: Call) -> Results:
+    """kv and z [G, P, M] without a graph, for who carries the gradient back himself."""
     with torch.inference_mode(False), torch.no_grad():
         return reparam_fwd(call, _chosen("auto", call))
 
 
-def bank_onto(stand_in: Tensor, call: Call) -> Tensor:  # stand_in [N, 2, Hkv, P, D]
-    """The bank, whose gradient becomes that of `stand_in`; the parameters get none. Compiles."""
+def kv_onto(stand_in: Tensor, call: Call) -> Tensor:  # stand_in [N, 2, Hkv, P, D]
+    """kv, whose gradient becomes that of `stand_in`; the parameters get none. Compiles."""
     call = call.each(Tensor.detach)
     return reparam_onto(stand_in, call, _chosen("auto", call))
 

@@ -3,7 +3,7 @@
 The gradient of w [G, O, M] is `grad_scale * dy.mT @ h`, of rank P at most; a tile of it lives while its rows are
 updated and the whole never. `dh`, the gradient of h, is taken from the old rows in the same visit. The rules are those
 of torch.optim.AdamW and torch.optim.SGD, operation by operation. An element type other than w's (bfloat16, or the 8
-bits of moments8.py) is how a moment is kept, not how it is computed. With a `form`, dy is the gradient of the bank
+bits of moments8.py) is how a moment is kept, not how it is computed. With a `form`, dy is the gradient of kv
 [N, 2, Hkv, P, D] that the network made, of any float type; without one it is rows [G, P, O].
 """
 
@@ -39,7 +39,7 @@ def fused_adamw(
     exp_avg: Moment,  # [G, O, M]
     exp_avg_sq: Moment,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or of a bank
+    dy: Tensor,  # [G, P, O], or of kv
     *,
     form: Form | None = None,
     lr: float,
@@ -63,7 +63,7 @@ def fused_sgd(
     w: Tensor,  # [G, O, M], updated in place
     momentum_buffer: Tensor | None,  # [G, O, M]; None without momentum
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or of a bank
+    dy: Tensor,  # [G, P, O], or of kv
     *,
     form: Form | None = None,
     lr: float,

@@ -15,11 +15,11 @@ from prefixattn.reparam.fused_step import Moment
 from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.trials import Pairs, Trials, close, device_name
 
-Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of the bank or of moments (8 bits: float32)
-_BANKS = torch.bfloat16, torch.float16, torch.float32
+Case = tuple[str, torch.device, torch.dtype]  # kind; device; type of kv or of moments (8 bits: float32)
+_KV_TYPES = torch.bfloat16, torch.float16, torch.float32
 _MOMENTS = torch.bfloat16, torch.float32
 _WIDE = (torch.float32,)
-KINDS = {"fwd": _BANKS, "bwd": _BANKS, "adamw": _MOMENTS, "adamw8": _WIDE, "sgd": _MOMENTS, "dh": _WIDE}
+KINDS = {"fwd": _KV_TYPES, "bwd": _KV_TYPES, "adamw": _MOMENTS, "adamw8": _WIDE, "sgd": _MOMENTS, "dh": _WIDE}
 _LENGTHS = 5, 40  # P: less than a tile of rows, and more
 _FORM = Form(2, 2, 16, False, "tanh")
 
@@ -41,8 +41,8 @@ def fwd(call: Call) -> Results:
 
 
 def bwd(call: Call, given: Given, needs: Needs) -> Grads:
-    dbank = given.dbank
-    return (triton if trials.trusted(("bwd", dbank.device, dbank.dtype)) else reference).bwd(call, given, needs)
+    dkv = given.dkv
+    return (triton if trials.trusted(("bwd", dkv.device, dkv.dtype)) else reference).bwd(call, given, needs)
 
 
 def fused_adamw(w: Tensor, exp_avg: Moment, exp_avg_sq: Moment, *args: Any, **numbers: Any) -> Tensor | None:
@@ -101,7 +101,7 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
         return torch.randn(size, generator=generator, device="cpu").to(device)
 
     x, w1, w2, b1, b2 = normal(G, P, E), normal(G, M, E) / 6, normal(G, O, M) / 7, normal(G, M), normal(G, O)
-    dbank = normal(G * _FORM.layers, 2, _FORM.kv_heads, P, _FORM.head_dim).to(dtype)
+    dkv = normal(G * _FORM.layers, 2, _FORM.kv_heads, P, _FORM.head_dim).to(dtype)
     h, dy = normal(G, P, M), normal(G, P, O)
     first, second = normal(G, O, M).to(dtype), normal(G, O, M).square().to(dtype)
     network, optimizer = module or reference, module or fused_step
@@ -111,19 +111,19 @@ def _run(module: Any, kind: str, P: int, device: torch.device, dtype: torch.dtyp
     if kind == "bwd":
         every = Needs(x=True, w1=True, b1=True, w2=True, b2=True)
         call = Call(x, w1, None, w2, None, form, dtype)
-        grads = network.bwd(call, Given(dbank, b1[:, None] + h), every)
+        grads = network.bwd(call, Given(dkv, b1[:, None] + h), every)
         return {"d" + name: grad for name, grad in grads._asdict().items()}
     if kind == "dh":
-        return {"dh": optimizer.dh_only(w2, dy), "dh of a bank": optimizer.dh_only(w2, dbank, form)}
+        return {"dh": optimizer.dh_only(w2, dy), "dh of kv": optimizer.dh_only(w2, dkv, form)}
     numbers = {"lr": 1e-2, "weight_decay": 0.1, "grad_scale": 0.5, "want_dh": True}
     more: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 3}
     if kind == "adamw8":
         m, v = _eight(first, True), _eight(second, False)
-        dh = optimizer.fused_adamw(w2, m, v, h, dbank, form=form, **numbers, **more)
+        dh = optimizer.fused_adamw(w2, m, v, h, dkv, form=form, **numbers, **more)
         return {"w": w2, "m": m.code, "scale of m": m.scale, "v": v.code, "scale of v": v.scale, "dh": dh}
     if kind == "adamw":
-        dh = optimizer.fused_adamw(w2, first, second, h, dbank, form=form, **numbers, **more)
+        dh = optimizer.fused_adamw(w2, first, second, h, dkv, form=form, **numbers, **more)
         return {"w": w2, "exp_avg": first, "exp_avg_sq": second, "dh": dh}
     more = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first": False}
-    dh = optimizer.fused_sgd(w2, first, h, dbank, form=form, **numbers, **more)
+    dh = optimizer.fused_sgd(w2, first, h, dkv, form=form, **numbers, **more)
     return {"w": w2, "momentum_buffer": first, "dh": dh}

@@ -39,7 +39,7 @@ def _fwd(*args: Any) -> Results:
 
 def _bwd(*args: Any) -> Grads:
     given, call, needs = _of_backward(args)
-    given = Given(given.dbank.contiguous(), given.z.contiguous())  # also of a bank that was taken apart into layers
+    given = Given(given.dkv.contiguous(), given.z.contiguous())  # also of kv that was taken apart into layers
     result: Grads = backends.module(args[-1], "reparam").bwd(call.each(Tensor.contiguous), given, needs)
     return result
 
@@ -52,10 +52,8 @@ def _fwd_fake(*args: Any) -> Results:
     call = _call(args[:-1])
     x, form = call.x, call.form
     shape = x.shape[0] * form.layers, 2, form.kv_heads, x.shape[1], form.head_dim
-    bank = x.new_empty(shape, dtype=call.dtype)
-    return Results(
-        bank, x.new_empty((*x.shape[:2], call.w1.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    )
+    kv = x.new_empty(shape, dtype=call.dtype)
+    return Results(kv, x.new_empty((*x.shape[:2], call.w1.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 def _bwd_fake(*args: Any) -> Grads:
@@ -90,12 +88,12 @@ class _Reparameterize(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, dbank: Tensor | None, _dz: None) -> tuple[Tensor | None, ...]:
-        if dbank is None:
+    def backward(ctx: Any, dkv: Tensor | None, _dz: None) -> tuple[Tensor | None, ...]:
+        if dkv is None:
             return (None,) * (_TENSORS + _OTHERS)
         x, w1, w2, z = ctx.saved_tensors
         needs = ctx.needs_input_grad[:_TENSORS]
-        args = (dbank, z, x, w1, None, w2, None, *ctx.rest, needs, ctx.backend)
+        args = (dkv, z, x, w1, None, w2, None, *ctx.rest, needs, ctx.backend)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _Once.apply(_BWD, *args)
         else:
@@ -136,24 +134,24 @@ def reparam_fwd(call: Call, backend: str) -> Results:
 
 
 def reparam(call: Call, backend: str) -> Tensor:
-    """The bank by prefixattn::reparam_fwd, with its gradient rule."""
-    bank: Tensor = (_Transformed if transformed("reparameterize") else _Reparameterize).apply(*_flat(call), backend)[0]
-    return bank
+    """kv by prefixattn::reparam_fwd, with its gradient rule."""
+    kv: Tensor = (_Transformed if transformed("reparameterize") else _Reparameterize).apply(*_flat(call), backend)[0]
+    return kv
 
 
 class _Onto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stand_in: Tensor, *inputs: Any) -> Tensor:
         ctx.inputs = len(inputs)
-        bank: Tensor = _FWD(*inputs)[0]
-        return bank
+        kv: Tensor = _FWD(*inputs)[0]
+        return kv
 
     @staticmethod
-    def backward(ctx: Any, dbank: Tensor) -> tuple[Tensor | None, ...]:
-        return dbank, *(None,) * ctx.inputs
+    def backward(ctx: Any, dkv: Tensor) -> tuple[Tensor | None, ...]:
+        return dkv, *(None,) * ctx.inputs
 
 
 def reparam_onto(stand_in: Tensor, call: Call, backend: str) -> Tensor:
-    """The bank by prefixattn::reparam_fwd, with its gradient for that of a tensor that it does not depend on."""
-    bank: Tensor = _Onto.apply(stand_in, *_flat(call), backend)
-    return bank
+    """kv by prefixattn::reparam_fwd, with its gradient for that of a tensor that it does not depend on."""
+    kv: Tensor = _Onto.apply(stand_in, *_flat(call), backend)
+    return kv

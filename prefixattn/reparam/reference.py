@@ -1,11 +1,11 @@
 """The definition of the reparameterization in plain PyTorch, forward and backward; a backend for every type and shape.
 
-G networks, each of n layers; together they make a bank of N = G * n layers:
+G networks, each of n layers; together they make kv, of N = G * n layers:
 
     z = x @ w1.mT + b1        # [G, P, M]
     y = act(z) @ w2.mT + b2   # [G, P, O], O = n * 2 * Hkv * D
-    bank[g * n + i, kv, head, p, d] = y.view(G, P, n, 2, Hkv, D)[g, p, i, kv, head, d]        # blocked
-    bank[g * n + i, kv, head, p, d] = y.view(G, P, n, Hkv, D, 2)[g, p, i, head, d, kv]        # interleaved
+    kv[g * n + i, j, head, p, d] = y.view(G, P, n, 2, Hkv, D)[g, p, i, j, head, d]        # blocked
+    kv[g * n + i, j, head, p, d] = y.view(G, P, n, Hkv, D, 2)[g, p, i, head, d, j]        # interleaved
 
 All tensors are contiguous, the parameters of one type.
 """
@@ -53,14 +53,14 @@ def fwd(call: Call) -> Results:
     with torch.autocast(call.x.device.type, enabled=False):
         z = _linear(call.x, call.w1, call.b1)
         y = _linear(hidden(z, call.form), call.w2, call.b2)
-        return Results(bank_of(y, call.form, call.dtype), z)
+        return Results(kv_of(y, call.form, call.dtype), z)
 
 
 def bwd(call: Call, given: Given, needs: Needs) -> Grads:
     x, z, form = call.x, given.z, call.form
     dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
     with torch.autocast(x.device.type, enabled=False):
-        dy = rows_of(given.dbank, form, x.shape[0], z.dtype)
+        dy = rows_of(given.dkv, form, x.shape[0], z.dtype)
         if needs.w2:
             dw2 = (dy.mT @ hidden(z, form)).to(x.dtype)
         if needs.b2:
@@ -96,14 +96,14 @@ def hidden(z: Tensor, form: Form) -> Tensor:
     return ACTIVATIONS[form.activation][0](z)
 
 
-def bank_of(y: Tensor, form: Form, dtype: torch.dtype) -> Tensor:  # y [G, P, O]
-    """The bank [N, 2, Hkv, P, D] that the rows y are, contiguous."""
-    bank = bank_view(y, form)
-    out = torch.empty(bank.shape, dtype=dtype, device=y.device)
-    return out.copy_(bank).flatten(0, 1)
+def kv_of(y: Tensor, form: Form, dtype: torch.dtype) -> Tensor:  # y [G, P, O]
+    """kv [N, 2, Hkv, P, D] that the rows y are, contiguous."""
+    kv = kv_view(y, form)
+    out = torch.empty(kv.shape, dtype=dtype, device=y.device)
+    return out.copy_(kv).flatten(0, 1)
 
 
-def bank_view(y: Tensor, form: Form) -> Tensor:  # y [G, P, O]
+def kv_view(y: Tensor, form: Form) -> Tensor:  # y [G, P, O]
     """y seen as [G, n, 2, Hkv, P, D]."""
     G, P, _ = y.shape
     n, Hkv, D = form.layers, form.kv_heads, form.head_dim
@@ -112,19 +112,19 @@ def bank_view(y: Tensor, form: Form) -> Tensor:  # y [G, P, O]
     return y.view(G, P, n, 2, Hkv, D).permute(0, 2, 3, 4, 1, 5)
 
 
-def rows_of(bank: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tensor:  # bank [N, 2, Hkv, P, D]
-    """The rows [G, P, O] that the bank is, or their gradient, contiguous: bank_of undone."""
-    G, P = networks, bank.shape[3]
+def rows_of(kv: Tensor, form: Form, networks: int, dtype: torch.dtype) -> Tensor:  # kv [N, 2, Hkv, P, D]
+    """The rows [G, P, O] that kv is, or their gradient, contiguous: kv_of undone."""
+    G, P = networks, kv.shape[3]
     n, Hkv, D = form.layers, form.kv_heads, form.head_dim
-    grouped = bank.unflatten(0, (G, n))  # [G, n, 2, Hkv, P, D]
+    grouped = kv.unflatten(0, (G, n))  # [G, n, 2, Hkv, P, D]
     order = (0, 4, 1, 3, 5, 2) if form.interleaved else (0, 4, 1, 2, 3, 5)
     rows = grouped.permute(order)
-    out = torch.empty(rows.shape, dtype=dtype, device=bank.device)
+    out = torch.empty(rows.shape, dtype=dtype, device=kv.device)
     return out.copy_(rows).view(G, P, n * 2 * Hkv * D)
 
 
 def as_rows(dy: Tensor, form: Form | None, w: Tensor) -> Tensor:
-    """What fused steps take for dy as rows [G, P, O]: without a form it is them, with one the gradient of a bank."""
+    """What fused steps take for dy as rows [G, P, O]: without a form it is them, with one the gradient of kv."""
     return dy if form is None else rows_of(dy, form, len(w), w.dtype)
 
 

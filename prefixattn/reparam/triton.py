@@ -40,8 +40,8 @@ def fwd(call: Call) -> Results:
 
     dtype = torch.float32 if _is_emulated(call.dtype) else call.dtype
     with _on(call.x):
-        bank, z = forward(call._replace(dtype=dtype))
-    return Results(bank.to(call.dtype), z)
+        kv, z = forward(call._replace(dtype=dtype))
+    return Results(kv.to(call.dtype), z)
 
 
 def bwd(call: Call, given: Given, needs: Needs) -> Grads:
@@ -49,15 +49,15 @@ def bwd(call: Call, given: Given, needs: Needs) -> Grads:
 
     x, w2, form, z = call.x, call.w2, call.form, given.z
     dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
-    dbank = _emulated(given.dbank)
+    dkv = _emulated(given.dkv)
     with _on(x):
         if needs.w2:
-            dw2 = matrix_gradient(dbank, reference.hidden(z, form).contiguous(), w2, form)
+            dw2 = matrix_gradient(dkv, reference.hidden(z, form).contiguous(), w2, form)
         if needs.hidden:
-            dh = hidden_gradient(dbank, w2, x.shape[1], form)
+            dh = hidden_gradient(dkv, w2, x.shape[1], form)
             dx, dw1, db1 = hidden_bwd(dh, x, call.w1, z, form, needs)
     if needs.b2:
-        db2 = reference.rows_of(dbank.sum(3, keepdim=True, dtype=torch.float32), form, len(x), torch.float32)[:, 0]
+        db2 = reference.rows_of(dkv.sum(3, keepdim=True, dtype=torch.float32), form, len(x), torch.float32)[:, 0]
     return Grads(dx, dw1, db1, dw2, db2)
 
 
@@ -92,7 +92,7 @@ def fused_adamw(
     exp_avg: Moment,  # [G, O, M], in place
     exp_avg_sq: Moment,  # [G, O, M], in place
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    dy: Tensor,  # [G, P, O], or with a form the gradient of kv
     *,
     form: Form | None = None,
     lr: float,
@@ -127,7 +127,7 @@ def fused_sgd(
     w: Tensor,  # [G, O, M], in place
     momentum_buffer: Tensor | None,  # [G, O, M], in place
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    dy: Tensor,  # [G, P, O], or with a form the gradient of kv
     *,
     form: Form | None = None,
     lr: float,
@@ -152,7 +152,7 @@ def fused_sgd(
     return dh
 
 
-def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of a bank
+def dh_only(w: Tensor, dy: Tensor, form: Form | None = None) -> Tensor:  # w [G, O, M], dy [G, P, O] or of kv
     """dy w [G, P, M], by one read of w."""
     from prefixattn.kernels.launch_reparam import hidden_gradient
 

@@ -126,10 +126,10 @@ def concat_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The definition: the prefix in front of the keys, expanded over the batch, under an explicit mask."""
-    bank, P = getattr(module, "reference_prefix", None), 0  # [2, Hkv, P, D]
-    if bank is not None:
-        P = bank.shape[2]
-        key, value = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(bank, (key, value), strict=True))
+    kv, P = getattr(module, "reference_prefix", None), 0  # [2, Hkv, P, D]
+    if kv is not None:
+        P = kv.shape[2]
+        key, value = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(kv, (key, value), strict=True))
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).mT * scaling
     if softcap is not None:
@@ -170,6 +170,6 @@ def concat_twin(model: Any, prefix: Prefix) -> Any:
     twin.loss_type = model.loss_type
     concatenate(twin)
     base = getattr(twin, twin.base_model_prefix, twin)
-    for slot, bank, length in zip(prefix.slots, prefix(), prefix.lengths, strict=True):
-        base.get_submodule(adapter.sites[slot].path).reference_prefix = bank[:, :, :length]
+    for slot, kv, length in zip(prefix.slots, prefix(), prefix.lengths, strict=True):
+        base.get_submodule(adapter.sites[slot].path).reference_prefix = kv[:, :, :length]
     return twin

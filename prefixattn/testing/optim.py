@@ -47,7 +47,7 @@ def twin(net: DeepShare, dtype: torch.dtype = torch.float32) -> DeepShare:
 
 
 def targets(net: DeepShare, count: int = 7, seed: int = 5) -> Tensor:
-    """A bank for each sample, [count, N, 2, Hkv, P, D]."""
+    """Keys and values for each sample, [count, N, 2, Hkv, P, D]."""
     with torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(seed)
         drawn = torch.randn(count, *net().shape, generator=generator, device="cpu")

@@ -65,8 +65,8 @@ class Inputs:
 
     tensors: dict[str, Tensor]  # x [G, P, E], w1 [G, M, E], b1 [G, M], w2 [G, O, M], b2 [G, O]
     form: Form
-    dtype: torch.dtype  # of the bank
-    dbank: Tensor  # [N, 2, Hkv, P, D], in the type of the bank
+    dtype: torch.dtype  # of kv
+    dkv: Tensor  # [N, 2, Hkv, P, D], in the type of kv
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -80,16 +80,16 @@ class Inputs:
         return reparameterize(*self.parameters, **{**form, **options})  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """The same values with parameters, bank and its gradient in another type, as fresh leaves."""
+        """The same values with parameters, kv and its gradient in another type, as fresh leaves."""
         tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
-        return replace(self, tensors=tensors, dtype=dtype, dbank=self.dbank.to(dtype))
+        return replace(self, tensors=tensors, dtype=dtype, dkv=self.dkv.to(dtype))
 
 
 def make_inputs(
     shape: Shape | str,
     dtype: torch.dtype = torch.float32,
     *,
-    parameters: torch.dtype | None = None,  # float32, or float64 where the bank is
+    parameters: torch.dtype | None = None,  # float32, or float64 where kv is
     seed: int = 0,
     grad: bool = True,
     device: str | None = None,  # torch's default
@@ -124,8 +124,8 @@ def make_inputs(
     if strided:
         tensors = {name: _strided(t, transposed=name == "w2") for name, t in tensors.items()}
     tensors = {name: t.detach().to(device).requires_grad_(grad) for name, t in tensors.items()}
-    dbank = normal(G * n, 2, Hkv, P, D).to(dtype).to(device)
-    return Inputs(tensors, Form(n, Hkv, D, interleaved, activation), dtype, dbank)
+    dkv = normal(G * n, 2, Hkv, P, D).to(dtype).to(device)
+    return Inputs(tensors, Form(n, Hkv, D, interleaved, activation), dtype, dkv)
 
 
 def _strided(t: Tensor, transposed: bool) -> Tensor:
@@ -146,12 +146,12 @@ def objections(backend: str, inputs: Inputs) -> str:
     return "; ".join(backends.objections(row, detached(inputs), NEEDS))
 
 
-def results(inputs: Inputs, bank: Tensor) -> dict[str, Tensor]:
-    """The bank and every gradient, by name."""
-    found = {"bank": bank.detach()}
+def results(inputs: Inputs, kv: Tensor) -> dict[str, Tensor]:
+    """kv and every gradient, by name."""
+    found = {"kv": kv.detach()}
     wanted = {name: t for name, t in inputs.tensors.items() if t.requires_grad}
     if wanted:
-        grads = torch.autograd.grad(bank, list(wanted.values()), inputs.dbank.to(bank.dtype), materialize_grads=True)
+        grads = torch.autograd.grad(kv, list(wanted.values()), inputs.dkv.to(kv.dtype), materialize_grads=True)
         found |= {"d" + name: grad for name, grad in zip(wanted, grads, strict=True)}
     return found
 
@@ -161,12 +161,12 @@ def ours(inputs: Inputs, backend: str = "auto", **options: Any) -> dict[str, Ten
 
 
 def from_module(inputs: Inputs, module: Any) -> dict[str, Tensor]:
-    """The bank and every gradient from `fwd` and `bwd` of a backend's module, called without the op around them."""
+    """kv and every gradient from `fwd` and `bwd` of a backend's module, called without the op around them."""
     call = detached(inputs)
-    bank, z = module.fwd(call)
+    kv, z = module.fwd(call)
     needs = Needs(**{name: name in inputs.tensors for name in PARAMETERS})
-    grads = module.bwd(call._replace(b1=None, b2=None), Given(inputs.dbank, z), needs)
-    return {"bank": bank} | {"d" + name: grad for name, grad in grads._asdict().items() if name in inputs.tensors}
+    grads = module.bwd(call._replace(b1=None, b2=None), Given(inputs.dkv, z), needs)
+    return {"kv": kv} | {"d" + name: grad for name, grad in grads._asdict().items() if name in inputs.tensors}
 
 
 def exact(inputs: Inputs) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def same_dtype(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def plain_network(inputs: Inputs, order: int = 0, roundings: Roundings | None = None) -> Tensor:
-    """The bank by a Linear, an activation and a Linear for each network, taken apart as the published codes do it.
+    """kv by a Linear, an activation and a Linear for each network, taken apart as the published codes do it.
 
     Sums begin `order` ORDERS-ths of the way in; `roundings` happen to each stage, on the way there and back.
     """

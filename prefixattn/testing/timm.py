@@ -70,7 +70,7 @@ def concatenating(prefix: Prefix) -> Iterator[None]:
 
     Gradients reach the prefix's parameters.
     """
-    banks = dict(zip(prefix.slots, zip(prefix(), prefix.lengths, strict=True), strict=True))
+    kvs = dict(zip(prefix.slots, zip(prefix(), prefix.lengths, strict=True), strict=True))
     plain, calls = torch.nn.functional.scaled_dot_product_attention, count()
 
     def attention(
@@ -82,10 +82,10 @@ def concatenating(prefix: Prefix) -> Iterator[None]:
         is_causal: bool = False,
     ) -> Tensor:
         slot = next(calls)
-        if slot not in banks:  # a layer without a prefix, or the pooling at the end
+        if slot not in kvs:  # a layer without a prefix, or the pooling at the end
             return plain(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
-        bank, P = banks[slot]  # [2, Hkv, P, D]
-        ahead = bank[:, :, :P].repeat_interleave(q.shape[1] // bank.shape[1], 1).to(q.dtype)
+        kv, P = kvs[slot]  # [2, Hkv, P, D]
+        ahead = kv[:, :, :P].repeat_interleave(q.shape[1] // kv.shape[1], 1).to(q.dtype)
         k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(ahead, (k, v), strict=True))
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if is_causal:

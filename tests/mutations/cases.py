@@ -42,13 +42,13 @@ MISTAKES = (
     # attach
     Mistake("prefixattn/attach/adapter.py", "                self.model.requires_grad_(False)\n", "", MODELS),
     Mistake("prefixattn/attach/hf/positions.py", "    positions = positions + shift\n", "", MODELS + " tests/test_attach_positions.py"),
-    Mistake("prefixattn/attach/bank.py", "banks = [prefix._bank() for prefix in found]", "banks = [found[0]._bank() for prefix in found]", "tests/test_bank.py"),
-    Mistake("prefixattn/attach/bank.py", "lengths = torch.tensor([bank.shape[3] for bank in banks]", "lengths = torch.tensor([P for bank in banks]", "tests/test_bank.py"),
-    Mistake("prefixattn/attach/prefix.py", "self.encoder, self.gate = FreePrefix(self._bank(), trainable=False), None", "self.encoder, self.gate = FreePrefix(self._bank(), trainable=True), None", MODELS + " tests/test_prefix_modules.py tests/test_checkpoint.py"),
+    Mistake("prefixattn/attach/bank.py", "kvs = [prefix._kv() for prefix in found]", "kvs = [found[0]._kv() for prefix in found]", "tests/test_bank.py"),
+    Mistake("prefixattn/attach/bank.py", "lengths = torch.tensor([kv.shape[3] for kv in kvs]", "lengths = torch.tensor([P for kv in kvs]", "tests/test_bank.py"),
+    Mistake("prefixattn/attach/prefix.py", "self.encoder, self.gate = FreePrefix(self._kv(), trainable=False), None", "self.encoder, self.gate = FreePrefix(self._kv(), trainable=True), None", MODELS + " tests/test_prefix_modules.py tests/test_checkpoint.py"),
     # optim
     Mistake("prefixattn/optim/lazy_grad.py", "                part = (self._of(source) * scale)", "                part = (self._of(source))", OPTIM),
     Mistake("prefixattn/optim/lazy_grad.py", "            found_inf.masked_fill_(~source.finite(), 1.0)\n", "            pass\n", OPTIM),
-    Mistake("prefixattn/optim/network_grad.py", "        self.wide().add_(dbank)\n", "        self.wide().copy_(dbank)\n", OPTIM),
+    Mistake("prefixattn/optim/network_grad.py", "        self.wide().add_(dkv)\n", "        self.wide().copy_(dkv)\n", OPTIM),
     Mistake("prefixattn/optim/base.py", "        for source in wanting:\n                source.make_dh()\n            wanting = []", "        wanting = []", OPTIM),
     Mistake("prefixattn/optim/adamw.py", "                step += 1\n", "                pass\n", OPTIM),
     Mistake("prefixattn/reparam/fused_step.py", "    m.lerp_(grad, 1 - beta1)\n", "    m.lerp_(grad, beta1)\n", OPTIM + " tests/test_optim_bank.py"),

@@ -140,7 +140,7 @@ class Trial:
             if not loss.requires_grad:
                 raise Wrong("the loss needs no gradient")
             loss.backward()
-        grad = self.bank.grad
+        grad = self.kv.grad
         if grad is None:
             raise Wrong("the prefix got no gradient")
         if not grad.isfinite().all():
@@ -154,15 +154,15 @@ class Trial:
         return "sum of outputs" if self.plain.labels is None else None
 
     def each_layer(self) -> str | None:
-        before, bank = forward(self.model, self.inputs), self.bank.detach().clone()
+        before, kv = forward(self.model, self.inputs), self.kv.detach().clone()
         dead = []
-        for slot in range(len(bank)):
-            self.bank.data.copy_(bank)
-            self.bank.data[slot] = bank[slot].flip(-1) + 0.5
+        for slot in range(len(kv)):
+            self.kv.data.copy_(kv)
+            self.kv.data[slot] = kv[slot].flip(-1) + 0.5
             if proofs.equal(before, forward(self.model, self.inputs)):
                 dead.append(slot)
         if dead:
-            raise Wrong(f"the prefix of layers {dead} of {len(bank)} moves nothing")
+            raise Wrong(f"the prefix of layers {dead} of {len(kv)} moves nothing")
         return None
 
     def dependence(self) -> str | None:
@@ -322,10 +322,10 @@ class Trial:
         return None
 
     @property
-    def bank(self) -> Any:
+    def kv(self) -> Any:
         return self.prefix.encoder.bank
 
     def fill(self, seed: int) -> None:
         """Other keys and values for each seed."""
         with torch.no_grad():
-            self.bank.copy_(torch.randn(self.bank.shape, generator=torch.Generator().manual_seed(seed)))
+            self.kv.copy_(torch.randn(self.kv.shape, generator=torch.Generator().manual_seed(seed)))

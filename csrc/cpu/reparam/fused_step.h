@@ -161,7 +161,7 @@ class FusedStep {
     }
 
     static void pack_dy(const FusedStepParams &p, int64_t g, int64_t o, int n, float *dst) {
-        if (!p.dy_is_bank) {
+        if (!p.dy_is_kv) {
             const float *src = (const float *)p.dy + g * p.P * p.O + o;
             for (int64_t r = 0; r < p.P; ++r)
                 for (int k = 0; k < n; ++k) dst[r * kStepBlock + k] = src[r * p.O + k] * p.grad_scale;
@@ -169,16 +169,16 @@ class FusedStep {
         }
         switch (p.dtype) {
             case DType::kFloat32:
-                return pack_bank<float>(p, g, o, n, dst);
+                return pack_kv<float>(p, g, o, n, dst);
             case DType::kBFloat16:
-                return pack_bank<bf16>(p, g, o, n, dst);
+                return pack_kv<bf16>(p, g, o, n, dst);
             case DType::kFloat16:
-                return pack_bank<f16>(p, g, o, n, dst);
+                return pack_kv<f16>(p, g, o, n, dst);
         }
     }
 
     template <class T>
-    static void pack_bank(const FusedStepParams &p, int64_t g, int64_t o, int n, float *dst) {
+    static void pack_kv(const FusedStepParams &p, int64_t g, int64_t o, int n, float *dst) {
         each_run(p.form, g, p.P, o, n, [&](int row, int step, int count, int64_t offset) {
             alignas(64) float line[kStepBlock];
             for (int64_t r = 0; r < p.P; ++r) {

@@ -1,4 +1,4 @@
-// y = h w^T + b, written as the bank: a unit is a block of rows of w, read once.
+// y = h w^T + b, written as kv: a unit is a block of rows of w, read once.
 #pragma once
 #include "cpu/reparam/tiles.h"
 
@@ -71,7 +71,7 @@ class ReparamForward {
             float bias[kBlock];
             for (int k = 0; k < count; ++k) bias[k] = p.b ? p.b[g * p.O + o + row + k * step] : 0;
             transpose(y + row * ld, step * ld * 4, count, rows, turned, kBlock);
-            T *out = (T *)p.bank + offset + first * D;
+            T *out = (T *)p.kv + offset + first * D;
             for (int r = 0; r < rows; ++r, out += D) {
                 float *line = turned + r * kBlock;
                 for (int k = 0; k < count; ++k) line[k] += bias[k];

@@ -32,19 +32,19 @@ struct Panels {
     int64_t offset(int64_t i) const { return i * kPanel * rows; }
 };
 
-// Calls f(row, step, count, offset) for each run of outputs that are neighbours in the bank: rows row, row + step, ...
+// Calls f(row, step, count, offset) for each run of outputs that are neighbours in kv: rows row, row + step, ...
 // of a block that starts at output `o` and has n; `offset` is where the run lies for prefix row 0, in elements; the
 // next prefix row lies head_dim further.
 template <class F>
-inline void each_run(const BankForm &form, int64_t g, int64_t P, int64_t o, int n, F f) {
+inline void each_run(const KvForm &form, int64_t g, int64_t P, int64_t o, int n, F f) {
     const int64_t D = form.head_dim, heads = form.kv_heads, blocks = form.layers * 2 * heads;
     const int step = form.interleaved ? 2 : 1;  // key and value in turn; o and n are even then
     for (int row = 0; row < n;) {
         const int64_t number = (o + row) / step, head = number / D, d = number % D;
         const int count = at_most((n - row) / step, (int)(D - d));
-        for (int kv = 0; kv < step; ++kv) {
-            const int64_t block = form.interleaved ? (head / heads * 2 + kv) * heads + head % heads : head;
-            f(row + kv, step, count, (g * blocks + block) * P * D + d);
+        for (int side = 0; side < step; ++side) {
+            const int64_t block = form.interleaved ? (head / heads * 2 + side) * heads + head % heads : head;
+            f(row + side, step, count, (g * blocks + block) * P * D + d);
         }
         row += count * step;
     }

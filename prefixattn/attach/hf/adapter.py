@@ -245,8 +245,8 @@ class HuggingFaceAdapter(Adapter):
         with nullcontext() if self.prefixes else self._entered(), self.overriding(PLAIN):
             _, calls = probe.run(self.base, probe.example(self.base, ids))
         made = {call.module: torch.stack([call.key[0], call.value[0]]) for call in calls}
-        bank = torch.stack([made[self.base.get_submodule(site.path)] for site in self.sites])
-        return bank.to(torch.promote_types(bank.dtype, torch.float32))
+        kv = torch.stack([made[self.base.get_submodule(site.path)] for site in self.sites])
+        return kv.to(torch.promote_types(kv.dtype, torch.float32))
 
     @property
     def max_positions(self) -> int | None:
