@@ -217,7 +217,7 @@ def test_another_optimizer_reads_what_this_one_owns() -> None:
     net, wanted = network(), targets(network())
     dense = twin(net)
     loss(dense, wanted).backward()
-    owner = FactoredAdamW(net.up)  # the weight is here, but the network is not: nothing is taken over
+    owner = FactoredAdamW(net.up)  # the weight is here, but the network is not: nothing is owned
     assert not net.factored
     owner = FactoredAdamW(net, **ADAMW)
     loss(net, wanted).backward()

@@ -35,7 +35,7 @@ FOREIGN = {
 
 @pytest.mark.filterwarnings("ignore:.* makes the whole gradient")
 @pytest.mark.parametrize("name", FOREIGN)
-def test_another_optimizer_on_a_network_that_is_taken_over(name: str) -> None:
+def test_another_optimizer_on_a_network_that_is_owned(name: str) -> None:
     net = network()
     other = twin(net)
     keeper = FactoredAdamW(net, lr=0.05)

@@ -1,4 +1,4 @@
-"""A simple share that an optimizer took over: its projections run once for a step, forward and backward."""
+"""A simple share that an optimizer owns: its projections run once for a step, forward and backward."""
 
 import warnings
 from typing import Any

@@ -187,7 +187,7 @@ def test_bare_parameters_are_no_prefix() -> None:
 
 
 def test_a_model_in_16_bits_trains_as_torch_does() -> None:
-    """A prefix cast to bfloat16 is not taken over: its rule is torch's, and so are its gradients."""
+    """A prefix cast to bfloat16 is not owned: its rule is torch's, and so are its gradients."""
     net = network(dtype=torch.bfloat16)
     other, wanted = twin(net, torch.bfloat16), targets(net)
     train(net, FactoredAdamW(net, lr=1e-2), wanted, 3)

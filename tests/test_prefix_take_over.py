@@ -1,4 +1,4 @@
-"""A network that an optimizer took over: one leaf for a state of the parameters, and what comes back through it."""
+"""A network that an optimizer owns: one leaf for a state of the parameters, and what comes back through it."""
 
 import copy
 import gc

@@ -23,7 +23,7 @@ class FactoredAdamW(Factored):
 
         optimizer = FactoredAdamW(prefix, lr=5e-5)      # the prefix itself, not prefix.parameters()
 
-    The networks in the modules given are *taken over*: as long as the optimizer lives, they run once for a state of
+    The optimizer *owns* the networks in the modules given: as long as the optimizer lives, they run once for a state of
     their parameters, however many micro-batches there are, and `.grad` of their parameters are `FactoredGradient` and
     `DeferredGradient`, tensors that torch.nn.utils.clip_grad_norm_, torch.amp.GradScaler and zero_grad take as
     they take others; torch.autograd.grad finds no way from a loss to them. A parameter of a network may not change
@@ -32,13 +32,13 @@ class FactoredAdamW(Factored):
     modules and of a prefix that is neither float32 nor float64 take torch's ordinary step.
 
     Over several processes the gradients of prefixes are averaged, whatever the optimizer (`Prefix.process_group`), of
-    networks taken over as those of their kv; those of other parameters are left to the wrapper that reduces them
+    owned networks as those of their kv; those of other parameters are left to the wrapper that reduces them
     (DistributedDataParallel, fully_shard).
 
     Args:
         params: A `Prefix` or another module, an iterable of modules and parameters, or groups whose "params" is such.
         lr, betas, eps, weight_decay: As of torch.optim.AdamW, with its defaults; each may differ by group.
-        moments: How a taken over w2's moments are kept: "float32", "bfloat16", or "8bit", with a scale for each 256
+        moments: How an owned w2's moments are kept: "float32", "bfloat16", or "8bit", with a scale for each 256
             numbers (prefixattn/reparam/moments8.py); or a pair, for exp_avg and exp_avg_sq. May differ by group. An
             exp_avg_sq in bfloat16 does not decay where beta2 is 0.999: a step changes it by less than half its last
             bit. Take ("bfloat16", "float32") there; "8bit" rounds by a coin and has no such trouble.

@@ -42,7 +42,7 @@ class Factored(torch.optim.Optimizer):
         if not params:
             raise ValueError("params is empty, expected modules, parameters or groups of them")
         self.given = 0  # modules
-        self.networks: weakref.WeakSet[Any] = weakref.WeakSet()  # taken over, and simple shares
+        self.networks: weakref.WeakSet[Any] = weakref.WeakSet()  # owned, simple shares too
         super().__init__(params if isinstance(params[0], dict) else [{"params": params}], defaults)
         if not self.given:
             warnings.warn(
@@ -52,7 +52,7 @@ class Factored(torch.optim.Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, whose "params" may hold modules too, and takes over the networks in those."""
+        """Adds a group, whose "params" may hold modules too, whose networks it owns from then on."""
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group is {param_group!r:.80}, expected a dict with 'params'")
         group = {**self.defaults, "skipped_steps": 0, **param_group}
@@ -69,10 +69,10 @@ class Factored(torch.optim.Optimizer):
             self.take_over(module)
 
     def take_over(self, module: nn.Module) -> None:
-        """Takes over the prefixes in `module` of which it has the large matrix (deep share) or the vectors (simple).
+        """Becomes the owner of the prefixes in `module` whose large matrix (deep share) or vectors (simple) it has.
 
         The constructor and `add_param_group` do it. Needed by hand for what copies leave out: a copied or unpickled
-        optimizer owns no network, and one whose network another optimizer has taken since.
+        optimizer owns no network, and one whose network another optimizer owns since.
         """
         own = {id(p) for group in self.param_groups for p in group["params"]}
         # weights of which a process has a part are whole within the model's own passes alone
@@ -326,7 +326,7 @@ def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 @cache
 def watch_steps() -> None:
-    """Once, and not before there is a network that has been taken over: the hooks are of all optimizers."""
+    """Once, and not before there is an owned network: the hooks are of all optimizers."""
     register_optimizer_step_pre_hook(_before_any_step)
     register_optimizer_step_post_hook(_after_any_step)
 

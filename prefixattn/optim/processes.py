@@ -20,7 +20,7 @@ class Average:
 
     Ordinary gradients are averaged at the end of the backward pass that made them: those who clip and step see nothing
     else, and a mean that is averaged again, after another micro-batch or by DistributedDataParallel, stays a mean. Of a
-    network that an optimizer has taken over, the gradient of its kv crosses the wire, when the first number of it is
+    network that an optimizer owns, the gradient of its kv crosses the wire, when the first number of it is
     read or at the step, once for all micro-batches; those of its five parameters follow.
     """
 

@@ -15,7 +15,7 @@ from prefixattn.reparam.call import Form
 class FactoredSGD(Factored):
     """torch.optim.SGD that never makes the gradient of a prefix network's large matrix.
 
-    What is said of `FactoredAdamW` holds here: give it the prefix itself, and its networks are taken over.
+    What is said of `FactoredAdamW` holds here: give it the prefix itself, and it owns its networks.
 
     Args:
         params, max_norm, process_group, backend: As of `FactoredAdamW`.

@@ -20,7 +20,7 @@ class FactoredNetwork(OwnedByOptimizer):
     - `parameters_in_order()`: the parameters ahead, w2 [O, M] or [G, O, M], and b2 [O], [G, O] or None;
     - `hidden(*ahead)`: [P, M] or [G, P, M], of these tensors and of nothing that changes, the same each time.
 
-    An optimizer that needs no gradient of w2 can *take over* the network (`prefixattn.FactoredAdamW` does). Then the
+    An optimizer that needs no gradient of w2 can *own* the network (`prefixattn.FactoredAdamW` does). Then the
     kv that a forward pass gets is a leaf, computed once for a state of the parameters and used by all forward passes
     until one of them changes; what a backward pass adds to it goes to the optimizer, and is found in `.grad` of the
     parameters as that writes it there. torch.autograd.grad sees no path to them. Parameters keep their state between a
@@ -57,7 +57,7 @@ class FactoredNetwork(OwnedByOptimizer):
 
     @property
     def factored(self) -> bool:
-        """True if forward passes get a leaf: taken over, and w2 is trained, nothing else put in a parameter's place."""
+        """True if forward passes get a leaf: owned, and w2 is trained, nothing else put in a parameter's place."""
         return self.receiver is not None and self._trained()
 
     def _trained(self) -> bool:

@@ -76,7 +76,7 @@ class DeepShare(FactoredNetwork):
     With `fused`, which can be changed at any time, the op `reparameterize` runs it, without calling the layers, and so
     without their hooks.
 
-    An optimizer that needs no gradient of `up.weight` can take over the network, see `FactoredNetwork`.
+    An optimizer that needs no gradient of `up.weight` can own the network, see `FactoredNetwork`.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class DeepShare(FactoredNetwork):
         """The five parameters as they are, those of one network without the axis G."""
         return self.embedding.weight, self.down.weight, self.down.bias, self.up.weight, self.up.bias
 
-    # taken over by an optimizer
+    # owned by an optimizer
 
     def take_over(self, receive: Callable[..., None]) -> None:
         """As of any network; and a compiled forward pass computes kv in its graph, each time.

@@ -79,7 +79,7 @@ class MakesPrefix(nn.Module):
 
 
 class OwnedByOptimizer(MakesPrefix):
-    """What the kinds of prefixes share that an optimizer can take over."""
+    """What the kinds of prefixes share that an optimizer can own."""
 
     reads_the_model = False
 
