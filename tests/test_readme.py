@@ -66,7 +66,7 @@ def test_table_to_text_is_the_records() -> None:
 
 def test_the_networks_tables_are_the_records() -> None:
     result, shown = record("bench/results/reparam-cpu-amd-epyc-avx512-2-threads.json", "docs/optimizer.md")
-    for line in plot_reparam.times(result) + plot_reparam.memory(result):
+    for line in plot_reparam.times(result) + plot_reparam.peak_table(result):
         assert line in shown
 
 

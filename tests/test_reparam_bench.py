@@ -86,7 +86,7 @@ def test_a_missed_goal_is_said() -> None:
 
 
 def test_what_was_not_measured_says_so() -> None:
-    lines = plot_reparam.memory(result_of(ours=1.0))
+    lines = plot_reparam.peak_table(result_of(ours=1.0))
     [line] = [text for text in lines if "hidden 4096" in text]
     assert "not measured" in line and "| 4,1" in line  # the matrix alone is 4 GiB
     assert Network(**vars(CASES["vit-b16 P10"])) == CASES["vit-b16 P10"]

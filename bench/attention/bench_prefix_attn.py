@@ -168,7 +168,7 @@ def test_prefix_attn(shape, dtype, passes, benchmark, record: Record, request: p
         if row["role"] != "floor" and passes != PREFIX:  # a floor does other arithmetic
             row["gflops"] = round(gflop / quantiles(ms)[1] * 1e3, 1)
         if passes == BOTH and (row["role"] == "ours" or (row["role"] == "peer" and not quick)):
-            row |= suite.memory(impl, attentions[impl], shape, dtype, record.cases)
+            row |= suite.peak(impl, attentions[impl], shape, dtype, record.cases)
         record.rows.append(row)
     record.rows += [case | {"impl": i, "role": suite.baselines[i].role, "absent": why} for i, why in absent.items()]
 

@@ -89,7 +89,7 @@ def details(pairs: list[Row]) -> list[str]:
     for p in pairs:
         ours, peer = p["ours"], p["peer"]
         p20, p50, p80 = ours["ms"]
-        memory = " / ".join(
+        peaks = " / ".join(
             f"{mib:.1f}"
             for mib in (ours.get("peak_mib"), peer.get("peak_mib"), ours.get("necessary_mib"))
             if mib is not None
@@ -101,7 +101,7 @@ def details(pairs: list[Row]) -> list[str]:
         lines.append(
             f"| {p['name']} | {short(p['dtype'])} | {p['pass']} | {p50:.2f} ({p20:.2f}-{p80:.2f}) "
             f"| {peer['ms'][1]:.2f} {peer['impl']} | {p['ratio']:.2f} | {p['ratio_min']:.2f} | {ours['gflops']:.0f} "
-            f"| {ours['gemm_share']:.0%} | {memory} | {floor} | {trick} |"
+            f"| {ours['gemm_share']:.0%} | {peaks} | {floor} | {trick} |"
         )
     return lines
 

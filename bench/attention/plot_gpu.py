@@ -93,13 +93,13 @@ def details(result: Row) -> list[str]:
     for entry in pairs(result):
         ours = entry["ours"]
         p20, p50, p80 = (t * 1e3 for t in ours["ms"])
-        memory = " / ".join(f"{ours[k]:.1f}" for k in ("peak_mib", "saved_mib", "necessary_mib") if k in ours)
+        peaks = " / ".join(f"{ours[k]:.1f}" for k in ("peak_mib", "saved_mib", "necessary_mib") if k in ours)
         others = sorted((r for r in entry["rows"] if r is not ours and "ms" in r), key=lambda r: r["ms"][1])
         listed = ", ".join(f"{r['impl']} {us(r)}" for r in others)
         floor, share = ours.get("floor_ms"), ours.get("floor_share")
         bound = ("", "") if floor is None else (f"{floor * 1e3:.1f}", f"{share:.0%}")
         cells = [str(entry["shape"]), short(ours["dtype"]), NAMES[ours["pass"]], f"{p50:.1f} ({p20:.1f}-{p80:.1f})"]
-        cells += [*bound, str(ours.get("issue_us", "")), ours.get("clock", ""), memory]
+        cells += [*bound, str(ours.get("issue_us", "")), ours.get("clock", ""), peaks]
         cells += [us(without_prefix(result, ours)), listed]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -26,7 +26,7 @@ class Suite:
     quick: list[BenchShape]
     dtypes: tuple[torch.dtype, ...]
     passes: tuple[str, ...]
-    memory: Callable[[str, Attention, BenchShape, torch.dtype, Cases], dict[str, float]]
+    peak: Callable[[str, Attention, BenchShape, torch.dtype, Cases], dict[str, float]]
 
     @property
     def device(self) -> str:
@@ -52,7 +52,7 @@ def suite(name: str) -> Suite:
             quick=baselines.QUICK,
             dtypes=(torch.float32, torch.bfloat16),
             passes=("fwd", "fwd+bwd"),
-            memory=_memory_on_cpu,
+            peak=_peak_on_cpu,
         )
     return Suite(
         platform=here,
@@ -64,7 +64,7 @@ def suite(name: str) -> Suite:
         quick=baselines_gpu.QUICK,
         dtypes=(torch.float32,) if here.dry else (torch.bfloat16,),  # the interpreter's bfloat16 is no GPU's
         passes=("fwd", "fwd+bwd", "prefix grads"),
-        memory=_memory_on_gpu,
+        peak=_peak_on_gpu,
     )
 
 
@@ -74,14 +74,14 @@ def _peak_mib(impl: str, cases: Cases) -> dict[tuple[BenchShape, torch.dtype], f
     return dict(zip(mine, peak_rss.peak_mib(impl, mine, torch.get_num_threads()), strict=True))
 
 
-def _memory_on_cpu(
+def _peak_on_cpu(
     impl: str, attention: Attention, shape: BenchShape, dtype: torch.dtype, cases: Cases
 ) -> dict[str, float]:
     peak = _peak_mib(impl, cases)[shape, dtype]
     return {"peak_mib": round(peak, 2), "necessary_mib": round(peak_rss.necessary_mib(shape, dtype), 2)}
 
 
-def _memory_on_gpu(
+def _peak_on_gpu(
     impl: str, attention: Attention, shape: BenchShape, dtype: torch.dtype, cases: Cases
 ) -> dict[str, float]:
     x, dout = baselines.make_inputs(shape, dtype, device=platform("gpu").device)

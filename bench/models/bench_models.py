@@ -92,14 +92,14 @@ def measure(name: str, tiny: bool, seconds: float, rounds: tuple[int, int]) -> l
     print(f"timed, {len(samples['frozen'])} rounds; ", end="", flush=True)
     steps.clear()
     gc.collect()
-    memory = peak_rss.of(name, case.baselines, tiny)
+    peaks = peak_rss.of(name, case.baselines, tiny)
     for way, row in rows.items():
         extra = [ms - floor for ms, floor in zip(samples[way], samples["frozen"], strict=True)]
         row |= {"ms": rounded(samples[way]), "min_ms": round(min(samples[way]), 3), "rounds": len(extra)}
         row |= {"extra_ms": rounded(extra), "extra_min_ms": round(row["min_ms"] - rows["frozen"]["min_ms"], 3)}
-        row |= memory[way]
-        row["extra_mib"] = round(row["peak_mib"] - memory["frozen"]["peak_mib"], 2)
-        row["extra_step_mib"] = round(row["step_mib"] - memory["frozen"]["step_mib"], 2)
+        row |= peaks[way]
+        row["extra_mib"] = round(row["peak_mib"] - peaks["frozen"]["peak_mib"], 2)
+        row["extra_step_mib"] = round(row["step_mib"] - peaks["frozen"]["step_mib"], 2)
     print("memory measured", flush=True)
     return list(rows.values())
 

@@ -338,8 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU here; --device cpu --dry-run tries the code")
     warnings.filterwarnings("ignore", module=r"(?!prefixattn)")  # the libraries' own, one for each model made
     out = args.out or (None if args.dry_run else RESULTS / "whole_step" / f"{device_slug(args.device)}.json")
-    memory = "peak of the tensors above frozen weights and batch" if args.device == "cuda" else "not measured on a CPU"
-    head = header(args.device) | {"memory": memory, "dry": args.dry_run}
+    peak = "peak of the tensors above frozen weights and batch" if args.device == "cuda" else "not measured on a CPU"
+    head = header(args.device) | {"memory": peak, "dry": args.dry_run}
     budget, todo = Budget(args.minutes, args.dry_run), cases(args.dry_run, tuple(args.model or MODELS))
     rows: list[Row] = []
     eager: dict[str, Row] = {}

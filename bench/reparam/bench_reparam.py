@@ -96,9 +96,9 @@ def test_reparam(name: str, rows: Rows, benchmark: Any, request: pytest.FixtureR
     for way, start in BASELINES.items():
         began = time.perf_counter()
         if device == "cpu" and not quick:
-            case_memory = peak_rss.of(way, name)
-            rows.append(case | {"way": way} | case_memory)
-            print(f"{name}, {way}: {case_memory} ({time.perf_counter() - began:.0f} s)", flush=True)
+            peak = peak_rss.of(way, name)
+            rows.append(case | {"way": way} | peak)
+            print(f"{name}, {way}: {peak} ({time.perf_counter() - began:.0f} s)", flush=True)
         steps[way] = start(size, device)
         if device == "cuda":
             rows.append(case | {"way": way} | peak_rss.on_gpu(steps[way]))

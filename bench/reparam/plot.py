@@ -43,7 +43,7 @@ def activations(size: Network, rows: int) -> int:
     return rows * (small + size.kv_bytes)
 
 
-def memory(result: Row) -> list[str]:
+def peak_table(result: Row) -> list[str]:
     """Parameters, gradients, moments and activations; computed from the sizes, and the step's peak as measured."""
     lines = [
         "| network | parameters | moments | gradients: original | ours | activations: original | ours "
@@ -78,7 +78,7 @@ def tables(result: Row) -> str:
             "",
             "MiB, float32; computed from the sizes but for the last columns:",
             "",
-            *memory(result),
+            *peak_table(result),
             "",
         ]
     )

@@ -3,7 +3,7 @@
 "floor" is the frozen model, trained down to a vector at its input embeddings: what a step costs without any prefix. It
 computes logits at every position, as PEFT and the published way do, and "deep-logits"; "deep" at labelled ones only.
 Every round takes the next batch with each method, every other round backwards, so that what the machine does besides
-falls on all alike; ratios are of one round. Memory is what step_memory.py measures.
+falls on all alike; ratios are of one round. Memory is what step_rss.py measures.
 """
 
 import json
@@ -94,7 +94,8 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
         first = {name: each.losses[0] for name, each in steps.items()}
         steps.clear()
         found["types"][TYPES[bf16]] = {
-            name: {"ms": list(times), "first_loss": first[name], **memory(own, name)} for name, times in samples.items()
+            name: {"ms": list(times), "first_loss": first[name], **step_peak(own, name)}
+            for name, times in samples.items()
         }
     return {**found, "threads": torch.get_num_threads(), "provenance": provenance()}
 
@@ -113,11 +114,11 @@ def _told(settings: Settings) -> dict[str, Any]:
     return {**told, "backbone": Path(settings.backbone).name if Path(settings.backbone).is_dir() else settings.backbone}
 
 
-def memory(settings: Settings, method: str) -> dict[str, float]:
-    """MiB of a step, by step_memory.py; nothing on a GPU, where resident memory says nothing."""
+def step_peak(settings: Settings, method: str) -> dict[str, float]:
+    """MiB of a step, by step_rss.py; nothing on a GPU, where resident memory says nothing."""
     if torch.cuda.is_available():
         return {}
-    script = Path(__file__).resolve().parents[1] / "step_memory.py"
+    script = Path(__file__).resolve().parents[1] / "step_rss.py"
     asked = json.dumps({"method": method, "settings": asdict(settings)})
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = (sys.executable, "-W", "ignore", str(script))

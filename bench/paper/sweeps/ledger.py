@@ -325,12 +325,12 @@ def execute(ledger: Ledger, run: Run, work: Work, launch: str = "", device: str 
         with _Clock(scratch) as clock:
             try:
                 free(device)
-                memory = PeakMemory(device)
+                meter = PeakMemory(device)
                 result = work(deepcopy(run.config), scratch)
                 if not isinstance(result, dict):
                     raise TypeError(f"the work returned a {type(result).__name__}, expected a dict")
                 json.dumps(result)
-                seconds, peak = clock.seconds(), memory.mib()
+                seconds, peak = clock.seconds(), meter.mib()
             except Exception as error:  # a run may fail in any way, and the others go on
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise

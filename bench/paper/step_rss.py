@@ -1,6 +1,6 @@
 """Memory that a training step of a language method needs beyond frozen weights and batch; times.py asks.
 
-    echo '{"method": "deep", "settings": {...}}' | python bench/paper/step_memory.py
+    echo '{"method": "deep", "settings": {...}}' | python bench/paper/step_rss.py
 
 As bench/models/peak_rss.py: two steps are taken; then the growth of the resident set over one more. What is trained and
 its moments are counted; the peak is the sum.
