@@ -89,7 +89,7 @@ REFUSED = {
     "prefix_dropout_p": ({"prefix_dropout_p": -0.1}, "prefix_dropout_p is -0.1; expected a probability in [0, 1)"),
     "ids_without_bank": (
         {"prefix_ids": torch.tensor([0, 1])},
-        "prefix_ids picks rows of a bank [T, Hkv, P, D], but prefix_k has shape [2, 6, 8]",
+        "prefix_ids picks prefixes of a bank [T, Hkv, P, D], but prefix_k has shape [2, 6, 8]",
     ),
     "lengths_shape": (
         {"prefix_lengths": torch.tensor([1, 2, 3])},

@@ -28,7 +28,7 @@ class BenchShape:
     D: int
     Hkv: int = 0  # key heads; 0: H
     S: int = 0  # own keys; 0: L (training, not decoding)
-    form: str = ""  # "bank": a row of a bank for each sample; "packed": q, k and v are one projection
+    form: str = ""  # "bank": a prefix of a bank for each sample; "packed": q, k and v are one projection
 
     @property
     def causal(self) -> bool:
@@ -55,8 +55,8 @@ class BenchShape:
     def mbytes(self, passes: str, itemsize: int) -> float:
         """What must cross device memory at least: each input read once in a pass, each output written once."""
         query, key = self.B * self.H * self.L * self.D, self.B * self.kv_heads * self.keys * self.D
-        rows = BANK_ROWS if self.form == "bank" else 1
-        prefix = rows * self.kv_heads * self.P * self.D
+        prefixes = BANK_SIZE if self.form == "bank" else 1
+        prefix = prefixes * self.kv_heads * self.P * self.D
         lse = 4 * self.B * self.H * self.L
         fwd = (2 * query + 2 * key + 2 * prefix) * itemsize + lse
         bwd = {
@@ -68,7 +68,7 @@ class BenchShape:
         return (fwd + bwd[passes]) / 1e6
 
 
-BANK_ROWS = 32
+BANK_SIZE = 32
 
 
 class BenchInputs(NamedTuple):
@@ -106,15 +106,15 @@ def make_inputs(
         return torch.randn(*size, generator=generator, device=device).to(dtype)
 
     B, H, Hkv, L, S, P, D = shape.B, shape.H, shape.kv_heads, shape.L, shape.keys, shape.P, shape.D
-    rows = (BANK_ROWS,) if shape.form == "bank" else ()
-    ids = torch.arange(B, device=device) * 7 % BANK_ROWS if rows else None
+    bank = (BANK_SIZE,) if shape.form == "bank" else ()
+    ids = torch.arange(B, device=device) * 7 % BANK_SIZE if bank else None
     if shape.form == "packed":
         own = [normal(B, L, 3, H, D).requires_grad_()]
         parts, qkv = unpacked(own[0]), own[0]
     else:
         own = [normal(B, n, h, D).transpose(1, 2).requires_grad_() for n, h in ((L, H), (S, Hkv), (S, Hkv))]
         parts, qkv = (own[0], own[1], own[2]), None
-    prefix = [normal(*rows, Hkv, P, D).requires_grad_() for _ in range(2)]
+    prefix = [normal(*bank, Hkv, P, D).requires_grad_() for _ in range(2)]
     return BenchInputs(*parts, *prefix, ids, qkv), normal(B, L, H, D).transpose(1, 2)
 
 

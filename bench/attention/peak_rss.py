@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from bench.attention.baselines import BANK_ROWS, BASELINES, OURS, BenchShape, forward_backward, make_inputs
+from bench.attention.baselines import BANK_SIZE, BASELINES, OURS, BenchShape, forward_backward, make_inputs
 from bench.harness.peak_rss import apart, grown_mib, without_huge_pages
 
 
@@ -25,7 +25,7 @@ def peak_mib(impl: str, cases: list[tuple[BenchShape, torch.dtype]], threads: in
 def necessary_mib(shape: BenchShape, dtype: torch.dtype) -> float:
     """out, its logsumexp and the five gradients: what no implementation can do without."""
     own = shape.B * shape.D * (2 * shape.H * shape.L + 2 * shape.kv_heads * shape.keys)
-    prefix = 2 * shape.kv_heads * shape.P * shape.D * (BANK_ROWS if shape.form == "bank" else 1)
+    prefix = 2 * shape.kv_heads * shape.P * shape.D * (BANK_SIZE if shape.form == "bank" else 1)
     return ((own + prefix) * dtype.itemsize + 4 * shape.B * shape.H * shape.L) / 2**20
 
 

@@ -207,14 +207,14 @@ class PrefixBank(Prefix):
         return ids
 
     def _gathered(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Chosen:
-        """The rows that the samples name, each once; in compiled code, whose shapes must not depend on data, each
+        """The prefixes that the samples name, each once; in compiled code, whose shapes must not depend on data, each
         sample's own.
         """
         ids = ids.to(self.encoder.weight.device)
         if torch.compiler.is_compiling():
-            named, rows = ids, None
+            named, prefix_ids = ids, None
         else:
-            named, rows = ids.unique(return_inverse=True)
+            named, prefix_ids = ids.unique(return_inverse=True)
             self._check_finite(named)
         sparse = self.sparse and torch.is_grad_enabled()
         found = self.encoder.lookup(named, sparse).to(device=device, dtype=dtype)
@@ -222,7 +222,7 @@ class PrefixBank(Prefix):
         return Chosen(
             _by_layer(found),
             shift if isinstance(shift, int) else shift.to(device),
-            None if rows is None else rows.to(device),
+            None if prefix_ids is None else prefix_ids.to(device),
             self.encoder.lengths[named].to(device),
         )
 

@@ -93,7 +93,7 @@ class Attached(nn.Module):
         # one of the two is empty
         prefixes, memories = dict(zip(self.slots, chosen.prefixes)), dict(zip(self.slots, chosen.memories))  # noqa: B905
         masses = None if torch.compiler.is_compiling() else asked.masses.get(self)
-        return PrefixCall(prefixes, dropout_p, chosen.ids, chosen.lengths, masses, chosen.shift, memories)
+        return PrefixCall(prefixes, dropout_p, chosen.prefix_ids, chosen.lengths, masses, chosen.shift, memories)
 
     def activate(self) -> None:
         """Makes this the prefix that the model attends to, of several that are attached to it."""

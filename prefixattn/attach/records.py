@@ -20,7 +20,7 @@ class Chosen(NamedTuple):
 
     prefixes: list[LayerPrefix]  # of each layer of `slots`, or of none
     shift: int | Tensor  # how many positions the prefix takes; [B, 1] where each sample has its own
-    ids: Tensor | None = None  # [B], of a bank
+    prefix_ids: Tensor | None = None  # [B], of a bank
     lengths: Tensor | None = None  # [T], of a bank
     memories: list[Memory] = []  # noqa: RUF012 # of each layer of `slots`, or of none
 
@@ -45,7 +45,7 @@ class PrefixCall(NamedTuple):
 
     prefixes: dict[int, LayerPrefix]  # by slot
     dropout_p: float
-    ids: Tensor | None = None  # [B], rows of the bank
+    prefix_ids: Tensor | None = None  # [B], of a bank
     lengths: Tensor | None = None  # [T]
     masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
     shift: int | Tensor = 0  # of the positions in the decoder of an encoder-decoder

@@ -69,9 +69,9 @@ def prefix_attention(
         is_causal: Own key s is visible to query l iff ``s <= l + S - L``. May be combined with attn_mask.
         scale: Defaults to ``D ** -0.5``; finite, in float32's range but for float64.
         enable_gqa: Allows H to be a multiple of Hkv; query head h reads key head ``h // (H // Hkv)``.
-        prefix_ids: The bank's row for each sample.
+        prefix_ids: Which prefix of the bank each sample has.
         prefix_lengths: Rows of a prefix past its length are ignored. With prefix_ids a tensor of length T belongs to
-            the bank's rows (also where T equals B), one of length B to the samples.
+            the bank's prefixes (also where T equals B), one of length B to the samples.
         prefix_dropout_p: Dropout on the prefix's keys and values, an own mask for each sample. Both kinds of dropout
             draw a seed from the device's default generator, so `torch.manual_seed` repeats them, on any backend.
         memory: As in Prefix-Tuning+, ``phi(q) @ memory`` is added to out, per head, and the sum rounded once. It is no
@@ -197,7 +197,7 @@ def _normal_form(
     if prefix_k.dim() == 3:
         if prefix_ids is not None:
             raise ValueError(
-                f"prefix_ids picks rows of a bank [T, Hkv, P, D], but prefix_k has shape {list(prefix_k.shape)}"
+                f"prefix_ids picks prefixes of a bank [T, Hkv, P, D], but prefix_k has shape {list(prefix_k.shape)}"
             )
         prefix_k, prefix_v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
     B, H, L, D = q.shape

@@ -197,8 +197,8 @@ def _over_batch(grad: Tensor, kept: Tensor | float, ids: Tensor | None, T: int) 
     grad = grad * kept
     if ids is not None:
         total = grad.new_zeros(T, *grad.shape[1:])
-        for row in ids.unique().tolist():  # in a fixed order on every device, which index_add_ is not
-            total[row] = _pairwise(grad[ids == row])
+        for t in ids.unique().tolist():  # in a fixed order on every device, which index_add_ is not
+            total[t] = _pairwise(grad[ids == t])
         return total
     return _pairwise(grad)[None] if T == 1 else grad.contiguous()
 

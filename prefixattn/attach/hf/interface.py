@@ -293,7 +293,7 @@ def _hides_later(mask: Tensor | None) -> bool:
 def _placed(found: LayerPrefix, call: PrefixCall, query: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The prefixes in the query's type and on its device, with the keyword arguments that go with them."""
     key, value = found
-    ids, lengths = call.ids, call.lengths
+    ids, lengths = call.prefix_ids, call.lengths
     if ids is not None and (key.device != query.device or key.dtype != query.dtype):
         # a layer on another device, or of another type than the model: the whole bank is not to follow it there
         key, value = key[ids], value[ids]
