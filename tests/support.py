@@ -18,7 +18,7 @@ def accepted(backend: str, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def accepted_network(backend: str, inputs: reparam.Inputs) -> reparam.Inputs:
+def accepted_network(backend: str, inputs: reparam.NetInputs) -> reparam.NetInputs:
     """Of the reparameterization; skips those that the backend does not take, in its words."""
     if words := reparam.objections(backend, inputs):
         pytest.skip(words)

@@ -14,8 +14,8 @@ from prefixattn.testing.reparam import (
     FEATURES,
     PARAMETERS,
     SHAPES,
-    Inputs,
-    Shape,
+    NetInputs,
+    NetShape,
     detached,
     exact,
     from_module,
@@ -33,7 +33,7 @@ def backend(reparam_backend: str) -> str:
 
 
 @cache
-def case(shape: str, feature: str, dtype: str) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+def case(shape: str, feature: str, dtype: str) -> tuple[NetInputs, dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and the two answers to compare with: made once, used by every backend."""
     inputs = make_inputs(shape, DTYPES[dtype], **FEATURES[feature])
     return inputs, same_dtype(inputs), exact(inputs)
@@ -70,7 +70,7 @@ def test_the_cpu_backend_takes_what_it_promises() -> None:
 def test_language_reads_the_rows_as_the_published_code_views_them(backend: str) -> None:
     """[P, layers * 2 * heads * D] viewed as [P, layers * 2, heads, D]; 2l is the key of layer l, 2l + 1 its value."""
     layers, heads, D, P = 3, 2, 16, 5
-    inputs = accepted(backend, make_inputs(Shape(1, P, 24, 40, layers, heads, D)))
+    inputs = accepted(backend, make_inputs(NetShape(1, P, 24, 40, layers, heads, D)))
     x, w1, b1, w2, b2 = (t[0].detach() for t in inputs.tensors.values())
     past = torch.tanh(x @ w1.T + b1) @ w2.T + b2
     past = past.view(P, layers * 2, heads, D).permute(1, 2, 0, 3)  # [layers * 2, heads, P, D]
@@ -83,7 +83,7 @@ def test_language_reads_the_rows_as_the_published_code_views_them(backend: str) 
 def test_vision_reads_the_rows_as_the_published_code_does(backend: str) -> None:
     """A network a layer; its [P, 2 * width] is reshaped to [P, width, 2]: keys are the even numbers, values the odd."""
     layers, heads, D, P = 4, 3, 16, 5
-    inputs = accepted(backend, make_inputs(Shape(layers, P, heads * D, 8, 1, heads, D), interleaved=True))
+    inputs = accepted(backend, make_inputs(NetShape(layers, P, heads * D, 8, 1, heads, D), interleaved=True))
     kv = inputs.call(backend)
     for layer in range(layers):
         x, w1, b1, w2, b2 = (t[layer].detach() for t in inputs.tensors.values())
@@ -203,9 +203,9 @@ def test_parameters_of_any_float_type(parameters: str) -> None:
 
 def test_gradcheck() -> None:
     for feature in ("plain", "interleaved", "gelu", "none"):
-        inputs = make_inputs(Shape(2, 3, 4, 3, 2, 1, 2), torch.float64, **FEATURES[feature])
+        inputs = make_inputs(NetShape(2, 3, 4, 3, 2, 1, 2), torch.float64, **FEATURES[feature])
 
-        def call(*tensors: Tensor, inputs: Inputs = inputs) -> Tensor:
+        def call(*tensors: Tensor, inputs: NetInputs = inputs) -> Tensor:
             return reparameterize(*tensors, **inputs.form._asdict(), backend="reference")
 
         assert torch.autograd.gradcheck(call, tuple(inputs.tensors.values()))

@@ -15,7 +15,7 @@ from prefixattn.testing.reparam import (
     NEEDS,
     PARAMETERS,
     SHAPES,
-    Shape,
+    NetShape,
     detached,
     exact,
     from_module,
@@ -36,12 +36,12 @@ FLOAT32_ISAS = [name for name in _C.isas() if name != "avx512_bf16"]  # which ru
 
 # each for a path of its own: more than one panel of lanes or rows, tails of both, heads that straddle blocks
 CASES = {
-    "tails": (Shape(1, 17, 33, 65, 2, 3, 20), "plain"),
-    "pairs": (Shape(2, 5, 16, 48, 3, 2, 20), "gelu"),
-    "blocks": (Shape(1, 131, 8, 200, 2, 2, 72), "no_b2"),
-    "few": (Shape(1, 16, 8, 300, 1, 3, 50), "interleaved"),
-    "narrow": (Shape(2, 3, 5, 3, 1, 1, 7), "interleaved"),
-    "one": (Shape(1, 1, 1, 1, 1, 1, 1), "plain"),
+    "tails": (NetShape(1, 17, 33, 65, 2, 3, 20), "plain"),
+    "pairs": (NetShape(2, 5, 16, 48, 3, 2, 20), "gelu"),
+    "blocks": (NetShape(1, 131, 8, 200, 2, 2, 72), "no_b2"),
+    "few": (NetShape(1, 16, 8, 300, 1, 3, 50), "interleaved"),
+    "narrow": (NetShape(2, 3, 5, 3, 1, 1, 7), "interleaved"),
+    "one": (NetShape(1, 1, 1, 1, 1, 1, 1), "plain"),
 }
 # (G, P, O, M)
 SIZES = [

@@ -13,7 +13,7 @@ from prefixattn.reparam import reference as network
 from prefixattn.reparam import triton
 from prefixattn.reparam.call import Call, Form
 from prefixattn.testing.attention import assert_all_as_accurate, assert_as_accurate, rms
-from prefixattn.testing.reparam import NEEDS, Shape, detached, exact, from_module, make_inputs, same_dtype
+from prefixattn.testing.reparam import NEEDS, NetShape, detached, exact, from_module, make_inputs, same_dtype
 
 if reasons := triton.unsupported(detached(make_inputs("tiny")), NEEDS):
     pytest.skip("triton: " + "; ".join(reasons), allow_module_level=True)
@@ -23,13 +23,13 @@ from prefixattn.kernels.launch_reparam import Sizes, Tiles, precision, rows_of_p
 
 # G, P, E, M, n, Hkv, D: P within, at and past tiles of 16 rows and 64; M of one, odd, and of several tiles; odd O
 NETWORKS = {
-    "M1": Shape(1, 1, 3, 1, 1, 1, 5),
-    "M3": Shape(3, 5, 17, 3, 2, 1, 7),
-    "M48": Shape(4, 10, 72, 48, 1, 3, 20),
-    "M512": Shape(1, 10, 40, 512, 1, 3, 32),
-    "P17": Shape(3, 17, 20, 33, 1, 3, 12),
-    "P33": Shape(1, 33, 24, 48, 3, 1, 11),
-    "P200": Shape(1, 200, 130, 70, 1, 1, 24),
+    "M1": NetShape(1, 1, 3, 1, 1, 1, 5),
+    "M3": NetShape(3, 5, 17, 3, 2, 1, 7),
+    "M48": NetShape(4, 10, 72, 48, 1, 3, 20),
+    "M512": NetShape(1, 10, 40, 512, 1, 3, 32),
+    "P17": NetShape(3, 17, 20, 33, 1, 3, 12),
+    "P33": NetShape(1, 33, 24, 48, 3, 1, 11),
+    "P200": NetShape(1, 200, 130, 70, 1, 1, 24),
 }
 
 
@@ -52,7 +52,7 @@ def test_half_kv(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "none"])
 def test_activations(activation: str, gain: float) -> None:
     """Near zero, where tanh(z) is z, and far out, where it is one."""
-    inputs = make_inputs(Shape(2, 9, 20, 64, 1, 1, 8), activation=activation, gain=gain, biases=(False, True))
+    inputs = make_inputs(NetShape(2, 9, 20, 64, 1, 1, 8), activation=activation, gain=gain, biases=(False, True))
     assert_all_as_accurate(from_module(inputs, triton), same_dtype(inputs), exact(inputs))
 
 

@@ -12,7 +12,7 @@ from prefixattn.reparam.call import Call, Form, Given, Needs
 from prefixattn.testing.plain import ORDERS, Roundings
 
 
-class Shape(NamedTuple):
+class NetShape(NamedTuple):
     G: int  # networks
     P: int
     E: int
@@ -27,18 +27,18 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "tiny": Shape(1, 1, 8, 8, 1, 1, 8),
-    "one_row": Shape(1, 1, 32, 48, 3, 2, 16),
-    "five_rows": Shape(1, 5, 24, 40, 2, 3, 16),
-    "ten_rows": Shape(1, 10, 64, 96, 3, 2, 32),  # the usual language prefix
-    "tile_past": Shape(1, 17, 33, 65, 2, 3, 20),  # one past a tile, nothing divides anything
-    "long": Shape(1, 200, 48, 32, 2, 2, 16),
-    "long_odd": Shape(1, 131, 40, 72, 1, 5, 8),
-    "three_networks": Shape(3, 10, 64, 80, 4, 2, 16),  # an encoder-decoder: self, cross, encoder
-    "per_layer": Shape(4, 5, 72, 48, 1, 3, 32),  # vision: a small network for each layer
-    "per_layer_one_row": Shape(4, 1, 40, 24, 1, 2, 12),
-    "narrow": Shape(2, 3, 5, 3, 1, 1, 7),  # smaller than a vector
-    "wide_hidden": Shape(1, 10, 16, 520, 1, 2, 16),
+    "tiny": NetShape(1, 1, 8, 8, 1, 1, 8),
+    "one_row": NetShape(1, 1, 32, 48, 3, 2, 16),
+    "five_rows": NetShape(1, 5, 24, 40, 2, 3, 16),
+    "ten_rows": NetShape(1, 10, 64, 96, 3, 2, 32),  # the usual language prefix
+    "tile_past": NetShape(1, 17, 33, 65, 2, 3, 20),  # one past a tile, nothing divides anything
+    "long": NetShape(1, 200, 48, 32, 2, 2, 16),
+    "long_odd": NetShape(1, 131, 40, 72, 1, 5, 8),
+    "three_networks": NetShape(3, 10, 64, 80, 4, 2, 16),  # an encoder-decoder: self, cross, encoder
+    "per_layer": NetShape(4, 5, 72, 48, 1, 3, 32),  # vision: a small network for each layer
+    "per_layer_one_row": NetShape(4, 1, 40, 24, 1, 2, 12),
+    "narrow": NetShape(2, 3, 5, 3, 1, 1, 7),  # smaller than a vector
+    "wide_hidden": NetShape(1, 10, 16, 520, 1, 2, 16),
 }
 
 # how a call departs from the plain one; the words make_inputs understands
@@ -60,7 +60,7 @@ NEEDS = Needs(x=True, w1=True, b1=True, w2=True, b2=True)
 
 
 @dataclass
-class Inputs:
+class NetInputs:
     """A call of reparameterize: `tensors` are leaves that want gradients, an absent bias is not among them."""
 
     tensors: dict[str, Tensor]  # x [G, P, E], w1 [G, M, E], b1 [G, M], w2 [G, O, M], b2 [G, O]
@@ -79,14 +79,14 @@ class Inputs:
         form = {**self.form._asdict(), "dtype": self.dtype, "backend": backend}
         return reparameterize(*self.parameters, **{**form, **options})  # type: ignore[arg-type]
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
+    def to(self, dtype: torch.dtype) -> "NetInputs":
         """The same values with parameters, kv and its gradient in another type, as fresh leaves."""
         tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
         return replace(self, tensors=tensors, dtype=dtype, dkv=self.dkv.to(dtype))
 
 
 def make_inputs(
-    shape: Shape | str,
+    shape: NetShape | str,
     dtype: torch.dtype = torch.float32,
     *,
     parameters: torch.dtype | None = None,  # float32, or float64 where kv is
@@ -98,7 +98,7 @@ def make_inputs(
     biases: tuple[bool, bool] = (True, True),
     gain: float = 1.0,
     strided: bool = False,
-) -> Inputs:
+) -> NetInputs:
     """Random parameters of the sizes that PyTorch draws: z, h and y are of the order of one."""
     shape = SHAPES[shape] if isinstance(shape, str) else shape
     G, P, E, M, n, Hkv, D = shape
@@ -125,7 +125,7 @@ def make_inputs(
         tensors = {name: _strided(t, transposed=name == "w2") for name, t in tensors.items()}
     tensors = {name: t.detach().to(device).requires_grad_(grad) for name, t in tensors.items()}
     dkv = normal(G * n, 2, Hkv, P, D).to(dtype).to(device)
-    return Inputs(tensors, Form(n, Hkv, D, interleaved, activation), dtype, dkv)
+    return NetInputs(tensors, Form(n, Hkv, D, interleaved, activation), dtype, dkv)
 
 
 def _strided(t: Tensor, transposed: bool) -> Tensor:
@@ -135,18 +135,18 @@ def _strided(t: Tensor, transposed: bool) -> Tensor:
     return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
 
 
-def detached(inputs: Inputs) -> Call:
+def detached(inputs: NetInputs) -> Call:
     """The record that backends take."""
     return Call._make((*inputs.parameters, inputs.form, inputs.dtype)).each(Tensor.detach)
 
 
-def objections(backend: str, inputs: Inputs) -> str:
+def objections(backend: str, inputs: NetInputs) -> str:
     """Why a backend refuses these inputs, in its own words; empty if it does not."""
     [row] = [row for row in backends.REPARAM if row.name == backend]
     return "; ".join(backends.objections(row, detached(inputs), NEEDS))
 
 
-def results(inputs: Inputs, kv: Tensor) -> dict[str, Tensor]:
+def results(inputs: NetInputs, kv: Tensor) -> dict[str, Tensor]:
     """kv and every gradient, by name."""
     found = {"kv": kv.detach()}
     wanted = {name: t for name, t in inputs.tensors.items() if t.requires_grad}
@@ -156,11 +156,11 @@ def results(inputs: Inputs, kv: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def ours(inputs: Inputs, backend: str = "auto", **options: Any) -> dict[str, Tensor]:
+def ours(inputs: NetInputs, backend: str = "auto", **options: Any) -> dict[str, Tensor]:
     return results(inputs, inputs.call(backend, **options))
 
 
-def from_module(inputs: Inputs, module: Any) -> dict[str, Tensor]:
+def from_module(inputs: NetInputs, module: Any) -> dict[str, Tensor]:
     """kv and every gradient from `fwd` and `bwd` of a backend's module, called without the op around them."""
     call = detached(inputs)
     kv, z = module.fwd(call)
@@ -169,13 +169,13 @@ def from_module(inputs: Inputs, module: Any) -> dict[str, Tensor]:
     return {"kv": kv} | {"d" + name: grad for name, grad in grads._asdict().items() if name in inputs.tensors}
 
 
-def exact(inputs: Inputs) -> dict[str, Tensor]:
+def exact(inputs: NetInputs) -> dict[str, Tensor]:
     """The answer in float64, by plain layers and autograd."""
     doubled = inputs.to(torch.float64)
     return results(doubled, plain_network(doubled))
 
 
-def same_dtype(inputs: Inputs) -> dict[str, Tensor]:
+def same_dtype(inputs: NetInputs) -> dict[str, Tensor]:
     """Plain PyTorch's answers in the inputs' types: the layers in the parameters' type, their output cast.
 
     One along a new axis for each order of the sums, and two of float64 with the least roundings of the accumulator.
@@ -188,7 +188,7 @@ def same_dtype(inputs: Inputs) -> dict[str, Tensor]:
     return {name: torch.stack([answer[name].double() for answer in found]) for name in found[0]}
 
 
-def plain_network(inputs: Inputs, order: int = 0, roundings: Roundings | None = None) -> Tensor:
+def plain_network(inputs: NetInputs, order: int = 0, roundings: Roundings | None = None) -> Tensor:
     """kv by a Linear, an activation and a Linear for each network, taken apart as the published codes do it.
 
     Sums begin `order` ORDERS-ths of the way in; `roundings` happen to each stage, on the way there and back.
@@ -217,6 +217,6 @@ def plain_network(inputs: Inputs, order: int = 0, roundings: Roundings | None = 
     return torch.stack(layers).to(inputs.dtype)
 
 
-def _sums(inputs: Inputs) -> tuple[int, int, int, int]:
+def _sums(inputs: NetInputs) -> tuple[int, int, int, int]:
     """P, E, M, O."""
     return *inputs.tensors["x"].shape[1:], *inputs.tensors["w2"].mT.shape[1:]
