@@ -30,7 +30,7 @@ def publish(
 
 
 def by_case(result: Result) -> dict[str, dict[str, Row]]:
-    """The rows by their case, and in it by their way."""
+    """The rows by their case, and in it by their baseline, ours too."""
     found: dict[str, dict[str, Row]] = {}
     for row in result["rows"]:
         found.setdefault(row["case"], {})[row["way"]] = row

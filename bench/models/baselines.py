@@ -41,7 +41,7 @@ def collect(device: str) -> None:
 
 
 class Baseline:
-    """One way to train, ours too: the loss of a step, what is trained, and what the step keeps alive to its end."""
+    """A way to train, ours too: the loss of a step, what is trained, and what the step keeps alive to its end."""
 
     labelled = False  # logits everywhere
 

@@ -47,7 +47,7 @@ def check(name: str, case: Case, baselines: dict[str, Baseline]) -> dict[str, di
         return {"no prefix": {"frozen": assert_same(baselines["no prefix"], baselines["frozen"])}}
     frozen, ours = baselines["frozen"], baselines["ours"]
     takes = ("peft", "original") if ours.family.task != "SEQ_2_SEQ_LM" else ("original",)  # PEFT's is another function
-    others = {way: baselines[way] for way in takes if way in baselines}
+    others = {other: baselines[other] for other in takes if other in baselines}
     found = {"ours": assert_agree(ours, others, frozen)}
     if (labelled := baselines.get("ours, labelled positions")) is not None:  # of the same seed
         found["ours, labelled positions"] = {"ours": assert_same(labelled, ours)}
@@ -78,26 +78,28 @@ def measure(name: str, tiny: bool, seconds: float, rounds: tuple[int, int]) -> l
     case = CASES[name]
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
-    for way in case.baselines:
-        steps[way] = Step(BASELINES[way](case.make(tiny), "cpu", torch.float32, case.P), "eager", dry=False)
-        made = steps[way].baseline
-        rows[way] = {"op": "model step", "case": name, "model": made.family.name, "library": made.family.library}
-        rows[way] |= {"P": case.P, "batch": made.rows, "way": way} | ({"note": made.note} if made.note else {})
-    for way, apart in check(name, case, {way: step.baseline for way, step in steps.items()}).items():
-        rows[way]["apart"] = {other: float(f"{error:.2g}") for other, error in apart.items()}
-    for way, step in steps.items():
-        rows[way] |= step.warm_up(0)
+    for baseline in case.baselines:
+        steps[baseline] = Step(BASELINES[baseline](case.make(tiny), "cpu", torch.float32, case.P), "eager", dry=False)
+        made = steps[baseline].baseline
+        rows[baseline] = {"op": "model step", "case": name, "model": made.family.name, "library": made.family.library}
+        rows[baseline] |= {"P": case.P, "batch": made.rows, "way": baseline} | (
+            {"note": made.note} if made.note else {}
+        )
+    for baseline, apart in check(name, case, {baseline: step.baseline for baseline, step in steps.items()}).items():
+        rows[baseline]["apart"] = {other: float(f"{error:.2g}") for other, error in apart.items()}
+    for baseline, step in steps.items():
+        rows[baseline] |= step.warm_up(0)
     print(f"{name}: agreed; ", end="", flush=True)
     samples = interleave(dict(steps), seconds * len(steps), rounds)
     print(f"timed, {len(samples['frozen'])} rounds; ", end="", flush=True)
     steps.clear()
     gc.collect()
     peaks = peak_rss.of(name, case.baselines, tiny)
-    for way, row in rows.items():
-        extra = [ms - floor for ms, floor in zip(samples[way], samples["frozen"], strict=True)]
-        row |= {"ms": rounded(samples[way]), "min_ms": round(min(samples[way]), 3), "rounds": len(extra)}
+    for baseline, row in rows.items():
+        extra = [ms - floor for ms, floor in zip(samples[baseline], samples["frozen"], strict=True)]
+        row |= {"ms": rounded(samples[baseline]), "min_ms": round(min(samples[baseline]), 3), "rounds": len(extra)}
         row |= {"extra_ms": rounded(extra), "extra_min_ms": round(row["min_ms"] - rows["frozen"]["min_ms"], 3)}
-        row |= peaks[way]
+        row |= peaks[baseline]
         row["extra_mib"] = round(row["peak_mib"] - peaks["frozen"]["peak_mib"], 2)
         row["extra_step_mib"] = round(row["step_mib"] - peaks["frozen"]["step_mib"], 2)
     print("memory measured", flush=True)

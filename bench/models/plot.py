@@ -27,14 +27,14 @@ def steps(result: Row) -> list[str]:
         f"| extra MiB of a step | of the other's (goal {PEAK}) | extra MiB in all | of the other's |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for case, ways in by_case(result).items():
-        if ways["frozen"]["P"] == 0:
+    for case, rows in by_case(result).items():
+        if rows["frozen"]["P"] == 0:
             continue
-        for way, row in ways.items():
-            if way == "frozen":
+        for baseline, row in rows.items():
+            if baseline == "frozen":
                 continue
             p20, p50, p80 = row["extra_ms"]
-            others = {NAMES[o]: ways[o] for o in OTHERS if o in ways} if way.startswith("ours") else {}
+            others = {NAMES[o]: rows[o] for o in OTHERS if o in rows} if baseline.startswith("ours") else {}
             shares = {
                 key: ", ".join(f"{name}: {share(value(row), value(o), goal)}" for name, o in others.items())
                 for key, value, goal in (
@@ -43,7 +43,11 @@ def steps(result: Row) -> list[str]:
                     ("all", lambda r: r["extra_mib"], float("inf")),
                 )
             }
-            cells = [case, f"{ways['frozen']['ms'][1]:.0f}", NAMES.get(way, way) + (" (note)" if "note" in row else "")]
+            cells = [
+                case,
+                f"{rows['frozen']['ms'][1]:.0f}",
+                NAMES.get(baseline, baseline) + (" (note)" if "note" in row else ""),
+            ]
             cells += [f"{p50:.1f} ({p20:.1f} to {p80:.1f})", shares["time"]]
             cells += [f"{row['trained_mib'] + row['moments_mib']:.1f}", f"{row['extra_step_mib']:.1f}", shares["step"]]
             cells += [f"{row['extra_mib']:.1f}", shares["all"]]
@@ -62,16 +66,16 @@ def attached(result: Row) -> list[str]:
         "| extra MiB | P 1 on the first layer: extra ms, of the step | extra MiB |",
         "|---|---|---|---|---|---|",
     ]
-    for ways in by_case(result).values():
-        frozen = ways["frozen"]
+    for rows in by_case(result).values():
+        frozen = rows["frozen"]
         if frozen["P"]:
             continue
         cells = [frozen["model"], f"{frozen['ms'][1]:.0f}"]
-        for way in ("no prefix", "P 1, first layer"):
-            p20, p50, p80 = ways[way]["extra_ms"]
+        for baseline in ("no prefix", "P 1, first layer"):
+            p20, p50, p80 = rows[baseline]["extra_ms"]
             share = p50 / frozen["ms"][1]
             said = f"{share:+.1%}" + ("" if share <= ATTACH else " **missed**")
-            cells += [f"{p50:.1f} ({p20:.1f} to {p80:.1f}), {said}", f"{ways[way]['extra_mib']:.1f}"]
+            cells += [f"{p50:.1f} ({p20:.1f} to {p80:.1f}), {said}", f"{rows[baseline]['extra_mib']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -105,10 +109,10 @@ def figure(result: Row, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     bars = [
-        (f"{case}, {NAMES.get(way, way)}", row)
-        for case, ways in by_case(result).items()
-        for way, row in ways.items()
-        if way != "frozen"
+        (f"{case}, {NAMES.get(baseline, baseline)}", row)
+        for case, rows in by_case(result).items()
+        for baseline, row in rows.items()
+        if baseline != "frozen"
     ]
     fig, (times, sizes) = plt.subplots(1, 2, figsize=(12, 1.5 + 0.28 * len(bars)), sharey=True, layout="constrained")
     at = range(len(bars))

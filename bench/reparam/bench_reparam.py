@@ -72,19 +72,19 @@ def _device(config: pytest.Config) -> str:
 def check(size: Network, device: str) -> None:
     """After two steps ours and every baseline have the same parameters, but for rounding."""
     trained = {}
-    for way in BASELINES:
-        step = BASELINES[way](size, device)
+    for baseline in BASELINES:
+        step = BASELINES[baseline](size, device)
         before = step.network.up.weight.detach().clone()
         for _ in range(2):
             step()
-        trained[way] = [p.detach() for p in step.network.parameters()]
-        moved = (trained[way][3] - before).abs().max()
-        assert moved > 1e-4, f"{way} trains nothing: the large matrix moved by {moved:.1e}"
-    for way in BASELINES:
-        for ours, plain in zip(trained[way], trained["eager"], strict=True):
+        trained[baseline] = [p.detach() for p in step.network.parameters()]
+        moved = (trained[baseline][3] - before).abs().max()
+        assert moved > 1e-4, f"{baseline} trains nothing: the large matrix moved by {moved:.1e}"
+    for baseline in BASELINES:
+        for ours, plain in zip(trained[baseline], trained["eager"], strict=True):
             # AdamW divides by the gradient's own size: where that is all rounding, so is the step
             wrong = ((ours - plain).abs() > 1e-5 + 1e-3 * plain.abs()).double().mean()
-            assert wrong < 1e-3, f"{way}: {wrong:.1%} of the numbers differ from the plain way's"
+            assert wrong < 1e-3, f"{baseline}: {wrong:.1%} of the numbers differ from the plain way's"
 
 
 def test_reparam(name: str, rows: Rows, benchmark: Any, request: pytest.FixtureRequest) -> None:
@@ -93,26 +93,26 @@ def test_reparam(name: str, rows: Rows, benchmark: Any, request: pytest.FixtureR
     check(size, device)
     case = {"op": "reparam", "case": name, "network": asdict(size), "parameter_mib": size.parameter_bytes / 2**20}
     steps: dict[str, Step] = {}
-    for way, start in BASELINES.items():
+    for baseline, start in BASELINES.items():
         began = time.perf_counter()
         if device == "cpu" and not quick:
-            peak = peak_rss.of(way, name)
-            rows.append(case | {"way": way} | peak)
-            print(f"{name}, {way}: {peak} ({time.perf_counter() - began:.0f} s)", flush=True)
-        steps[way] = start(size, device)
+            peak = peak_rss.of(baseline, name)
+            rows.append(case | {"way": baseline} | peak)
+            print(f"{name}, {baseline}: {peak} ({time.perf_counter() - began:.0f} s)", flush=True)
+        steps[baseline] = start(size, device)
         if device == "cuda":
-            rows.append(case | {"way": way} | peak_rss.on_gpu(steps[way]))
+            rows.append(case | {"way": baseline} | peak_rss.on_gpu(steps[baseline]))
     seconds = 0.1 if quick else 45.0
     if device == "cuda":
         samples, _ = timing_gpu.interleave(dict(steps), seconds / 10, rounds=(5, 60))
     else:
         samples = timing.interleave(dict(steps), seconds, rounds=(2, 2) if quick else (5, 60))
-    for way, ms in samples.items():
+    for baseline, ms in samples.items():
         found = {"ms": [round(t, 4) for t in timing.quantiles(ms)], "min_ms": round(min(ms), 4), "rounds": len(ms)}
-        mine = [row for row in rows if row["case"] == name and row["way"] == way]
+        mine = [row for row in rows if row["case"] == name and row["way"] == baseline]
         if mine:
             mine[0].update(found)
         else:
-            rows.append(case | {"way": way} | found)
+            rows.append(case | {"way": baseline} | found)
     benchmark.extra_info.update(case)
     benchmark.pedantic(steps["ours"], rounds=2 if quick else 3)

@@ -15,9 +15,9 @@ from bench.harness.peak_rss import apart, grown_mib, without_huge_pages
 from bench.reparam.cases import BASELINES, CASES, Step
 
 
-def of(way: str, case: str) -> dict[str, float]:
+def of(baseline: str, case: str) -> dict[str, float]:
     """MiB: `step_mib` and `moments_mib`."""
-    found: dict[str, float] = apart(__name__, way, case, threads=torch.get_num_threads())
+    found: dict[str, float] = apart(__name__, baseline, case, threads=torch.get_num_threads())
     return found
 
 
@@ -40,8 +40,8 @@ def moments(step: Step) -> float:
     return round(sum(t.nbytes for t in tensors) / 2**20, 1)
 
 
-def measure(way: str, case: str) -> dict[str, float]:
-    step = BASELINES[way](CASES[case], "cpu")
+def measure(baseline: str, case: str) -> dict[str, float]:
+    step = BASELINES[baseline](CASES[case], "cpu")
     for _ in range(2):
         step()
     step.optimizer.zero_grad()

@@ -21,14 +21,14 @@ def times(result: Row) -> list[str]:
         "| original, 8 samples' rows | ours with torch's AdamW |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case, ways in by_case(result).items():
-        p20, p50, p80 = ways["ours"]["ms"]
-        cells = [f"{p50:.1f} ({p20:.1f}-{p80:.1f})", f"{ways['ours']['floor_ms']:.1f}"]
-        for way in ("eager", "eager, foreach", "original", "ours, any optimizer"):
-            ratio = ways[way]["ms"][1] / p50
-            goal = GOALS.get(case, {}).get(way)
+    for case, rows in by_case(result).items():
+        p20, p50, p80 = rows["ours"]["ms"]
+        cells = [f"{p50:.1f} ({p20:.1f}-{p80:.1f})", f"{rows['ours']['floor_ms']:.1f}"]
+        for baseline in ("eager", "eager, foreach", "original", "ours, any optimizer"):
+            ratio = rows[baseline]["ms"][1] / p50
+            goal = GOALS.get(case, {}).get(baseline)
             said = "" if goal is None else f" (goal {goal})" + ("" if ratio >= goal else " **missed**")
-            cells.append(f"{ways[way]['ms'][1]:.1f}: {ratio:.2f}x{said}")
+            cells.append(f"{rows[baseline]['ms'][1]:.1f}: {ratio:.2f}x{said}")
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
 
@@ -56,10 +56,10 @@ def peak_table(result: Row) -> list[str]:
         factors = size.kv_bytes + 4 * size.networks * size.length * size.hidden
         cells = [mib(size.parameter_bytes), mib(2 * size.parameter_bytes), mib(size.parameter_bytes)]
         cells += [mib(small + factors), mib(activations(size, ROWS)), mib(activations(size, 1))]
-        ways = measured.get(case, {})
-        if "step_mib" in ways.get("ours", {}):
-            cells += [f"{ways[way]['step_mib']:,.1f}" for way in ("original", "eager", "ours")]
-            cells.append(f"{ways['ours']['step_mib'] * 2**20 / size.matrix_bytes:.0%}")
+        rows = measured.get(case, {})
+        if "step_mib" in rows.get("ours", {}):
+            cells += [f"{rows[baseline]['step_mib']:,.1f}" for baseline in ("original", "eager", "ours")]
+            cells.append(f"{rows['ours']['step_mib'] * 2**20 / size.matrix_bytes:.0%}")
         else:
             cells += ["not measured"] * 3 + [""]
         lines.append(f"| {case} | {' | '.join(cells)} |")
@@ -91,18 +91,18 @@ def figure(result: Row, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cases = by_case(result)
-    ways = ("eager", "eager, foreach", "original", "ours, any optimizer")
+    baselines = ("eager", "eager, foreach", "original", "ours, any optimizer")
     fig, axis = plt.subplots(figsize=(9, 1.5 + 0.7 * len(cases)), layout="constrained")
-    for i, way in enumerate(ways):
-        ratios = [found[way]["ms"][1] / found["ours"]["ms"][1] for found in cases.values()]
-        axis.barh([y + 0.2 * (i - 1.5) for y in range(len(cases))], ratios, height=0.2, label=way)
+    for i, baseline in enumerate(baselines):
+        ratios = [found[baseline]["ms"][1] / found["ours"]["ms"][1] for found in cases.values()]
+        axis.barh([y + 0.2 * (i - 1.5) for y in range(len(cases))], ratios, height=0.2, label=baseline)
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axis.set_yticks(range(len(cases)), list(cases))
     axis.invert_yaxis()
     axis.set_xlabel("time of a step / ours")
-    fig.legend(loc="outside lower center", ncols=len(ways))
+    fig.legend(loc="outside lower center", ncols=len(baselines))
     axis.set_title(f"reparameterization step, {result['device']}, {result['threads']} threads")
     fig.savefig(path, dpi=110)
     plt.close(fig)
