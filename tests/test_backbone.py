@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-import backbone
-from backbone_data import load_texts, pair_line
-from backbone_score import windows
+from bench.paper import backbone
+from bench.paper.backbone_data import load_texts, pair_line
+from bench.paper.backbone_score import windows
 
 PAPER = Path(__file__).parents[1] / "bench" / "paper"
 SHIPPED = PAPER / "backbone"

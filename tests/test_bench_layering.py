@@ -6,11 +6,8 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-PAPER = BENCH / "paper"
 FOLDERS = ("harness", "attention", "reparam", "static", "models", "paper")
 FILES = sorted(path for folder in FOLDERS for path in (BENCH / folder).rglob("*.py"))
-# files of paper/ import each other by these; models/ trains paper/'s methods too
-BARE = {path.stem for path in PAPER.glob("*.py")} | {path.parent.name for path in PAPER.glob("*/__init__.py")}
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
@@ -28,11 +25,9 @@ def imported(path: Path) -> set[tuple[str, ...]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(BENCH)))
 def test_imports_point_down(path: Path) -> None:
     own = path.relative_to(BENCH).parts[0]
-    names = imported(path)
-    folders = {name[1] for name in names if name[0] == "bench"}
-    bare = {name[0] for name in names} & BARE
-    assert folders <= {own, "harness"}, f"{own} imports {folders - {own, 'harness'}}"
-    assert not bare or own in ("models", "paper"), f"{own} imports {bare} of paper/"
+    below = {own, "harness"} | ({"paper"} if own == "models" else set())  # whose methods models/ trains too
+    folders = {name[1] for name in imported(path) if name[0] == "bench"}
+    assert folders <= below, f"{own} imports {folders - below}"
 
 
 def test_every_folder_has_its_place() -> None:

@@ -18,9 +18,9 @@ from bench.attention import plot
 from bench.harness import command
 from bench.harness.command import Refusal
 from bench.models import plot as plot_models
+from bench.paper.runs import replace_file, save_state, write_text
+from bench.paper.sweeps.testing import of_group
 from bench.reparam import plot as plot_reparam
-from runs import replace_file, save_state, write_text
-from sweeps.testing import of_group
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "bench" / "paper"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import e2e_data
-from runs import Refusal
+from bench.paper import e2e_data
+from bench.paper.runs import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 E2E = ROOT / "bench" / "paper" / "e2e.py"

@@ -11,14 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import caption_metrics
-import e2e_metrics
-import meteor
-import ngram_metrics
-import ptb_tokenize
-from runs import Refusal
+from bench.paper import caption_metrics, e2e_metrics, meteor, ngram_metrics, ptb_tokenize
+from bench.paper.runs import Refusal
+from bench.paper.text_files import read_outputs
 from tests.data_folder import data_path
-from text_files import read_outputs
 
 OFFICIAL = {"BLEU": 0.7203, "NIST": 7.7889, "METEOR": 0.4801, "ROUGE_L": 0.7910, "CIDEr": 2.3039}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers", reason="the runs need transformers")
-import wheels
-from language import backbones
-from language.testing import made_model
-from runs import Refusal
+from bench.paper import wheels
+from bench.paper.language import backbones
+from bench.paper.language.testing import made_model
+from bench.paper.runs import Refusal
 
 IS_THERE = (wheels.cache_folder() / wheels.WHEELS[backbones.WHEEL].file).exists()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from language import e2e, webnlg, xsum
-from language.check import check_task
-from runs import Refusal
+from bench.paper.language import e2e, webnlg, xsum
+from bench.paper.language.check import check_task
+from bench.paper.runs import Refusal
 
 ROWS = '"name[A], food[X], near[B]",One.\n"name[C], food[X]",Two.\n"name[D], area[Y]",Three.\n'
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers", reason="the runs need transformers")
-import nlg as nlg_command
-from language.testing import made_model
+from bench.paper import nlg as nlg_command
+from bench.paper.language.testing import made_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = """

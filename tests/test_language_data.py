@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import e2e_data
-from language import data, e2e, webnlg, xsum
-from language.data import Part, Prompt, Record
-from runs import Refusal
+from bench.paper import e2e_data
+from bench.paper.language import data, e2e, webnlg, xsum
+from bench.paper.language.data import Part, Prompt, Record
+from bench.paper.runs import Refusal
 from tests.data_folder import data_path
 
 ROOT = Path(__file__).resolve().parents[1]

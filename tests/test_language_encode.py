@@ -11,11 +11,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BartTokenizer, GPT2Tokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-import e2e_data
-import table_to_text
-from language import e2e, encode, webnlg
-from language.data import Pair
-from runs import Refusal
+from bench.paper import e2e_data, table_to_text
+from bench.paper.language import e2e, encode, webnlg
+from bench.paper.language.data import Pair
+from bench.paper.runs import Refusal
 from tests.data_folder import data_path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the runs need transformers")
 pytest.importorskip("peft", reason="LoRA is PEFT's")
-from language.testing import made_model
+from bench.paper.language.testing import made_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = """
@@ -64,11 +64,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 NLG = ROOT / "bench" / "paper" / "nlg.py"
 KILLED = f"""
-import os, signal, sys
+import os, runpy, signal, sys
 from pathlib import Path
-sys.path[:0] = [{str(NLG.parent)!r}]
-import nlg
-from language import ranks, train
+runpy.run_path({str(NLG.with_name("as_file.py"))!r})
+from bench.paper import nlg
+from bench.paper.language import ranks, train
 
 train.SAVED_EVERY, step, here = 0.0, train.Loop.step, Path(__file__).parent
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-import meteor
+from bench.paper import meteor
 
 pytest.importorskip("transformers", reason="the runs need transformers")
-from language import decode_times, page, paper, presets, report, tasks, times, train
-from language.testing import made_model
-from runs import Refusal
-from sweeps.grid import Grid, grid_of
-from sweeps.ledger import Ledger
-from sweeps.tables import EDGE
+from bench.paper.language import decode_times, page, paper, presets, report, tasks, times, train
+from bench.paper.language.testing import made_model
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.grid import Grid, grid_of
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.sweeps.tables import EDGE
 
 CONTENT = {
     "name": "made",

@@ -2,8 +2,8 @@
 
 import pytest
 
-import meteor
-from language import tasks
+from bench.paper import meteor
+from bench.paper.language import tasks
 
 CAT, DOG, FOX = "The cat sat on the mat.", "A dog, Rex, barked at it.", "No fox was seen in Zürich."
 

@@ -11,15 +11,14 @@ import torch
 pytest.importorskip("transformers", reason="the runs need transformers")
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from language import encode, presets, tasks, train
-from language.data import Part, Record, Task
-from language.decode import groups
-from language.methods import METHODS
-from language.testing import made_model
-from runs import Refusal
-from sweeps.ledger import Ledger
-
-import e2e_data  # isort: skip
+from bench.paper import e2e_data
+from bench.paper.language import encode, presets, tasks, train
+from bench.paper.language.data import Part, Record, Task
+from bench.paper.language.decode import groups
+from bench.paper.language.methods import METHODS
+from bench.paper.language.testing import made_model
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.ledger import Ledger
 
 pytestmark = [  # of PEFT 0.21.2, which reads what transformers 5.23 renamed, and drops positions in generate
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from language import xsum
-from language.data import Prompt
-from runs import Refusal
+from bench.paper.language import xsum
+from bench.paper.language.data import Prompt
+from bench.paper.runs import Refusal
 
 BOM = b"\xef\xbb\xbf"
 

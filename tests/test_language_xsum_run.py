@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the runs need transformers")
 pytest.importorskip("rouge_score", reason="summaries are scored by rouge-score")
-from language import xsum
-from language.testing import made_model
+from bench.paper.language import xsum
+from bench.paper.language.testing import made_model
 from tests.data_folder import data_path
 
 ROOT = Path(__file__).resolve().parents[1]

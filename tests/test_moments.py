@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import moments
+from bench.paper import moments
 
 ROOT = Path(__file__).resolve().parents[1]
 

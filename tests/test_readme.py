@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-import moments
-import plot_runs
 from bench.attention import plot, plot_gpu
 from bench.models import plot as plot_models
+from bench.paper import moments, plot_runs
 from bench.reparam import plot as plot_reparam
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,8 +77,8 @@ def test_the_moments_table_is_the_records() -> None:
 
 def test_the_steps_of_smollm2_are_the_records() -> None:
     pytest.importorskip("transformers", reason="what makes the tables needs transformers")
-    from language import decode_times, times
-    from sweeps.tables import markdown
+    from bench.paper.language import decode_times, times
+    from bench.paper.sweeps.tables import markdown
 
     result, shown = record("bench/paper/results/nlg-smollm2-times.json", "docs/language.md")
     made = markdown("", "", [*times.tables(result), decode_times.table(result["decoding"])])

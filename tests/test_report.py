@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import report
+from bench.paper import report
 
 RESULTS = Path(report.RESULTS)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import meteor
-import score
+from bench.paper import meteor, score
 from tests.data_folder import data_path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from bench.harness.command import Refusal
-from sweeps.grid import Score, load_grid
-from sweeps.launch import launch
-from sweeps.ledger import Ledger
-from sweeps.testing import Place
+from bench.paper.sweeps.grid import Score, load_grid
+from bench.paper.sweeps.launch import launch
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.sweeps.testing import Place
 
 
 @pytest.fixture

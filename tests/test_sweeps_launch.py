@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from bench.harness.command import Refusal
-from sweeps import launch as launchers
-from sweeps import progress
-from sweeps.launch import launch, load_work, status
-from sweeps.ledger import TAKEN_UP_AGAIN, Ledger, Run
-from sweeps.testing import Place, of_group, until
+from bench.paper.sweeps import launch as launchers
+from bench.paper.sweeps import progress
+from bench.paper.sweeps.launch import launch, load_work, status
+from bench.paper.sweeps.ledger import TAKEN_UP_AGAIN, Ledger, Run
+from bench.paper.sweeps.testing import Place, of_group, until
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 
 from bench.harness import command
 from bench.harness.command import Refusal
-from sweeps import ledger as ledgers
-from sweeps.ledger import BUSY, DONE, FAILED, PACKAGES, Ledger, Run, execute
-from sweeps.testing import Place
+from bench.paper.sweeps import ledger as ledgers
+from bench.paper.sweeps.ledger import BUSY, DONE, FAILED, PACKAGES, Ledger, Run, execute
+from bench.paper.sweeps.testing import Place
 
 
 @pytest.fixture

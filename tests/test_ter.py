@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-import ter
+from bench.paper import ter
 
 # hypothesis, reference, edits that the program prints (option -o ter): each is one that a search a little different
 # from TERCOM's counts otherwise

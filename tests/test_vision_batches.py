@@ -12,10 +12,10 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from runs import Refusal
-from visual import transforms
-from visual.data import Arrays, Files
-from visual.testing_data import refused
+from bench.paper.runs import Refusal
+from bench.paper.visual import transforms
+from bench.paper.visual.data import Arrays, Files
+from bench.paper.visual.testing_data import refused
 
 PAPER = Path(__file__).resolve().parents[1] / "bench" / "paper"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -133,10 +133,10 @@ def test_a_truncated_image_is_one_line_whoever_meets_it(workers: int, tmp_path: 
 def test_workers_are_forked_in_a_process_that_was_spawned(tmp_path: Path) -> None:
     """As a sweep's are: spawned workers would import torch for each epoch. What a spawn cannot pickle shows it."""
     (tmp_path / "script.py").write_text(
-        "import multiprocessing, sys\n"
-        f"sys.path[:0] = {[str(PAPER)]!r}\n"
+        "import multiprocessing, runpy\n"
+        f"runpy.run_path({str(PAPER / 'as_file.py')!r})\n"
         "import numpy as np\n"
-        "from visual import data, transforms\n"
+        "from bench.paper.visual import data, transforms\n"
         "if __name__ == '__main__':\n"
         "    multiprocessing.set_start_method('spawn')\n"
         "    part = data.Arrays(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4))\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from visual import check, vtab
-from visual.testing_data import Lists, refused, small_cub, write_lists, write_vtab
+from bench.paper.visual import check, vtab
+from bench.paper.visual.testing_data import Lists, refused, small_cub, write_lists, write_vtab
 
 
 def cut_short(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import vision as vision_command
+from bench.paper import vision as vision_command
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = """

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import loading
-from runs import Refusal
-from visual import fgvc, train
+from bench.paper import loading
+from bench.paper.runs import Refusal
+from bench.paper.visual import fgvc, train
 
 
 @pytest.fixture

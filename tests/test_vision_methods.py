@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runs import Refusal
-from visual import backbones
-from visual.backbones import load, small_vit
-from visual.features import Features
-from visual.methods import BY_LAYERS, HEAD_BIAS, METHODS, Choices, Tuned, tune
+from bench.paper.runs import Refusal
+from bench.paper.visual import backbones
+from bench.paper.visual.backbones import load, small_vit
+from bench.paper.visual.features import Features
+from bench.paper.visual.methods import BY_LAYERS, HEAD_BIAS, METHODS, Choices, Tuned, tune
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 WIDTH, DEPTH, CLASSES, P = 256, 6, 5, 4

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visual import fgvc, vtab
-from visual.testing_data import COUNTS, Lists, refused, small_cub, write_lists, write_vtab
+from bench.paper.visual import fgvc, vtab
+from bench.paper.visual.testing_data import COUNTS, Lists, refused, small_cub, write_lists, write_vtab
 
 ROOT = Path(__file__).resolve().parents[1]
 

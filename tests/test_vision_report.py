@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from runs import Refusal
-from sweeps import page as pages
-from sweeps.grid import Grid, grid_of
-from sweeps.ledger import Ledger
-from sweeps.tables import EDGE, Table
-from visual import findings, paper, presets, report
-from visual.page import page_of as page
+from bench.paper.runs import Refusal
+from bench.paper.sweeps import page as pages
+from bench.paper.sweeps.grid import Grid, grid_of
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.sweeps.tables import EDGE, Table
+from bench.paper.visual import findings, paper, presets, report
+from bench.paper.visual.page import page_of as page
 
 CONTENT = {
     "name": "made",

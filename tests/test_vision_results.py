@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import vision
-from sweeps.ledger import Ledger
-from visual import report
-from visual.page import page_of as page
+from bench.paper import vision
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.visual import report
+from bench.paper.visual.page import page_of as page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "bench" / "paper"

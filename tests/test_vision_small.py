@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import wheels
-from visual import dsprites, small, tiny_imagenet
-from visual.data import Task
-from visual.testing_data import refused
+from bench.paper import wheels
+from bench.paper.visual import dsprites, small, tiny_imagenet
+from bench.paper.visual.data import Task
+from bench.paper.visual.testing_data import refused
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visual import vtab
-from visual.testing_data import refused
+from bench.paper.visual import vtab
+from bench.paper.visual.testing_data import refused
 
 
 def png(value: int) -> bytes:

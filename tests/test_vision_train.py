@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from runs import Refusal
-from sweeps.ledger import Ledger
-from visual import backbones, methods, paper, presets, tasks, train
-from visual.features import Features
-from visual.methods import BY_LAYERS, METHODS
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.visual import backbones, methods, paper, presets, tasks, train
+from bench.paper.visual.features import Features
+from bench.paper.visual.methods import BY_LAYERS, METHODS
 
 SMALLEST = {"task": "digits", "size": 16, "epochs": 2, "warmup": 1, "start": "first", "batch": 200, "most_test": 60,
             "length": 3, "hidden": 8, "lr": 0.5, "weight_decay": 1e-3, "seed": 42}  # fmt: skip

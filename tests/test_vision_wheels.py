@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import wheels
-from visual import focus, small
-from visual.testing_data import refused
+from bench.paper import wheels
+from bench.paper.visual import focus, small
+from bench.paper.visual.testing_data import refused
 
 
 @pytest.fixture

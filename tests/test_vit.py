@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import vit
-from runs import Refusal
-from visual import backbones, tiny_imagenet
+from bench.paper import vit
+from bench.paper.runs import Refusal
+from bench.paper.visual import backbones, tiny_imagenet
 
 CLASSES = ("n01443537", "n01629819", "n01641577")
 

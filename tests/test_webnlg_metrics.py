@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import meteor
-import ter
-import webnlg_metrics
-from runs import Refusal
+from bench.paper import meteor, ter, webnlg_metrics
+from bench.paper.runs import Refusal
+from bench.paper.text_files import read_outputs
 from tests.data_folder import data_path
-from text_files import read_outputs
 
 # printed by multi-bleu.perl -lc and TERCOM 0.7.25 for DART's bart-large_output.txt, three references
 BLEU = {"seen": "64.51", "unseen": "50.20", "all": "58.06"}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-import original
 import prefixattn
 from bench.models import baselines, whole_step
 from bench.models.families import GPT2, Bart, Family, ViT
 from bench.models.whole_step import COMPILED, EAGER, LABELLED, Budget, Case, Row
+from bench.paper import original
 from prefixattn.attach.hf import interface
 
 PEFT = {"peft"} if find_spec("peft") else set()

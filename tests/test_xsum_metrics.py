@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import xsum_metrics
-from runs import Refusal
+from bench.paper import xsum_metrics
+from bench.paper.runs import Refusal
 
 REFERENCES = [
     "A man has been jailed for stealing two cars in Leeds.",

@@ -30,11 +30,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from backbone_data import DataError, load_texts, train_tokenizer, training_blocks
-from backbone_score import held_out_scores, quick_score, samples
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness import record as records
 from bench.harness.command import command
-from runs import move_in, save_tensors
+from bench.paper.backbone_data import DataError, load_texts, train_tokenizer, training_blocks
+from bench.paper.backbone_score import held_out_scores, quick_score, samples
+from bench.paper.runs import move_in, save_tensors
 
 
 @dataclass(frozen=True)

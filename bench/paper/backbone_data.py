@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 EOS = "<|endoftext|>"
 ENGLISH, WEBNLG_TRAIN, WEBNLG_DEV = "text/english.jsonl.gz", "webnlg/train.json", "webnlg/dev.json"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
-from backbone_data import EOS, Texts, pair_line
+from bench.paper.backbone_data import EOS, Texts, pair_line
 
 Row = tuple[list[int], int]  # ids, and the position of the first one that is scored
 

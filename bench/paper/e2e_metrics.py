@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-import meteor
-from caption_metrics import cider, rouge_l
-from packages import named
-from ptb_tokenize import tokenize
-from runs import Refusal
-from text_files import read_lines
+from bench.paper import meteor
+from bench.paper.caption_metrics import cider, rouge_l
+from bench.paper.packages import named
+from bench.paper.ptb_tokenize import tokenize
+from bench.paper.runs import Refusal
+from bench.paper.text_files import read_lines
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 

@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import runs  # first: it makes bench/ importable
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import NOTHING, command
 from bench.harness.record import RESULTS, device_slug, header, kept
-from visual import fgvc, train
-from visual.transforms import loader
+from bench.paper import runs
+from bench.paper.visual import fgvc, train
+from bench.paper.visual.transforms import loader
 
 SET = "flowers"
 WHAT_TELLS_RUNS_APART = ("device", "capability", "threads", "torch", "commit", "tree")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from packages import named
+from bench.paper.packages import named
 
 Tokens = Sequence[str]
 

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 
-import e2e_data
-import table_to_text as t2t
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import command
-from methods import load_model, make_method
-from runs import digest, load_state, provenance, read_json, save_state, thinned, write_json
+from bench.paper import e2e_data
+from bench.paper import table_to_text as t2t
+from bench.paper.methods import load_model, make_method
+from bench.paper.runs import digest, load_state, provenance, read_json, save_state, thinned, write_json
 
 HERE = Path(__file__).resolve().parent
 AGAIN = "the same command goes on with the first way that is not finished"

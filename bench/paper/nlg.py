@@ -21,12 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import runs  # first: it makes bench/ importable
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import command
 from bench.harness.peak_rss import keep_memory
-from sweeps import options
-from sweeps.grid import Grid
-from sweeps.ledger import Ledger
+from bench.paper import runs
+from bench.paper.sweeps import options
+from bench.paper.sweeps.grid import Grid
+from bench.paper.sweeps.ledger import Ledger
 
 HERE = Path(__file__).resolve().parent
 VERBS = ("run", "check", "status", "report", "times")
@@ -54,8 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def grid_of(given: argparse.Namespace) -> Grid:
     """The whole grid, with what the command line says over its settings."""
-    from language import backbones, presets
-    from language.train import Settings
+    from bench.paper.language import backbones, presets
+    from bench.paper.language.train import Settings
 
     grid = presets.read(given.grid) if given.grid else presets.grid_for(given.suite or "smollm2")
     over: dict[str, Any] = {}
@@ -75,8 +78,8 @@ def grid_of(given: argparse.Namespace) -> Grid:
 
 def readable(grid: Grid) -> None:
     """Reads each task and backbone once, before workers would fail one by one, and says what was found."""
-    from language import backbones, tasks
-    from language.train import Settings
+    from bench.paper.language import backbones, tasks
+    from bench.paper.language.train import Settings
 
     said = {}
     for method in grid.methods:
@@ -89,8 +92,8 @@ def readable(grid: Grid) -> None:
 
 def together(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     """`run`, with the other processes that were started beside this one, if there are."""
-    from language import ranks
-    from language.train import trained_and_scored
+    from bench.paper.language import ranks
+    from bench.paper.language.train import trained_and_scored
 
     if ranks.expected() > 1 and (given.workers, given.launcher) != (1, "local"):
         raise runs.Refusal(
@@ -104,20 +107,20 @@ def together(given: argparse.Namespace, whole: Grid, out: Path) -> int:
 
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
-    from language import ranks, report
+    from bench.paper.language import ranks, report
 
     grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
-    failed = options.run(given, grid, ledger, "language.train:work", options.variables(), ranks.expected())
+    failed = options.run(given, grid, ledger, "bench.paper.language.train:work", options.variables(), ranks.expected())
     print(report.write(whole, ledger, out))
     return failed
 
 
 def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
     """Of the settings of the grid's first task; --methods names methods, in the grid or not."""
-    from language import decode_times, times
-    from language.train import Settings
-    from sweeps.tables import markdown
+    from bench.paper.language import decode_times, times
+    from bench.paper.language.train import Settings
+    from bench.paper.sweeps.tables import markdown
 
     if (given.workers, given.launcher) != (1, "local"):
         raise runs.Refusal("times: what is compared alternates in one process; no --workers and no --launcher")
@@ -141,8 +144,8 @@ def times(given: argparse.Namespace, whole: Grid, out: Path) -> int:
 
 def check(given: argparse.Namespace) -> int:
     """Counts of each task beside the published; of all three unless --tasks names some."""
-    from language import tasks
-    from language.check import check_task
+    from bench.paper.language import tasks
+    from bench.paper.language.check import check_task
 
     if (folder := os.environ.get("PREFIXATTN_DATA")) is None:
         raise runs.Refusal("no data folder; give --data or set PREFIXATTN_DATA")
@@ -174,11 +177,11 @@ def run_command(arguments: list[str]) -> int:
     if not out.is_dir():
         raise runs.Refusal(f"{out}: no such folder; nothing of grid {grid.name} was run")
     if given.verb == "status":
-        from sweeps.launch import status
+        from bench.paper.sweeps.launch import status
 
         print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
     else:
-        from language import report
+        from bench.paper.language import report
 
         print(report.write(grid, Ledger(out), out))
     return 0

@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 
 def named(package: str) -> str:

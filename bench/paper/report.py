@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import runs  # first: it makes bench/ importable
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import NOTHING, command
+from bench.paper import runs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("nlg", "vision")
@@ -30,9 +33,9 @@ def shown(path: Path) -> str:
     if not isinstance(results, dict) or not needed <= set(results) or not results["cells"]:
         raise runs.Refusal(f"{path}: not the results of a study")
     if path.stem.startswith("vision-"):
-        from visual import report
+        from bench.paper.visual import report
     else:
-        from language import report
+        from bench.paper.language import report
     return report.markdown(results)
 
 

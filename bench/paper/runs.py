@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # for the scripts of this folder, who all import this file
+if not __package__:  # e2e.py imports it by its bare name
+    import as_file  # noqa: F401
 
 from bench.harness import record
 from bench.harness.command import Refusal

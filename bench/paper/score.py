@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import e2e_metrics
-import runs  # first of those that import bench/: it makes that importable
-import webnlg_metrics
-import xsum_metrics
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import NOTHING, command
-from text_files import read_outputs, read_texts
+from bench.paper import e2e_metrics, runs, webnlg_metrics, xsum_metrics
+from bench.paper.text_files import read_outputs, read_texts
 
 PACKAGES = ("numpy", "pycocoevalcap", "rouge-score", "sacrebleu", "unidecode")
 

@@ -10,15 +10,17 @@ import json
 import os
 import sys
 
-import runs  # noqa: F401  first: it makes bench/ importable
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.peak_rss import ENVIRONMENT, grown_mib, without_huge_pages
 
 
 def measure(method: str, settings: dict[str, object]) -> dict[str, float]:
     import torch
 
-    from language.times import Steps
-    from language.train import Settings
+    from bench.paper.language.times import Steps
+    from bench.paper.language.train import Settings
 
     step = Steps(Settings(**settings), method)
     for _ in range(2):

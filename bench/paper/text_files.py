@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 
 def read_lines(path: Path) -> list[str]:

@@ -19,14 +19,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import runs  # first: it makes bench/ importable
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import command
 from bench.harness.peak_rss import keep_memory
-from sweeps import options
-from sweeps.grid import Grid
-from sweeps.ledger import Ledger
-from visual import presets
-from visual.train import Settings
+from bench.paper import runs
+from bench.paper.sweeps import options
+from bench.paper.sweeps.grid import Grid
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.visual import presets
+from bench.paper.visual.train import Settings
 
 HERE = Path(__file__).resolve().parent
 VERBS = ("run", "check", "status", "report")
@@ -56,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def grid_of(given: argparse.Namespace) -> Grid:
     """The whole grid, with what the command line says over its settings."""
-    from visual import backbones
+    from bench.paper.visual import backbones
 
     grid = presets.read(given.grid) if given.grid else presets.grid_for(given.suite or "tiny", given.preset)
     over: dict[str, object] = {}
@@ -93,7 +96,7 @@ def environment(given: argparse.Namespace) -> dict[str, str]:
 
 def readable(grid: Grid) -> None:
     """Reads each task and backbone once, before workers would fail one by one."""
-    from visual import backbones, train
+    from bench.paper.visual import backbones, train
 
     for method in grid.methods:
         settings = Settings(method.task, method.name, 0.0, 0.0, 0, **method.settings)
@@ -103,19 +106,19 @@ def readable(grid: Grid) -> None:
 
 
 def run(given: argparse.Namespace, whole: Grid, out: Path) -> int:
-    from visual import report
+    from bench.paper.visual import report
 
     options.check(given, {"loaders": 0})
     grid, ledger = whole.only(given.tasks, given.methods), Ledger(out)
     readable(grid)
-    failed = options.run(given, grid, ledger, "visual.train:work", environment(given))
+    failed = options.run(given, grid, ledger, "bench.paper.visual.train:work", environment(given))
     print(report.write(whole, ledger, out))
     return failed
 
 
 def check(given: argparse.Namespace) -> int:
-    from visual import check as checking
-    from visual import fgvc, tasks, vtab
+    from bench.paper.visual import check as checking
+    from bench.paper.visual import fgvc, tasks, vtab
 
     suite = {"fgvc": fgvc.SUITE, "vtab1k": vtab.SUITE}.get(given.suite or "")
     data = tasks.folder("DATA")
@@ -137,7 +140,7 @@ def check(given: argparse.Namespace) -> int:
 
 def _check_tasks(given: argparse.Namespace) -> int:
     """Reads each task of a grid whole; every image of it with --deep."""
-    from visual import tasks
+    from bench.paper.visual import tasks
 
     bad = 0
     for name in grid_of(given).only(given.tasks, given.methods).tasks:
@@ -167,11 +170,11 @@ def run_command(arguments: list[str]) -> int:
     if not out.is_dir():
         raise runs.Refusal(f"{out}: no such folder; nothing of grid {grid.name} was run")
     if given.verb == "status":
-        from sweeps.launch import status
+        from bench.paper.sweeps.launch import status
 
         print(status(Ledger(out), grid.only(given.tasks, given.methods).plan))
     else:
-        from visual import report
+        from bench.paper.visual import report
 
         print(report.write(grid, Ledger(out), out))
     return 0

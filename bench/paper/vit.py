@@ -27,11 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runs  # first: it makes bench/ importable
+if not __package__:  # run as a file
+    import as_file  # noqa: F401
+
 from bench.harness.command import command
-from runs import Refusal, load_state, move_in, save_state, write_json
-from visual import tiny_imagenet
-from visual.backbones import SMALL, small_vit, write_small
+from bench.paper import runs
+from bench.paper.runs import Refusal, load_state, move_in, save_state, write_json
+from bench.paper.visual import tiny_imagenet
+from bench.paper.visual.backbones import SMALL, small_vit, write_small
 
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)

@@ -14,11 +14,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import meteor
-import ter
-from packages import named, needed
-from runs import Refusal
-from text_files import read_lines, read_texts
+from bench.paper import meteor, ter
+from bench.paper.packages import named, needed
+from bench.paper.runs import Refusal
+from bench.paper.text_files import read_lines, read_texts
 
 PARTS = {"seen": "old", "unseen": "new"}  # as the papers and as the challenge's files call them, in the outputs' order
 COUNTED = 3  # references of an entry; a few have more

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 CACHE = "PREFIXATTN_CACHE"
 PATIENCE = 900  # seconds for a download

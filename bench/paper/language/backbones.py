@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import wheels
-from packages import needed
-from runs import Refusal, digest
+from bench.paper import wheels
+from bench.paper.packages import needed
+from bench.paper.runs import Refusal, digest
 
 HERE = Path(__file__).resolve().parents[1]
 SMALL, SMOLLM2 = "small", "smollm2"

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from language import e2e, webnlg, xsum
-from language.data import SPLITS, Part
-from runs import Refusal
+from bench.paper.language import e2e, webnlg, xsum
+from bench.paper.language.data import SPLITS, Part
+from bench.paper.runs import Refusal
 
 Counts = dict[str, dict[str, int]]  # of a split, of what is counted
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 TRAIN, DEV, TEST = SPLITS = ("train", "dev", "test")
 Pair = tuple[str, str]  # source, target

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from language import ranks
-from runs import Refusal, read_json, write_json
+from bench.paper.language import ranks
+from bench.paper.runs import Refusal, read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.harness.timing import interleave
-from language import backbones
-from language.decode import Search, decode
-from language.methods import Choices, Tuned
-from language.train import Loop, Run, Settings, cast_once, drawn
-from runs import Refusal
-from sweeps.tables import Entry, Table, words
+from bench.paper.language import backbones
+from bench.paper.language.decode import Search, decode
+from bench.paper.language.methods import Choices, Tuned
+from bench.paper.language.train import Loop, Run, Settings, cast_once, drawn
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.tables import Entry, Table, words
 
 STEPS = 40
 TOGETHER, ALONE, PEFT = "together", "one at a time", "one at a time, PEFT"

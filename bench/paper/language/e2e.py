@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import e2e_data
-from language.data import SPLITS, Pair, Part, Record, Task, root_of
+from bench.paper import e2e_data
+from bench.paper.language.data import SPLITS, Pair, Part, Record, Task, root_of
 
 NAME, DISPLAY = "e2e", "E2E NLG"
 WHERE = "E2E NLG: https://github.com/tuetschek/e2e-dataset; licence: CC BY-SA 4.0"

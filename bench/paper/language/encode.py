@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from language.data import Pair
-from methods import IGNORED
-from runs import Refusal
-from table_to_text import Sample, prompt_ids
+from bench.paper.language.data import Pair
+from bench.paper.methods import IGNORED
+from bench.paper.runs import Refusal
+from bench.paper.table_to_text import Sample, prompt_ids
 
 LIMIT = 1024  # tokens of a causal sequence
 SOURCE, SOURCE_OF_LI_AND_LIANG = 512, 1024  # tokens of a document with <s> and </s>

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import prefixattn
-from language import ranks
-from language.backbones import Backbone
-from language.original import OriginalPrefix
-from runs import Refusal
+from bench.paper.language import ranks
+from bench.paper.language.backbones import Backbone
+from bench.paper.language.original import OriginalPrefix
+from bench.paper.runs import Refusal
 
 WORD = "summarize"  # of the published No-share runs, whose number of tokens becomes P
 Batch = dict[str, Tensor]  # input_ids and labels, both [B, S]; of an encoder-decoder the attention_mask too

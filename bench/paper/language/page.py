@@ -3,8 +3,8 @@
 from html import escape
 from typing import Any
 
-from language import report
-from sweeps.page import Panel, curves, page, paragraph, section, table
+from bench.paper.language import report
+from bench.paper.sweeps.page import Panel, curves, page, paragraph, section, table
 
 
 def page_of(results: dict[str, Any]) -> str:

@@ -6,8 +6,8 @@ E2E and WebNLG are of GPT-2 medium, XSUM is of BART-large; one seed.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sweeps.cells import Cell
-from sweeps.tables import span
+from bench.paper.sweeps.cells import Cell
+from bench.paper.sweeps.tables import span
 
 
 class Column(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from language import backbones
-from language.train import Settings
-from runs import Refusal
-from sweeps.grid import RESERVED, Grid, Score, grid_of, load_grid
+from bench.paper.language import backbones
+from bench.paper.language.train import Settings
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.grid import RESERVED, Grid, Score, grid_of, load_grid
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids" / "language"
 SUITES = ("demo", "smollm2", "gpt2-medium", "gpt2-large", "bart-large")

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runs import Refusal
-from sweeps.ledger import free
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.ledger import free
 
 Work = Callable[[dict[str, Any], Path], object]
 PATIENCE = timedelta(days=7)  # the first one may wait for a run of another launch; torchrun ends what hangs on a death

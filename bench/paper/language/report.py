@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from language import paper
-from language.paper import COLUMNS, COMPARED, Column
-from language.train import Settings
-from meteor import NO_JAVA
-from runs import write_json, write_text
-from sweeps import cells as cells_of
-from sweeps import tables as documents
-from sweeps.cells import Cell
-from sweeps.compare import CLEAR, Sample, failed, failures, in_errors, pairs
-from sweeps.compare import titles as titles_of
-from sweeps.grid import Grid, Method
-from sweeps.ledger import Ledger
-from sweeps.tables import EDGE, Entry, Table, measure, number, words
+from bench.paper.language import paper
+from bench.paper.language.paper import COLUMNS, COMPARED, Column
+from bench.paper.language.train import Settings
+from bench.paper.meteor import NO_JAVA
+from bench.paper.runs import write_json, write_text
+from bench.paper.sweeps import cells as cells_of
+from bench.paper.sweeps import tables as documents
+from bench.paper.sweeps.cells import Cell
+from bench.paper.sweeps.compare import CLEAR, Sample, failed, failures, in_errors, pairs
+from bench.paper.sweeps.compare import titles as titles_of
+from bench.paper.sweeps.grid import Grid, Method
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.sweeps.tables import EDGE, Entry, Table, measure, number, words
 
 DEV = "loss on dev"
 DEV_COLUMN = Column(DEV, (DEV,), form=".3f")
@@ -275,7 +275,7 @@ def write(grid: Grid, ledger: Ledger, out: Path) -> str:
 
 def publish(results: dict[str, Any], out: Path) -> str:
     """All that is made of a results JSON."""
-    from language.page import page_of
+    from bench.paper.language.page import page_of
 
     text = markdown(results)
     write_text(out.with_name(f"{out.name}.md"), text)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from language import e2e, webnlg, xsum
-from language.data import Task
-from runs import Refusal
+from bench.paper.language import e2e, webnlg, xsum
+from bench.paper.language.data import Task
+from bench.paper.runs import Refusal
 
 NAMES = ("e2e", "webnlg", "xsum")
 
@@ -32,18 +32,18 @@ def scores(
     if name == "webnlg":
         return _webnlg(references, texts, seen)
     if name == "xsum":
-        import xsum_metrics
+        from bench.paper import xsum_metrics
 
         values, notes = xsum_metrics.score([refs[0] for refs in references], texts)
         return {**values, "notes": notes}
-    import e2e_metrics
+    from bench.paper import e2e_metrics
 
     return dict(e2e_metrics.score(references, texts))
 
 
 def _webnlg(references: Sequence[Sequence[str]], texts: Sequence[str], seen: Sequence[bool]) -> dict[str, Any]:
     """References are spelt as in the challenge's files, and the seen entries go first, as there."""
-    import webnlg_metrics
+    from bench.paper import webnlg_metrics
 
     if len(set(seen)) < 2:
         return {"notes": {"all": "not computed: of the seen or of the unseen categories no entry was decoded"}}

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-import e2e_data
+from bench.paper import e2e_data
 
 END = "<|endoftext|>"
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # BART's ids 0 to 3

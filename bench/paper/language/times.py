@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.harness.timing import interleave, quantiles
-from language.methods import METHODS, Choices, Tuned
-from language.train import Loop, Run, Settings, drawn
-from runs import Refusal, provenance
-from sweeps.tables import Entry, Table, measure, words
+from bench.paper.language.methods import METHODS, Choices, Tuned
+from bench.paper.language.train import Loop, Run, Settings, drawn
+from bench.paper.runs import Refusal, provenance
+from bench.paper.sweeps.tables import Entry, Table, measure, words
 
 FLOOR, EVERYWHERE = "floor", "deep-logits"
 USUAL = ("deep", EVERYWHERE, "peft", "original")  # of a causal model

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-import table_to_text
-from language import backbones, encode, ranks, tasks
-from language.data import Pair, Prompt
-from language.decode import Search, decode
-from language.methods import Choices, tune
-from language.webnlg import seen
-from runs import Refusal, digest, load_state, room, save_state, thinned
-from sweeps import settings as settings_of_runs
+from bench.paper import table_to_text
+from bench.paper.language import backbones, encode, ranks, tasks
+from bench.paper.language.data import Pair, Prompt
+from bench.paper.language.decode import Search, decode
+from bench.paper.language.methods import Choices, tune
+from bench.paper.language.webnlg import seen
+from bench.paper.runs import Refusal, digest, load_state, room, save_state, thinned
+from bench.paper.sweeps import settings as settings_of_runs
 
 STATE = {"step", "trained", "optimizer", "losses", "norms", "seconds"}
 SAVED_EVERY = 60.0  # seconds between checkpoints, at least

@@ -9,8 +9,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from language.data import SPLITS, Part, Record, Task, described, list_of, root_of, text, words_of
-from runs import Refusal, digest
+from bench.paper.language.data import SPLITS, Part, Record, Task, described, list_of, root_of, text, words_of
+from bench.paper.runs import Refusal, digest
 
 NAME, DISPLAY = "webnlg", "WebNLG 2017"
 FILES = {"train": "train.json", "dev": "dev.json", "test": "test.json"}

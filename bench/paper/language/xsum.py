@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from language.data import SPLITS, Part, Record, Task, described, lines, opened, root_of, words_of
-from runs import Refusal, digest
+from bench.paper.language.data import SPLITS, Part, Record, Task, described, lines, opened, root_of, words_of
+from bench.paper.runs import Refusal, digest
 
 NAME, DISPLAY = "xsum", "XSUM"
 LINES, ROWS = "lines", "rows"

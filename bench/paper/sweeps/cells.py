@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from runs import Refusal
-from sweeps.grid import Grid, Method
-from sweeps.ledger import Ledger, Run
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.grid import Grid, Method
+from bench.paper.sweeps.ledger import Ledger, Run
 
 Cell = dict[str, Any]
 Records = Sequence[tuple[Run, dict[str, Any]]]  # final runs of a cell that are done, with their records

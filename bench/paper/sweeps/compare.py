@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from sweeps.cells import Cell
-from sweeps.tables import span
+from bench.paper.sweeps.cells import Cell
+from bench.paper.sweeps.tables import span
 
 Named = Callable[[Sequence[Cell]], str | None]  # of cells of one method and layers, the paper's name for them
 CLEAR = 2.0  # standard errors

@@ -35,8 +35,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from runs import Refusal
-from sweeps.ledger import PART, Ledger, Run
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.ledger import PART, Ledger, Run
 
 SEEDS = (42, 44, 82, 100, 800)
 LAYERS = ("all", "first")

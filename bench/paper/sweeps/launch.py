@@ -17,13 +17,15 @@ from typing import Any, TextIO
 
 from bench.harness.command import Stopped, leave_signals_to_the_parent
 from bench.harness.peak_rss import keep_memory
-from runs import Refusal, parent_alive
-from sweeps.ledger import BUSY, DONE, FAILED, PATHS, TAKEN_UP_AGAIN, Ledger, Run, execute, load_work, one_line, settings
-from sweeps.progress import Screen, State, table
+from bench.paper.runs import Refusal, parent_alive
+from bench.paper.sweeps import ledger as ledgers
+from bench.paper.sweeps.ledger import DONE, FAILED, Ledger, Run, execute, load_work, one_line, settings
+from bench.paper.sweeps.progress import Screen, State, table
 
 HOW = ("local", "ray", "slurm")
 NEEDS = {"ray": "ray>=2.60", "submitit": "submitit>=1.5.4"}
 Plan = Callable[[Ledger], list[Run]]
+AS_FILE = str(Path(__file__).resolve().parents[1] / "as_file.py")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Job:
     launch: str
     environment: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
+    bench: str = AS_FILE  # what makes our modules known
 
 
 def take(job: Job, runs: Sequence[Run], alive: Callable[[], bool] = lambda: True) -> str:
@@ -93,8 +96,7 @@ def launch(how: str, ledger: Ledger, plan: Plan, work: str, workers: int = 1, re
     load_work(work, paths)  # refused here once, and not by each worker
     asked(plan, ledger)
     told = {**(environment or {}), **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
-    paths = tuple(dict.fromkeys((*PATHS, *paths)))
-    job = Job(str(ledger.folder.resolve()), work, paths, device, uuid.uuid4().hex, told, threads)
+    job = Job(str(ledger.folder.resolve()), work, tuple(paths), device, uuid.uuid4().hex, told, threads)
     if how == "ray":
         pool: Pool = Ray(job, workers, address, cpus_per_task or 1, gpus_per_node or 0)
     elif how == "slurm":
@@ -121,7 +123,7 @@ def launch(how: str, ledger: Ledger, plan: Plan, work: str, workers: int = 1, re
             if len(state[DONE]) + len(state[FAILED]) != ended:
                 ended, pool.deaths = len(state[DONE]) + len(state[FAILED]), 0
             pool.tend(ledger, state)
-            if pool.deaths > (TAKEN_UP_AGAIN + 2) * workers:
+            if pool.deaths > (ledgers.TAKEN_UP_AGAIN + 2) * workers:
                 raise Refusal(f"workers ended {pool.deaths} times, and no run did: {pool.look}")
             pool.pause(max(poll, 4 * (time.monotonic() - begun)))  # on a slow disk a look takes long
     finally:
@@ -188,7 +190,7 @@ class Here(Pool):
         self.idle = True
         with settings(self.job.environment, self.job.threads):
             for run in state["left"]:
-                if execute(ledger, run, self.work, self.job.launch, self.job.device) != BUSY:
+                if execute(ledger, run, self.work, self.job.launch, self.job.device) != ledgers.BUSY:
                     self.idle = False
                     return  # the plan may be another now
 
@@ -270,10 +272,10 @@ def by_value() -> Callable[[Job, list[tuple[str, dict[str, Any]]]], str]:
     """`take` for other machines: pickled whole, as it is no module's, so that it can say where our modules are."""
 
     def begin(job: dict, runs: list) -> str:
-        import sys
+        from runpy import run_path
 
-        sys.path.extend(path for path in job["paths"] if path not in sys.path)
-        from sweeps.launch import from_afar
+        run_path(job["bench"])
+        from bench.paper.sweeps.launch import from_afar
 
         return from_afar(job, runs)
 
@@ -315,7 +317,9 @@ class Ray(Pool):
                 raise Refusal(f"ray at {address or 'this machine'}: {one_line(error)}") from None
             with suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, before)
-        self.begin = self.ray.remote(by_value()).options(max_retries=TAKEN_UP_AGAIN, num_cpus=cpus, num_gpus=gpus)
+        self.begin = self.ray.remote(by_value()).options(
+            max_retries=ledgers.TAKEN_UP_AGAIN, num_cpus=cpus, num_gpus=gpus
+        )
 
     def tend(self, ledger: Ledger, state: State) -> None:
         ended = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0] if self.tasks else []

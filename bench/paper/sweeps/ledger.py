@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.harness.command import FULL
 from bench.harness.peak_rss import PeakMemory
-from runs import Refusal, digest, provenance, read_json, write_json
+from bench.paper.runs import Refusal, digest, provenance, read_json, write_json
 
 DONE, FAILED, BUSY = "done", "failed", "busy"
 STATES = (DONE, "running", FAILED, "left")
@@ -27,8 +27,6 @@ TAKEN_UP_AGAIN = 3  # times that a run whose worker was killed is taken up again
 ELAPSED = "elapsed.json"
 RECORD = {"name": str, "config": dict, "result": dict, "seconds": (int, float), "peak_mib": (int, float)}
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
-HERE = Path(__file__).resolve()
-PATHS = (str(HERE.parents[1]), str(HERE.parents[3]))  # bench/paper and what bench/ is in
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "numpy", "pillow", "scikit-learn", "prefixattn",
             "triton")  # fmt: skip
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]
@@ -287,7 +285,7 @@ def settings(environment: Mapping[str, str], threads: int | None = None) -> Iter
 
 def load_work(name: str, paths: Sequence[str] = ()) -> Work:
     """The function that "module:function" names, looked for in `paths` too, which stay on sys.path."""
-    sys.path.extend(path for path in dict.fromkeys((*PATHS, *paths)) if path not in sys.path)
+    sys.path.extend(path for path in dict.fromkeys(paths) if path not in sys.path)
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)

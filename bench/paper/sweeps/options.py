@@ -5,10 +5,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from runs import Refusal
-from sweeps.grid import Grid
-from sweeps.launch import HOW, launch, status
-from sweeps.ledger import Ledger
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.grid import Grid
+from bench.paper.sweeps.launch import HOW, launch, status
+from bench.paper.sweeps.ledger import Ledger
 
 AGAIN = "finished runs are kept, and the same command goes on with the others"
 LEAST = {"workers": 1, "minutes": 1, "gpus": 0, "cpus": 1}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from sweeps.tables import Entry, Table
+from bench.paper.sweeps.tables import Entry, Table
 
 COLOURS = (
     "#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#3a3a3a", "#e63990", "#00a5b5", "#7f5539", "#8b95a0",

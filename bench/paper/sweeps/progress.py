@@ -4,7 +4,7 @@ import os
 import time
 from typing import TextIO
 
-from sweeps.ledger import DONE, FAILED, STATES, Ledger, Run
+from bench.paper.sweeps.ledger import DONE, FAILED, STATES, Ledger, Run
 
 State = dict[str, list[Run]]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 
 class Settings:

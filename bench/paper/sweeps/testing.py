@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sweeps import launch as launchers
-from sweeps.launch import launch
-from sweeps.ledger import DONE, Ledger, Run
+from bench.paper.sweeps import launch as launchers
+from bench.paper.sweeps.launch import launch
+from bench.paper.sweeps.ledger import DONE, Ledger, Run
 
 WORK = """
 import os, signal, time
@@ -39,12 +39,12 @@ def work(config, scratch):
     return result
 """
 SCRIPT = """
-import json, sys
+import json, runpy, sys
 from pathlib import Path
-sys.path[:0] = json.loads(sys.argv[1])
+runpy.run_path(sys.argv[1])
 from bench.harness.command import command
-from sweeps.launch import launch
-from sweeps.ledger import Ledger, Run
+from bench.paper.sweeps.launch import launch
+from bench.paper.sweeps.ledger import Ledger, Run
 
 def main():
     folder, configs, workers, paths = json.loads(sys.argv[2])
@@ -85,7 +85,7 @@ class Place:
     def start(self, runs: list[Run], workers: int) -> subprocess.Popen[str]:
         (self.folder / "script.py").write_text(SCRIPT)
         told = [str(self.ledger.folder), [run.config for run in runs], workers, self.paths]
-        words = [str(self.folder / "script.py"), json.dumps(launchers.PATHS), json.dumps(told)]
+        words = [str(self.folder / "script.py"), launchers.AS_FILE, json.dumps(told)]
         return subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def is_whole(self, runs: list[Run]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runs import Refusal, digest
+from bench.paper.runs import Refusal, digest
 
 HERE = Path(__file__).resolve().parents[1]
 Colours = tuple[float, ...]
@@ -98,7 +98,7 @@ def load(name: str, size: int) -> tuple[nn.Module, Colours, Colours]:
     if name == "small":
         return load_small(size), HALF, HALF
     if name == "focus":
-        from visual import focus
+        from bench.paper.visual import focus
 
         if size % 14:
             raise Refusal(f"focus: size {size}, expected a multiple of 14, the width of its patches")

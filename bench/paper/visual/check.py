@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from runs import Refusal
-from visual import fgvc, vtab
-from visual.data import Files
+from bench.paper.runs import Refusal
+from bench.paper.visual import fgvc, vtab
+from bench.paper.visual.data import Files
 
 SUITES: dict[str, Mapping[str, "fgvc.Set | vtab.Benchmark"]] = {fgvc.SUITE: fgvc.SETS, vtab.SUITE: vtab.TASKS}
 ARCHIVES: dict[str, dict[str, int]] = {  # of a set or a suite: bytes of the files that are served

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 SEARCH, SELECT, TEST = "train", "val", "test"
 

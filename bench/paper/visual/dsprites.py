@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from visual.data import Arrays, Task
+from bench.paper.visual.data import Arrays, Task
 
 SHAPES = ("square", "ellipse", "heart")
 SIZES = (3, 6, 40, 32, 32)  # shape, scale, orientation, x, y

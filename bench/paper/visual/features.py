@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from visual.methods import Tuned
+from bench.paper.visual.methods import Tuned
 
 
 class Features:

@@ -13,8 +13,8 @@ from posixpath import normpath
 
 import numpy as np
 
-from runs import Refusal
-from visual.data import SEARCH, SELECT, TEST, Files, Task
+from bench.paper.runs import Refusal
+from bench.paper.visual.data import SEARCH, SELECT, TEST, Files, Task
 
 SUITE = STYLE = "fgvc"
 PARTS = (SEARCH, SELECT, TEST)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sweeps import compare
-from sweeps.cells import Cell
-from sweeps.compare import CLEAR, Sample, in_errors
-from sweeps.tables import Entry, Table, span, words
-from visual import paper
+from bench.paper.sweeps import compare
+from bench.paper.sweeps.cells import Cell
+from bench.paper.sweeps.compare import CLEAR, Sample, in_errors
+from bench.paper.sweeps.tables import Entry, Table, span, words
+from bench.paper.visual import paper
 
 SHARED, SEPARATE = ("deep", "simple"), "none"
 WITH_LENGTH = (*SHARED, SEPARATE, "original", "plus", "vpt")  # methods that P tells something

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import wheels
-from runs import Refusal, replacing
+from bench.paper import wheels
+from bench.paper.runs import Refusal, replacing
 
 MODEL = "vit_small_patch14_dinov2"
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in the package's own preprocessing

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runs import Refusal
+from bench.paper.runs import Refusal
 
 HEAD_BIAS = -math.log(99)  # a prior of 0.01 for each class
 PREFIXES = ("deep", "simple", "none")

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sweeps.page import Panel, curves, page, paragraph, section, table
-from sweeps.tables import Entry, Table, measure, number, words
-from visual import report
-from visual.findings import numbers, titles
+from bench.paper.sweeps.page import Panel, curves, page, paragraph, section, table
+from bench.paper.sweeps.tables import Entry, Table, measure, number, words
+from bench.paper.visual import report
+from bench.paper.visual.findings import numbers, titles
 
 
 def page_of(results: dict[str, Any]) -> str:

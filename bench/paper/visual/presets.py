@@ -4,10 +4,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from runs import Refusal
-from sweeps.grid import RESERVED, Grid, grid_of, load_grid
-from visual import paper, tasks
-from visual.train import Settings
+from bench.paper.runs import Refusal
+from bench.paper.sweeps.grid import RESERVED, Grid, grid_of, load_grid
+from bench.paper.visual import paper, tasks
+from bench.paper.visual.train import Settings
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
 SUITES = ("tiny", "small", "fgvc", "vtab1k")

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import replacing, write_json, write_text
-from sweeps import cells as cells_of
-from sweeps import tables as documents
-from sweeps.cells import Cell
-from sweeps.compare import failed, failures
-from sweeps.grid import Grid, Method
-from sweeps.ledger import Ledger
-from sweeps.tables import EDGE, Entry, Table, span, words
-from visual import paper
-from visual.findings import SEPARATE, SHARED, differences, numbers, paper_layers, titles
+from bench.paper.runs import replacing, write_json, write_text
+from bench.paper.sweeps import cells as cells_of
+from bench.paper.sweeps import tables as documents
+from bench.paper.sweeps.cells import Cell
+from bench.paper.sweeps.compare import failed, failures
+from bench.paper.sweeps.grid import Grid, Method
+from bench.paper.sweeps.ledger import Ledger
+from bench.paper.sweeps.tables import EDGE, Entry, Table, span, words
+from bench.paper.visual import paper
+from bench.paper.visual.findings import SEPARATE, SHARED, differences, numbers, paper_layers, titles
 
 
 def collect(grid: Grid, ledger: Ledger) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def write(grid: Grid, ledger: Ledger, out: Path) -> str:
 
 def publish(results: dict[str, Any], out: Path) -> str:
     """All that is made of a results JSON."""
-    from visual.page import page_of
+    from bench.paper.visual.page import page_of
 
     text = markdown(results)
     write_text(out.with_name(f"{out.name}.md"), text)

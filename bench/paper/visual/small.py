@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import wheels
-from runs import Refusal
-from visual import dsprites, tiny_imagenet
-from visual.data import Arrays, Part, Task
+from bench.paper import wheels
+from bench.paper.runs import Refusal
+from bench.paper.visual import dsprites, tiny_imagenet
+from bench.paper.visual.data import Arrays, Part, Task
 
 TRAIN, VAL = 800, 200
 TINY_VAL = 25  # of a class

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from runs import Refusal
-from visual import fgvc, small, vtab
-from visual.data import Task
+from bench.paper.runs import Refusal
+from bench.paper.visual import fgvc, small, vtab
+from bench.paper.visual.data import Task
 
 
 def folder(name: str) -> Path | None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runs import Refusal
-from visual import fgvc, vtab
+from bench.paper.runs import Refusal
+from bench.paper.visual import fgvc, vtab
 
 COUNTS = dict(train=6, val=3, test=4)
 Lists = dict[str, dict[str, Any]]

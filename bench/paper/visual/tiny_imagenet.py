@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runs import Refusal, digest
+from bench.paper.runs import Refusal, digest
 
 SIDE = 64
 FILES = ("train_a.zip", "train_b.zip", "val.zip")

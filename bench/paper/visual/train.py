@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runs import Refusal, digest, load_state, save_state
-from sweeps import settings as settings_of_runs
-from visual import backbones, tasks
-from visual.data import Part, Task
-from visual.features import Features
-from visual.methods import Choices, tune
-from visual.transforms import loader, test_transform, train_transform
+from bench.paper.runs import Refusal, digest, load_state, save_state
+from bench.paper.sweeps import settings as settings_of_runs
+from bench.paper.visual import backbones, tasks
+from bench.paper.visual.data import Part, Task
+from bench.paper.visual.features import Features
+from bench.paper.visual.methods import Choices, tune
+from bench.paper.visual.transforms import loader, test_transform, train_transform
 
 STATE = {"epoch", "trained", "optimizer", "curve", "waits"}
 SAVED_EVERY = 30.0  # seconds between checkpoints, at least

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from runs import Refusal
-from visual.data import Part
+from bench.paper.runs import Refusal
+from bench.paper.visual.data import Part
 
 Transform = Callable[[Image.Image], torch.Tensor]
 STYLES = ("fgvc", "vtab")

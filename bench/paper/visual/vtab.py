@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runs import Refusal
-from visual.data import SEARCH, SELECT, TEST, Files, Part, Task
-from visual.fgvc import counted, disjoint, files, sound, text
+from bench.paper.runs import Refusal
+from bench.paper.visual.data import SEARCH, SELECT, TEST, Files, Part, Task
+from bench.paper.visual.fgvc import counted, disjoint, files, sound, text
 
 SUITE = STYLE = "vtab"
 FINAL = "trainval"
