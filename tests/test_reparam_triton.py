@@ -276,16 +276,6 @@ def test_any_number_of_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(found[1]["dh"], found[2]["dh"])
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0])
-def test_found_inf_leaves_everything_as_it_is(found: float) -> None:
-    flag, halves = torch.tensor([found]), {"grad_scale": 1.0, "want_dh": False, "found_inf": torch.tensor([found])}
-    for fused, numbers, state in (("fused_adamw", {**ADAMW, "step": 2}, 2), ("fused_sgd", {**SGD, "first": False}, 1)):
-        before, h, dy = matrix("P10", state=state)
-        after = [t.clone() for t in before]
-        getattr(triton, fused)(*after, h, dy, **numbers, **halves)
-        assert all(torch.equal(a, b) == bool(flag) for a, b in zip(before, after, strict=True))
-
-
 def test_numbers_beside_the_tensors_are_not_touched() -> None:
     """Whole tiles end past M, past O and past a program's rows."""
     (w, average, square), h, dy = matrix("P17")

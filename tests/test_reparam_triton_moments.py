@@ -187,19 +187,6 @@ def test_coins_belong_to_rows_of_the_matrix(interleaved: bool) -> None:
     assert all(torch.equal(x, y) for a, b in zip(*found, strict=True) for x, y in zip(a[:2], b[:2], strict=True))
 
 
-def test_found_inf_leaves_codes_and_scales() -> None:
-    state, w = (
-        [kept(t, "8bit", s) for t, s in zip(moments((1, 20, 300)), (True, False), strict=True)],
-        torch.ones(1, 20, 300),
-    )
-    before = [w.clone(), *(t.clone() for m in state for t in m[:2])]
-    h, dy = torch.ones(1, 3, 300), torch.ones(1, 3, 20)
-    for flag, same in ((1.0, True), (0.0, False)):
-        triton.fused_adamw(w, *state, h, dy, **{**ADAMW, "step": 4}, want_dh=False, found_inf=torch.tensor([flag]))
-        after = [w, *(t for m in state for t in m[:2])]
-        assert all(torch.equal(a, b) == same for a, b in zip(before, after, strict=True))
-
-
 def test_refusals() -> None:
     w, h, dy = torch.ones(1, 4, 8), torch.ones(1, 2, 8), torch.ones(1, 2, 4)
     m, v = kept(w, "8bit", True), kept(w, "8bit", False)

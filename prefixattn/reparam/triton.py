@@ -103,7 +103,6 @@ def fused_adamw(
     step: int,
     grad_scale: float = 1.0,
     want_dh: bool = True,
-    found_inf: Tensor | None = None,  # [1], float32: where it is not 0, w and its moments stay
 ) -> Tensor | None:
     """AdamW with the gradient grad_scale dy^T h; returns grad_scale dy w, of w as it was, if wanted."""
     from prefixattn.kernels.launch_reparam import adamw
@@ -116,7 +115,7 @@ def fused_adamw(
     v, scale_v = _split("exp_avg_sq", exp_avg_sq, False)
     first, second = _emulated(m), _emulated(v)
     with _on(w):
-        dh = adamw(w, first, second, (scale_m, scale_v), h, _emulated(dy), form, numbers, want_dh, found_inf)
+        dh = adamw(w, first, second, (scale_m, scale_v), h, _emulated(dy), form, numbers, want_dh, found_inf=None)
     for t, emulated in ((m, first), (v, second)):
         if emulated is not t:
             t.copy_(emulated)
@@ -138,7 +137,6 @@ def fused_sgd(
     first: bool,
     grad_scale: float = 1.0,
     want_dh: bool = True,
-    found_inf: Tensor | None = None,  # [1], float32: where it is not 0, w and its buffer stay
 ) -> Tensor | None:
     """SGD with the gradient grad_scale dy^T h; `first`: the buffer holds nothing yet. Returns as fused_adamw."""
     from prefixattn.kernels.launch_reparam import sgd
@@ -146,7 +144,7 @@ def fused_sgd(
     numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)
     buffer = None if momentum_buffer is None else _emulated(momentum_buffer)
     with _on(w):
-        dh = sgd(w, buffer, h, _emulated(dy), form, numbers, nesterov, first, want_dh, found_inf)
+        dh = sgd(w, buffer, h, _emulated(dy), form, numbers, nesterov, first, want_dh, found_inf=None)
     if momentum_buffer is not None and buffer is not None and buffer is not momentum_buffer:
         momentum_buffer.copy_(buffer)
     return dh
