@@ -1,6 +1,9 @@
 """Imports of the benchmarks point one way: each subject stands on the harness, which knows none of them."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,17 @@ def test_imports_point_down(path: Path) -> None:
 def test_every_folder_has_its_place() -> None:
     assert {path.parent.name for path in BENCH.glob("*/*.py")} == set(FOLDERS)
     assert {path.name for path in BENCH.glob("*.py")} == {"__init__.py", "conftest.py"}
+
+
+def test_a_script_run_as_a_file_finds_bench_and_not_our_kernels(tmp_path: Path) -> None:
+    """With the repository on sys.path, transformers would take kernels/ for the package of that name."""
+    (tmp_path / "script.py").write_text(
+        f"import runpy, sys\nrunpy.run_path({str(BENCH / 'paper' / 'as_file.py')!r})\n"
+        "from bench.harness import command\n"
+        f"print(command.__file__, {str(BENCH.parent)!r} in sys.path)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        (sys.executable, str(tmp_path / "script.py")), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.stdout == f"{BENCH / 'harness' / 'command.py'} False\n", run.stderr
