@@ -147,11 +147,11 @@ class PrefixBank(Prefix):
             prefix = _prefix(item, self._attached())
             _check_alike([self, prefix], self._attached())
             item = prefix._kv()
-        N, kv, Hkv, P, D = self.encoder.shape
+        N, pair, Hkv, P, D = self.encoder.shape
         shape = list(item.shape)
-        if item.dim() != 5 or shape[:3] != [N, kv, Hkv] or shape[4] != D or not 1 <= shape[3] <= P:
+        if item.dim() != 5 or shape[:3] != [N, pair, Hkv] or shape[4] != D or not 1 <= shape[3] <= P:
             raise ValueError(
-                f"the prefix has shape {shape}, expected [N={N}, {kv}, Hkv={Hkv}, n, D={D}] with n from 1 to the "
+                f"the prefix has shape {shape}, expected [N={N}, {pair}, Hkv={Hkv}, n, D={D}] with n from 1 to the "
                 f"bank's P={P}"
             )
         if not item.isfinite().all():
@@ -245,8 +245,8 @@ class PrefixBank(Prefix):
     def num_parameters(self, kept: bool = False) -> int:
         """Parameters being trained; with `kept`, the numbers that must be kept to use the prefixes afterwards."""
         if kept:
-            N, kv, Hkv, _, D = self.encoder.shape
-            return int(self.encoder.lengths.sum()) * N * kv * Hkv * D
+            N, pair, Hkv, _, D = self.encoder.shape
+            return int(self.encoder.lengths.sum()) * N * pair * Hkv * D
         return super().num_parameters()
 
     def save_pretrained(self, folder: str | Path, folded: bool = False) -> None:
@@ -258,7 +258,7 @@ class PrefixBank(Prefix):
     def export_peft(self, folder: str | Path) -> None:
         raise NotImplementedError(f"a PEFT adapter holds one prefix, and the bank T={len(self)}")
 
-    def _bank(self) -> Tensor:
+    def _kv(self) -> Tensor:
         raise ValueError(f"expected a single prefix, got a bank of T={len(self)}; take one out of it with get(index)")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PrefixBank":
