@@ -56,3 +56,11 @@ def command(name: str, work: Callable[[], int | None], again: str = AGAIN) -> in
 def _say(name: str, words: str, status: int, ahead: str = "") -> int:
     print(f"{ahead}{name}: {words}", file=sys.stderr)  # ahead: a line of progress may be unfinished
     return status
+
+
+def leave_signals_to_the_parent() -> None:
+    """In a process that a command started: it ends at once, on Ctrl-C by its parent's hand, and the parent tells."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        if signal.getsignal(number) == _stop:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,10 +1,10 @@
 """What ours is compared with on a frozen model: no prefix, PEFT's, the published code's; ours too; and that two agree.
 
 The published ways are written anew on the libraries' own model classes, from what the papers' code does: for GPT-2 in
-bench/paper/language/original.py; for BART three networks (encoder, decoder, cross attention) that each run on B rows of
-ids; for ViT a small network for each layer whose output interleaves keys and values, run once, expanded to the batch
-and then dropped out. Each layer concatenates the prefix with its keys and values and attends eagerly. The networks stay
-in float32, and what they make is cast to the model's type.
+original.py; for BART three networks (encoder, decoder, cross attention) that each run on B rows of ids; for ViT a small
+network for each layer whose output interleaves keys and values, run once, expanded to the batch and then dropped out.
+Each layer concatenates the prefix with its keys and values and attends eagerly. The networks stay in float32, and what
+they make is cast to the model's type.
 
 Differs from the authors' code: key, query and value of a timm ViT are one projection, there three; masks are the type's
 least value, there -inf (BART); gradients are not clipped.
@@ -145,7 +145,7 @@ class Peft(Baseline):
 
 class OriginalGPT2(Baseline):
     def add(self) -> nn.Module:
-        from bench.paper.language.original import OriginalPrefix
+        from bench.models.original import OriginalPrefix
 
         self.model.set_attn_implementation("eager")
         self.prefix = OriginalPrefix(self.model, self.P, self.family.hidden)

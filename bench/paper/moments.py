@@ -103,13 +103,13 @@ def main() -> None:
     where = tasks.load("e2e").where
     setting = {"steps": options.steps, "dev": options.dev, "data": where, "lr": LR, "length": LENGTH}
     unfinished, fingerprint = options.out.with_suffix(".part.pt"), digest(setting)
-    state = load_state(unfinished, fingerprint, {"rows", "banks"}) or {"rows": [], "banks": {}}
+    state = load_state(unfinished, fingerprint, {"rows", "kv"}) or {"rows": [], "kv": {}}
     for way in WAYS:
-        if way in state["banks"]:
+        if way in state["kv"]:
             continue
-        row, state["banks"][way] = run(way, options)
-        start, right = state["banks"][TORCH]
-        end = state["banks"][way][1]
+        row, state["kv"][way] = run(way, options)
+        start, right = state["kv"][TORCH]
+        end = state["kv"][way][1]
         row["distance"] = float((end - right).norm() / (right - start).norm())
         state["rows"].append(row)
         save_state(unfinished, fingerprint, state)

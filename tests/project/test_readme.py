@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 
 import moments
-import plot_runs
 from bench.attention import plot, plot_gpu
 from bench.models import plot as plot_models
 from bench.reparam import plot as plot_reparam
 from tests.support import ROOT
-
-NAMES = {"frozen": "no prefix", "deep": "Deep-share", "simple": "simple share", "none": "No-share"}
 
 
 def text(page: str) -> str:
@@ -52,15 +49,6 @@ def test_memory_is_the_records() -> None:
     [row] = [p for p in pairs if (p["name"], p["dtype"], p["pass"]) == case]
     ours, peer, necessary = row["ours"]["peak_mib"], row["peer"]["peak_mib"], row["ours"]["necessary_mib"]
     assert f"| {ours:.1f} MiB | {peer:.1f} MiB | {necessary:.1f} MiB |" in shown
-
-
-def test_table_to_text_is_the_records() -> None:
-    result, shown = record("bench/paper/results/e2e-small.json", "docs/reproduction.md")
-    lines = plot_runs.table(result).splitlines()[2:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert [row[0] for row in rows] == ["frozen", "deep", "simple", "none", "deep-all", "original"]
-    for name, *cells in rows:
-        assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in shown
 
 
 def test_the_networks_tables_are_the_records() -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import prefixattn
+from bench.models.original import OriginalPrefix
 from language import ranks
 from language.backbones import Backbone
-from language.original import OriginalPrefix
 from runs import Refusal
 
 WORD = "summarize"  # of the published No-share runs, whose number of tokens becomes P

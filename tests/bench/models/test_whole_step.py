@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import original
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-import original
 import prefixattn
 from bench.models import baselines, whole_step
 from bench.models.families import GPT2, Bart, Family, ViT

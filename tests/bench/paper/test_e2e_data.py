@@ -14,7 +14,7 @@ import e2e_data
 from runs import Refusal
 from tests.support import ROOT
 
-E2E = ROOT / "bench" / "paper" / "e2e.py"
+NLG = ROOT / "bench" / "paper" / "nlg.py"
 ROW = '"name[The Vaults], eatType[pub]",The Vaults is a pub.\n'
 
 
@@ -186,11 +186,11 @@ def write_folder(folder: Path, test: str | None) -> None:
 )
 def test_the_command_line_refuses_in_one_line_and_writes_nothing(test: str | None, words: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "data", test)
-    command = [sys.executable, str(E2E), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out" / "r.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(NLG), "--suite", "demo", "--model", "small", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--data", str(tmp_path / "data")], capture_output=True, text=True)
     assert done.returncode == 1
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    [told] = [line for line in done.stderr.splitlines() if line.startswith(("nlg.py", "Traceback"))]
+    assert words in told
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
 

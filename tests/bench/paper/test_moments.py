@@ -32,13 +32,13 @@ def test_a_small_run_and_its_table(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
-    def run(way: str, data: object, options: object) -> tuple[dict[str, object], torch.Tensor]:
+    def run(way: str, options: object) -> tuple[dict[str, object], torch.Tensor]:
         called.append(way)
         if len(called) == 3:
             raise KeyboardInterrupt
-        bank = torch.zeros(2, 1, 2, 1, 1, 1)
-        bank[1] = len(called)
-        return {"way": way, "dev_loss": 1.0, "last_100_loss": 1.0}, bank
+        kv = torch.zeros(2, 1, 2, 1, 1, 1)
+        kv[1] = len(called)
+        return {"way": way, "dev_loss": 1.0, "last_100_loss": 1.0}, kv
 
     out = tmp_path / "moments.json"
     monkeypatch.setattr(moments, "run", run)

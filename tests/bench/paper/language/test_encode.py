@@ -10,8 +10,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BartTokenizer, GPT2Tokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-import e2e_data
-import table_to_text
 from language import e2e, encode, webnlg
 from language.data import Pair
 from runs import Refusal
@@ -45,9 +43,8 @@ def bart() -> Any:
     return bart_tokenizer({token: at for at, token in enumerate(sorted(ByteLevel.alphabet()))}, [])
 
 
-def labelled(sample: table_to_text.Sample) -> list[int]:
-    _, labels = table_to_text.collate([sample], pad=EOS)
-    return labels[0].tolist()
+def labelled(sample: encode.Sample) -> list[int]:
+    return encode.collate([sample], pad=EOS)["labels"][0].tolist()
 
 
 # --- causal models ---
@@ -95,14 +92,9 @@ def test_ids_are_those_of_the_originals_string_as_a_whole(
         assert sample.ids[-spaces - 1 :] == [SPACE] * spaces + [EOS]
 
 
-def test_e2e_has_the_ids_of_table_to_text(gpt2: Any, e2e_pairs: list[Pair]) -> None:
-    rows = e2e_data.read_csv(data_path("e2e", "devset.csv"))
-    assert encode.causal(gpt2, e2e_pairs[::40]) == table_to_text.encode(gpt2, rows[::40], encode.LIMIT)
-
-
 def test_the_prompt_of_a_record_begins_its_training_sequence(gpt2: Any) -> None:
     part = webnlg.read(data_path("webnlg", "test.json").parent, "test")
-    prompts = table_to_text.prompt_ids(gpt2, [prompt.source for prompt in part.prompts()])
+    prompts = encode.prompt_ids(gpt2, [prompt.source for prompt in part.prompts()])
     assert max(map(len, prompts)) == 165
     samples = encode.causal(gpt2, [(record.source, record.references[0]) for record in part.records[:50]])
     assert [sample.ids[: sample.target] for sample in samples] == prompts[:50]
@@ -144,8 +136,10 @@ def test_sequences_are_cut_at_the_limit() -> None:
     assert [len(sample.ids) for sample in cut] == [1024, 1024, 8]
     assert [sample.ids for sample in cut] == [sample.ids[:1024] for sample in whole]
     assert [sample.target for sample in cut] == [1024, 4, 4]
-    _, labels = table_to_text.collate(cut, pad=0)
-    assert (labels != -100).sum(1).tolist() == [0, 1020, 4]
+    batch = encode.collate(cut, pad=0)
+    assert (batch["labels"] != -100).sum(1).tolist() == [0, 1020, 4]
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, 1024)
+    assert batch["input_ids"][2].tolist() == cut[2].ids + [0] * 1016
     with pytest.raises(Refusal, match="no text begins within 1024 tokens"):
         encode.causal(tokenizer, pairs[:1])
 
