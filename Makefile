@@ -34,7 +34,7 @@ test: build $(VENV)/quantised
 test-all:
 	$(MAKE) test TESTS="-m '' $(TESTS)"
 
-# the oldest versions that pyproject.toml allows, in a .venv of their own:   make lowest TESTS=tests/test_timm.py
+# the oldest versions that pyproject.toml allows, in a .venv of their own:   make lowest TESTS=tests/attach/timm
 lowest:
 	$(MAKE) test VENV=.venv-lowest TESTED=requirements/lowest.txt
 

@@ -2,7 +2,7 @@
 
     pip install -e .                           # the usual way
     python setup.py build_ext --inplace        # after editing C++: only what changed is compiled again
-    python setup.py build_tests                # the programs of csrc/tests; tests/test_native.py runs them
+    python setup.py build_tests                # the programs of csrc/tests; tests/native/test_native.py runs them
 
 The extension knows no torch, so one build serves every torch. A machine that cannot compile still gets the package:
 the reason is written beside it (`prefixattn/_C_build.json`) and `python -m prefixattn` says it;

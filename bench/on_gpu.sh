@@ -60,14 +60,15 @@ verdicts() { $PYTHON -m prefixattn; }
 
 tests() {
     if [ $dry = 1 ]; then
-        $PYTHON -m pytest -q -p no:cacheprovider tests/test_prefix_attn.py -k 'triton and test_shapes and (single or prefix_of_one) and fp32'
+        $PYTHON -m pytest -q -p no:cacheprovider tests/attention/test_prefix_attn.py -k 'triton and test_shapes and (single or prefix_of_one) and fp32'
         return
     fi
     # a first failure tells more than the last of many alike; interrupted, pytest still reports what it has
     PREFIXATTN_TEST_DEVICE=cuda timeout -s INT "$1" $PYTHON -m pytest -q -p no:cacheprovider -n 16 --dist worksteal --maxfail 60 \
-        -o filterwarnings=default --tb=short -rf tests/test_prefix_attn.py \
-        tests/test_dropout.py tests/test_triton.py tests/test_qkvpacked.py \
-        tests/test_reparam.py tests/test_optim.py tests/test_gpt2.py tests/test_gpt2_train.py
+        -o filterwarnings=default --tb=short -rf tests/attention/test_prefix_attn.py \
+        tests/attention/test_dropout.py tests/kernels/test_triton.py tests/attention/test_qkvpacked.py \
+        tests/reparam/test_reparam.py tests/optim/test_optim.py \
+        tests/attach/hf/test_gpt2.py tests/attach/hf/test_gpt2_train.py
 }
 
 shapes() {

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from prefixattn.testing import reparam
 from prefixattn.testing.attention import Inputs, suited
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 
 def accepted(backend: str, inputs: Inputs) -> Inputs:

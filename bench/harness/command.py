@@ -1,12 +1,9 @@
 """How a long command ends: whatever ends it says so in one line, and how to go on; its own processes end with it."""
 
 import errno
-import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -62,46 +59,8 @@ def _say(name: str, words: str, status: int, ahead: str = "") -> int:
 
 
 def leave_signals_to_the_parent() -> None:
-    """In a process that `together` started: it ends at once, on Ctrl-C by its parent's hand, and the parent tells."""
+    """In a process that a command started: it ends at once, on Ctrl-C by its parent's hand, and the parent tells."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in SIGNALS:
         if signal.getsignal(number) == _stop:
             signal.signal(number, signal.SIG_DFL)
-
-
-def together(jobs: Mapping[str, Sequence[str]], parallel: int, environment: Mapping[str, str]) -> None:
-    """Runs a process for each job, at most `parallel` at a time; what stops this process stops them."""
-    running: set[subprocess.Popen[bytes]] = set()
-    stopping = False
-
-    def run(name: str, arguments: Sequence[str]) -> None:
-        if stopping:
-            return
-        with subprocess.Popen(arguments, env=environment) as process:
-            running.add(process)
-            if stopping:
-                process.terminate()
-            code = process.wait()
-            running.discard(process)
-        if code < 0:
-            raise Refusal(f"{name}: its process was ended by {signal.Signals(-code).name}; {AGAIN}")
-        if code:
-            raise SystemExit(1)  # it has said why
-
-    with ThreadPoolExecutor(parallel) as pool:
-        ended = [pool.submit(run, name, arguments) for name, arguments in jobs.items()]
-        try:
-            for job in ended:
-                job.result()
-        except (KeyboardInterrupt, Stopped):
-            stopping = True
-            for process in list(running):
-                process.terminate()
-            raise
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what has begun goes on to its end
-            raise
-
-
-def environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

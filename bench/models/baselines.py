@@ -1,10 +1,10 @@
 """What ours is compared with on a frozen model: no prefix, PEFT's, the published code's; ours too; and that two agree.
 
 The published ways are written anew on the libraries' own model classes, from what the papers' code does: for GPT-2 in
-bench/paper/original.py; for BART three networks (encoder, decoder, cross attention) that each run on B rows of ids; for
-ViT a small network for each layer whose output interleaves keys and values, run once, expanded to the batch and then
-dropped out. Each layer concatenates the prefix with its keys and values and attends eagerly. The networks stay in
-float32, and what they make is cast to the model's type.
+original.py; for BART three networks (encoder, decoder, cross attention) that each run on B rows of ids; for ViT a small
+network for each layer whose output interleaves keys and values, run once, expanded to the batch and then dropped out.
+Each layer concatenates the prefix with its keys and values and attends eagerly. The networks stay in float32, and what
+they make is cast to the model's type.
 
 Differs from the authors' code: key, query and value of a timm ViT are one projection, there three; masks are the type's
 least value, there -inf (BART); gradients are not clipped.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.models.families import GPT2, SEED, Bart, Family
+from bench.models.families import GPT2, SEED, Bart, Family, token_losses
 from prefixattn.attention.call import Call
 
 Pair = tuple[Tensor, Tensor]  # key and value of one attention call; [H, P, D] each, or [B, H, P, D] once expanded
@@ -145,15 +145,23 @@ class Peft(Baseline):
 
 class OriginalGPT2(Baseline):
     def add(self) -> nn.Module:
-        from methods import OriginalMethod
+        from bench.models.original import OriginalPrefix
 
-        self.method = OriginalMethod(self.model, self.P, self.family.hidden)
-        self.network = self.method.prefix.control_trans
+        self.model.set_attn_implementation("eager")
+        self.prefix = OriginalPrefix(self.model, self.P, self.family.hidden)
+        self.network = self.prefix.control_trans
         self.network.register_forward_hook(lambda module, args, out: out.to(self.dtype))
-        return self.method.prefix
+        return self.prefix
 
     def make_loss(self) -> Callable[[], Tensor]:
-        return lambda: self.method.loss(self.batch["ids"], self.batch["labels"]) / self.rows
+        ids, labels = self.batch["ids"], self.batch["labels"]
+
+        def loss() -> Tensor:  # logits at every position, as published
+            past = self.prefix.cache(self.rows, self.model.config)
+            logits = self.model(input_ids=ids, past_key_values=past, use_cache=True).logits
+            return token_losses(logits, labels) / self.rows
+
+        return loss
 
     def given(self, prefixes: list[Pair]) -> Any:
         return _output_replaced(self.network, _columns(prefixes, self.rows).to(self.dtype))

@@ -1,7 +1,7 @@
 """E2E NLG records: the challenge's CSVs, or a generator of records alike, as (source, target) strings.
 
 The strings are those of Li and Liang's linearised files: sources agree line for line with src1_valid.txt and
-src1_test.txt, targets up to where their tokeniser put spaces (tests/test_e2e_data.py).
+src1_test.txt, targets up to where their tokeniser put spaces (tests/bench/paper/test_e2e_data.py).
 The CSVs (CC BY-SA 4.0) come from https://github.com/tuetschek/e2e-dataset.
 """
 

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,46 +21,59 @@ import torch
 if not __package__:  # run as a file
     import as_file  # noqa: F401
 
+import prefixattn
 from bench.harness.command import command
-from bench.paper import e2e_data
-from bench.paper import table_to_text as t2t
-from bench.paper.methods import load_model, make_method
-from bench.paper.runs import digest, load_state, provenance, read_json, save_state, thinned, write_json
+from bench.paper.language import tasks
+from bench.paper.language.train import WARMED, Loop, Run, Settings, drawn
+from bench.paper.runs import Refusal, digest, load_state, provenance, read_json, save_state, thinned, write_json
 
 HERE = Path(__file__).resolve().parent
 AGAIN = "the same command goes on with the first way that is not finished"
+TORCH = "torch.optim.AdamW"
 WAYS: dict[str, str | tuple[str, str]] = {
-    "torch.optim.AdamW": "torch",
+    TORCH: "torch",
     "float32": "float32",
     "bfloat16, float32": ("bfloat16", "float32"),
     "bfloat16": "bfloat16",
     "8bit": "8bit",
 }
-LENGTH, HIDDEN, SEED, LR, BATCH = 5, 512, 101, 1e-3, 10  # e2e.py's preset "small"
+LENGTH, HIDDEN, SEED, LR, BATCH = 5, 512, 101, 1e-3, 10
 
 
-def run(way: str, data: e2e_data.Data, options: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
-    """Trains; the row, and the bank before and after, [2, N, 2, H, P, D]."""
-    model, tokenizer = load_model(str(options.model))
-    method = make_method("deep", model, tokenizer, LENGTH, HIDDEN, SEED)
-    limit = model.config.n_positions - LENGTH
-    samples = t2t.encode(tokenizer, data.train[: options.steps * BATCH], limit)
-    dev = t2t.encode(tokenizer, data.dev[: options.dev], limit)
-    schedule = t2t.Schedule(lr=LR, batch=BATCH, seed=SEED, moments=WAYS[way])
-    pad, device = tokenizer.eos_token_id, torch.device("cpu")
+def settings_of(options: argparse.Namespace) -> Settings:
+    return Settings(
+        "e2e", "deep", LR, 0.0, SEED, backbone="small", length=LENGTH, hidden=HIDDEN, epochs=1, batch=BATCH,
+        subset=options.steps * BATCH, dev=options.dev,
+    )  # fmt: skip
+
+
+def run(way: str, options: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
+    """Trains; the row, and the prefix before and after, [2, N, 2, H, P, D]."""
+    trained = Run(settings_of(options))
+    prefix = trained.tuned.prefix
+
+    def optimizer(**choices: Any) -> torch.optim.Optimizer:
+        if way == TORCH:
+            return torch.optim.AdamW(prefix.parameters(), **choices)
+        return prefixattn.FactoredAdamW(prefix, moments=WAYS[way], **choices)
+
+    trained.tuned.optimizer = optimizer
     with torch.no_grad():
-        before = method.prefix().detach().clone()
+        before = prefix().detach().clone()
+    samples = trained.samples(drawn(trained.task.train.pairs(), trained.settings.subset))
     with tempfile.TemporaryDirectory() as folder:  # a way is short: what is resumed is the list of ways
-        done = t2t.train(method, samples, schedule, pad, Path(folder) / "state.pt", way, label=way)
+        loop = Loop(trained, samples, Path(folder) / "state.pt", way)
+        if not loop.train():
+            raise Refusal(f"{way}: loss {loop.losses[-1]} at step {len(loop.losses)}")
     with torch.no_grad():
-        after = method.prefix().detach().clone()
+        after = prefix().detach().clone()
     row = {
         "way": way,
-        "dev_loss": t2t.mean_token_loss(method, dev, BATCH, pad, device),
-        "steps": len(done.losses),
-        "last_100_loss": sum(done.losses[-100:]) / len(done.losses[-100:]),
-        "seconds_per_step": done.seconds_per_step,
-        "losses": thinned(done.losses),
+        "dev_loss": trained.dev_loss(trained.samples(drawn(trained.task.dev.pairs(), options.dev))),
+        "steps": len(loop.losses),
+        "last_100_loss": sum(loop.losses[-100:]) / len(loop.losses[-100:]),
+        "seconds_per_step": median(loop.seconds[WARMED:] or loop.seconds),
+        "losses": thinned(loop.losses),
     }
     return row, torch.stack([before, after])
 
@@ -79,24 +93,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="at most: an epoch of the data may be shorter")
     parser.add_argument("--dev", type=int, default=500, help="dev rows for the dev loss")
-    parser.add_argument("--data", default=os.environ.get("PREFIXATTN_DATA"), help="or PREFIXATTN_DATA, as of e2e.py")
-    parser.add_argument("--model", type=Path, default=HERE / "backbone")
+    parser.add_argument("--data", help='default: PREFIXATTN_DATA; "generated": records made up here')
     parser.add_argument("--out", type=Path, default=HERE / "results" / "moments.json")
     options = parser.parse_args()
     for name in ("steps", "dev"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}, expected 1 or more")
     torch.set_num_threads(1)
-    data = e2e_data.load(options.data)
-    setting = {"steps": options.steps, "dev": options.dev, "data": data.where, "lr": LR, "length": LENGTH}
+    if options.data is not None:
+        os.environ["PREFIXATTN_DATA"] = options.data
+    where = tasks.load("e2e").where
+    setting = {"steps": options.steps, "dev": options.dev, "data": where, "lr": LR, "length": LENGTH}
     unfinished, fingerprint = options.out.with_suffix(".part.pt"), digest(setting)
-    state = load_state(unfinished, fingerprint, {"rows", "banks"}) or {"rows": [], "banks": {}}
+    state = load_state(unfinished, fingerprint, {"rows", "kv"}) or {"rows": [], "kv": {}}
     for way in WAYS:
-        if way in state["banks"]:
+        if way in state["kv"]:
             continue
-        row, state["banks"][way] = run(way, data, options)
-        start, right = state["banks"]["torch.optim.AdamW"]
-        end = state["banks"][way][1]
+        row, state["kv"][way] = run(way, options)
+        start, right = state["kv"][TORCH]
+        end = state["kv"][way][1]
         row["distance"] = float((end - right).norm() / (right - start).norm())
         state["rows"].append(row)
         save_state(unfinished, fingerprint, state)

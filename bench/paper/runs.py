@@ -1,48 +1,18 @@
 """What lets a run survive a kill and be told from another: atomic files, fingerprints, provenance."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-if not __package__:  # e2e.py imports it by its bare name
-    import as_file  # noqa: F401
 
 from bench.harness import record
 from bench.harness.command import Refusal
 from bench.harness.files import replacing
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps every other process that asks for it out until the block, or this process, ends.
-
-    A block that fails before it leaves anything to go on from leaves no folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f"{folder}: another run is at work here; wait for it or choose another --out") from None
-        if not path.exists():  # that other run finished, and removed the folder, since it was opened
-            raise Refusal(f"{folder}: another run has just ended here; start again")
-        for left in folder.glob(".*.tmp"):  # of processes that were killed
-            left.unlink()
-        try:
-            yield
-        except BaseException:
-            if {entry.name for entry in folder.iterdir()} <= {"config.json", "lock"}:
-                shutil.rmtree(folder)
-            raise
 
 
 def move_in(new: Path, folder: Path, last: str) -> None:
@@ -125,26 +95,6 @@ def digest(*parts: Any) -> str:
             part = json.dumps(part, sort_keys=True, default=str).encode()
         total.update(hashlib.sha256(part).digest())
     return total.hexdigest()
-
-
-RESULT = {  # of a method's result, what the table, the figure and the record cannot do without
-    "lr": (float, type(None)), "trained": int, "kept": int, "dev_loss": float, "losses": list, "texts": list,
-    "seconds_per_step": (float, type(None)), "peak_mib": (float, type(None)), "memory": str, "weights_sha256": str,
-}  # fmt: skip
-
-
-def finished(path: Path, key: str, method: str, texts: int) -> dict[str, Any]:
-    """What the worker of `method` left, refused unless it is whole and of the run `key`."""
-    found = read_json(path)
-    known = found if isinstance(found, dict) else {}
-    wrong = [name for name, kind in RESULT.items() if name not in known or not isinstance(known[name], kind)]
-    if wrong:
-        lacks = ", ".join(wrong)
-        raise Refusal(f"{path}: not a result of this program (lacks {lacks}); delete it to run {method} again")
-    fingerprint = digest(key, method, known["weights_sha256"])
-    if (known.get("method"), known.get("fingerprint"), len(known["texts"])) != (method, fingerprint, texts):
-        raise Refusal(f"{path}: result of another run (settings, data or weights differ); delete it to start again")
-    return known
 
 
 def room(positions: int, length: int, max_new: int) -> int:

@@ -12,8 +12,8 @@ a backward pass of one micro-batch left: forward, look for what is not finite, f
 parameters. Launches are counted twice: each element that a kernel reads or writes once for each kernel, as in
 triton_counts.py; and once for each program that asks for it, most of which a cache answers. An operation of torch
 between them counts its operands and its results, views apart. What is before the step is not in it: the backward pass
-of attention, and autograd's putting together of the layers' gradients into kv's. tests/test_reparam_resources.py
-holds both counts of the launches to what the kernels really do.
+of attention, and autograd's putting together of the layers' gradients into kv's. Both counts of the launches are held
+to what the kernels really do by tests/bench/static/test_reparam_resources.py.
 """
 
 import argparse

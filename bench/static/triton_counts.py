@@ -4,8 +4,8 @@
     python -m bench.static.triton_counts --out bench/results/triton_counts.json
 
 The launch code itself chooses kernels, tiles and grids: its launches, on tensors without memory, are intercepted, and
-for each kernel a function here goes through the loops that the kernel goes through. tests/test_triton_counts.py holds
-those functions to what the kernels really do.
+for each kernel a function here goes through the loops that the kernel goes through. Those functions are held to
+what the kernels really do by tests/bench/static/test_triton_counts.py.
 
 Counted: 2 M N K flops for each product of tiles, what is padded, masked or computed twice included; and compulsory
 bytes: every element that a kernel reads or writes, once for each kernel (not what a cache holds from one kernel to the

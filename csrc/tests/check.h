@@ -1,5 +1,5 @@
 // What the programs of this folder share: the instruction set that they are compiled for, and what they say of a
-// failure. One program a file and an instruction set; tests/test_native.py compiles and runs them.
+// failure. One program a file and an instruction set; tests/native/test_native.py compiles and runs them.
 #pragma once
 #include <cmath>
 #include <cstdint>

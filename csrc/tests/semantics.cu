@@ -1,4 +1,4 @@
-// That api/semantics.h is device code, too: compiled by tests/test_native.py where there is an nvcc, and not run.
+// That api/semantics.h is device code, too: compiled by tests/native/test_native.py where nvcc is, and not run.
 #include "api/semantics.h"
 
 using namespace prefixattn;

@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from bench.paper.language.data import Pair
-from bench.paper.methods import IGNORED
 from bench.paper.runs import Refusal
-from bench.paper.table_to_text import Sample, prompt_ids
 
+IGNORED = -100  # label of a position without loss
 LIMIT = 1024  # tokens of a causal sequence
 SOURCE, SOURCE_OF_LI_AND_LIANG = 512, 1024  # tokens of a document with <s> and </s>
 TARGET, TEST_TARGET = 60, 100  # of a summary; TARGET: train and dev
+
+
+@dataclass(frozen=True)
+class Sample:
+    ids: list[int]
+    target: int  # position of the first token with a loss
 
 
 def causal(tokenizer: Any, pairs: Sequence[Pair], limit: int = LIMIT) -> list[Sample]:
@@ -40,6 +45,18 @@ def causal(tokenizer: Any, pairs: Sequence[Pair], limit: int = LIMIT) -> list[Sa
     if not any(sample.target < len(sample.ids) for sample in samples):
         raise Refusal(f"no text begins within {limit} tokens, those that the prefix leaves; lower its length")
     return samples
+
+
+def prompt_ids(tokenizer: Any, sources: Sequence[str]) -> list[list[int]]:
+    """A space, the source, a space and eos, as ids. Training sequences and prompts to decode start alike."""
+    encoded = tokenizer([f" {source} " for source in sources], add_special_tokens=False)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
+    """input_ids and labels [B, S], padded on the right; labels[b, s] belongs to its id (shift them to predict)."""
+    labels = [[IGNORED] * sample.target + sample.ids[sample.target :] for sample in samples]
+    return {"input_ids": _padded([sample.ids for sample in samples], pad), "labels": _padded(labels, IGNORED)}
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import prefixattn
+from bench.models.original import OriginalPrefix
 from bench.paper.language import ranks
 from bench.paper.language.backbones import Backbone
-from bench.paper.language.original import OriginalPrefix
 from bench.paper.runs import Refusal
 
 WORD = "summarize"  # of the published No-share runs, whose number of tokens becomes P

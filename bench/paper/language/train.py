@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from bench.paper import table_to_text
 from bench.paper.language import backbones, encode, ranks, tasks
 from bench.paper.language.data import Pair, Prompt
 from bench.paper.language.decode import Search, decode
@@ -154,10 +153,8 @@ class Run:
         return encode.seq2seq(self.backbone.tokenizer, pairs, self.settings.source_limit, self.settings.target_limit)
 
     def collated(self, samples: Sequence[Any]) -> dict[str, Tensor]:
-        if self.backbone.seq2seq:
-            batch = encode.collate_seq2seq(samples, self.pad)
-        else:
-            batch = dict(zip(("input_ids", "labels"), table_to_text.collate(samples, self.pad), strict=True))
+        collate: Any = encode.collate_seq2seq if self.backbone.seq2seq else encode.collate
+        batch: dict[str, Tensor] = collate(samples, self.pad)
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -189,7 +186,7 @@ class Run:
                 for s in encode.seq2seq(self.backbone.tokenizer, [(t, "") for t in sources], self.settings.source_limit)
             ]
         cut = self.limit - self.settings.most_new
-        return [ids[-cut:] for ids in table_to_text.prompt_ids(self.backbone.tokenizer, sources)]
+        return [ids[-cut:] for ids in encode.prompt_ids(self.backbone.tokenizer, sources)]
 
 
 def cast_once(model: torch.nn.Module) -> None:

@@ -1,0 +1,137 @@
+"""nlg.py as a user calls it: from training to texts, again, status, check; and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the runs need transformers")
+from bench.paper import nlg as nlg_command
+from bench.paper.language.testing import made_model
+from tests.support import ROOT
+
+GRID = """
+name = "shortest"
+tasks = ["e2e"]
+seeds = [1, 2]
+[common]
+backbone = "{folder}"
+epochs = 1
+subset = 8
+batch = 4
+length = 2
+hidden = 8
+dev = 4
+prompts = 2
+beams = 1
+most_new = 4
+[[methods]]
+name = "none"
+layers = "all"
+lr = [0.5, 0.1]
+weight_decay = [0.0]
+"""
+FILES = {"train": "trainset", "dev": "devset", "test": "testset_w_refs"}
+
+
+def nlg(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFIXATTN_")}
+    command = (sys.executable, "-W", "ignore", str(ROOT / "bench" / "paper" / "nlg.py"), *words)
+    return subprocess.run(command, capture_output=True, text=True, env=environment | variables)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data of a few rows and a grid."""
+    folder = tmp_path_factory.mktemp("nlg")
+    made_model("gpt2", folder / "model")
+    (folder / "e2e").mkdir()
+    for part, file in FILES.items():
+        rows = [f'"name[{part} {n}], food[Thai]",{part} {n} serves Thai food .' for n in range(12)]
+        (folder / "e2e" / f"{file}.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
+    (folder / "grid.toml").write_text(GRID.format(folder=folder / "model"))
+    return folder
+
+
+def test_from_training_to_texts_and_not_again(made: Path) -> None:
+    words = ("--grid", str(made / "grid.toml"), "--data", str(made), "--out", str(made / "runs"))
+    ran = nlg(*words)
+    assert ran.returncode == 0, ran.stderr
+    files = {path.name: json.loads(path.read_text()) for path in (made / "runs").rglob("*.json")}
+    searched = {name: run["result"]["dev_loss"] for name, run in files.items() if name.startswith("search")}
+    finals = [run for name, run in files.items() if name.startswith("final")]
+    assert len(searched) == 2 and len(finals) == 2
+    best = min(searched, key=lambda name: searched[name])
+    assert all(f"lr{run['config']['lr']:g}-" in best for run in finals)
+    assert all(len(run["result"]["texts"]) == 2 and run["result"]["scores"]["ROUGE_L"] >= 0 for run in finals)
+    before = {path: path.stat().st_mtime_ns for path in (made / "runs").rglob("*.json")}
+    assert nlg(*words).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (made / "runs").rglob("*.json")} == before
+    shown = nlg("report", *words)
+    assert shown.returncode == 0 and shown.stdout.startswith((made / "runs.md").read_text())
+    assert ran.stdout.endswith(shown.stdout) and "a reference" in shown.stdout
+    assert "<h2>What was written of e2e</h2>" in (made / "runs.html").read_text()
+    status = nlg("status", *words)
+    assert status.returncode == 0 and "4" in status.stdout
+
+
+def test_a_run_does_not_know_where_its_model_lies(made: Path) -> None:
+    words = ("--grid", str(made / "grid.toml"), "--data", str(made), "--out", str(made / "moved"))
+    ran = nlg(*words, "--model", str(made / "model"))
+    assert ran.returncode == 0, ran.stderr
+    written = [path.read_text() for path in (made / "moved").rglob("*.json")]
+    assert len(written) == 4 and not any(str(made) in text for text in written)
+    assert all(json.loads(text)["config"]["backbone"] == "model" for text in written)
+
+
+def test_several_processes_are_for_runs(made: Path) -> None:
+    words = ("--grid", str(made / "grid.toml"), "--out", str(made / "runs"))
+    for verb, processes, said in (
+        ("report", "2", "report: for one process; torchrun is for runs"),
+        ("run", "many", "WORLD_SIZE is 'many', expected the number of processes"),
+    ):
+        ran = nlg(verb, *words, WORLD_SIZE=processes)
+        assert ran.returncode == 1 and said in ran.stderr.strip().splitlines()[-1], ran.stderr
+
+
+def test_check_tells_counts_from_the_published(made: Path) -> None:
+    ran = nlg("check", "--data", str(made), "--tasks", "e2e")
+    assert ran.returncode == 1
+    assert "train has 12 rows, published are 42,061" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--suite", "gpt3"], "no suite 'gpt3'; there are demo, smollm2"),
+        (["--data", "/nowhere"], "--data /nowhere: no such folder"),
+        (["check"], "no data folder; give --data or set PREFIXATTN_DATA"),
+        (["times", "--suite", "gpt2-medium", "--rounds", "0"], "--rounds is 0, expected 1 or more"),
+        (["times", "--suite", "gpt2-medium", "--workers", "2"], "times: what is compared alternates in one process"),
+        (["check", "--data", ".", "--tasks", "dart"], "no task 'dart'; there are e2e, webnlg, xsum"),
+        (["--suite", "gpt2-medium", "--workers", "0"], "--workers is 0, expected 1 or more"),
+        (
+            ["--suite", "gpt2-medium", "--model", "/nowhere", "--data", ".", "--tasks", "e2e"],
+            "/nowhere: no language model",
+        ),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(
+    words: list[str],
+    said: str,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PREFIXATTN_")]:
+        monkeypatch.delenv(name)
+    words = [str(made) if word == "." else word for word in words]
+    status = nlg_command.main([*words, *(["--out", str(tmp_path / "runs")] if "check" not in words else [])])
+    errors = capsys.readouterr().err
+    assert status == 1 and errors.startswith("nlg.py: ") and errors.count("\n") == 1, errors
+    assert said in errors
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,122 @@
+"""The tables of README.md and docs/ are those of the records, and the lines for timm run as they are written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from bench.attention import plot, plot_gpu
+from bench.models import plot as plot_models
+from bench.paper import moments
+from bench.reparam import plot as plot_reparam
+from tests.support import ROOT
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def record(path: str, page: str) -> tuple[dict[str, Any], str]:
+    """A record and the page that shows it, which must say where the record lies."""
+    shown = text(page)
+    place = os.path.relpath(ROOT / path, (ROOT / page).parent)
+    named = [place, place.replace(".json", ".md")]
+    assert any(f"]({name})" in shown or f"]: {name}\n" in shown for name in named), f"{page} does not name {path}"
+    found: dict[str, Any] = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    return found, shown
+
+
+@pytest.mark.parametrize("causal, label", [(False, "bidirectional (ViT)"), (True, "causal (GPT)")])
+def test_speed_is_the_records(causal: bool, label: str) -> None:
+    result, shown = record("bench/results/cpu-amd-epyc-avx512-2-threads.json", "README.md")
+    pairs = plot.pair(result["rows"])
+    assert f"over {len({p['name'] for p in pairs})} shapes" in shown
+    cells = []
+    for dtype, passes in plot.COLUMNS:
+        ratios = [p["ratio"] for p in pairs if (p["causal"], p["dtype"], p["pass"]) == (causal, dtype, passes)]
+        cells.append(f"{plot.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
+    assert f"| {label} | {' | '.join(cells)} |" in shown
+
+
+def test_memory_is_the_records() -> None:
+    result, shown = record("bench/results/cpu-amd-epyc-avx512-2-threads.json", "docs/benchmarks.md")
+    pairs = plot.pair(result["rows"])
+    case = ("vit B2 N577 P50 D64", "torch.float32", "fwd+bwd")
+    [row] = [p for p in pairs if (p["name"], p["dtype"], p["pass"]) == case]
+    ours, peer, necessary = row["ours"]["peak_mib"], row["peer"]["peak_mib"], row["ours"]["necessary_mib"]
+    assert f"| {ours:.1f} MiB | {peer:.1f} MiB | {necessary:.1f} MiB |" in shown
+
+
+def test_the_networks_tables_are_the_records() -> None:
+    result, shown = record("bench/results/reparam-cpu-amd-epyc-avx512-2-threads.json", "docs/optimizer.md")
+    for line in plot_reparam.times(result) + plot_reparam.peak_table(result):
+        assert line in shown
+
+
+def test_the_moments_table_is_the_records() -> None:
+    result, shown = record("bench/paper/results/moments.json", "docs/optimizer.md")
+    for line in moments.table(result).splitlines():
+        assert line in shown
+
+
+def test_the_steps_of_smollm2_are_the_records() -> None:
+    pytest.importorskip("transformers", reason="what makes the tables needs transformers")
+    from bench.paper.language import decode_times, times
+    from bench.paper.sweeps.tables import markdown
+
+    result, shown = record("bench/paper/results/nlg-smollm2-times.json", "docs/language.md")
+    made = markdown("", "", [*times.tables(result), decode_times.table(result["decoding"])])
+    lines = [line for line in made.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 * 7 + 5
+    for line in lines:
+        assert line in shown
+
+
+def test_gpu_tables_are_the_records() -> None:
+    """`python -m bench.attention.plot_gpu RECORD` prints the table."""
+    results = ROOT / "bench" / "results"
+    found = [p for p in results.glob("*.json") if "copy_gbytes" in json.loads(p.read_text(encoding="utf-8"))]
+    if not found:
+        pytest.skip("no GPU was measured yet: there is no record")
+    for path in found:
+        result, shown = record(f"bench/results/{path.name}", "docs/benchmarks.md")
+        for line in plot_gpu.targets(result):
+            assert line in shown
+
+
+def test_the_models_tables_are_the_records() -> None:
+    """`python -m bench.models.plot RECORD` prints them."""
+    found = sorted((ROOT / "bench" / "results").glob("models-*.json"))
+    if not found:
+        pytest.skip("bench.models.bench_models was not run to its end yet: there is no record")
+    for path in found:
+        result, shown = record(f"bench/results/{path.name}", "docs/benchmarks.md")
+        for line in plot_models.steps(result) + plot_models.attached(result):
+            assert line in shown
+
+
+def test_the_lines_for_timm_run_as_written(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own, with a step between them; timm and torchvision are what `make build` installs."""
+    section = text("docs/models.md").split("## timm's vision transformers")[1]
+    first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    step = """
+import torch
+torch.manual_seed(0)
+images, labels = torch.randn(2, 3, 224, 224), torch.tensor([3, 141])
+losses = []
+for _ in range(3):
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(float(loss))
+assert losses[2] < losses[0], losses
+"""
+    after = "\nassert torch.isfinite(model(images)).all() and ema.module is not prefix\nprint('ran')\n"
+    done = subprocess.run((sys.executable, "-W", "ignore", "-c", first + step + second + after), cwd=ROOT / "tests")
+    assert done.returncode == 0, capfd.readouterr().err
+    assert "ran" in capfd.readouterr().out
