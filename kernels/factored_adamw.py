@@ -91,7 +91,6 @@ def factored_adamw(
     h,  # [G, P, M]
     dy,  # [G, P, O], or the bank's gradient
     part,  # [parts, G, P, M]
-    found_inf,  # [1]: where it is not 0, only dh is written
     G,
     P,
     O,
@@ -110,7 +109,6 @@ def factored_adamw(
     D: tl.constexpr,
     LAYOUT: tl.constexpr,
     WANT_DH: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr,
     ONCE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     STEP_P: tl.constexpr,
@@ -125,11 +123,6 @@ def factored_adamw(
     g = (tl.program_id(0) // m_tiles).to(tl.int64)
     i = tl.program_id(1)
     end = tl.minimum((i + 1) * rows, O)
-    rows_of_tile = tl.arange(0, BLOCK_O)
-    here, changes = m < M, rows_of_tile >= 0
-    if HAS_FOUND_INF:
-        here = here & (tl.load(found_inf + m * 0) == 0)
-        changes = tl.load(found_inf + rows_of_tile * 0) == 0
     w2 += g * O * M
     exp_avg += g * O * M
     exp_avg_sq += g * O * M
@@ -154,11 +147,10 @@ def factored_adamw(
         average += rest1 * (grad - average)
         square = square * beta2 + rest2 * grad * grad
         w = w * decay - step_size * tl.div_rn(average, tl.div_rn(tl.sqrt_rn(square), root) + eps)
-        writable = (column < end)[:, None] & here[None, :]
-        tl.store(w2 + where, w, mask=writable)
-        place, rows_there = (g * O + row) * M, (column < end) & changes
-        store_moment(exp_avg, exp_avg_scale, average, where, scale_at, place, m, salt, writable, rows_there, True)
-        store_moment(exp_avg_sq, exp_avg_sq_scale, square, where, scale_at, place, m, salt, writable, rows_there, False)
+        tl.store(w2 + where, w, mask=readable)
+        place, rows_there = (g * O + row) * M, column < end
+        store_moment(exp_avg, exp_avg_scale, average, where, scale_at, place, m, salt, readable, rows_there, True)
+        store_moment(exp_avg_sq, exp_avg_sq_scale, square, where, scale_at, place, m, salt, readable, rows_there, False)
     if WANT_DH:
         store_share(part, acc * scale, i, g, m, G, P, M, BLOCK_P)
 
@@ -170,7 +162,6 @@ def factored_sgd(
     h,  # [G, P, M]
     dy,  # [G, P, O], or the bank's gradient
     part,  # [parts, G, P, M]
-    found_inf,  # [1]: where it is not 0, only dh is written
     G,
     P,
     O,
@@ -188,7 +179,6 @@ def factored_sgd(
     D: tl.constexpr,
     LAYOUT: tl.constexpr,
     WANT_DH: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr,
     ONCE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     STEP_P: tl.constexpr,
@@ -203,9 +193,6 @@ def factored_sgd(
     g = (tl.program_id(0) // m_tiles).to(tl.int64)
     i = tl.program_id(1)
     end = tl.minimum((i + 1) * rows, O)
-    here = m < M
-    if HAS_FOUND_INF:
-        here = here & (tl.load(found_inf + m * 0) == 0)
     w2 += g * O * M
     buffer += g * O * M
     h += g * P * M
@@ -215,7 +202,6 @@ def factored_sgd(
         column = first + tl.arange(0, BLOCK_O)
         where = source_row(column, HEADS_D, LAYOUT == INTERLEAVED)[:, None] * M + m[None, :]
         readable = (column < end)[:, None] & (m < M)[None, :]
-        writable = (column < end)[:, None] & here[None, :]
         w = tl.load(w2 + where, mask=readable, other=0.0)
         step, acc = factors(
             *(dy, h, w, acc, column, m, P, end, O, M, scale, D, LAYOUT, ONCE, WANT_DH),
@@ -226,8 +212,8 @@ def factored_sgd(
             moved = step
             if not FIRST:
                 moved = momentum * tl.load(buffer + where, mask=readable, other=0.0).to(tl.float32) + rest * step
-            tl.store(buffer + where, moved.to(buffer.dtype.element_ty), mask=writable)
+            tl.store(buffer + where, moved.to(buffer.dtype.element_ty), mask=readable)
             step = step + momentum * moved if NESTEROV else moved
-        tl.store(w2 + where, w - lr * step, mask=writable)
+        tl.store(w2 + where, w - lr * step, mask=readable)
     if WANT_DH:
         store_share(part, acc * scale, i, g, m, G, P, M, BLOCK_P)

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 
 
 # of the sweeps, by rows of P up to; beyond, dh is too much for a program to hold
-SWEEP = {
+FUSED = {
     16: Tiles(16, 64, 8, 2, 128),
     32: Tiles(16, 64, 8, 2, 128),
     64: Tiles(16, 32, 4, 2),
@@ -52,7 +52,7 @@ SWEEP = {
 }
 
 BLOCK = 256  # of reparam/moments8.py: numbers that share a scale, and so a tile of codes
-SWEEP8 = {16: Tiles(16, BLOCK, 8, 2)}  # of AdamW's with moments of 8 bits
+FUSED8 = {16: Tiles(16, BLOCK, 8, 2)}  # of AdamW's with moments of 8 bits
 
 
 class Sizes(NamedTuple):
@@ -157,12 +157,11 @@ def adamw(
     form: Form | None,
     numbers: tuple[float, ...],  # factored_adamw's from scale to salt
     want_dh: bool,
-    found_inf: Tensor | None,
 ) -> Tensor | None:
-    table = SWEEP if all(scale is None for scale in scales) else SWEEP8
+    table = FUSED if all(scale is None for scale in scales) else FUSED8
     given = tuple(w if scale is None else scale for scale in scales)
     state = w, exp_avg, exp_avg_sq
-    return _sweep(factored_adamw, table, state, given, h, dy, form, numbers, want_dh, found_inf, {})
+    return _fused_step(factored_adamw, table, state, given, h, dy, form, numbers, want_dh, {})
 
 
 def sgd(
@@ -175,14 +174,13 @@ def sgd(
     nesterov: bool,
     first: bool,
     want_dh: bool,
-    found_inf: Tensor | None,
 ) -> Tensor | None:
     flags = {"MOMENTUM": buffer is not None, "NESTEROV": nesterov, "FIRST": first}
     state = w, w if buffer is None else buffer
-    return _sweep(factored_sgd, SWEEP, state, (), h, dy, form, numbers, want_dh, found_inf, flags)
+    return _fused_step(factored_sgd, FUSED, state, (), h, dy, form, numbers, want_dh, flags)
 
 
-def _sweep(
+def _fused_step(
     kernel: Any,
     table: dict[int, Tiles],
     state: tuple[Tensor, ...],
@@ -192,7 +190,6 @@ def _sweep(
     form: Form | None,
     numbers: tuple[float, ...],
     want_dh: bool,
-    found_inf: Tensor | None,
     flags: dict[str, bool],
 ) -> Tensor | None:
     w = state[0]
@@ -208,13 +205,12 @@ def _sweep(
     parts = triton.cdiv(sizes.O, rows)
     part = w.new_empty((parts, sizes.G, P, sizes.M) if want_dh else 0)
     kernel[(tiles, parts)](
-        *(*state, *scales, h, dy, part, w if found_inf is None else found_inf, *sizes, heads_d(form), rows, *numbers),
+        *(*state, *scales, h, dy, part, *sizes, heads_d(form), rows, *numbers),
         **flags,
         D=head_dim(form),
         LAYOUT=layout(form),
         WANT_DH=want_dh,
-        HAS_FOUND_INF=found_inf is not None,
-        ONCE=block_p <= STEP_ROWS and table is SWEEP,  # beside codes a tile has no registers to keep h in
+        ONCE=block_p <= STEP_ROWS and table is FUSED,  # beside codes a tile has no registers to keep h in
         BLOCK_P=block_p,
         STEP_P=min(block_p, STEP_ROWS),
         BLOCK_O=block_o,

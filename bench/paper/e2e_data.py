@@ -17,9 +17,6 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:  # e2e.py imports it by its bare name
-    import as_file  # noqa: F401
-
 from bench.paper.runs import Refusal, digest, replace_file
 
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}

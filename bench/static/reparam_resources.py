@@ -47,15 +47,15 @@ def rest(case: Case) -> None:
     h, w2, dy = (torch.empty(G, *size, device="meta") for size in ((P, M), (case.outputs, M), (P, case.outputs)))
     launch_reparam.matrix_gradient(kv, h, w2, form)
     launch_reparam.hidden_gradient(kv, w2, P, form)
-    found, halves = torch.empty(1, device="meta"), torch.empty_like(w2, dtype=torch.bfloat16)
+    halves = torch.empty_like(w2, dtype=torch.bfloat16)
     numbers = (1.0, 1.0, 0.1, 0.999, 0.001, 1e-8, 1e-3, 1.0, -7)
-    launch_reparam.adamw(w2, halves, halves, (None, None), h, dy, None, numbers, want_dh=False, found_inf=found)
+    launch_reparam.adamw(w2, halves, halves, (None, None), h, dy, None, numbers, want_dh=False)
     m, v = moment(w2, True), moment(w2, False)
     for first, second in ((m, v), (m, halves), (halves, v)):
         kept = [t.code if isinstance(t, Moment8) else t for t in (first, second)]
         scales = tuple(t.scale if isinstance(t, Moment8) else None for t in (first, second))
-        launch_reparam.adamw(w2, *kept, scales, h, kv, form, numbers, want_dh=True, found_inf=None)
-    flags = {"nesterov": True, "first": False, "want_dh": True, "found_inf": None}
+        launch_reparam.adamw(w2, *kept, scales, h, kv, form, numbers, want_dh=True)
+    flags = {"nesterov": True, "first": False, "want_dh": True}
     launch_reparam.sgd(w2, w2, h, kv, form, (1.0, 1e-3, 0.9, 1.0, 0.1), **flags)
 
 

@@ -115,7 +115,7 @@ def fused_adamw(
     v, scale_v = _split("exp_avg_sq", exp_avg_sq, False)
     first, second = _emulated(m), _emulated(v)
     with _on(w):
-        dh = adamw(w, first, second, (scale_m, scale_v), h, _emulated(dy), form, numbers, want_dh, found_inf=None)
+        dh = adamw(w, first, second, (scale_m, scale_v), h, _emulated(dy), form, numbers, want_dh)
     for t, emulated in ((m, first), (v, second)):
         if emulated is not t:
             t.copy_(emulated)
@@ -144,7 +144,7 @@ def fused_sgd(
     numbers = (grad_scale, lr, momentum, 1 - dampening, weight_decay)
     buffer = None if momentum_buffer is None else _emulated(momentum_buffer)
     with _on(w):
-        dh = sgd(w, buffer, h, _emulated(dy), form, numbers, nesterov, first, want_dh, found_inf=None)
+        dh = sgd(w, buffer, h, _emulated(dy), form, numbers, nesterov, first, want_dh)
     if momentum_buffer is not None and buffer is not None and buffer is not momentum_buffer:
         momentum_buffer.copy_(buffer)
     return dh

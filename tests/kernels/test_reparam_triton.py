@@ -290,7 +290,7 @@ def test_numbers_beside_the_tensors_are_not_touched() -> None:
 def test_parts_stay_small() -> None:
     """Parts of dh, written and read, are within SHARE of a large fused step, which has programs enough all the same."""
     for P in (1, 10, 50, 100, 200, 256):
-        sizes, plan = Sizes(1, P, 49152, 512), launch_reparam.SWEEP[launch_reparam.tile(P, 256)]
+        sizes, plan = Sizes(1, P, 49152, 512), launch_reparam.FUSED[launch_reparam.tile(P, 256)]
         tiles = -(-512 // plan.block_m)
         parts = -(-sizes.O // rows_of_part(sizes, tiles, plan.block_o, bytes_an_element=24))
         assert parts * tiles >= launch_reparam.FEW
@@ -298,7 +298,7 @@ def test_parts_stay_small() -> None:
 
 
 def test_every_number_of_rows_has_tiles() -> None:
-    for table in (launch_reparam.SWEEP, launch_reparam.SWEEP8):
+    for table in (launch_reparam.FUSED, launch_reparam.FUSED8):
         for P in range(1, 600):
             plan = table[launch_reparam.tile(P, max(table))]
             assert isinstance(plan, Tiles)

@@ -31,7 +31,7 @@ ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 
 
 def test_a_tile_is_a_block() -> None:
     assert launch_reparam.BLOCK == BLOCK
-    assert {plan.block_m for plan in launch_reparam.SWEEP8.values()} == {BLOCK}
+    assert {plan.block_m for plan in launch_reparam.FUSED8.values()} == {BLOCK}
 
 
 def kept(values: Tensor, form: str, signed: bool) -> Any:
