@@ -56,7 +56,7 @@ def add_memory(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [M, BLOCK_D] with phi(q) @ memory."""
-    width: tl.constexpr = min(CHUNK, BLOCK_D)
+    width: tl.constexpr = CHUNK if CHUNK < BLOCK_D else BLOCK_D  # Triton 3.4's min makes no constant
     for first in range(0, BLOCK_D, width):
         d = first + tl.arange(0, width)
         features = phi(load_chunk(q, stride_ql, row, inside, d, D).to(tl.float32), PHI)
@@ -71,7 +71,7 @@ def memory_dq(
     M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q through the memory, phi'(q) * (dout @ memory^T): [M, BLOCK_D]."""
-    width: tl.constexpr = min(CHUNK, BLOCK_D)
+    width: tl.constexpr = CHUNK if CHUNK < BLOCK_D else BLOCK_D  # Triton 3.4's min makes no constant
     at = tl.arange(0, BLOCK_D)
     dfeatures = tl.zeros((M, BLOCK_D), tl.float32)
     for first in range(0, BLOCK_D, width):
