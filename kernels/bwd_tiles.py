@@ -30,7 +30,7 @@ from prefixattn.kernels.tiles import (
 
 @triton.jit
 def load_keys(
-    keys, values, axis, drops, column,
+    keys, values, axis, draws, column,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """A tile's keys and values, with prefix dropout but without its gain: [W, BLOCK_D] each."""
@@ -40,7 +40,7 @@ def load_keys(
     own, prefix, stride_own, stride_prefix = values
     value = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
     if PREFIX_DROPOUT and PART != OWN:
-        key, value = drop_both(key, value, axis, drops, column, BLOCK_D, PART)
+        key, value = drop_both(key, value, axis, draws, column, BLOCK_D, PART)
     return key, value
 
 
@@ -54,82 +54,81 @@ def load_given(sources, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def drop_both(key, value, axis, drops, column, BLOCK_D: tl.constexpr, PART: tl.constexpr):
+def drop_both(key, value, axis, draws, column, BLOCK_D: tl.constexpr, PART: tl.constexpr):
     """Prefix dropout's masks on keys and values, or on their gradients."""
-    number, _, kv_head, _, _, prefix_threshold, _ = drops
-    key = drop_prefix(key, number, column, axis[0], kv_head, PREFIX_K, prefix_threshold, BLOCK_D, PART)
-    value = drop_prefix(value, number, column, axis[0], kv_head, PREFIX_V, prefix_threshold, BLOCK_D, PART)
+    number, _, kv_head, drops = draws
+    key = drop_prefix(key, number, column, axis[0], kv_head, PREFIX_K, drops.prefix_threshold, BLOCK_D, PART)
+    value = drop_prefix(value, number, column, axis[0], kv_head, PREFIX_V, drops.prefix_threshold, BLOCK_D, PART)
     return key, value
 
 
 @triton.jit
 def pair(
-    dk, dv, key, value, sources, places, bias, axis, drops, row, column, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    dk, dv, key, value, sources, places, bias, axis, draws, row, column, scale, softcap,
+    FEATURES: tl.constexpr, CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [W, BLOCK_D] with what one tile of queries adds; scale and prefix dropout's mask come at the end."""
     S, P, end, L = axis
-    number, head, _, threshold, keep_scale, _, prefix_gain = drops
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
+    number, head, _, drops = draws
     q, dout, lse, delta = sources
     q_at, dout_at, lse_at, inside = places
     queries = load_rows(q, 1, q_at, inside, D, BLOCK_D)
     pivot, rest = load_lse(lse, lse_at, inside)
-    score = tl.dot(key, tl.trans(queries), input_precision=PRECISION)  # [W, M]
-    if EXP == RAW:
+    score = tl.dot(key, tl.trans(queries), input_precision=FEATURES.PRECISION)  # [W, M]
+    if FEATURES.EXP == RAW:
         pivot *= LOG2E
     else:
         score *= scale
-    if PREFIX_DROPOUT and PART != OWN:
-        gain = tl.where(column >= S, prefix_gain, 1.0)[:, None]
+    if FEATURES.PREFIX_DROPOUT and PART != OWN:
+        gain = tl.where(column >= S, drops.prefix_gain, 1.0)[:, None]
         score *= gain
     if softcap is not None:
         score, slope = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     score = masked(
-        score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
-    )
+        score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L,
+        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, PART, BOUND,
+    )  # fmt: skip
     if softcap is not None:
-        weight = natural_weights(score, pivot[None, :], rest[None, :], EXP)  # no score is large
+        weight = natural_weights(score, pivot[None, :], rest[None, :], FEATURES.EXP)  # no score is large
     else:
-        weight = weights(score, pivot[None, :], rest[None, :], scale * LOG2E, EXP)
-    if DROPOUT:
+        weight = weights(score, pivot[None, :], rest[None, :], scale * LOG2E, FEATURES.EXP)
+    if FEATURES.DROPOUT:
         drawn = draw_column(column, S, P, PART)
-        keep = kept(number, row[None, :], drawn[:, None], head, ATTENTION, threshold)
+        keep = kept(number, row[None, :], drawn[:, None], head, ATTENTION, drops.threshold)
     grads = load_rows(dout, 1, dout_at, inside, D, BLOCK_D)  # not before the first product: registers
     if NEED_V:
         dropped = weight
-        if DROPOUT:
-            dropped = weight * (keep * keep_scale)
-        if PREFIX_DROPOUT and PART != OWN:
+        if FEATURES.DROPOUT:
+            dropped = weight * (keep * drops.keep_scale)
+        if FEATURES.PREFIX_DROPOUT and PART != OWN:
             dropped *= gain
-        dv = tl.dot(dropped.to(grads.dtype), grads, dv, input_precision=PRECISION)
+        dv = tl.dot(dropped.to(grads.dtype), grads, dv, input_precision=FEATURES.PRECISION)
     if NEED_K:
-        dweight = tl.dot(value, tl.trans(grads), input_precision=PRECISION)  # [W, M]
-        if PREFIX_DROPOUT and PART != OWN:
+        dweight = tl.dot(value, tl.trans(grads), input_precision=FEATURES.PRECISION)  # [W, M]
+        if FEATURES.PREFIX_DROPOUT and PART != OWN:
             dweight *= gain
-        if DROPOUT:
-            dweight *= keep * keep_scale
+        if FEATURES.DROPOUT:
+            dweight *= keep * drops.keep_scale
         taken = tl.load(delta + lse_at, mask=inside, other=0.0)
         dscore = weight * (dweight - taken[None, :])
         if softcap is not None:
             dscore *= slope
-        if PREFIX_DROPOUT and PART != OWN:
+        if FEATURES.PREFIX_DROPOUT and PART != OWN:
             dscore *= gain
-        dk = tl.dot(dscore.to(queries.dtype), queries, dk, input_precision=PRECISION)
+        dk = tl.dot(dscore.to(queries.dtype), queries, dk, input_precision=FEATURES.PRECISION)
     return dk, dv
 
 
 @triton.jit
 def over_queries(
-    dk, dv, key, value, sources, bias, axis, drops, column, first, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
+    dk, dv, key, value, sources, bias, axis, draws, column, first, scale, softcap,
+    FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
     QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: as wide as the others, masked
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of W keys, from `first` on, over every query of a head that sees one of them."""
     S, _, _, L = axis
@@ -147,65 +146,68 @@ def over_queries(
             row = row0 + tl.arange(0, BLOCK_M)
             places = (row * stride_ql, row * stride_gl, row, row < L)
             dk, dv = pair(
-                dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, softcap, D, BLOCK_D,
-                MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
+                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
+                FEATURES, True, NEED_K, NEED_V, PART, BOUND,
             )  # fmt: skip
         start = tl.maximum(start, all_seen)
     for row0 in range(start, end, BLOCK_M):
         row = row0 + tl.arange(0, BLOCK_M)
         places = (row * stride_ql, row * stride_gl, row, row < L)
         dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, softcap, D, BLOCK_D,
-            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
+            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
+            FEATURES, False, NEED_K, NEED_V, PART, BOUND,
         )  # fmt: skip
     if QUERY_TAIL:
         row = end + tl.arange(0, QUERY_TAIL)
         places = (row * stride_ql, row * stride_gl, row, row < L)
         dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, drops, row, column, scale, softcap, D, BLOCK_D,
-            MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V, PRECISION, EXP, PART, BOUND,
+            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
+            FEATURES, CAUSAL, NEED_K, NEED_V, PART, BOUND,
         )  # fmt: skip
     return dk, dv
 
 
 @triton.jit
 def _columns(
-    dq, given, keys, values, bias, axis, drops, dmask, row, first, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, NEED_Q: tl.constexpr,
-    NEED_MASK: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    dq, given, keys, values, bias, axis, draws, dmask, row, first, scale, softcap,
+    FEATURES: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr, NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
+    PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """dq [M, BLOCK_D] with what columns first .. first + W add; what they give the mask is written. Scores: [M, W]."""
     S, P, end, L = axis
-    number, head, _, threshold, keep_scale, _, prefix_gain = drops
+    number, head, _, drops = draws
     queries, grads, lse, delta = given
     pivot, rest = lse
     column = first + tl.arange(0, W)
-    key, value = load_keys(keys, values, axis, drops, column, D, BLOCK_D, PREFIX_DROPOUT, PART, BOUND)
-    score = tl.dot(queries, tl.trans(key), input_precision=PRECISION)
-    dweight = tl.dot(grads, tl.trans(value), input_precision=PRECISION)
-    if EXP == RAW:
+    key, value = load_keys(
+        keys, values, axis, draws, column,
+        FEATURES.D, FEATURES.BLOCK_D, FEATURES.PREFIX_DROPOUT, PART, BOUND,
+    )  # fmt: skip
+    score = tl.dot(queries, tl.trans(key), input_precision=FEATURES.PRECISION)
+    dweight = tl.dot(grads, tl.trans(value), input_precision=FEATURES.PRECISION)
+    if FEATURES.EXP == RAW:
         pivot *= LOG2E
     else:
         score *= scale
-    if PREFIX_DROPOUT and PART != OWN:
-        gain = tl.where(column >= S, prefix_gain, 1.0)[None, :]
+    if FEATURES.PREFIX_DROPOUT and PART != OWN:
+        gain = tl.where(column >= S, drops.prefix_gain, 1.0)[None, :]
         score *= gain
         dweight *= gain
     if softcap is not None:
         score, slope = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     score = masked(
-        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
-    )
+        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L,
+        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, PART, BOUND,
+    )  # fmt: skip
     if softcap is not None:
-        weight = natural_weights(score, pivot[:, None], rest[:, None], EXP)  # no score is large
+        weight = natural_weights(score, pivot[:, None], rest[:, None], FEATURES.EXP)  # no score is large
     else:
-        weight = weights(score, pivot[:, None], rest[:, None], scale * LOG2E, EXP)
-    if DROPOUT:
+        weight = weights(score, pivot[:, None], rest[:, None], scale * LOG2E, FEATURES.EXP)
+    if FEATURES.DROPOUT:
         drawn = draw_column(column, S, P, PART)
-        keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, threshold)
-        dweight *= keep * keep_scale
+        keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, drops.threshold)
+        dweight *= keep * drops.keep_scale
     dscore = weight * (dweight - delta[:, None])
     if NEED_MASK and PART != PREFIX:
         inside = (column < S)[None, :] & (row < L)[:, None]
@@ -213,41 +215,39 @@ def _columns(
     if NEED_Q:
         if softcap is not None:
             dscore *= slope
-        if PREFIX_DROPOUT and PART != OWN:
+        if FEATURES.PREFIX_DROPOUT and PART != OWN:
             dscore *= gain
-        dq = tl.dot(dscore.to(key.dtype), key, dq, input_precision=PRECISION)
+        dq = tl.dot(dscore.to(key.dtype), key, dq, input_precision=FEATURES.PRECISION)
     return dq
 
 
 @triton.jit
 def over_keys(
-    dq, given, keys, values, bias, axis, drops, dmask, row, row0, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq, given, keys, values, bias, axis, draws, dmask, row, row0, scale, softcap,
+    FEATURES: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries, from `row0` on, over every key that one of them sees, in the order of prefix_attn_fwd."""
     S, P, end, L = axis
     own_axis = (S, P, S, L)
     open_end, own_end = S // BLOCK_N * BLOCK_N, S
-    if CAUSAL:
+    if FEATURES.CAUSAL:
         hidden = tl.maximum(row0 + S - L + 1, 0)
         open_end = tl.minimum(S, hidden) // BLOCK_N * BLOCK_N
         if not NEED_MASK:  # whose gradient is written everywhere
             own_end = tl.minimum(S, tl.maximum(row0 + M + S - L, 0))
     for first in range(0, open_end, BLOCK_N):
         dq = _columns(
-            dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
-            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, OWN, False,
+            dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap,
+            FEATURES, BLOCK_N, False, NEED_Q, NEED_MASK, OWN, False,
         )  # fmt: skip
     first_rest = open_end
-    if CAUSAL:
+    if FEATURES.CAUSAL:
         for first in range(open_end, own_end, BLOCK_N):
             dq = _columns(
-                dq, given, keys, values, bias, own_axis, drops, dmask, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
-                MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, OWN, True,
+                dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap,
+                FEATURES, BLOCK_N, True, NEED_Q, NEED_MASK, OWN, True,
             )  # fmt: skip
         first_rest = S
     tail = end
@@ -258,12 +258,12 @@ def over_keys(
     if REST_LOOP:
         for first in range(first_rest, tail, BLOCK_N):
             dq = _columns(
-                dq, given, keys, values, bias, axis, drops, dmask, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
-                MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, REST, TAIL == 0,
+                dq, given, keys, values, bias, axis, draws, dmask, row, first, scale, softcap,
+                FEATURES, BLOCK_N, False, NEED_Q, NEED_MASK, REST, TAIL == 0,
             )  # fmt: skip
     if TAIL:
         dq = _columns(
-            dq, given, keys, values, bias, axis, drops, dmask, row, tail, scale, softcap, D, BLOCK_D, TAIL,
-            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, NEED_Q, NEED_MASK, PRECISION, EXP, REST, True,
+            dq, given, keys, values, bias, axis, draws, dmask, row, tail, scale, softcap,
+            FEATURES, TAIL, False, NEED_Q, NEED_MASK, REST, True,
         )  # fmt: skip
     return dq

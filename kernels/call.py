@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from prefixattn.attention import call
 from prefixattn.attention.philox import threshold
 from prefixattn.kernels import memory_tiles, tiles
+from prefixattn.kernels.arguments import Drops, Features, Layout, MaskStrides, Strides, strides
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
 
 HALF_TYPES = torch.bfloat16, torch.float16
@@ -60,7 +60,7 @@ class Call(call.Call):
 
     @property
     def block_d(self) -> int:
-        return max(16, triton.next_power_of_2(self.q.shape[3]))
+        return tile_width(self.q.shape[3]) or 16
 
     def launch(self, kernel: str) -> Launch | None:
         half = INTERPRETED or self.q.dtype in HALF_TYPES
@@ -72,25 +72,47 @@ class Call(call.Call):
             return self.q
         return self.attn_mask.view(torch.uint8) if self.attn_mask.dtype == torch.bool else self.attn_mask
 
-    def mask_strides(self) -> tuple[int, ...]:
-        if self.attn_mask is None:
-            return 0, 0, 0, 0
-        return tuple(s if n > 1 else 0 for s, n in zip(self.attn_mask.stride(), self.attn_mask.shape, strict=True))
+    def mask_strides(self) -> MaskStrides:
+        mask = self.attn_mask
+        if mask is None:
+            return MaskStrides(0, 0, 0, 0)
+        return MaskStrides(*(s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True)))
+
+    def layout(
+        self,
+        out: Strides | None = None,
+        dout: Strides | None = None,
+        dq: Strides | None = None,
+        dk: Strides | None = None,
+        dv: Strides | None = None,
+    ) -> Layout:
+        """With the operands and the mask."""
+        q, k, v, prefix_k, prefix_v = map(strides, self.operands)
+        return Layout(q, k, v, prefix_k, prefix_v, self.mask_strides(), out, dout, dq, dk, dv)
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, lengths and seed, or what is never read."""
         ids, lengths, seed = (self.q if t is None else t for t in (self.prefix_ids, self.prefix_lengths, self.seed))
         return ids, lengths, seed
 
-    def drops(self) -> tuple[int, float, int, float]:
-        """Threshold and gain of attention dropout, then of prefix dropout."""
-        return (
-            *(threshold(self.dropout_p), 1 / (1 - self.dropout_p)),
-            *(threshold(self.prefix_dropout_p), 1 / (1 - self.prefix_dropout_p)),
+    def drops(self, prefix: bool = True) -> Drops:
+        """Without the prefix: for a kernel that has no dropout of it."""
+        own = threshold(self.dropout_p), 1 / (1 - self.dropout_p)
+        if not prefix:
+            return Drops(*own)
+        return Drops(*own, threshold(self.prefix_dropout_p), 1 / (1 - self.prefix_dropout_p))
+
+    def features(self, masks: bool = True, prefixes: bool = True, memory: bool = True) -> Features:
+        """Of those that a kernel has code for: it is not compiled again for any other."""
+        return Features(
+            **self.numbers(),
+            **(self.masks() if masks else {}),
+            **(self.prefixes() if prefixes else {}),
+            **(self.memories() if memory else {}),
         )
 
     def numbers(self) -> dict[str, Any]:
-        """The constants that every kernel takes."""
+        """The features that every kernel has."""
         tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "D": self.q.shape[3],
@@ -148,7 +170,7 @@ class Call(call.Call):
 
 def tile_width(n: int) -> int:
     """The narrowest tile that holds n: 0, or a power of two from 16 on, the least that a product of tiles takes."""
-    return max(16, triton.next_power_of_2(n)) if n else 0
+    return max(16, 1 << (n - 1).bit_length()) if n else 0  # triton.next_power_of_2 takes microseconds
 
 
 def options(plan: Launch) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the forward kernels do with one tile of keys.
 
 Arguments that go together are tuples: `keys` and `values` (own base, prefix base, their strides), `bias` (mask base,
-strides), `axis` (S, P, end of the columns, L), `drops` (seed, head and key head of the counters, threshold and gain
-of both dropouts).
+strides), `axis` (S, P, end of the columns, L), `draws` (seed, head and key head of the counters, Drops). FEATURES are
+those of arguments.py; what differs between the tiles of a call stands beside them.
 """
 
 import triton
@@ -30,49 +30,52 @@ from prefixattn.kernels.tiles import (
 
 @triton.jit
 def scores(
-    queries, keys, bias, axis, drops, row, column, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    queries, keys, bias, axis, draws, row, column, scale, softcap,
+    FEATURES: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of keys, -inf where unseen: [M, W]."""
     S, _, end, L = axis
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     own, prefix, stride_own, stride_prefix = keys
     key = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
-    if PREFIX_DROPOUT and PART != OWN:
-        number, _, kv_head, _, _, prefix_threshold, prefix_gain = drops
-        key = drop_prefix(key, number, column, S, kv_head, PREFIX_K, prefix_threshold, BLOCK_D, PART)
-    score = tl.dot(queries, tl.trans(key), input_precision=PRECISION)
-    if EXP != RAW:
+    if FEATURES.PREFIX_DROPOUT and PART != OWN:
+        number, _, kv_head, drops = draws
+        key = drop_prefix(key, number, column, S, kv_head, PREFIX_K, drops.prefix_threshold, BLOCK_D, PART)
+    score = tl.dot(queries, tl.trans(key), input_precision=FEATURES.PRECISION)
+    if FEATURES.EXP != RAW:
         score *= scale
-    if PREFIX_DROPOUT and PART != OWN:
-        score *= tl.where(column >= S, prefix_gain, 1.0)[None, :]
+    if FEATURES.PREFIX_DROPOUT and PART != OWN:
+        score *= tl.where(column >= S, drops.prefix_gain, 1.0)[None, :]
     if softcap is not None:
         score, _ = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     return masked(
-        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, MASK, KEY_MASK, CAUSAL, PART, BOUND
-    )
+        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L,
+        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, PART, BOUND,
+    )  # fmt: skip
 
 
 @triton.jit
 def add_values(
-    acc, weight, values, axis, drops, row, column,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    acc, weight, values, axis, draws, row, column,
+    FEATURES: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """acc [M, BLOCK_D] with the values of one tile of keys, weighted [M, W]."""
     S, P, end, _ = axis
-    number, head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain = drops
-    if DROPOUT:
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
+    number, head, kv_head, drops = draws
+    if FEATURES.DROPOUT:
         drawn = draw_column(column, S, P, PART)
-        keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, threshold)
-        weight *= keep * keep_scale
+        keep = kept(number, row[:, None], drawn[None, :], head, ATTENTION, drops.threshold)
+        weight *= keep * drops.keep_scale
     own, prefix, stride_own, stride_prefix = values
     value = load_columns(own, prefix, stride_own, stride_prefix, column, S, end, D, BLOCK_D, PART, BOUND)
-    if PREFIX_DROPOUT and PART != OWN:
-        value = drop_prefix(value, number, column, S, kv_head, PREFIX_V, prefix_threshold, BLOCK_D, PART)
-        weight *= tl.where(column >= S, prefix_gain, 1.0)[None, :]
-    return tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+    if FEATURES.PREFIX_DROPOUT and PART != OWN:
+        value = drop_prefix(value, number, column, S, kv_head, PREFIX_V, drops.prefix_threshold, BLOCK_D, PART)
+        weight *= tl.where(column >= S, drops.prefix_gain, 1.0)[None, :]
+    return tl.dot(weight.to(value.dtype), value, acc, input_precision=FEATURES.PRECISION)
 
 
 @triton.jit
@@ -88,18 +91,19 @@ def prefix_share(weight, column, axis, PART: tl.constexpr):
 @triton.jit
 def finish(
     target, memory_side, acc, top, weight_sum, prefix_sum, row, L, at, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, PHI: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr,
+    FEATURES: tl.constexpr, MASS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Divides by the sum of the weights and writes out, lse and the share of the prefix."""
     out, stride_ol, lse, mass = target
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     inside = row < L
-    if EXP == RAW:
+    if FEATURES.EXP == RAW:
         top *= scale
     seen = weight_sum != 0.0  # a nan counts as seen and stays one
     total = tl.where(seen, weight_sum, 1.0)
     inverse = tl.where(seen, 1.0 / total, 0.0)
-    if EXP == EXACT:  # every weight of the backward inherits the rounding of lse
+    if FEATURES.EXP == EXACT:  # every weight of the backward inherits the rounding of lse
         logarithm = top.to(tl.float64) + tl.log(total.to(tl.float64))
     else:
         logarithm = top + tl.log(total)
@@ -107,9 +111,9 @@ def finish(
     if MASS:
         tl.store(mass + at + row, prefix_sum * inverse, mask=inside)
     acc *= inverse[:, None]
-    if PHI != NO_MEMORY:
+    if FEATURES.PHI != NO_MEMORY:
         q, stride_ql, memory, attended = memory_side
         if KEEP:
             store_rows(attended, stride_ol, row, inside, acc, D, BLOCK_D)
-        acc = add_memory(acc, q, stride_ql, row, inside, memory, D, BLOCK_D, PHI, PRECISION)
+        acc = add_memory(acc, q, stride_ql, row, inside, memory, FEATURES)
     store_rows(out, stride_ol, row, inside, acc, D, BLOCK_D)

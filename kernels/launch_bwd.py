@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Given, Grads, Into, Needs, allocated
 from prefixattn.attention.layout import empty_like_order
+from prefixattn.kernels.arguments import Layout, strides
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
@@ -75,10 +76,11 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
         *(given.out, given.dout, given.lse, _dlse(given)),
         *(delta, grads.q, dk, dv, partial[0], partial[1]),
-        *(s for t in call.operands for s in t.stride()[:3]),
-        *(*call.mask_strides(), *given.out.stride()[:3], *given.dout.stride()[:3]),
-        *(s for t in (grads.q, dk, dv) for s in _strides(t)),
-        *(H, L, S, P, call.scale, call.cap, *call.drops()),
+        call.layout(
+            out=strides(given.out), dout=strides(given.dout), dq=strides(grads.q), dk=strides(dk), dv=strides(dv)
+        ),
+        *(H, L, S, P, call.scale, call.cap, call.drops()),
+        FEATURES=call.features(),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         GROUP=H // KV,
@@ -86,11 +88,7 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
         HAS_DLSE=given.dlse is not None,
         NEED_OWN=own,
         NEED_PREFIX=prefix,
-        **call.memories(),
         **call.rest(plan.block_n),
-        **call.numbers(),
-        **call.masks(),
-        **call.prefixes(),
         **options(plan),
     )
     if prefix:
@@ -131,7 +129,7 @@ def _delta(call: Call, given: Given, delta: Tensor) -> None:
     block = max(16, min(64, 4096 // call.block_d))
     prefix_attn_bwd_delta[(triton.cdiv(L, block) * B * H,)](
         *(given.out, given.dout, _dlse(given), delta),
-        *(*given.out.stride()[:3], *given.dout.stride()[:3], H, L),
+        *(Layout(out=strides(given.out), dout=strides(given.dout)), H, L),
         D=D,
         BLOCK_D=call.block_d,
         BLOCK_M=block,
@@ -158,9 +156,15 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     prefix_attn_bwd_prefix[(tiles * T * KV, shares)](
         *(call.q, call.prefix_k, call.prefix_v, order, starts, lengths, seed),
         *(given.out, given.dout, given.lse, _dlse(given), delta, *partial),
-        *(s for t in (call.q, call.prefix_k, call.prefix_v) for s in t.stride()[:3]),
-        *(*given.out.stride()[:3], *given.dout.stride()[:3]),
-        *(B, H, L, P, T, call.scale, call.cap, *call.drops()),
+        Layout(
+            q=strides(call.q),
+            prefix_k=strides(call.prefix_k),
+            prefix_v=strides(call.prefix_v),
+            out=strides(given.out),
+            dout=strides(given.dout),
+        ),
+        *(B, H, L, P, T, call.scale, call.cap, call.drops()),
+        FEATURES=call.features(masks=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -168,8 +172,6 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         HAS_DLSE=given.dlse is not None,
         NEED_K=needs.prefix_k,
         NEED_V=needs.prefix_v,
-        **call.numbers(),
-        **call.prefixes(),
         **options(plan),
     )
     if shares > 1:
@@ -201,7 +203,7 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     partial = dmemory if shares == 1 else call.q.new_empty((shares, T, H, D, D), dtype=torch.float32)
     prefix_attn_bwd_memory[(tiles * T * H, shares)](
         *(call.q, order, starts, given.dout, partial),
-        *(*call.q.stride()[:3], *given.dout.stride()[:3], B, H, L, T),
+        *(Layout(q=strides(call.q), dout=strides(given.dout)), B, H, L, T),
         D=D,
         BLOCK_D=call.block_d,
         BLOCK_M=block_m,
@@ -227,16 +229,22 @@ def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -
     prefix_attn_bwd_keys[(triton.cdiv(S, plan.block_n) * B * KV,)](
         *(call.q, call.k, call.v, call.readable_mask(), call.indices()[2], given.dout, given.lse, delta),
         *(grads.k, grads.v),
-        *(s for t in (call.q, call.k, call.v) for s in t.stride()[:3]),
-        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.k), *_strides(grads.v)),
-        *(H, L, S, P, call.scale, call.cap, *call.drops()[:2]),
+        Layout(
+            q=strides(call.q),
+            k=strides(call.k),
+            v=strides(call.v),
+            mask=call.mask_strides(),
+            dout=strides(given.dout),
+            dk=strides(grads.k),
+            dv=strides(grads.v),
+        ),
+        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False)),
+        FEATURES=call.features(prefixes=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         NEED_K=needs.k,
         NEED_V=needs.v,
-        **call.numbers(),
-        **call.masks(),
         **options(plan),
     )
 
@@ -250,19 +258,15 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
         *(given.dout, given.lse, delta, grads.q, scores),
-        *(s for t in call.operands for s in t.stride()[:3]),
-        *(*call.mask_strides(), *given.dout.stride()[:3], *_strides(grads.q)),
-        *(B, H, L, S, P, call.scale, call.cap, *call.drops()),
+        call.layout(dout=strides(given.dout), dq=strides(grads.q)),
+        *(B, H, L, S, P, call.scale, call.cap, call.drops()),
+        FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         NEED_Q=needs.q,
         NEED_MASK=needs.attn_mask,
-        **call.memories(),
         **call.rest(plan.block_n),
-        **call.numbers(),
-        **call.masks(),
-        **call.prefixes(),
         **options(plan),
     )
     if not needs.attn_mask:
@@ -274,7 +278,3 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
 def _mask_zeros(call: Call) -> Tensor:
     assert call.attn_mask is not None
     return call.attn_mask.new_zeros(call.attn_mask.shape)
-
-
-def _strides(t: Tensor) -> tuple[int, ...]:
-    return t.stride()[:3] if t.dim() == 4 else (0, 0, 0)

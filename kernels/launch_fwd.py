@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Results, Wants
 from prefixattn.attention.layout import empty_like_order, lse_type
+from prefixattn.kernels.arguments import Layout, strides
 from prefixattn.kernels.call import Call, options, tile_width
 from prefixattn.kernels.prefix_attn_fwd import prefix_attn_fwd
 from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
@@ -48,9 +49,8 @@ def _short(call: Call, results: Results, plan: Launch) -> None:
     B, H, KV, L, S, _, P, _ = call.sizes
     prefix_attn_fwd_short[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
-        *(s for t in call.operands for s in t.stride()[:3]),
-        *(*call.mask_strides(), *results.out.stride()[:3]),
-        *(H, L, S, P, call.scale, call.cap, *call.drops()),
+        *(call.layout(out=strides(results.out)), H, L, S, P, call.scale, call.cap, call.drops()),
+        FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -60,10 +60,6 @@ def _short(call: Call, results: Results, plan: Launch) -> None:
         SPLIT_TILE=S % plan.block_n > 0,
         MASS=results.mass.numel() > 0,
         KEEP=results.attended.numel() > 0,
-        **call.numbers(),
-        **call.masks(),
-        **call.prefixes(),
-        **call.memories(),
         **options(plan),
     )
 
@@ -77,9 +73,8 @@ def _online(call: Call, results: Results, parts: list[Tensor]) -> None:
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
         *(parts or [results.mass] * 3),
-        *(s for t in call.operands for s in t.stride()[:3]),
-        *(*call.mask_strides(), *results.out.stride()[:3]),
-        *(B, H, L, S, P, call.scale, call.cap, *call.drops()),
+        *(call.layout(out=strides(results.out)), B, H, L, S, P, call.scale, call.cap, call.drops()),
+        FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -87,10 +82,6 @@ def _online(call: Call, results: Results, parts: list[Tensor]) -> None:
         MASS=results.mass.numel() > 0,
         KEEP=results.attended.numel() > 0,
         **call.rest(plan.block_n, prefix=not parts),
-        **call.numbers(),
-        **call.masks(),
-        **call.prefixes(),
-        **call.memories(),
         **options(plan),
     )
 
@@ -109,14 +100,12 @@ def _fold(call: Call) -> list[Tensor]:
     order = call.q if call.prefix_ids is None else call.prefix_ids.argsort(stable=True)
     prefix_attn_fwd_fold[(tiles, KV * parts)](
         *(call.q, call.prefix_k, call.prefix_v, order, ids, lengths, seed, part_out, part_top, part_sum),
-        *(s for t in (call.q, call.prefix_k, call.prefix_v) for s in t.stride()[:3]),
-        *(B, H, L, P, call.scale, call.cap, *call.drops()[:2], width),
+        Layout(q=strides(call.q), prefix_k=strides(call.prefix_k), prefix_v=strides(call.prefix_v)),
+        *(B, H, L, P, call.scale, call.cap, call.drops(prefix=False), width),
+        FEATURES=call.features(masks=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        HAS_ROWS=call.prefix_ids is not None,
-        HAS_LENGTHS=call.prefix_lengths is not None,
-        **call.numbers(),
         **options(plan),
     )
     return [part_out, part_top, part_sum]

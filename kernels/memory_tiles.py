@@ -51,32 +51,30 @@ def load_chunk(base, stride, row, inside, d, D: tl.constexpr):
 
 
 @triton.jit
-def add_memory(
-    acc, q, stride_ql, row, inside, memory,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def add_memory(acc, q, stride_ql, row, inside, memory, FEATURES: tl.constexpr):
     """acc [M, BLOCK_D] with phi(q) @ memory."""
-    width: tl.constexpr = min(CHUNK, BLOCK_D)
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
+    width: tl.constexpr = CHUNK if CHUNK < BLOCK_D else BLOCK_D  # Triton 3.4's min makes no constant
     for first in range(0, BLOCK_D, width):
         d = first + tl.arange(0, width)
-        features = phi(load_chunk(q, stride_ql, row, inside, d, D).to(tl.float32), PHI)
+        features = phi(load_chunk(q, stride_ql, row, inside, d, D).to(tl.float32), FEATURES.PHI)
         rows = load_rows(memory, D, d, d < D, D, BLOCK_D)
-        acc = tl.dot(features.to(rows.dtype), rows, acc, input_precision=PRECISION)
+        acc = tl.dot(features.to(rows.dtype), rows, acc, input_precision=FEATURES.PRECISION)
     return acc
 
 
 @triton.jit
-def memory_dq(
-    q, stride_ql, dout, stride_gl, row, inside, memory,
-    M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def memory_dq(q, stride_ql, dout, stride_gl, row, inside, memory, FEATURES: tl.constexpr, M: tl.constexpr):
     """The gradient of q through the memory, phi'(q) * (dout @ memory^T): [M, BLOCK_D]."""
-    width: tl.constexpr = min(CHUNK, BLOCK_D)
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
+    width: tl.constexpr = CHUNK if CHUNK < BLOCK_D else BLOCK_D  # Triton 3.4's min makes no constant
     at = tl.arange(0, BLOCK_D)
     dfeatures = tl.zeros((M, BLOCK_D), tl.float32)
     for first in range(0, BLOCK_D, width):
         d = first + tl.arange(0, width)
         grads = load_chunk(dout, stride_gl, row, inside, d, D)
         columns = load_chunk(memory, D, at, at < D, d, D)  # [BLOCK_D, width]
-        dfeatures = tl.dot(grads, tl.trans(columns), dfeatures, input_precision=PRECISION)
-    return times_slope(load_rows(q, stride_ql, row, inside, D, BLOCK_D).to(tl.float32), dfeatures, PHI)
+        dfeatures = tl.dot(grads, tl.trans(columns), dfeatures, input_precision=FEATURES.PRECISION)
+    return times_slope(load_rows(q, stride_ql, row, inside, D, BLOCK_D).to(tl.float32), dfeatures, FEATURES.PHI)

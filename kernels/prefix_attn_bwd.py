@@ -8,12 +8,12 @@ import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import load_given, load_keys, over_keys, over_queries
 from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
-from prefixattn.kernels.tiles import OWN, load_rows, prefix_of, store_rows
+from prefixattn.kernels.tiles import OWN, head_of, load_rows, prefix_of, store_rows
 
 
 @triton.jit
 def prefix_attn_bwd_delta(
-    out, dout, dlse, delta, stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl, H, L,
+    out, dout, dlse, delta, layout, H, L,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta [B, H, L]: what the softmax's normalisation takes back."""
@@ -22,8 +22,8 @@ def prefix_attn_bwd_delta(
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < L
-    o = load_rows(out + b * stride_ob + h * stride_oh, stride_ol, row, inside, D, BLOCK_D).to(tl.float32)
-    g = load_rows(dout + b * stride_gb + h * stride_gh, stride_gl, row, inside, D, BLOCK_D).to(tl.float32)
+    o = load_rows(head_of(out, layout.out, b, h), layout.out.row, row, inside, D, BLOCK_D).to(tl.float32)
+    g = load_rows(head_of(dout, layout.dout, b, h), layout.dout.row, row, inside, D, BLOCK_D).to(tl.float32)
     total = tl.sum(o * g, 1)
     at = (b * H + h) * L + row
     if HAS_DLSE:
@@ -34,102 +34,93 @@ def prefix_attn_bwd_delta(
 @triton.jit
 def prefix_attn_bwd_keys(
     q, k, v, mask, seed, dout, lse, delta, dk, dv,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_mh, stride_ml, stride_ms, stride_gb, stride_gh, stride_gl,
-    stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    H, L, S, P, scale, softcap, threshold, keep_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
+    layout, H, L, S, P, scale, softcap, drops,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr,
 ):  # fmt: skip
     """A program is one tile of own keys of one key head; it goes over the queries of the head's group."""
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     tiles = tl.cdiv(S, BLOCK_N)
     tile, bg = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     KV = H // GROUP
     b, g = (bg // KV).to(tl.int64), (bg % KV).to(tl.int64)
     number = tl.zeros((), tl.int64)
-    if DROPOUT:
+    if FEATURES.DROPOUT:
         number = tl.load(seed)
     first = tile * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
     axis = (S, P, S, L)
-    keys = (k + b * stride_kb + g * stride_kh, k, stride_ks, stride_ks)
-    values = (v + b * stride_vb + g * stride_vh, v, stride_vs, stride_vs)
-    drops = (number, b * H, b * KV + g, threshold, keep_scale, threshold, keep_scale)
-    key, value = load_keys(keys, values, axis, drops, column, D, BLOCK_D, False, OWN, True)
+    keys = (head_of(k, layout.k, b, g), k, layout.k.row, layout.k.row)
+    values = (head_of(v, layout.v, b, g), v, layout.v.row, layout.v.row)
+    key, value = load_keys(keys, values, axis, (), column, D, BLOCK_D, False, OWN, True)
     dkeys, dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, GROUP):
         h = g * GROUP + member
         head = b * H + h
         sources = (
-            q + b * stride_qb + h * stride_qh, dout + b * stride_gb + h * stride_gh, lse + head * L, delta + head * L,
-            stride_ql, stride_gl,
+            head_of(q, layout.q, b, h), head_of(dout, layout.dout, b, h), lse + head * L, delta + head * L,
+            layout.q.row, layout.dout.row,
         )  # fmt: skip
-        bias = (mask + b * stride_mb + h * stride_mh, stride_ml, stride_ms)
-        drops = (number, head, b * KV + g, threshold, keep_scale, threshold, keep_scale)
+        bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
+        draws = (number, head, b * KV + g, drops)
         dkeys, dvalues = over_queries(
-            dkeys, dvalues, key, value, sources, bias, axis, drops, column, first, scale, softcap,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, 0, MASK, KEY_MASK, CAUSAL, DROPOUT, False, NEED_K, NEED_V,
-            PRECISION, EXP, OWN, False,
+            dkeys, dvalues, key, value, sources, bias, axis, draws, column, first, scale, softcap,
+            FEATURES, BLOCK_M, BLOCK_N, 0, FEATURES.CAUSAL, NEED_K, NEED_V, OWN, False,
         )  # fmt: skip
     if NEED_K:
-        store_rows(dk + b * stride_dkb + g * stride_dkh, stride_dks, column, column < S, dkeys * scale, D, BLOCK_D)
+        store_rows(head_of(dk, layout.dk, b, g), layout.dk.row, column, column < S, dkeys * scale, D, BLOCK_D)
     if NEED_V:
-        store_rows(dv + b * stride_dvb + g * stride_dvh, stride_dvs, column, column < S, dvalues, D, BLOCK_D)
+        store_rows(head_of(dv, layout.dv, b, g), layout.dv.row, column, column < S, dvalues, D, BLOCK_D)
 
 
 @triton.jit
 def prefix_attn_bwd_queries(
     q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, dout, lse, delta, dq, dmask,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
-    stride_mb, stride_mh, stride_ml, stride_ms, stride_gb, stride_gh, stride_gl, stride_dqb, stride_dqh, stride_dql,
-    B, H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    layout, B, H, L, S, P, scale, softcap, drops,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
-    HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
     NEED_Q: tl.constexpr,
     NEED_MASK: tl.constexpr,  # dmask [B, H, L, S], float32, is written at every column
-    PHI: tl.constexpr, MEMORY_ROWS: tl.constexpr,  # as in prefix_attn_fwd
-    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """A program is one block of queries of one head; it goes over the keys as prefix_attn_fwd does."""
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     blocks = tl.cdiv(L, BLOCK_M)
-    if CAUSAL:
+    if FEATURES.CAUSAL:
         block, bh = blocks - 1 - tl.program_id(0) // (B * H), tl.program_id(0) % (B * H)
     else:
         block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, HAS_ROWS, PER_SAMPLE, HAS_LENGTHS)
+    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
-    if DROPOUT or PREFIX_DROPOUT:
+    if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     head, kv_head = b * H + h, b * (H // GROUP) + g
     row0 = block * BLOCK_M
     row = row0 + tl.arange(0, BLOCK_M)
     sources = (
-        q + b * stride_qb + h * stride_qh, dout + b * stride_gb + h * stride_gh, lse + head * L, delta + head * L,
-        stride_ql, stride_gl,
+        head_of(q, layout.q, b, h), head_of(dout, layout.dout, b, h), lse + head * L, delta + head * L,
+        layout.q.row, layout.dout.row,
     )  # fmt: skip
     given = load_given(sources, row, row < L, D, BLOCK_D)
-    keys = (k + b * stride_kb + g * stride_kh, prefix_k + t * stride_pkt + g * stride_pkh, stride_ks, stride_pkp)
-    values = (v + b * stride_vb + g * stride_vh, prefix_v + t * stride_pvt + g * stride_pvh, stride_vs, stride_pvp)
-    bias = (mask + b * stride_mb + h * stride_mh, stride_ml, stride_ms)
-    drops = (number, head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+    keys = (head_of(k, layout.k, b, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
+    values = (head_of(v, layout.v, b, g), head_of(prefix_v, layout.prefix_v, t, g), layout.v.row, layout.prefix_v.row)
+    bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
+    draws = (number, head, kv_head, drops)
     dqueries = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     dqueries = over_keys(
-        dqueries, given, keys, values, bias, (S, P, S + length, L), drops, dmask, row, row0, scale, softcap,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-        NEED_Q, NEED_MASK, PRECISION, EXP,
+        dqueries, given, keys, values, bias, (S, P, S + length, L), draws, dmask, row, row0, scale, softcap,
+        FEATURES, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, NEED_Q, NEED_MASK,
     )  # fmt: skip
     if NEED_Q:
         dqueries *= scale
-        if PHI != NO_MEMORY:
+        if FEATURES.PHI != NO_MEMORY:
+            own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
             dqueries += memory_dq(
-                q + b * stride_qb + h * stride_qh, stride_ql, dout + b * stride_gb + h * stride_gh, stride_gl,
-                row, row < L, memory_of(memory, t, h, H, D, MEMORY_ROWS), BLOCK_M, D, BLOCK_D, PHI, PRECISION,
+                head_of(q, layout.q, b, h), layout.q.row, head_of(dout, layout.dout, b, h), layout.dout.row,
+                row, row < L, own_memory, FEATURES, BLOCK_M,
             )  # fmt: skip
-        store_rows(dq + b * stride_dqb + h * stride_dqh, stride_dql, row, row < L, dqueries, D, BLOCK_D)
+        store_rows(head_of(dq, layout.dq, b, h), layout.dq.row, row, row < L, dqueries, D, BLOCK_D)

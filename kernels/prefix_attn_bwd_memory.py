@@ -13,8 +13,7 @@ from prefixattn.kernels.tiles import RUN, fold_rows, load_rows, store_rows, whol
 
 @triton.jit
 def prefix_attn_bwd_memory(
-    q, order, starts, dout, dmemory,
-    stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, B, H, L, T,
+    q, order, starts, dout, dmemory, layout, B, H, L, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ROWS: tl.constexpr,  # `order` [B] sorts the samples by their memory, whose samples begin at `starts` [T + 1]
     PER_SAMPLE: tl.constexpr, PHI: tl.constexpr,
@@ -46,8 +45,10 @@ def prefix_attn_bwd_memory(
         sample, row = (first_sample + folded // L).to(tl.int64), folded % L
         if HAS_ROWS:
             sample = tl.load(order + sample)
-        queries = load_chunk(q, 1, sample * stride_qb + h * stride_qh + row * stride_ql, inside, d, D)
-        grads = load_rows(dout, 1, sample * stride_gb + h * stride_gh + row * stride_gl, inside, D, BLOCK_D)
+        q_at = sample * layout.q.sample + h * layout.q.head + row * layout.q.row
+        queries = load_chunk(q, 1, q_at, inside, d, D)
+        dout_at = sample * layout.dout.sample + h * layout.dout.head + row * layout.dout.row
+        grads = load_rows(dout, 1, dout_at, inside, D, BLOCK_D)
         features = phi(queries.to(tl.float32), PHI).to(grads.dtype)
         acc = tl.dot(tl.trans(features), grads, acc, input_precision=PRECISION)
         if FOLD:

@@ -9,23 +9,22 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
-from prefixattn.kernels.tiles import EXACT, NO_MASK, PREFIX, RUN, fold_rows, load_rows, store_rows, whole_rows
+from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, fold_rows, head_of, load_rows, store_rows, whole_rows
 
 
 @triton.jit
 def prefix_attn_bwd_prefix(
-    q, prefix_k, prefix_v, order, starts, lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
-    stride_qb, stride_qh, stride_ql, stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
-    stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl,
-    B, H, L, P, T, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, prefix_k, prefix_v,
+    order, starts,  # [B], sorts the samples by their row of the bank, and where each row's begin [T + 1]
+    lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
+    layout, B, H, L, P, T, scale, softcap, drops,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DELTA: tl.constexpr,  # compute delta [B, H, L] here, and write it, instead of reading it
-    HAS_DLSE: tl.constexpr,
-    HAS_ROWS: tl.constexpr,  # `order` [B] sorts the samples by their row of the bank, which begins at `starts` [T + 1]
-    PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
+    HAS_DLSE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
 ):  # fmt: skip
     """dprefix_k, dprefix_v [shares, T, Hkv, P, D]."""
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     KV = H // GROUP
     column_tiles = tl.cdiv(P, BLOCK_N)
     column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -33,44 +32,43 @@ def prefix_attn_bwd_prefix(
     t, g = (tg // KV).to(tl.int64), (tg % KV).to(tl.int64)
     share, shares = tl.program_id(1), tl.num_programs(1)
     number = tl.zeros((), tl.int64)
-    if DROPOUT or PREFIX_DROPOUT:
+    if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     first_sample, samples = 0, B
-    if HAS_ROWS:
+    if FEATURES.HAS_ROWS:
         first_sample = tl.load(starts + t).to(tl.int32)
         samples = tl.load(starts + t + 1).to(tl.int32) - first_sample
-    elif PER_SAMPLE:
+    elif FEATURES.PER_SAMPLE:
         first_sample, samples = t.to(tl.int32), 1
     blocks = tl.cdiv(L, BLOCK_M)
     count = samples * GROUP * L  # rows: over samples in order, heads of the group, queries
     tiles = tl.cdiv(count, BLOCK_M)
-    if PREFIX_DROPOUT:
+    if FEATURES.PREFIX_DROPOUT:
         tiles = samples * GROUP * blocks  # a tile stays within a sample and a head
     longest = P  # what lies past the length of every sample must not be read: zero times nan is nan
-    if HAS_LENGTHS:
+    if FEATURES.HAS_LENGTHS:
         longest = P * 0
         for first in range(0, samples, 64):
             i = first + tl.arange(0, 64)
             at = first_sample + i
-            if HAS_ROWS:
+            if FEATURES.HAS_ROWS:
                 at = tl.load(order + at, mask=i < samples, other=0)
             longest = tl.maximum(longest, tl.max(tl.load(lengths + at, mask=i < samples, other=0), 0).to(tl.int32))
     axis = (0, P, longest, L)
-    keys = (prefix_k, prefix_k + t * stride_pkt + g * stride_pkh, stride_pkp, stride_pkp)
-    values = (prefix_v, prefix_v + t * stride_pvt + g * stride_pvh, stride_pvp, stride_pvp)
-    no_drops = (number, t, t, threshold, keep_scale, prefix_threshold, prefix_gain)
-    key, value = load_keys(keys, values, axis, no_drops, column, D, BLOCK_D, False, PREFIX, True)
+    keys = (prefix_k, head_of(prefix_k, layout.prefix_k, t, g), layout.prefix_k.row, layout.prefix_k.row)
+    values = (prefix_v, head_of(prefix_v, layout.prefix_v, t, g), layout.prefix_v.row, layout.prefix_v.row)
+    key, value = load_keys(keys, values, axis, (), column, D, BLOCK_D, False, PREFIX, True)
     dkeys, dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     each = tl.cdiv(tiles, shares)
     begin, last = share * each, tl.minimum((share + 1) * each, tiles)
     base = ((share.to(tl.int64) * T + t) * KV + g) * P * D
     for tile in range(begin, last):
-        if PREFIX_DROPOUT:
+        if FEATURES.PREFIX_DROPOUT:
             row = tile % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
             member, sample = tile // blocks % GROUP, (first_sample + tile // blocks // GROUP).to(tl.int64)
             inside = row < L
-            if HAS_ROWS:
+            if FEATURES.HAS_ROWS:
                 sample = tl.load(order + sample)
             head = g * GROUP + member
             kv_head = sample * KV + g
@@ -80,14 +78,14 @@ def prefix_attn_bwd_prefix(
             folded = tl.minimum(folded, count - 1)
             row = folded % L
             sample = (first_sample + folded // L // GROUP).to(tl.int64)  # [M]
-            if HAS_ROWS:
+            if FEATURES.HAS_ROWS:
                 sample = tl.load(order + sample)
             head = g * GROUP + folded // L % GROUP  # [M]
             kv_head = t * 0
         at = (sample * H + head) * L + row
-        dout_at = sample * stride_gb + head * stride_gh + row * stride_gl
+        dout_at = sample * layout.dout.sample + head * layout.dout.head + row * layout.dout.row
         if DELTA:
-            out_at = sample * stride_ob + head * stride_oh + row * stride_ol
+            out_at = sample * layout.out.sample + head * layout.out.head + row * layout.out.row
             result = load_rows(out, 1, out_at, inside, D, BLOCK_D).to(tl.float32)
             taken = tl.sum(result * load_rows(dout, 1, dout_at, inside, D, BLOCK_D).to(tl.float32), 1)
             if HAS_DLSE:
@@ -96,30 +94,29 @@ def prefix_attn_bwd_prefix(
             tl.debug_barrier()  # other threads of the program read it
         seen_key, seen_value, more_k, more_v = key, value, dkeys, dvalues
         counter = sample * H + head
-        if DROPOUT and not PREFIX_DROPOUT:
+        if FEATURES.DROPOUT and not FEATURES.PREFIX_DROPOUT:
             counter = counter[None, :]
-        drops = (number, counter, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
-        if PREFIX_DROPOUT:
-            seen_key, seen_value = drop_both(key, value, axis, drops, column, BLOCK_D, PREFIX)
+        draws = (number, counter, kv_head, drops)
+        if FEATURES.PREFIX_DROPOUT:
+            seen_key, seen_value = drop_both(key, value, axis, draws, column, BLOCK_D, PREFIX)
             more_k, more_v = tl.zeros_like(dkeys), tl.zeros_like(dvalues)
         end = P
-        if HAS_LENGTHS:
+        if FEATURES.HAS_LENGTHS:
             length = tl.load(lengths + sample).to(tl.int32)
-            if not PREFIX_DROPOUT:
+            if not FEATURES.PREFIX_DROPOUT:
                 length = length[None, :]
             end = length
-        places = (sample * stride_qb + head * stride_qh + row * stride_ql, dout_at, at, inside)
+        places = (sample * layout.q.sample + head * layout.q.head + row * layout.q.row, dout_at, at, inside)
         more_k, more_v = pair(
-            more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0), (0, P, end, L), drops,
-            row, column, scale, softcap, D, BLOCK_D, NO_MASK, False, False, DROPOUT, PREFIX_DROPOUT, NEED_K, NEED_V,
-            PRECISION, EXP, PREFIX, True,
+            more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0),
+            (0, P, end, L), draws, row, column, scale, softcap, FEATURES, False, NEED_K, NEED_V, PREFIX, True,
         )  # fmt: skip
-        if PREFIX_DROPOUT:
-            more_k, more_v = drop_both(more_k, more_v, axis, drops, column, BLOCK_D, PREFIX)
+        if FEATURES.PREFIX_DROPOUT:
+            more_k, more_v = drop_both(more_k, more_v, axis, draws, column, BLOCK_D, PREFIX)
             dkeys, dvalues = dkeys + more_k, dvalues + more_v
         else:
             dkeys, dvalues = more_k, more_v
-        if EXP == EXACT:
+        if FEATURES.EXP == EXACT:
             added = tile - begin + 1
             if added % RUN == 0:
                 if NEED_K:
@@ -127,7 +124,7 @@ def prefix_attn_bwd_prefix(
                 if NEED_V:
                     dvalues = fold_rows(dprefix_v + base, column, column < P, dvalues, added == RUN, D, BLOCK_D)
 
-    if EXP == EXACT:
+    if FEATURES.EXP == EXACT:
         none = last - begin < RUN
         if NEED_K:
             dkeys = whole_rows(dprefix_k + base, column, column < P, dkeys, none, D, BLOCK_D)

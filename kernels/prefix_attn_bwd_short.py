@@ -10,40 +10,39 @@ import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_given, load_keys, over_keys, over_queries
 from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
-from prefixattn.kernels.tiles import OWN, PREFIX, load_rows, prefix_of, store_rows
+from prefixattn.kernels.tiles import OWN, PREFIX, head_of, load_rows, prefix_of, store_rows
 
 
 @triton.jit
 def _keys(
-    queries, keys, values, axis, drops, targets, first, scale, softcap,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
-    QUERY_TAIL: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, NEED_OWN: tl.constexpr, NEED_PREFIX: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    queries, keys, values, axis, draws, targets, first, scale, softcap,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr, QUERY_TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr, NEED_OWN: tl.constexpr, NEED_PREFIX: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """Computes and writes the gradients of W columns, from `first` on."""
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     S, P, _, _ = axis
     column = first + tl.arange(0, W)
-    key, value = load_keys(keys, values, axis, drops, column, D, BLOCK_D, PREFIX_DROPOUT, PART, BOUND)
+    key, value = load_keys(keys, values, axis, draws, column, D, BLOCK_D, FEATURES.PREFIX_DROPOUT, PART, BOUND)
     dk, dv = tl.zeros((W, BLOCK_D), tl.float32), tl.zeros((W, BLOCK_D), tl.float32)
     sources, bias, strides = queries
     q, dout, lse, delta, stride_ql, stride_gl = sources
     mask, stride_ml, stride_ms = bias
     stride_qh, stride_gh, stride_mh, L = strides
-    number, head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain = drops
+    number, head, kv_head, drops = draws
     for member in range(0, GROUP):
         head_sources = (
             q + member * stride_qh, dout + member * stride_gh, lse + member * L, delta + member * L,
             stride_ql, stride_gl,
         )  # fmt: skip
-        head_drops = (number, head + member, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+        head_draws = (number, head + member, kv_head, drops)
         dk, dv = over_queries(
-            dk, dv, key, value, head_sources, (mask + member * stride_mh, stride_ml, stride_ms), axis, head_drops,
-            column, first, scale, softcap, D, BLOCK_D, BLOCK_M, W, QUERY_TAIL, MASK, KEY_MASK, CAUSAL,
-            DROPOUT, PREFIX_DROPOUT, True, True, PRECISION, EXP, PART, BOUND,
+            dk, dv, key, value, head_sources, (mask + member * stride_mh, stride_ml, stride_ms), axis, head_draws,
+            column, first, scale, softcap, FEATURES, BLOCK_M, W, QUERY_TAIL, CAUSAL, True, True, PART, BOUND,
         )  # fmt: skip
-    if PREFIX_DROPOUT and PART != OWN:
-        dk, dv = drop_both(dk, dv, axis, drops, column, BLOCK_D, PART)
+    if FEATURES.PREFIX_DROPOUT and PART != OWN:
+        dk, dv = drop_both(dk, dv, axis, draws, column, BLOCK_D, PART)
     dkey, dvalue, stride_dks, stride_dvs, partial_k, partial_v = targets
     if NEED_OWN and PART != PREFIX:
         store_rows(dkey, stride_dks, column, column < S, dk * scale, D, BLOCK_D)
@@ -56,24 +55,23 @@ def _keys(
 
 @triton.jit
 def _queries(
-    dq, stride_dql, sources, memory, keys, values, bias, axis, drops, row0, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq, stride_dql, sources, memory, keys, values, bias, axis, draws, row0, scale, softcap,
+    FEATURES: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """Computes and writes the gradients of M queries, from `row0` on."""
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     row = row0 + tl.arange(0, M)
     given = load_given(sources, row, row < axis[3], D, BLOCK_D)
     acc = over_keys(
-        tl.zeros((M, BLOCK_D), tl.float32), given, keys, values, bias, axis, drops, dq, row, row0, scale, softcap,
-        D, BLOCK_D, M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-        True, False, PRECISION, EXP,
+        tl.zeros((M, BLOCK_D), tl.float32), given, keys, values, bias, axis, draws, dq, row, row0, scale, softcap,
+        FEATURES, M, BLOCK_N, REST, REST_LOOP, TAIL, True, False,
     )  # fmt: skip
     acc *= scale
-    if PHI != NO_MEMORY:
+    if FEATURES.PHI != NO_MEMORY:
         q, dout, _, _, stride_ql, stride_gl = sources
-        acc += memory_dq(q, stride_ql, dout, stride_gl, row, row < axis[3], memory, M, D, BLOCK_D, PHI, PRECISION)
+        acc += memory_dq(q, stride_ql, dout, stride_gl, row, row < axis[3], memory, FEATURES, M)
     store_rows(dq, stride_dql, row, row < axis[3], acc, D, BLOCK_D)
 
 
@@ -81,66 +79,61 @@ def _queries(
 def prefix_attn_bwd_short(
     q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, dout, lse, dlse, delta,
     dq, dk, dv, partial_k, partial_v,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
-    stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl,
-    stride_dqb, stride_dqh, stride_dql, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    layout, H, L, S, P, scale, softcap, drops,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: they fill whole ones
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
-    HAS_DLSE: tl.constexpr, HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, NEED_OWN: tl.constexpr,
+    HAS_DLSE: tl.constexpr, NEED_OWN: tl.constexpr,
     NEED_PREFIX: tl.constexpr,  # partial_k and partial_v [B, Hkv, P, D], float32
-    PHI: tl.constexpr, MEMORY_ROWS: tl.constexpr,  # as in prefix_attn_fwd
-    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     KV = H // GROUP
     b, g = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
-    t, length = prefix_of(b, rows, lengths, P, HAS_ROWS, PER_SAMPLE, HAS_LENGTHS)
+    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
-    if DROPOUT or PREFIX_DROPOUT:
+    if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     first_head, kv_head = b * H + g * GROUP, b * KV + g
-    q += b * stride_qb + g * GROUP * stride_qh
-    out += b * stride_ob + g * GROUP * stride_oh
-    dout += b * stride_gb + g * GROUP * stride_gh
-    dq += b * stride_dqb + g * GROUP * stride_dqh
-    mask += b * stride_mb + g * GROUP * stride_mh
+    q = head_of(q, layout.q, b, g * GROUP)
+    out = head_of(out, layout.out, b, g * GROUP)
+    dout = head_of(dout, layout.dout, b, g * GROUP)
+    dq = head_of(dq, layout.dq, b, g * GROUP)
+    mask = head_of(mask, layout.mask, b, g * GROUP)
     lse += first_head * L
     dlse += first_head * L
     delta += first_head * L
     for member in range(0, GROUP):
         for row0 in range(0, L, BLOCK_M):
             row = row0 + tl.arange(0, BLOCK_M)
-            result = load_rows(out + member * stride_oh, stride_ol, row, row < L, D, BLOCK_D)
-            grads = load_rows(dout + member * stride_gh, stride_gl, row, row < L, D, BLOCK_D)
+            result = load_rows(out + member * layout.out.head, layout.out.row, row, row < L, D, BLOCK_D)
+            grads = load_rows(dout + member * layout.dout.head, layout.dout.row, row, row < L, D, BLOCK_D)
             taken = tl.sum(result.to(tl.float32) * grads.to(tl.float32), 1)
             if HAS_DLSE:
                 taken -= tl.load(dlse + member * L + row, mask=row < L, other=0.0)
             tl.store(delta + member * L + row, taken, mask=row < L)
     tl.debug_barrier()  # other threads of the program read it
 
-    keys = (k + b * stride_kb + g * stride_kh, prefix_k + t * stride_pkt + g * stride_pkh, stride_ks, stride_pkp)
-    values = (v + b * stride_vb + g * stride_vh, prefix_v + t * stride_pvt + g * stride_pvh, stride_vs, stride_pvp)
-    drops = (number, first_head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+    keys = (head_of(k, layout.k, b, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
+    values = (head_of(v, layout.v, b, g), head_of(prefix_v, layout.prefix_v, t, g), layout.v.row, layout.prefix_v.row)
+    draws = (number, first_head, kv_head, drops)
     targets = (
-        dk + b * stride_dkb + g * stride_dkh, dv + b * stride_dvb + g * stride_dvh, stride_dks, stride_dvs,
+        head_of(dk, layout.dk, b, g), head_of(dv, layout.dv, b, g), layout.dk.row, layout.dv.row,
         partial_k + kv_head * P * D, partial_v + kv_head * P * D,
     )  # fmt: skip
-    sources = (q, dout, lse, delta, stride_ql, stride_gl)
-    queries = (sources, (mask, stride_ml, stride_ms), (stride_qh, stride_gh, stride_mh, L))
+    sources = (q, dout, lse, delta, layout.q.row, layout.dout.row)
+    bias = (mask, layout.mask.row, layout.mask.column)
+    queries = (sources, bias, (layout.q.head, layout.dout.head, layout.mask.head, L))
     own_end = S // BLOCK_N * BLOCK_N
-    if CAUSAL:
+    if FEATURES.CAUSAL:
         own_end = S
     own_axis, axis = (S, P, S, L), (S, P, S + length, L)
     if NEED_OWN:
         for first in range(0, own_end, BLOCK_N):
             _keys(
-                queries, keys, values, own_axis, drops, targets, first, scale, softcap,
-                GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-                NEED_OWN, NEED_PREFIX, PRECISION, EXP, OWN, CAUSAL,
+                queries, keys, values, own_axis, draws, targets, first, scale, softcap,
+                FEATURES, GROUP, BLOCK_M, BLOCK_N, QUERY_TAIL, FEATURES.CAUSAL, NEED_OWN, NEED_PREFIX,
+                OWN, FEATURES.CAUSAL,
             )  # fmt: skip
     if NEED_PREFIX or (NEED_OWN and REST != PREFIX):
         tail = S + P
@@ -151,36 +144,33 @@ def prefix_attn_bwd_short(
         if REST_LOOP:
             for first in range(own_end, tail, BLOCK_N):
                 _keys(
-                    queries, keys, values, axis, drops, targets, first, scale, softcap,
-                    GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, QUERY_TAIL, MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT,
-                    NEED_OWN, NEED_PREFIX, PRECISION, EXP, REST, HAS_LENGTHS or TAIL == 0,
+                    queries, keys, values, axis, draws, targets, first, scale, softcap,
+                    FEATURES, GROUP, BLOCK_M, BLOCK_N, QUERY_TAIL, False, NEED_OWN, NEED_PREFIX,
+                    REST, FEATURES.HAS_LENGTHS or TAIL == 0,
                 )  # fmt: skip
         if TAIL:
             _keys(
-                queries, keys, values, axis, drops, targets, tail, scale, softcap,
-                GROUP, D, BLOCK_D, BLOCK_M, TAIL, QUERY_TAIL, MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT,
-                NEED_OWN, NEED_PREFIX, PRECISION, EXP, REST, True,
+                queries, keys, values, axis, draws, targets, tail, scale, softcap,
+                FEATURES, GROUP, BLOCK_M, TAIL, QUERY_TAIL, False, NEED_OWN, NEED_PREFIX, REST, True,
             )  # fmt: skip
 
     for member in range(0, GROUP):
         head_sources = (
-            q + member * stride_qh, dout + member * stride_gh, lse + member * L, delta + member * L,
-            stride_ql, stride_gl,
+            q + member * layout.q.head, dout + member * layout.dout.head, lse + member * L, delta + member * L,
+            layout.q.row, layout.dout.row,
         )  # fmt: skip
-        bias = (mask + member * stride_mh, stride_ml, stride_ms)
-        head_drops = (number, first_head + member, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
-        own_memory = memory_of(memory, t, g * GROUP + member, H, D, MEMORY_ROWS)
+        head_bias = (mask + member * layout.mask.head, layout.mask.row, layout.mask.column)
+        head_draws = (number, first_head + member, kv_head, drops)
+        own_memory = memory_of(memory, t, g * GROUP + member, H, D, FEATURES.MEMORY_ROWS)
         for row0 in range(0, L // BLOCK_M * BLOCK_M, BLOCK_M):
             _queries(
-                dq + member * stride_dqh, stride_dql, head_sources, own_memory, keys, values, bias, axis, head_drops,
-                row0, scale, softcap,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-                PHI, PRECISION, EXP,
+                dq + member * layout.dq.head, layout.dq.row, head_sources, own_memory, keys, values, head_bias, axis,
+                head_draws, row0, scale, softcap,
+                FEATURES, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL,
             )  # fmt: skip
         if QUERY_TAIL:
             _queries(
-                dq + member * stride_dqh, stride_dql, head_sources, own_memory, keys, values, bias, axis, head_drops,
-                L // BLOCK_M * BLOCK_M, scale, softcap,
-                D, BLOCK_D, QUERY_TAIL, BLOCK_N, REST, REST_LOOP, TAIL, MASK, KEY_MASK, CAUSAL, DROPOUT, PREFIX_DROPOUT,
-                PHI, PRECISION, EXP,
+                dq + member * layout.dq.head, layout.dq.row, head_sources, own_memory, keys, values, head_bias, axis,
+                head_draws, L // BLOCK_M * BLOCK_M, scale, softcap,
+                FEATURES, QUERY_TAIL, BLOCK_N, REST, REST_LOOP, TAIL,
             )  # fmt: skip

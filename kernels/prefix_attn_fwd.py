@@ -16,6 +16,7 @@ from prefixattn.kernels.tiles import (
     OWN,
     RAW,
     below_top,
+    head_of,
     load_rows,
     natural_weights,
     prefix_of,
@@ -24,30 +25,23 @@ from prefixattn.kernels.tiles import (
 
 @triton.jit
 def _online(
-    state, queries, keys, values, bias, axis, drops, row, first, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, MASS: tl.constexpr,
-    PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+    FEATURES: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr, MASS: tl.constexpr,
+    PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (sum of values, largest score, sum of weights, those on the prefix) with W more columns."""
     acc, top, weight_sum, prefix_sum = state
     column = first + tl.arange(0, W)
-    score = scores(
-        queries, keys, bias, axis, drops, row, column, scale, softcap,
-        D, BLOCK_D, MASK, KEY_MASK, CAUSAL, PREFIX_DROPOUT, PRECISION, EXP, PART, BOUND,
-    )  # fmt: skip
+    score = scores(queries, keys, bias, axis, draws, row, column, scale, softcap, FEATURES, CAUSAL, PART, BOUND)
     factor = scale * LOG2E
     new_top = tl.maximum(top, tl.max(score, 1))
     pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)  # a query that has met no key: -inf - -inf is nan
-    rescale = below_top(top, pivot, factor, EXP)
-    weight = below_top(score, pivot[:, None], factor, EXP)
+    rescale = below_top(top, pivot, factor, FEATURES.EXP)
+    weight = below_top(score, pivot[:, None], factor, FEATURES.EXP)
     weight_sum = weight_sum * rescale + tl.sum(weight, 1)
     if MASS:
         prefix_sum = prefix_sum * rescale + prefix_share(weight, column, axis, PART)
-    acc = add_values(
-        acc * rescale[:, None], weight, values, axis, drops, row, column,
-        D, BLOCK_D, DROPOUT, PREFIX_DROPOUT, PRECISION, PART, BOUND,
-    )  # fmt: skip
+    acc = add_values(acc * rescale[:, None], weight, values, axis, draws, row, column, FEATURES, PART, BOUND)
     return acc, new_top, weight_sum, prefix_sum
 
 
@@ -55,47 +49,41 @@ def _online(
 def prefix_attn_fwd(
     q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, lse, mass, attended,
     part_out, part_top, part_sum,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
-    stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
-    B, H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    layout, B, H, L, S, P, scale, softcap, drops,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # what the columns after the tiles of own keys are: OWN, PREFIX or SPLIT
     REST_LOOP: tl.constexpr,  # they may fill whole tiles
     TAIL: tl.constexpr,  # width of the last tile; 0: none, the loop over the rest ends masked
     PARTS: tl.constexpr,  # 0, or the number of partial results over the prefix to start from
-    HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
     MASS: tl.constexpr,
-    PHI: tl.constexpr,  # NO_MEMORY, or what is done to the queries that meet the memory
-    MEMORY_ROWS: tl.constexpr,  # there is a memory for each row of the prefixes
     KEEP: tl.constexpr,  # out without the memory's part is written to `attended`, which lies as out does
-    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     blocks = tl.cdiv(L, BLOCK_M)
-    if CAUSAL:  # heavy blocks first, so that the light ones fill the gaps
+    if FEATURES.CAUSAL:  # heavy blocks first, so that the light ones fill the gaps
         block, bh = blocks - 1 - tl.program_id(0) // (B * H), tl.program_id(0) % (B * H)
     else:  # blocks of one head side by side: they read the same keys
         block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, HAS_ROWS, PER_SAMPLE, HAS_LENGTHS)
+    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
-    if DROPOUT or PREFIX_DROPOUT:
+    if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     head, kv_head = b * H + h, b * (H // GROUP) + g
     row0 = block * BLOCK_M
     row = row0 + tl.arange(0, BLOCK_M)
-    queries = load_rows(q + b * stride_qb + h * stride_qh, stride_ql, row, row < L, D, BLOCK_D)
-    keys = (k + b * stride_kb + g * stride_kh, prefix_k + t * stride_pkt + g * stride_pkh, stride_ks, stride_pkp)
-    values = (v + b * stride_vb + g * stride_vh, prefix_v + t * stride_pvt + g * stride_pvh, stride_vs, stride_pvp)
-    bias = (mask + b * stride_mb + h * stride_mh, stride_ml, stride_ms)
-    drops = (number, head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+    queries = load_rows(head_of(q, layout.q, b, h), layout.q.row, row, row < L, D, BLOCK_D)
+    keys = (head_of(k, layout.k, b, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
+    values = (head_of(v, layout.v, b, g), head_of(prefix_v, layout.prefix_v, t, g), layout.v.row, layout.prefix_v.row)
+    bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
+    draws = (number, head, kv_head, drops)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), MINUS_INF, tl.float32)
     weight_sum, prefix_sum = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    UNIT: tl.constexpr = NATURAL if EXP == RAW else EXP
+    UNIT: tl.constexpr = NATURAL if FEATURES.EXP == RAW else FEATURES.EXP
     for part in range(0, PARTS):
         at = (part * B * H + head) * L + row
         part_pivot = tl.load(part_top + at, mask=row < L, other=MINUS_INF)
@@ -107,27 +95,27 @@ def prefix_attn_fwd(
         top = new_top
     if PARTS:
         prefix_sum = weight_sum
-        if EXP == RAW:
+        if FEATURES.EXP == RAW:
             top *= 1.0 / scale
     state = (acc, top, weight_sum, prefix_sum)
 
     open_end, own_end = S // BLOCK_N * BLOCK_N, S  # own columns that all queries of the block see, that some see
-    if CAUSAL:
+    if FEATURES.CAUSAL:
         hidden = tl.maximum(row0 + S - L + 1, 0)  # the first column that the block's first query does not see
         open_end = tl.minimum(S, hidden) // BLOCK_N * BLOCK_N
         own_end = tl.minimum(S, tl.maximum(row0 + BLOCK_M + S - L, 0))
     axis = (S, P, S, L)
     for first in range(0, open_end, BLOCK_N):
         state = _online(
-            state, queries, keys, values, bias, axis, drops, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
-            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, OWN, False,
+            state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+            FEATURES, BLOCK_N, False, MASS, OWN, False,
         )  # fmt: skip
     first_rest = open_end
-    if CAUSAL:
+    if FEATURES.CAUSAL:
         for first in range(open_end, own_end, BLOCK_N):
             state = _online(
-                state, queries, keys, values, bias, axis, drops, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
-                MASK, KEY_MASK, True, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, OWN, True,
+                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+                FEATURES, BLOCK_N, True, MASS, OWN, True,
             )  # fmt: skip
         first_rest = S
     end = S if PARTS else S + length
@@ -140,21 +128,16 @@ def prefix_attn_fwd(
     if REST_LOOP:
         for first in range(first_rest, tail, BLOCK_N):
             state = _online(
-                state, queries, keys, values, bias, axis, drops, row, first, scale, softcap, D, BLOCK_D, BLOCK_N,
-                MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, REST, TAIL == 0,
+                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+                FEATURES, BLOCK_N, False, MASS, REST, TAIL == 0,
             )  # fmt: skip
     if TAIL:
         state = _online(
-            state, queries, keys, values, bias, axis, drops, row, tail, scale, softcap, D, BLOCK_D, TAIL,
-            MASK, KEY_MASK, False, DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP, REST, True,
+            state, queries, keys, values, bias, axis, draws, row, tail, scale, softcap,
+            FEATURES, TAIL, False, MASS, REST, True,
         )  # fmt: skip
     acc, top, weight_sum, prefix_sum = state
-    target = (out + b * stride_ob + h * stride_oh, stride_ol, lse, mass)
-    memory_side = (
-        q + b * stride_qb + h * stride_qh, stride_ql, memory_of(memory, t, h, H, D, MEMORY_ROWS),
-        attended + b * stride_ob + h * stride_oh,
-    )  # fmt: skip
-    finish(
-        target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale,
-        D, BLOCK_D, MASS, PHI, KEEP, PRECISION, EXP,
-    )  # fmt: skip
+    target = (head_of(out, layout.out, b, h), layout.out.row, lse, mass)
+    own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
+    memory_side = (head_of(q, layout.q, b, h), layout.q.row, own_memory, head_of(attended, layout.out, b, h))
+    finish(target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, FEATURES, MASS, KEEP)

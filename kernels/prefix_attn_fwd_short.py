@@ -5,105 +5,87 @@ import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.memory_tiles import memory_of
-from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, SPLIT, below_top, load_rows, prefix_of
+from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, SPLIT, below_top, head_of, load_rows, prefix_of
 
 
 @triton.jit
 def _tile_scores(
-    queries, keys, bias, axis, drops, row, seen_end, scale, softcap,
-    FIRST: tl.constexpr, W: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    queries, keys, bias, axis, draws, row, seen_end, scale, softcap,
+    FEATURES: tl.constexpr, FIRST: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     column = FIRST + tl.arange(0, W)
-    if CAUSAL and PART == OWN:
+    if FEATURES.CAUSAL and PART == OWN:
         score = tl.full((M, W), MINUS_INF, tl.float32)
         if seen_end > FIRST:
-            score = scores(
-                queries, keys, bias, axis, drops, row, column, scale, softcap,
-                D, BLOCK_D, MASK, KEY_MASK, True, PREFIX_DROPOUT, PRECISION, EXP, PART, BOUND,
-            )  # fmt: skip
+            score = scores(queries, keys, bias, axis, draws, row, column, scale, softcap, FEATURES, True, PART, BOUND)
         return score
     else:
         return scores(
-            queries, keys, bias, axis, drops, row, column, scale, softcap,
-            D, BLOCK_D, MASK, KEY_MASK, CAUSAL, PREFIX_DROPOUT, PRECISION, EXP, PART, BOUND,
-        )  # fmt: skip
+            queries, keys, bias, axis, draws, row, column, scale, softcap, FEATURES, FEATURES.CAUSAL, PART, BOUND
+        )
 
 
 @triton.jit
 def _tile_values(
-    acc, weight_sum, prefix_sum, score, pivot, values, axis, drops, row, seen_end, factor,
-    FIRST: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, MASS: tl.constexpr, PRECISION: tl.constexpr,
-    EXP: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
+    acc, weight_sum, prefix_sum, score, pivot, values, axis, draws, row, seen_end, factor,
+    FEATURES: tl.constexpr, FIRST: tl.constexpr, W: tl.constexpr, MASS: tl.constexpr,
+    PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     column = FIRST + tl.arange(0, W)
-    weight = below_top(score, pivot[:, None], factor, EXP)
+    weight = below_top(score, pivot[:, None], factor, FEATURES.EXP)
     weight_sum += tl.sum(weight, 1)
     if MASS:
         prefix_sum += prefix_share(weight, column, axis, PART)
-    if CAUSAL and PART == OWN:
+    if FEATURES.CAUSAL and PART == OWN:
         if seen_end > FIRST:
-            acc = add_values(
-                acc, weight, values, axis, drops, row, column,
-                D, BLOCK_D, DROPOUT, PREFIX_DROPOUT, PRECISION, PART, BOUND,
-            )  # fmt: skip
+            acc = add_values(acc, weight, values, axis, draws, row, column, FEATURES, PART, BOUND)
     else:
-        acc = add_values(
-            acc, weight, values, axis, drops, row, column,
-            D, BLOCK_D, DROPOUT, PREFIX_DROPOUT, PRECISION, PART, BOUND,
-        )  # fmt: skip
+        acc = add_values(acc, weight, values, axis, draws, row, column, FEATURES, PART, BOUND)
     return acc, weight_sum, prefix_sum
 
 
 @triton.jit
 def prefix_attn_fwd_short(
     q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, lse, mass, attended,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_pkt, stride_pkh, stride_pkp, stride_pvt, stride_pvh, stride_pvp,
-    stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
-    H, L, S, P, scale, softcap, threshold, keep_scale, prefix_threshold, prefix_gain,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    layout, H, L, S, P, scale, softcap, drops,
+    FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,  # whole ones
     TAIL: tl.constexpr,  # width of the last tile; 0: the keys fill whole ones
     OWN_TILES: tl.constexpr,  # of own keys alone
     SPLIT_TILE: tl.constexpr,  # the tile after those holds own keys too
-    HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
     MASS: tl.constexpr,
-    PHI: tl.constexpr,  # NO_MEMORY, or what is done to the queries that meet the memory
-    MEMORY_ROWS: tl.constexpr,  # there is a memory for each row of the prefixes
     KEEP: tl.constexpr,  # out without the memory's part is written to `attended`, which lies as out does
-    PRECISION: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = FEATURES.D
+    BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     blocks = tl.cdiv(L, BLOCK_M)
     block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, HAS_ROWS, PER_SAMPLE, HAS_LENGTHS)
+    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
-    if DROPOUT or PREFIX_DROPOUT:
+    if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     head, kv_head = b * H + h, b * (H // GROUP) + g
     row0 = block * BLOCK_M
     row = row0 + tl.arange(0, BLOCK_M)
-    queries = load_rows(q + b * stride_qb + h * stride_qh, stride_ql, row, row < L, D, BLOCK_D)
-    keys = (k + b * stride_kb + g * stride_kh, prefix_k + t * stride_pkt + g * stride_pkh, stride_ks, stride_pkp)
-    values = (v + b * stride_vb + g * stride_vh, prefix_v + t * stride_pvt + g * stride_pvh, stride_vs, stride_pvp)
-    bias = (mask + b * stride_mb + h * stride_mh, stride_ml, stride_ms)
+    queries = load_rows(head_of(q, layout.q, b, h), layout.q.row, row, row < L, D, BLOCK_D)
+    keys = (head_of(k, layout.k, b, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
+    values = (head_of(v, layout.v, b, g), head_of(prefix_v, layout.prefix_v, t, g), layout.v.row, layout.prefix_v.row)
+    bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
     axis = (S, P, S + length, L)
-    drops = (number, head, kv_head, threshold, keep_scale, prefix_threshold, prefix_gain)
+    draws = (number, head, kv_head, drops)
 
     seen_end = row0 + BLOCK_M + S - L  # under causality, own columns from here on are seen by no query of the block
     found = ()
     top = tl.full((BLOCK_M,), MINUS_INF, tl.float32)
     for i in tl.static_range(TILES + (TAIL > 0)):
         score = _tile_scores(
-            queries, keys, bias, axis, drops, row, seen_end, scale, softcap,
-            i * BLOCK_N, BLOCK_N if i < TILES else TAIL, BLOCK_M, D, BLOCK_D, MASK, KEY_MASK, CAUSAL,
-            PREFIX_DROPOUT, PRECISION, EXP,
-            OWN if i < OWN_TILES else (SPLIT if SPLIT_TILE and i == OWN_TILES else PREFIX), HAS_LENGTHS or i == TILES,
+            queries, keys, bias, axis, draws, row, seen_end, scale, softcap,
+            FEATURES, i * BLOCK_N, BLOCK_N if i < TILES else TAIL, BLOCK_M,
+            OWN if i < OWN_TILES else (SPLIT if SPLIT_TILE and i == OWN_TILES else PREFIX),
+            FEATURES.HAS_LENGTHS or i == TILES,
         )  # fmt: skip
         found = found + (score,)
         top = tl.maximum(top, tl.max(score, 1))
@@ -114,17 +96,12 @@ def prefix_attn_fwd_short(
     weight_sum, prefix_sum = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for i in tl.static_range(TILES + (TAIL > 0)):
         acc, weight_sum, prefix_sum = _tile_values(
-            acc, weight_sum, prefix_sum, found[i], pivot, values, axis, drops, row, seen_end, factor,
-            i * BLOCK_N, BLOCK_N if i < TILES else TAIL, D, BLOCK_D, CAUSAL,
-            DROPOUT, PREFIX_DROPOUT, MASS, PRECISION, EXP,
-            OWN if i < OWN_TILES else (SPLIT if SPLIT_TILE and i == OWN_TILES else PREFIX), HAS_LENGTHS or i == TILES,
+            acc, weight_sum, prefix_sum, found[i], pivot, values, axis, draws, row, seen_end, factor,
+            FEATURES, i * BLOCK_N, BLOCK_N if i < TILES else TAIL, MASS,
+            OWN if i < OWN_TILES else (SPLIT if SPLIT_TILE and i == OWN_TILES else PREFIX),
+            FEATURES.HAS_LENGTHS or i == TILES,
         )  # fmt: skip
-    target = (out + b * stride_ob + h * stride_oh, stride_ol, lse, mass)
-    memory_side = (
-        q + b * stride_qb + h * stride_qh, stride_ql, memory_of(memory, t, h, H, D, MEMORY_ROWS),
-        attended + b * stride_ob + h * stride_oh,
-    )  # fmt: skip
-    finish(
-        target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale,
-        D, BLOCK_D, MASS, PHI, KEEP, PRECISION, EXP,
-    )  # fmt: skip
+    target = (head_of(out, layout.out, b, h), layout.out.row, lse, mass)
+    own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
+    memory_side = (head_of(q, layout.q, b, h), layout.q.row, own_memory, head_of(attended, layout.out, b, h))
+    finish(target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, FEATURES, MASS, KEEP)

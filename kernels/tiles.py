@@ -22,6 +22,12 @@ ATTENTION, PREFIX_K, PREFIX_V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 
 
 @triton.jit
+def head_of(x, strides, b, h):
+    """Base of one head of a sample."""
+    return x + b * strides.sample + h * strides.head
+
+
+@triton.jit
 def load_rows(base, stride, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of q, out or dout, zero where `inside` [M] is False: [M, BLOCK_D]."""
     d = tl.arange(0, BLOCK_D)

@@ -6,7 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-# kernel's name, grid, arguments by name, and what would make the launch
+# kernel's name, grid, arguments and features by name, and what would make the launch
 Take = Callable[[str, tuple[int, ...], SimpleNamespace, Callable[[], Any]], None]
 
 
@@ -17,7 +17,10 @@ class Stand:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             own = {name: value for name, value in kwargs.items() if name in self.signature.parameters}
-            bound = SimpleNamespace(**self.signature.bind(*args, **own).arguments)
-            self.take(self.kernel.fn.__name__, grid, bound, partial(self.kernel[grid], *args, **kwargs))
+            bound = dict(self.signature.bind(*args, **own).arguments)
+            if "FEATURES" in bound:
+                bound |= bound.pop("FEATURES")._asdict()
+            launch = partial(self.kernel[grid], *args, **kwargs)
+            self.take(self.kernel.fn.__name__, grid, SimpleNamespace(**bound), launch)
 
         return launch

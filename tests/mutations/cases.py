@@ -28,13 +28,13 @@ FILES = "tests/prefixes/test_checkpoint.py tests/prefixes/test_saving.py tests/p
 MISTAKES = (
     # kernels
     Mistake("kernels/fwd_tiles.py", "        score *= scale\n", "        score *= scale * 1.0001\n", TRITON),
-    Mistake("kernels/fwd_tiles.py", "weight *= keep * keep_scale", "weight *= keep", DROPOUT),
+    Mistake("kernels/fwd_tiles.py", "weight *= keep * drops.keep_scale", "weight *= keep", DROPOUT),
     Mistake("kernels/fwd_tiles.py", "seen = weight_sum != 0.0", "seen = weight_sum == weight_sum", TRITON),
     Mistake("kernels/fwd_tiles.py", "if PART == SPLIT:\n        weight = tl.where((column >= axis[0])", "if PART == SPLIT:\n        weight = tl.where((column > axis[0])", TRITON),
     Mistake("kernels/tiles.py", "    if HAS_LENGTHS:\n        length = tl.load(lengths + b)", "    if HAS_LENGTHS:\n        length = tl.load(lengths + t)", TRITON),
     Mistake("kernels/prefix_attn_bwd_short.py", "            if HAS_DLSE:\n                taken -=", "            if HAS_DLSE:\n                taken +=", TRITON),
     Mistake("kernels/prefix_attn_bwd_short.py", "store_rows(partial_k, D, column - S, inside, dk * scale,", "store_rows(partial_k, D, column - S, inside, dk,", TRITON),
-    Mistake("kernels/bwd_tiles.py", "    if NEED_V:\n        dropped = weight\n        if DROPOUT:\n            dropped = weight * (keep * keep_scale)", "    if NEED_V:\n        dropped = weight\n        if DROPOUT:\n            dropped = weight * keep", DROPOUT),
+    Mistake("kernels/bwd_tiles.py", "    if NEED_V:\n        dropped = weight\n        if FEATURES.DROPOUT:\n            dropped = weight * (keep * drops.keep_scale)", "    if NEED_V:\n        dropped = weight\n        if FEATURES.DROPOUT:\n            dropped = weight * keep", DROPOUT),
     Mistake("kernels/prefix_attn_bwd_prefix.py", "end = length\n", "end = P\n", TRITON + " tests/kernels/test_triton.py"),
     # ops, and what a call means
     Mistake("prefixattn/attention/ops.py", "    ctx.mark_non_differentiable(mass, attended)\n", "    ctx.mark_non_differentiable(attended)\n", REFERENCE + " or mass"),
