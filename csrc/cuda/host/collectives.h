@@ -1,0 +1,101 @@
+// What a warp does together: shuffles, ldmatrix and mma, by the fragment layouts of the PTX manual.
+#pragma once
+#include "cuda/host/half.h"
+#include "cuda/host/machine.h"
+
+namespace prefixattn::host {
+
+// Of lane `l`, where its part of a fragment lies. 8 x 8 matrix of ldmatrix: row l / 4, columns 2 (l % 4) and the next.
+// mma: a[0..3] are the quarters (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15) of A [16 x 16], b[0..1]
+// the halves (rows 0-7), (8-15) of B [16 x 8], c[0..1] and c[2..3] rows 0-7 and 8-15 of C [16 x 8].
+constexpr int fragment_row(int l) { return l / 4; }
+constexpr int fragment_column(int l) { return l % 4 * 2; }
+
+struct ShuffleOperands {
+    uint32_t value;
+    int from;
+    uint32_t result;
+};
+inline void perform_shuffle(Warp &w) {
+    ++the.counts.shuffles;
+    uint32_t values[kLanes];
+    for (int l = 0; l < kLanes; ++l) values[l] = static_cast<ShuffleOperands *>(w.lanes[l].operands)->value;
+    for (Lane &l : w.lanes) {
+        auto &o = *static_cast<ShuffleOperands *>(l.operands);
+        if (o.from < 0 || o.from >= kLanes) fail(l.here, l.thread, format("shuffles from lane %d", o.from));
+        o.result = values[o.from];
+    }
+}
+inline uint32_t shuffle_from(uint32_t value, int from, Here here) {
+    ShuffleOperands operands{value, from, 0};
+    meet(Op::kShuffle, here, &operands, perform_shuffle);
+    return operands.result;
+}
+
+struct LdmatrixOperands {
+    uint32_t row;
+    int matrices;
+    bool transposed;
+    uint32_t *r;
+};
+void read_matrix_row(const Lane &lane, uint32_t at, uint16_t (&row)[8]);
+
+inline void perform_ldmatrix(Warp &w) {
+    const auto &first = *static_cast<LdmatrixOperands *>(w.lanes[0].operands);
+    const bool transposed = first.transposed;
+    the.counts.ldmatrix += first.matrices;
+    for (int m = 0; m < first.matrices; ++m) {
+        uint16_t x[8][8];
+        int in_group[8] = {}, passes = 1;
+        for (int i = 0; i < 8; ++i) {
+            const Lane &giver = w.lanes[8 * m + i];
+            const uint32_t at = static_cast<LdmatrixOperands *>(giver.operands)->row;
+            read_matrix_row(giver, at, x[i]);
+            bool seen = false;  // rows at one address are read once
+            for (int j = 0; j < i; ++j) seen |= static_cast<LdmatrixOperands *>(w.lanes[8 * m + j].operands)->row == at;
+            if (!seen && ++in_group[at / 16 % 8] > passes) passes = in_group[at / 16 % 8];
+        }
+        the.counts.ldmatrix_conflicts += passes - 1;
+        for (int l = 0; l < kLanes; ++l) {
+            const int i = fragment_row(l), j = fragment_column(l);
+            const uint16_t low = transposed ? x[j][i] : x[i][j], high = transposed ? x[j + 1][i] : x[i][j + 1];
+            static_cast<LdmatrixOperands *>(w.lanes[l].operands)->r[m] = (uint32_t)low | (uint32_t)high << 16;
+        }
+    }
+}
+
+struct MmaOperands {
+    float *c;
+    const uint32_t *a, *b;
+};
+// Products are exact in float32 and are added to C one after the other in the order of k, each sum rounded to the
+// nearest. A GPU adds several at once and cuts digits off; its errors are of the same size.
+template <float (*to_float)(uint16_t)>
+void perform_mma(Warp &w) {
+    ++the.counts.mma;
+    float a[16][16], b[16][8], c[16][8];  // [row][k], [k][column], [row][column]
+    for (int l = 0; l < kLanes; ++l) {
+        const auto &o = *static_cast<MmaOperands *>(w.lanes[l].operands);
+        const int i = fragment_row(l), j = fragment_column(l);
+        for (int half = 0; half < 2; ++half)
+            for (int next = 0; next < 2; ++next) {
+                const int shift = 16 * next;
+                a[i][j + 8 * half + next] = to_float((uint16_t)(o.a[2 * half] >> shift));
+                a[i + 8][j + 8 * half + next] = to_float((uint16_t)(o.a[2 * half + 1] >> shift));
+                b[j + 8 * half + next][i] = to_float((uint16_t)(o.b[half] >> shift));
+                c[i + 8 * half][j + next] = o.c[2 * half + next];
+            }
+    }
+    for (int rows = 0; rows < 16; rows += 4)
+        for (int k = 0; k < 16; ++k)
+            for (int i = rows; i < rows + 4; ++i)
+                for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+    for (int l = 0; l < kLanes; ++l) {
+        const auto &o = *static_cast<MmaOperands *>(w.lanes[l].operands);
+        const int i = fragment_row(l), j = fragment_column(l);
+        for (int half = 0; half < 2; ++half)
+            for (int next = 0; next < 2; ++next) o.c[2 * half + next] = c[i + 8 * half][j + next];
+    }
+}
+
+}  // namespace prefixattn::host
