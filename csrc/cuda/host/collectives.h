@@ -1,7 +1,8 @@
 // What a warp does together: shuffles, ldmatrix and mma, by the fragment layouts of the PTX manual.
 #pragma once
 #include "cuda/host/half.h"
-#include "cuda/host/machine.h"
+#include "cuda/host/schedule.h"
+#include "cuda/host/shared.h"
 
 namespace prefixattn::host {
 
@@ -38,8 +39,6 @@ struct LdmatrixOperands {
     bool transposed;
     uint32_t *r;
 };
-void read_matrix_row(const Lane &lane, uint32_t at, uint16_t (&row)[8]);
-
 inline void perform_ldmatrix(Warp &w) {
     const auto &first = *static_cast<LdmatrixOperands *>(w.lanes[0].operands);
     const bool transposed = first.transposed;
@@ -50,7 +49,7 @@ inline void perform_ldmatrix(Warp &w) {
         for (int i = 0; i < 8; ++i) {
             const Lane &giver = w.lanes[8 * m + i];
             const uint32_t at = static_cast<LdmatrixOperands *>(giver.operands)->row;
-            read_matrix_row(giver, at, x[i]);
+            std::memcpy(x[i], shared.read(at, 16, giver, giver.here, true), 16);
             bool seen = false;  // rows at one address are read once
             for (int j = 0; j < i; ++j) seen |= static_cast<LdmatrixOperands *>(w.lanes[8 * m + j].operands)->row == at;
             if (!seen && ++in_group[at / 16 % 8] > passes) passes = in_group[at / 16 % 8];

@@ -27,6 +27,10 @@ namespace raw {
 template <int bytes>
 struct Of;
 template <>
+struct Of<1> {
+    using Type = unsigned char;
+};
+template <>
 struct Of<2> {
     using Type = unsigned short;
 };
@@ -178,6 +182,12 @@ PA_DEVICE float log2(float x) {
 PA_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 PA_DEVICE float min(float a, float b) { return fminf(a, b); }
 
+// x, of which the compiler knows nothing: it computes anew what it would otherwise keep in a register.
+PA_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Two elements of E to the nearest, ties to even; `low` is the one of the lower address.
 template <class E>
 PA_DEVICE uint32_t pack(float low, float high) {
@@ -235,8 +245,8 @@ const char *launch(Grid grid, int shared_bytes, const typename K::Params &params
 }
 
 // Sets bytes to zero in the stream's order.
-inline const char *clear(void *at, size_t bytes, Stream stream) {
-    const cudaError_t error = cudaMemsetAsync(at, 0, bytes, stream);
+inline const char *zero(void *at, int64_t bytes, Stream stream) {
+    const cudaError_t error = cudaMemsetAsync(at, 0, (size_t)bytes, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -4,8 +4,7 @@
 #include <type_traits>
 
 #include "cuda/host/collectives.h"
-#include "cuda/host/machine.h"
-#include "cuda/host/memory.h"
+#include "cuda/host/run.h"
 #include "cuda/hw/hw.h"
 
 namespace prefixattn::hw {
@@ -23,50 +22,50 @@ PA_DEVICE int grid_x() { return host::the.grid[0]; }
 PA_DEVICE int grid_y() { return host::the.grid[1]; }
 PA_DEVICE int grid_z() { return host::the.grid[2]; }
 
-template <class T>
+template <class T, int least>
 constexpr void check_access() {
-    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "an access has 2 to 16 bytes");
-    static_assert(std::is_trivially_copyable<T>::value, "");
+    static_assert(sizeof(T) >= least && sizeof(T) <= 16 && !(sizeof(T) & (sizeof(T) - 1)), "no access has this size");
+    static_assert(std::is_trivially_copyable<T>::value, "an access moves bits");
 }
 
 PA_DEVICE Shared shared_begin() { return {0}; }
 template <class T>
 PA_DEVICE T load_shared(Shared from, Here here = hw::here()) {
-    check_access<T>();
+    check_access<T, 2>();
     T value;
     host::load_shared(from.at, &value, (uint32_t)sizeof(T), here);
     return value;
 }
 template <class T>
 PA_DEVICE void store_shared(Shared to, T value, Here here = hw::here()) {
-    check_access<T>();
+    check_access<T, 2>();
     host::store_shared(to.at, &value, (uint32_t)sizeof(T), here);
 }
 
 template <class T>
 PA_DEVICE T load_global(const T *from, Here here = hw::here()) {
-    check_access<T>();
+    check_access<T, 1>();
     T value;
     host::load_global(from, &value, (uint32_t)sizeof(T), host::Load::kPlain, here);
     return value;
 }
 template <class T>
 PA_DEVICE T load_global_cached(const T *from, Here here = hw::here()) {
-    check_access<T>();
+    check_access<T, 1>();
     T value;
     host::load_global(from, &value, (uint32_t)sizeof(T), host::Load::kCached, here);
     return value;
 }
 template <class T>
 PA_DEVICE T load_global_fresh(const T *from, Here here = hw::here()) {
-    check_access<T>();
+    check_access<T, 1>();
     T value;
     host::load_global(from, &value, (uint32_t)sizeof(T), host::Load::kFresh, here);
     return value;
 }
 template <class T>
 PA_DEVICE void store_global(T *to, T value, Here here = hw::here()) {
-    check_access<T>();
+    check_access<T, 2>();
     host::store_global(to, &value, (uint32_t)sizeof(T), here);
 }
 
@@ -75,16 +74,16 @@ PA_DEVICE void copy_async16(Shared to, const void *from, bool inside, Here here 
 }
 PA_DEVICE void copy_commit(Here = hw::here()) { host::copy_commit(); }
 template <int kPending>
-PA_DEVICE void copy_wait(Here here = hw::here()) {
-    host::copy_wait(kPending, here);
+PA_DEVICE void copy_wait(Here = hw::here()) {
+    host::copy_wait(kPending);
 }
 
 PA_DEVICE void sync_block(Here here = hw::here()) {
-    host::NamedOperands all{0, host::the.warps_in_block * kWarp};
+    host::BarrierOperands all{0, host::the.warps_in_block * kWarp};
     host::meet(host::Op::kSyncBlock, here, &all, nullptr);
 }
 PA_DEVICE void sync_named(int id, int threads, Here here = hw::here()) {
-    host::NamedOperands named{id, threads};
+    host::BarrierOperands named{id, threads};
     host::meet(host::Op::kSyncNamed, here, &named, nullptr);
 }
 PA_DEVICE void sync_warp(Here here = hw::here()) { host::meet(host::Op::kSyncWarp, here, nullptr, nullptr); }
@@ -129,6 +128,8 @@ PA_DEVICE float log2(float x) { return host::flush(std::log2(host::flush(x))); }
 PA_DEVICE float max(float a, float b) { return std::fmax(a, b); }
 PA_DEVICE float min(float a, float b) { return std::fmin(a, b); }
 
+PA_DEVICE int opaque(int x) { return x; }
+
 template <class E>
 PA_DEVICE E from_float(float x) {
     if constexpr (std::is_same<E, BF16>::value)
@@ -161,8 +162,8 @@ const char *launch(Grid grid, int shared_bytes, const typename K::Params &params
     return host::run_grid(K::kName, K::kThreads, {grid.x, grid.y, grid.z}, shared_bytes, body, &params);
 }
 
-inline const char *clear(void *at, size_t bytes, Stream) {
-    std::memset(at, 0, bytes);
+inline const char *zero(void *at, int64_t bytes, Stream) {
+    std::memset(at, 0, (size_t)bytes);
     return nullptr;
 }
 
