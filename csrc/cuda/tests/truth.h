@@ -1,6 +1,7 @@
 // Random inputs of a call, and all of its gradients by sums in double.
 #pragma once
 #include <algorithm>
+#include <random>
 #include <string>
 #include <vector>
 
