@@ -183,7 +183,9 @@ PA_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 PA_DEVICE float min(float a, float b) { return fminf(a, b); }
 
 // x, of which the compiler knows nothing: it computes anew what it would otherwise keep in a register.
-PA_DEVICE int opaque(int x) {
+template <class T>
+PA_DEVICE T opaque(T x) {
+    static_assert(std::is_integral<T>::value && sizeof(T) == 4, "of a register");
     asm volatile("" : "+r"(x));
     return x;
 }
@@ -245,8 +247,8 @@ const char *launch(Grid grid, int shared_bytes, const typename K::Params &params
 }
 
 // Sets bytes to zero in the stream's order.
-inline const char *zero(void *at, int64_t bytes, Stream stream) {
-    const cudaError_t error = cudaMemsetAsync(at, 0, (size_t)bytes, stream);
+inline const char *clear(void *at, size_t bytes, Stream stream) {
+    const cudaError_t error = cudaMemsetAsync(at, 0, bytes, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -128,7 +128,11 @@ PA_DEVICE float log2(float x) { return host::flush(std::log2(host::flush(x))); }
 PA_DEVICE float max(float a, float b) { return std::fmax(a, b); }
 PA_DEVICE float min(float a, float b) { return std::fmin(a, b); }
 
-PA_DEVICE int opaque(int x) { return x; }
+template <class T>
+PA_DEVICE T opaque(T x) {
+    static_assert(std::is_integral<T>::value && sizeof(T) == 4, "of a register");
+    return x;
+}
 
 template <class E>
 PA_DEVICE E from_float(float x) {
@@ -162,8 +166,8 @@ const char *launch(Grid grid, int shared_bytes, const typename K::Params &params
     return host::run_grid(K::kName, K::kThreads, {grid.x, grid.y, grid.z}, shared_bytes, body, &params);
 }
 
-inline const char *zero(void *at, int64_t bytes, Stream) {
-    std::memset(at, 0, (size_t)bytes);
+inline const char *clear(void *at, size_t bytes, Stream) {
+    std::memset(at, 0, bytes);
     return nullptr;
 }
 
