@@ -39,7 +39,7 @@ struct BwdKeys {
         const int tile = hw::block_x() / pairs, b = hw::block_x() % pairs / Hkv, g = hw::block_x() % Hkv;
         const int s0 = tile * kKeys, keys = (int)p.S - s0 < kKeys ? (int)p.S - s0 : kKeys;
         const int steps = ((int)p.L + kQueries - 1) / kQueries;
-        Axis axis = Axis::of_sample(p, b);
+        Axis axis(p, b);
         axis.prefix = 0;
         axis.end = keys;
         axis.offset -= s0;
@@ -56,12 +56,9 @@ struct BwdKeys {
         hw::copy_wait<0>();
         stage.prepare(p, 0, axis, b, g * members, now.step * kQueries, false);
         hw::sync_block();
-        Cursor next = now;
-        next.next(members, steps, first_step);
-        if (next.b == b) stage.ask(p, 1, b, g * members + next.member, next.step * kQueries, true);
+        const Cursor second = now.after(members, steps, first_step);
+        if (second.b == b) stage.ask(p, 1, b, g * members + second.member, second.step * kQueries, true);
         hw::copy_commit();
-        Cursor later = next;
-        later.next(members, steps, first_step);
 
         PA_NO_UNROLL
         for (int i = 0; now.b == b; i ^= 1) {
@@ -71,13 +68,12 @@ struct BwdKeys {
             for (int query = 0; query < kQueries; query += kUnit)
                 if (l0 + query < (int)p.L) side.unit(p, axis, b, h, s0, k, v, stage, i, query, l0 + query, false, {});
             hw::copy_wait<0>();
+            const Cursor next = now.after(members, steps, first_step), later = next.after(members, steps, first_step);
             if (next.b == b) stage.prepare(p, 1 - i, axis, b, g * members + next.member, next.step * kQueries, false);
             hw::sync_block();
             if (later.b == b) stage.ask(p, i, b, g * members + later.member, later.step * kQueries, true);
             hw::copy_commit();
             now = next;
-            next = later;
-            later.next(members, steps, first_step);
         }
         store_own(p, side, axis, b, g, s0);
     }

@@ -33,7 +33,7 @@ struct BwdPrefix {
 
     // The chunk as an axis: every key is of the prefix, those past the sample's length are hidden.
     PA_DEVICE static Axis axis_of(const Params &p, int b, int row0, int rows) {
-        Axis axis = Axis::of_sample(p, b);
+        Axis axis(p, b);
         const int left = axis.prefix - row0;
         axis.prefix = rows;
         axis.end = left < rows ? left : rows;
@@ -65,12 +65,9 @@ struct BwdPrefix {
         stage.prepare(p, 0, axis_of(p, now.b, row0, rows), now.b, g * members + now.member, now.step * kQueries,
                       writes_delta);
         hw::sync_block();
-        Cursor next = now;
-        next.next(members, steps, 0);
-        if (begin + 1 < end) stage.ask(p, 1, next.b, g * members + next.member, next.step * kQueries, rows > 0);
+        const Cursor second = now.after(members, steps, 0);
+        if (begin + 1 < end) stage.ask(p, 1, second.b, g * members + second.member, second.step * kQueries, rows > 0);
         hw::copy_commit();
-        Cursor later = next;
-        later.next(members, steps, 0);
         if (p.drops.threshold && rows) drop_keys(p, k, v, now.b, g, row0, rows);
 
         PA_NO_UNROLL
@@ -81,6 +78,7 @@ struct BwdPrefix {
                 if (rows && l0 + query < (int)p.L)
                     side.unit(p, axis, now.b, h, 0, k, v, stage, i, query, l0 + query, false, {});
             hw::copy_wait<0>();
+            const Cursor next = now.after(members, steps, 0), later = next.after(members, steps, 0);
             if (u + 1 < end)
                 stage.prepare(p, 1 - i, axis_of(p, next.b, row0, rows), next.b, g * members + next.member,
                               next.step * kQueries, writes_delta);
@@ -99,8 +97,6 @@ struct BwdPrefix {
                 }
             }
             now = next;
-            next = later;
-            later.next(members, steps, 0);
         }
         if (!rows) return;
         if (!p.drops.threshold) leave_rows(p, side, first_sample, g, share * groups + member_of, row0, rows, false);
@@ -114,7 +110,7 @@ struct BwdPrefix {
                                     int rows) {
         const int64_t head = (int64_t)b * p.Hkv + g;
         const uint64_t seed = dropout_seed(p);
-        Axis axis = Axis::of_sample(p, b);
+        Axis axis(p, b);
         axis.prefix = row0 + rows;
         drop_prefix<Pass::kChunk, kThreads>(k, axis, row0, seed, p.drops.threshold, head, kDropsPrefixK);
         drop_prefix<Pass::kChunk, kThreads>(v, axis, row0, seed, p.drops.threshold, head, kDropsPrefixV);

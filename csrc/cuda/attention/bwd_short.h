@@ -37,7 +37,7 @@ struct BwdShort {
     // Asks for rows begin .. end of a sample's keys and values. Rows past the end, and those that padding hides from
     // all queries, are zeros: hidden weights are 0, and 0 times nan is nan.
     PA_DEVICE static void ask_keys(const Params &p, const Layout &at, int b, int sample, int g, int begin, int end) {
-        const Axis axis = Axis::of_sample(p, b);
+        const Axis axis(p, b);
         const KeyRows<E> k(p, p.k, p.prefix_k, b, g), v(p, p.v, p.prefix_v, b, g);
         const Tile<D> to_k = at.tile(p, sample, 0), to_v = at.tile(p, sample, 1);
         const bool resident = one_prefix(p) && sample >= p.key_buffers;
@@ -95,18 +95,16 @@ struct BwdShort {
         Side side(hw::warp(), kWarps);
 
         if (p.sums_prefix && p.T == 1 && !keeps_prefix) clear_prefix<E, kThreads>(p, 0, g, share, 0, (int)p.P);
-        Cursor now{begin, 0, 0}, next = now;  // `next` is a step ahead, `later` two
+        Cursor now{begin, 0, 0};
         ask_keys(p, at, begin, 0, g, 0, at.rows);
         stage.ask(p, 0, begin, g * members, 0, true);
         hw::copy_commit();
         hw::copy_wait<0>();
         stage.prepare(p, 0, Axis(p, begin), begin, g * members, 0, false);
         hw::sync_block();
-        next.next(members, steps, 0);
-        if (next.b < end) stage.ask(p, 1, next.b, g * members + next.member, next.step * kQueries, true);
+        const Cursor second = now.after(members, steps, 0);
+        if (second.b < end) stage.ask(p, 1, second.b, g * members + second.member, second.step * kQueries, true);
         hw::copy_commit();
-        Cursor later = next;
-        later.next(members, steps, 0);
 
         PA_NO_UNROLL
         for (int i = 0; now.b < end; ++i) {
@@ -126,6 +124,7 @@ struct BwdShort {
             const DsTile ds = at.ds_of(p, i);
             side.unit(p, axis, now.b, h, 0, k, v, stage, i & 1, 0, l0, p.dq.data, ds);
             hw::copy_wait<0>();
+            const Cursor next = now.after(members, steps, 0), later = next.after(members, steps, 0);
             if (next.b < end)
                 stage.prepare(p, (i + 1) & 1, Axis(p, next.b), next.b, g * members + next.member, next.step * kQueries,
                               false);
@@ -149,8 +148,6 @@ struct BwdShort {
                 }
             }
             now = next;
-            next = later;
-            later.next(members, steps, 0);
         }
         if (!p.sums_prefix) return;
         if (keeps_prefix) leave_prefix(p, side, (int)p.P, {0, g, share, 0, 0, false});

@@ -10,12 +10,10 @@ namespace prefixattn::cuda {
 struct Cursor {
     int b, member, step;
 
-    PA_DEVICE void next(int members, int steps, int first_step) {
-        if (++step < steps) return;
-        step = first_step;
-        if (++member < members) return;
-        member = 0;
-        ++b;
+    PA_DEVICE Cursor after(int members, int steps, int first_step) const {
+        if (step + 1 < steps) return {b, member, step + 1};
+        if (member + 1 < members) return {b, member + 1, first_step};
+        return {b + 1, 0, first_step};
     }
 };
 

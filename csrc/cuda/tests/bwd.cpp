@@ -53,7 +53,7 @@ template <class E>
 void compare(const Inputs<E> &x, const char *what, const std::vector<E> &got, const std::vector<double> &want, int D,
              bool packed) {
     if (got.empty()) return;
-    const double bar = std::is_same<E, hw::BF16>::value ? 0.015 : 0.002;
+    const double bar = std::is_same<E, hw::BF16>::value ? 0.008 : 0.001;
     double most = 1e-3, worst = 0;
     for (double w : want) most = std::max(most, std::fabs(w));
     const int row = packed ? 3 * D : D;
