@@ -12,8 +12,8 @@ struct Axis {
     int offset;  // under causality query l sees columns below prefix + l + offset + 1
     bool causal;
 
-    PA_DEVICE Axis(const AttnParams &p, int b)
-        : prefix((int)prefix_length(p, b)), end(prefix + (int)p.S), offset((int)causal_offset(p)), causal(p.causal) {}
+    PA_DEVICE Axis(const AttnParams &p, int b) : Axis((int)prefix_length(p, b), p) {}
+    PA_DEVICE static Axis of_all(const AttnParams &p) { return {(int)p.P, p}; }  // if there are no lengths
 
     // Columns from here on are hidden from query l; never before the end of the prefix.
     PA_DEVICE int seen(int l) const {
@@ -21,6 +21,10 @@ struct Axis {
         const int last = prefix + (l + offset + 1 > 0 ? l + offset + 1 : 0);
         return last < end ? last : end;
     }
+
+  private:
+    PA_DEVICE Axis(int prefix_rows, const AttnParams &p)
+        : prefix(prefix_rows), end(prefix + (int)p.S), offset((int)causal_offset(p)), causal(p.causal) {}
 };
 
 // Keys or values of one sample and key head.
@@ -29,15 +33,14 @@ struct KeyRows {
     const E *own, *prefix;
     int64_t stride_own, stride_prefix;
 
-    PA_DEVICE KeyRows(const AttnParams &p, const Strided &own_rows, const Strided &prefix_rows, int b, int g)
+    // row: prefix_row(p, b)
+    PA_DEVICE KeyRows(const Strided &own_rows, const Strided &prefix_rows, int b, int row, int g)
         : own((const E *)own_rows.data + b * own_rows.stride0 + g * own_rows.stride1),
-          prefix((const E *)prefix_rows.data + prefix_row(p, b) * prefix_rows.stride0 + g * prefix_rows.stride1),
+          prefix((const E *)prefix_rows.data + row * prefix_rows.stride0 + g * prefix_rows.stride1),
           stride_own(own_rows.stride2),
           stride_prefix(prefix_rows.stride2) {}
-
-    PA_DEVICE const E *row(const Axis &axis, int column) const {
-        return column < axis.prefix ? prefix + column * stride_prefix : own + (column - axis.prefix) * stride_own;
-    }
+    PA_DEVICE KeyRows(const AttnParams &p, const Strided &own_rows, const Strided &prefix_rows, int b, int g)
+        : KeyRows(own_rows, prefix_rows, b, (int)prefix_row(p, b), g) {}
 };
 
 // What padding does to the columns of a tile: a float each, added to the score; -inf hides.
@@ -45,7 +48,7 @@ struct Bias {
     hw::Shared at;
     bool there;
 
-    static constexpr int bytes(int columns) { return columns * 4; }
+    PA_HOST_DEVICE static constexpr int bytes(int columns) { return columns * 4; }
     PA_DEVICE bool visible(int i, hw::Here here = hw::here()) const {
         return !there || hw::load_shared<float>(at + 4 * i, here) != kMinusInf;
     }
@@ -63,20 +66,45 @@ PA_DEVICE float mask_at(const AttnParams &p, const Axis &axis, int b, int h, int
     return mask_term(hw::to_float(hw::load_global((const E *)p.mask.data + at)));
 }
 
-// Columns first .. first + kRows into a tile, by kThreads threads. Rows past the end, and those that padding hides,
-// are zeros and are not read: what is hidden has weight 0, and may hold a nan.
+// Rows begin .. end of a tile, by kThreads threads: row r is row r - begin from `from` on. What padding hides is zeros
+// and is not read.
+template <int kThreads, int D, class E>
+PA_DEVICE void copy_rows(const Tile<D> &to, int begin, int end, const E *from, int64_t stride, const Bias &bias) {
+    constexpr int kPieces = Tile<D>::kPieces, kRows = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kRows % 8 == 0, "the swizzle of a thread's rows is one");
+    const int piece = hw::thread() % kPieces;
+    int row = begin + hw::thread() / kPieces;
+    const E *at = row_at(from, row - begin, stride) + piece * kPiece;
+    hw::Shared there = to.piece(row, piece);
+    PA_NO_UNROLL
+    for (; row < end; row += kRows) {
+        hw::copy_async16(there, at, bias.visible(row));
+        at = row_at(at, kRows, stride);
+        there = there + kRows * Tile<D>::kRowBytes;
+    }
+}
+
+// The same rows as zeros; `any` is some address.
+template <int kThreads, int D>
+PA_DEVICE void zero_rows(const Tile<D> &to, int begin, int end, const void *any) {
+    constexpr int kPieces = Tile<D>::kPieces;
+    PA_NO_UNROLL
+    for (int row = begin + hw::thread() / kPieces; row < end; row += kThreads / kPieces)
+        hw::copy_async16(to.piece(row, hw::thread() % kPieces), any, false);
+}
+
+PA_DEVICE int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+
+// Columns first .. first + kRows into a tile. Rows past the end, and those that padding hides, are zeros: what is
+// hidden has weight 0, and may hold a nan.
 template <int kRows, int kThreads, int D, class E>
 PA_DEVICE void copy_keys(const Tile<D> &to, const KeyRows<E> &keys, const Axis &axis, int first, const Bias &bias) {
-    constexpr int kPieces = Tile<D>::kPieces;
-    static_assert(kRows * kPieces % kThreads == 0 && kThreads % kPieces == 0, "every thread copies as much");
-    const int piece = hw::thread() % kPieces;
-    PA_UNROLL
-    for (int i = 0; i < kRows * kPieces / kThreads; ++i) {
-        const int row = hw::thread() / kPieces + i * (kThreads / kPieces);
-        const int column = first + row;
-        const bool inside = column < axis.end && bias.visible(row);
-        hw::copy_async16(to.piece(row, piece), keys.row(axis, inside ? column : 0) + piece * kPiece, inside);
-    }
+    const int on_prefix = clamp(axis.prefix - first, kRows), there = clamp(axis.end - first, kRows);
+    const E *own = row_at(keys.own, first + on_prefix - axis.prefix, keys.stride_own);
+    if (on_prefix > 0)
+        copy_rows<kThreads>(to, 0, on_prefix, row_at(keys.prefix, first, keys.stride_prefix), keys.stride_prefix, bias);
+    copy_rows<kThreads>(to, on_prefix, there, own, keys.stride_own, bias);
+    if (there < kRows) zero_rows<kThreads>(to, there, kRows, own);
 }
 
 // Prefix dropout: bit i says whether element 4 * four + i of a prefix row is kept. draw: kDropsPrefixK or

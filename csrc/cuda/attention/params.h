@@ -36,8 +36,11 @@ inline Scores scores_of(const AttnParams &p) {
 struct FwdLaunch : FwdParams {
     PrefixDrops drops;
     Scores scores;
+    int group = 1;  // query heads of a key head
+    // of fwd_short
     int heads = 1;  // query heads that a block walks: those of its key head, or one
     int parts = 1;  // blocks that share the queries of those heads
+    int units = 1;  // of 16 queries of a head, that a block has at most
 };
 
 }  // namespace prefixattn::cuda

@@ -3,6 +3,7 @@
 // Of mma m16n8k16 a lane is a group (its row) and a place in its quad (its two columns). The maps are the functions
 // below and stand nowhere else.
 #pragma once
+#include "api/semantics.h"
 #include "cuda/hw/hw.h"
 
 namespace prefixattn::cuda {
@@ -28,7 +29,7 @@ struct Tile {
     static constexpr int kRowBytes = kWidth * 2;
     hw::Shared at;
 
-    static constexpr int bytes(int rows) { return rows * kRowBytes; }
+    PA_HOST_DEVICE static constexpr int bytes(int rows) { return rows * kRowBytes; }
     PA_DEVICE hw::Shared piece(int row, int piece) const {
         return at + (row * kRowBytes + ((piece ^ (row & 7)) * kPieceBytes));
     }
@@ -38,17 +39,18 @@ struct Tile {
     }
 };
 
-// The row and the column, in pieces, of which a lane gives the address to ldmatrix<4>, from the first row and piece.
-// Matrices go down the rows first (A, and B transposed), or along the row first.
-PA_DEVICE int down_row() { return hw::lane() & 15; }
-PA_DEVICE int down_piece() { return hw::lane() >> 4; }
+// The row and the piece, from the first ones on, whose address a lane gives to ldmatrix<4>. The four matrices lie as
+// upper left, upper right, lower left, lower right; every load below takes them so, and names them in its own order, so
+// that the addresses of two tiles differ by a constant.
 PA_DEVICE int along_row() { return (hw::lane() & 7) + (hw::lane() >> 4) * 8; }
 PA_DEVICE int along_piece() { return hw::lane() >> 3 & 1; }
 
 // A [16][16] = tile[row .. row + 16][column .. column + 16].
 template <int W>
 PA_DEVICE void load_a(uint32_t (&a)[4], const Tile<W> &tile, int row, int column) {
-    hw::ldmatrix(a, tile.piece(row + down_row(), column / kPiece + down_piece()));
+    uint32_t m[4];
+    hw::ldmatrix(m, tile.piece(row + along_row(), column / kPiece + along_piece()));
+    a[0] = m[0], a[1] = m[2], a[2] = m[1], a[3] = m[3];
 }
 // A [16][16], A[m][k] = tile[row + k][column + m].
 template <int W>
@@ -56,23 +58,24 @@ PA_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<W> &tile, int row,
     hw::ldmatrix_trans(a, tile.piece(row + along_row(), column / kPiece + along_piece()));
 }
 
-// B [16][8] twice, side by side: B[k][n] = tile[row + n][column + k], n < 16. For the product with a transpose, where
-// the tile has a row for each column of the result.
+// B [16][8] twice, side by side.
 struct TwoB {
     uint32_t first[2], second[2];
 };
+// B[k][n] = tile[row + n][column + k], n < 16: for the product with a transpose, where the tile has a row for each
+// column of the result.
 template <int W>
 PA_DEVICE TwoB load_b(const Tile<W> &tile, int row, int column) {
-    uint32_t b[4];
-    hw::ldmatrix(b, tile.piece(row + along_row(), column / kPiece + along_piece()));
-    return {{b[0], b[1]}, {b[2], b[3]}};
+    uint32_t m[4];
+    hw::ldmatrix(m, tile.piece(row + along_row(), column / kPiece + along_piece()));
+    return {{m[0], m[1]}, {m[2], m[3]}};
 }
 // B[k][n] = tile[row + k][column + n], n < 16.
 template <int W>
 PA_DEVICE TwoB load_b_transposed(const Tile<W> &tile, int row, int column) {
-    uint32_t b[4];
-    hw::ldmatrix_trans(b, tile.piece(row + down_row(), column / kPiece + down_piece()));
-    return {{b[0], b[1]}, {b[2], b[3]}};
+    uint32_t m[4];
+    hw::ldmatrix_trans(m, tile.piece(row + along_row(), column / kPiece + along_piece()));
+    return {{m[0], m[2]}, {m[1], m[3]}};
 }
 
 // first += A * B.first, second += A * B.second
@@ -129,6 +132,12 @@ struct RowPieces {
     hw::Words4 x[2][kPieces];
 };
 
+// Row i of a tensor. A stride has 32 bits, so that an address is one multiplication.
+template <class E>
+PA_DEVICE E *row_at(E *base, int i, int64_t stride) {
+    return base + (int64_t)i * (int)stride;
+}
+
 // Rows from `rows` on are zeros.
 template <int D, class E>
 PA_DEVICE RowPieces<D> load_rows(const E *from, int64_t stride, int rows) {
@@ -139,10 +148,22 @@ PA_DEVICE RowPieces<D> load_rows(const E *from, int64_t stride, int rows) {
         PA_UNROLL
         for (int i = 0; i < RowPieces<D>::kPieces; ++i) {
             r.x[half][i] = {};
-            if (row < rows) r.x[half][i] = hw::load_global((const hw::Words4 *)(from + row * stride) + place() + 4 * i);
+            if (row < rows)
+                r.x[half][i] = hw::load_global((const hw::Words4 *)row_at(from, row, stride) + place() + 4 * i);
         }
     }
     return r;
+}
+
+// Into rows of a tile, as they are.
+template <int D>
+PA_DEVICE void store_pieces(const Tile<D> &tile, int row, const RowPieces<D> &r) {
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        PA_UNROLL
+        for (int i = 0; i < RowPieces<D>::kPieces; ++i)
+            hw::store_shared(tile.piece(row + row_of(2 * half), place() + 4 * i), r.x[half][i]);
+    }
 }
 
 // As A [16][16] for each 16 of the D columns.
@@ -177,7 +198,7 @@ PA_DEVICE void store_rows(E *to, int64_t stride, int rows, const float (&c)[D / 
                 words.x[j] =
                     hw::pack<E>(c[4 * i + j][2 * half] * factor[half], c[4 * i + j][2 * half + 1] * factor[half]);
             quad_transpose(words.x);
-            if (row < rows) hw::store_global((hw::Words4 *)(to + row * stride) + place() + 4 * i, words);
+            if (row < rows) hw::store_global((hw::Words4 *)row_at(to, row, stride) + place() + 4 * i, words);
         }
     }
 }

@@ -1,0 +1,138 @@
+// From products to weights: tiles of scores in accumulators, 16 queries to a warp, and what is known of each query.
+#pragma once
+#include "cuda/attention/keys.h"
+
+namespace prefixattn::cuda {
+
+// What a warp works at: 16 queries of one head, and the columns that they see.
+struct Queries {
+    int b, h;      // of q
+    int l0, rows;  // the first one, and how many there are from it on: more than 16, or fewer
+    int limit[2];  // of this lane's two queries, the first hidden column
+    int full;      // columns below are seen by all 16
+    int seen;      // columns from here on are seen by none
+
+    PA_DEVICE Queries(const AttnParams &p, const Axis &axis, int b_, int h_, int l0_)
+        : b(b_), h(h_), l0(l0_), rows((int)p.L - l0_) {
+        limit[0] = axis.seen(l0 + row_of(0)), limit[1] = axis.seen(l0 + row_of(2));
+        full = axis.seen(l0);
+        seen = axis.seen((rows < kStep ? (int)p.L : l0 + kStep) - 1);
+    }
+
+    template <class E>
+    PA_DEVICE E *in(const Strided &t) const {
+        return (E *)t.data + b * t.stride0 + h * t.stride1 + l0 * t.stride2;
+    }
+    // Of [B, H, L], at this lane's row of a half.
+    PA_DEVICE int64_t at(const AttnParams &p, int half) const {
+        return ((int64_t)b * p.H + h) * p.L + l0 + row_of(2 * half);
+    }
+};
+
+// A tile of scores is accumulators side by side: x[n][i] is row row_of(i), column first + 8 n + column_of(i).
+// The functions below take the accumulators of 16 columns, numbered from `column` on.
+
+// To natural units: the scale, and on the prefix the gain of its dropout.
+PA_DEVICE void scale_scores(float (&left)[4], float (&right)[4], int column, int prefix, float own, float on_prefix) {
+    PA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        left[i] *= column + column_of(i) < prefix ? on_prefix : own;
+        right[i] *= column + kColumns + column_of(i) < prefix ? on_prefix : own;
+    }
+}
+
+// Bias i is that of the first column.
+PA_DEVICE void add_bias(float (&x)[4], const Bias &bias, int i) {
+    const hw::Floats2 two = bias.pair(i + column_of(0));
+    PA_UNROLL
+    for (int j = 0; j < 4; ++j) x[j] = two.x[j & 1] == kMinusInf ? kMinusInf : x[j] + two.x[j & 1];
+}
+
+// What is done to scores after their product: `i` is the first column's place in its tile.
+PA_DEVICE void adjust(float (&left)[4], float (&right)[4], int column, int i, const FwdLaunch &p, const Axis &axis,
+                      const Bias &bias) {
+    if (!p.scores.raw) scale_scores(left, right, column, axis.prefix, p.scale, p.scale * p.drops.gain);
+    if (bias.there) {
+        add_bias(left, bias, i);
+        add_bias(right, bias, i + kColumns);
+    }
+}
+
+PA_DEVICE void hide(float (&left)[4], float (&right)[4], int column, const int (&limit)[2]) {
+    PA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        if (column + column_of(i) >= limit[i >> 1]) left[i] = kMinusInf;
+        if (column + kColumns + column_of(i) >= limit[i >> 1]) right[i] = kMinusInf;
+    }
+}
+
+// The largest of a lane's columns, by row.
+PA_DEVICE void raise(float (&top)[2], const float (&left)[4], const float (&right)[4]) {
+    PA_UNROLL
+    for (int i = 0; i < 4; ++i) top[i >> 1] = hw::max(top[i >> 1], hw::max(left[i], right[i]));
+}
+
+// What is subtracted from scores: of a query that sees no key, anything but -inf.
+PA_DEVICE float pivot_of(float top) { return top == kMinusInf ? 0.f : top; }
+
+// The scores of 16 columns become weights, which are added to a lane's sums: four chains of additions.
+PA_DEVICE void weigh(float (&left)[4], float (&right)[4], const float (&pivot)[2], float factor, float (&sum)[4]) {
+    PA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        // the difference first: a product of large numbers would round by more than an exponent holds
+        left[i] = hw::exp2((left[i] - pivot[i >> 1]) * factor);
+        right[i] = hw::exp2((right[i] - pivot[i >> 1]) * factor);
+        sum[i] += left[i] + right[i];
+    }
+}
+
+// The weights that lie on the first `prefix` columns, by row. A pass of its own, so that the products of those who do
+// not want it stand in one block.
+template <int kGroups>
+PA_DEVICE void add_mass(float (&mass)[2], const float (&s)[2 * kGroups][4], const float (&pivot)[2], float factor,
+                        int prefix) {
+    PA_UNROLL
+    for (int n = 0; n < 2 * kGroups; ++n) {
+        if (n * kColumns >= prefix) break;
+        PA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const float weight = hw::exp2((s[n][i] - pivot[i >> 1]) * factor);
+            mass[i >> 1] += n * kColumns + column_of(i) < prefix ? weight : 0.f;
+        }
+    }
+}
+
+// The same of scores that are weights already.
+template <int kGroups>
+PA_DEVICE void add_weights(float (&mass)[2], const float (&w)[2 * kGroups][4], int prefix) {
+    PA_UNROLL
+    for (int n = 0; n < 2 * kGroups; ++n) {
+        PA_UNROLL
+        for (int i = 0; i < 4; ++i) mass[i >> 1] += n * kColumns + column_of(i) < prefix ? w[n][i] : 0.f;
+    }
+}
+
+// Writes out, lse and mass of 16 queries; sum and mass are a lane's, pivot is the row's.
+template <class E, int D>
+PA_DEVICE void finish_rows(const FwdLaunch &p, const Queries &q, const float (&o)[D / kColumns][4],
+                           const float (&pivot)[2], const float (&sum)[4], const float (&mass)[2]) {
+    float inverse[2];
+    PA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const float total = quad_sum(sum[2 * half] + sum[2 * half + 1]);
+        const bool seen = total != 0.f;  // a nan counts as seen and stays one
+        inverse[half] = seen ? 1.f / total : 0.f;
+        const bool mine = place() == 0 && row_of(2 * half) < q.rows;
+        if (p.lse && mine) {
+            const float lse = pivot[half] * p.scores.unit + hw::log2(total) * kLn2;
+            hw::store_global((float *)p.lse + q.at(p, half), seen ? lse : kMinusInf);
+        }
+        if (p.mass) {
+            const float on_prefix = quad_sum(mass[half]) * inverse[half];
+            if (mine) hw::store_global(p.mass + q.at(p, half), on_prefix);
+        }
+    }
+    store_rows<E, D>(q.template in<E>(p.out), p.out.stride2, q.rows, o, inverse);
+}
+
+}  // namespace prefixattn::cuda
