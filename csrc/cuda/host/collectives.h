@@ -39,25 +39,32 @@ struct LdmatrixOperands {
     bool transposed;
     uint32_t *r;
 };
+// Passes of the hardware beyond one: eight rows of 16 bytes are read at once if they lie in different banks.
+inline int conflicts_of(const uint32_t (&at)[8]) {
+    int passes = 1;
+    for (int i = 0; i < 8; ++i) {
+        int same_bank = 1;
+        for (int j = 0; j < i; ++j) same_bank += at[j] != at[i] && (at[j] / 16 - at[i] / 16) % 8 == 0;
+        passes = same_bank > passes ? same_bank : passes;
+    }
+    return passes - 1;
+}
 inline void perform_ldmatrix(Warp &w) {
     const auto &first = *static_cast<LdmatrixOperands *>(w.lanes[0].operands);
-    const bool transposed = first.transposed;
     the.counts.ldmatrix += first.matrices;
     for (int m = 0; m < first.matrices; ++m) {
         uint16_t x[8][8];
-        int in_group[8] = {}, passes = 1;
+        uint32_t at[8];
         for (int i = 0; i < 8; ++i) {
             const Lane &giver = w.lanes[8 * m + i];
-            const uint32_t at = static_cast<LdmatrixOperands *>(giver.operands)->row;
-            std::memcpy(x[i], shared.read(at, 16, giver, giver.here, true), 16);
-            bool seen = false;  // rows at one address are read once
-            for (int j = 0; j < i; ++j) seen |= static_cast<LdmatrixOperands *>(w.lanes[8 * m + j].operands)->row == at;
-            if (!seen && ++in_group[at / 16 % 8] > passes) passes = in_group[at / 16 % 8];
+            at[i] = static_cast<LdmatrixOperands *>(giver.operands)->row;
+            std::memcpy(x[i], shared.read(at[i], 16, giver, giver.here, true), 16);
         }
-        the.counts.ldmatrix_conflicts += passes - 1;
+        the.counts.ldmatrix_conflicts += conflicts_of(at);
         for (int l = 0; l < kLanes; ++l) {
             const int i = fragment_row(l), j = fragment_column(l);
-            const uint16_t low = transposed ? x[j][i] : x[i][j], high = transposed ? x[j + 1][i] : x[i][j + 1];
+            const uint16_t low = first.transposed ? x[j][i] : x[i][j];
+            const uint16_t high = first.transposed ? x[j + 1][i] : x[i][j + 1];
             static_cast<LdmatrixOperands *>(w.lanes[l].operands)->r[m] = (uint32_t)low | (uint32_t)high << 16;
         }
     }
@@ -72,23 +79,27 @@ struct MmaOperands {
 template <float (*to_float)(uint16_t)>
 void perform_mma(Warp &w) {
     ++the.counts.mma;
-    float a[16][16], b[16][8], c[16][8];  // [row][k], [k][column], [row][column]
+    uint16_t a_bits[16 * 16], b_bits[16 * 8];  // [row][k], [k][column]
+    float a[16 * 16], b[16 * 8], c[16][8];
     for (int l = 0; l < kLanes; ++l) {
         const auto &o = *static_cast<MmaOperands *>(w.lanes[l].operands);
         const int i = fragment_row(l), j = fragment_column(l);
         for (int half = 0; half < 2; ++half)
             for (int next = 0; next < 2; ++next) {
                 const int shift = 16 * next;
-                a[i][j + 8 * half + next] = to_float((uint16_t)(o.a[2 * half] >> shift));
-                a[i + 8][j + 8 * half + next] = to_float((uint16_t)(o.a[2 * half + 1] >> shift));
-                b[j + 8 * half + next][i] = to_float((uint16_t)(o.b[half] >> shift));
+                const int k = j + 8 * half + next;
+                a_bits[16 * i + k] = (uint16_t)(o.a[2 * half] >> shift);
+                a_bits[16 * (i + 8) + k] = (uint16_t)(o.a[2 * half + 1] >> shift);
+                b_bits[8 * k + i] = (uint16_t)(o.b[half] >> shift);
                 c[i + 8 * half][j + next] = o.c[2 * half + next];
             }
     }
+    for (int i = 0; i < 16 * 16; ++i) a[i] = to_float(a_bits[i]);
+    for (int i = 0; i < 16 * 8; ++i) b[i] = to_float(b_bits[i]);
     for (int rows = 0; rows < 16; rows += 4)
         for (int k = 0; k < 16; ++k)
             for (int i = rows; i < rows + 4; ++i)
-                for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+                for (int j = 0; j < 8; ++j) c[i][j] += a[16 * i + k] * b[8 * k + j];
     for (int l = 0; l < kLanes; ++l) {
         const auto &o = *static_cast<MmaOperands *>(w.lanes[l].operands);
         const int i = fragment_row(l), j = fragment_column(l);

@@ -14,7 +14,7 @@ inline void copy_async16(uint32_t to, const void *from, bool inside, Here here) 
         the.counts.copy_bytes += kCopyBytes;
     }
     shared.write(to, kCopyBytes, *the.lane, here, Cell::kPending);
-    shared.poison(to, kCopyBytes);
+    shared.poison(to);
     the.lane->copies.push_back({to, inside ? from : nullptr, here});
 }
 
@@ -27,7 +27,7 @@ inline void copy_wait(int pending) {
         const uint32_t end = lane.groups[lane.groups_arrived++];
         for (; lane.copies_arrived < end; ++lane.copies_arrived) {
             const Copy &copy = lane.copies[lane.copies_arrived];
-            unsigned char *to = shared.arrive(copy.to, kCopyBytes, lane);
+            unsigned char *to = shared.arrive(copy.to, lane);
             if (copy.from) {
                 global.check_load(copy.from, kCopyBytes, Load::kPlain, copy.here, "copies");
                 std::memcpy(to, copy.from, kCopyBytes);

@@ -37,8 +37,14 @@ inline void start_fiber(Fiber &fiber, char *stack, size_t bytes, void (*entry)()
 struct Fiber {
     void *top;  // of its stack, where it was left
 };
-// rdi: where the top of this stack goes; rsi: that of the other. The registers are those that a call keeps.
-__attribute__((naked, noinline)) inline void switch_stack(void ** /*from*/, void * /*to*/) {
+// rdi: where the top of this stack goes; rsi: that of the other. The registers saved are those that a call keeps, and
+// callers may not learn that the others are left alone here: the other fiber changes them.
+#if defined(__clang__)
+__attribute__((naked, noinline))
+#else
+__attribute__((naked, noinline, noipa))
+#endif
+inline void switch_stack(void ** /*from*/, void * /*to*/) {
     __asm__ volatile(
         "pushq %rbp\n\t"
         "pushq %rbx\n\t"

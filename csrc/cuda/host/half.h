@@ -27,8 +27,8 @@ inline uint16_t bf16_from_float(float x) {
 // Exponent and mantissa move into a float's place; a product with a power of two then makes subnormal numbers right.
 inline float fp16_to_float(uint16_t x) {
     const uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = (uint32_t)(x & 0x7fff) << 13;
-    if ((x & 0x7c00) == 0x7c00) return float_of(sign | 0x7f800000u | rest);
-    return float_of(sign | bits_of(float_of(rest) * 0x1p112f));
+    const uint32_t finite = bits_of(float_of(rest) * 0x1p112f), other = 0x7f800000u | rest;
+    return float_of(sign | (rest < 0x0f800000u ? finite : other));
 }
 inline uint16_t fp16_from_float(float x) {
     const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
