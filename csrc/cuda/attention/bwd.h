@@ -37,10 +37,13 @@ BwdPlanned plan_bwd_of(const BwdParams &p, const Device &device) {
     x.sums_prefix = wants_prefix(p);
     made.is_short = Short::takes(p, device);
     const bool after = p.dq.data || wants_own(p);  // somebody reads delta
+    x.members = (int)(p.H / p.Hkv);
+    x.steps = ceil_div((int)p.L, made.is_short ? Short::kQueries : PrefixPass<D>::kQueries);
     int groups = 1, chunks = 1;
     if (made.is_short) {
         Short::fit(p, device, x.key_buffers, x.ds_buffers);
         x.runs = Short::runs(p, device);
+        x.run = (int)p.B / x.runs, x.longer = (int)p.B % x.runs;
         x.slots = p.T == 1 ? x.runs : 1;
     } else {
         x.runs = PrefixPass<D>::runs(p, device);
@@ -77,13 +80,13 @@ const char *bwd_launches(const BwdParams &p, void *workspace, const Device &devi
     }
     if (error) return error;
     if (plan.is_short) {
-        const hw::Grid grid{(int)p.Hkv * x.runs};
+        const hw::Grid grid{(int)p.Hkv, x.runs};
         const int bytes = Short::shared_bytes(p, x.key_buffers, x.ds_buffers);
         if constexpr (D == 64)
             if (Short::tiles(Short::keys(p)) == 2) return on(Step<BwdShort<E, D, 2>>{grid, bytes, x});
         return on(Step<BwdShort<E, D, 1>>{grid, bytes, x});
     }
-    const hw::Grid grid{(int)p.Hkv * x.runs, PrefixPass<D>::chunks(p)};
+    const hw::Grid grid{x.runs, (int)p.Hkv, PrefixPass<D>::chunks(p)};
     error = on(Step<BwdPrefix<E, D>>{grid, PrefixPass<D>::shared_bytes(p), x});
     if (!error && wants_own(p))
         error = on(Step<BwdKeys<E, D>>{BwdKeys<E, D>::grid(p), BwdKeys<E, D>::shared_bytes(), x});

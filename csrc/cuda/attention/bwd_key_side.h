@@ -30,7 +30,7 @@ PA_DEVICE float padding_bias(const AttnParams &p, int b, int h, int s) {
     return s < 0 ? 0.f : mask_at<E>(p, own, b, h, s);
 }
 
-constexpr int kNever = 0x7fffffff;  // the column of a key that padding hides: no query sees as far
+constexpr int kNever = 0x7fffffff;  // stands for the column of a key that padding hides: no query sees as far
 
 // Sums of kTiles tiles of a warp. A unit is kUnit queries.
 template <class E, int D, int kTiles, int kUnit>
@@ -40,15 +40,15 @@ struct KeySide {
     using Unit = float[kTiles][kBlocks][4];
 
     Sums dk, dv;
-    int column[kTiles][2];  // of rows row_of(0) and row_of(2)
-    int first, stride;      // the warp's tiles are first + i * stride
+    uint32_t padded;  // bit 2 i + half: padding hides the key of that row of tile i
+    int stride;       // the warp's tiles are warp() % stride + i * stride
 
-    PA_DEVICE KeySide(int first_tile, int tile_stride) : first(first_tile), stride(tile_stride) {
+    PA_DEVICE explicit KeySide(int tile_stride) : padded(0), stride(tile_stride) {
         PA_UNROLL
         for (int i = 0; i < kTiles; ++i) clear_tile(i, 0);
     }
 
-    PA_DEVICE int row0(int i) const { return (first + i * stride) * kStep; }  // of tile i
+    PA_DEVICE int row0(int i) const { return (hw::warp() % stride + i * stride) * kStep; }  // of tile i
 
     // Rows from `kept` on become 0.
     PA_DEVICE void clear_tile(int i, int kept) {
@@ -60,24 +60,21 @@ struct KeySide {
 
     // Which keys padding hides. The column after the prefix is own key s0.
     PA_DEVICE void place(const BwdLaunch &p, const Axis &axis, int b, int h, int s0) {
+        padded = 0;
+        if (p.mask_kind == MaskKind::kNone) return;
         PA_UNROLL
-        for (int i = 0; i < kTiles; ++i) PA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const int at = row0(i) + row_of(2 * half);
-            column[i][half] = padding_bias<E>(p, b, h, at - axis.prefix + s0) == kMinusInf ? kNever : at;
-        }
-    }
-
-    // No key is padded.
-    PA_DEVICE void place_all() {
-        PA_UNROLL
-        for (int i = 0; i < kTiles; ++i) PA_UNROLL
-        for (int half = 0; half < 2; ++half) column[i][half] = row0(i) + row_of(2 * half);
+        for (int i = 0; i < kTiles; ++i)
+            PA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int own = row0(i) + row_of(2 * half) - axis.prefix + s0;
+                padded |= (uint32_t)(padding_bias<E>(p, b, h, own) == kMinusInf) << (2 * i + half);
+            }
     }
 
     // c[tile] += rows * queries^T. Queries from kColumns * blocks on, and tiles from `tiles` on, are left out.
-    PA_DEVICE void multiply_transposed(Unit &c, const Tile<D> &rows, const Tile<D> &queries, int query, int blocks,
-                                       int tiles) const {
+    template <int n_blocks>
+    PA_DEVICE void multiply_transposed(float (&c)[kTiles][n_blocks][4], const Tile<D> &rows, const Tile<D> &queries,
+                                       int query, int blocks, int tiles) const {
         PA_UNROLL
         for (int k = 0; k < D; k += kStep) {
             uint32_t a[kTiles][4];
@@ -85,7 +82,7 @@ struct KeySide {
             for (int i = 0; i < kTiles; ++i)
                 if (i < tiles) load_a(a[i], rows, row0(i), k);
             PA_UNROLL
-            for (int n = 0; n < kBlocks; n += 2) {
+            for (int n = 0; n < n_blocks; n += 2) {
                 if (n >= blocks) continue;
                 const TwoB b = load_b(queries, query + n * kColumns, k);
                 PA_UNROLL
@@ -98,34 +95,28 @@ struct KeySide {
         }
     }
 
-    // sums[tile] += c[tile] * rows, for the tiles that are wanted.
-    PA_DEVICE static void multiply_rows(Sums &sums, const Unit &c, const Tile<D> &rows, int query, int blocks,
+    // sums[tile] += (left, right) * 16 rows, for the tiles that are wanted.
+    PA_DEVICE static void multiply_rows(Sums &sums, const uint32_t (&a)[kTiles][4], const Tile<D> &rows, int query,
                                         const bool (&wanted)[kTiles]) {
         PA_UNROLL
-        for (int k = 0; k < kBlocks; k += 2) {
-            if (k >= blocks) continue;
-            uint32_t a[kTiles][4];
+        for (int n = 0; n < D / kColumns; n += 2) {
+            const TwoB b = load_b_transposed(rows, query, n * kColumns);
             PA_UNROLL
-            for (int i = 0; i < kTiles; ++i) as_a<E>(a[i], c[i][k], c[i][k + 1]);
-            PA_UNROLL
-            for (int n = 0; n < D / kColumns; n += 2) {
-                const TwoB b = load_b_transposed(rows, query + k * kColumns, n * kColumns);
-                PA_UNROLL
-                for (int i = 0; i < kTiles; ++i)
-                    if (wanted[i]) multiply<E>(sums[i][n], sums[i][n + 1], a[i], b);
-            }
+            for (int i = 0; i < kTiles; ++i)
+                if (wanted[i]) multiply<E>(sums[i][n], sums[i][n + 1], a[i], b);
         }
     }
 
     // Times prefix dropout's gain, where the key is of the prefix.
-    PA_DEVICE void gain_prefix(Unit &c, const Axis &axis, float gain) const {
+    template <int n_blocks>
+    PA_DEVICE void gain_prefix(float (&c)[kTiles][n_blocks][4], const Axis &axis, float gain) const {
         if (gain == 1.f) return;
         PA_UNROLL
         for (int i = 0; i < kTiles; ++i) PA_UNROLL
         for (int half = 0; half < 2; ++half) {
             const float factor = row0(i) + row_of(2 * half) < axis.prefix ? gain : 1.f;
             PA_UNROLL
-            for (int j = 0; j < kBlocks; ++j) c[i][j][2 * half] *= factor, c[i][j][2 * half + 1] *= factor;
+            for (int j = 0; j < n_blocks; ++j) c[i][j][2 * half] *= factor, c[i][j][2 * half + 1] *= factor;
         }
     }
 
@@ -146,7 +137,7 @@ struct KeySide {
             more |= wants_dk[i] || wants_dv[i];
         }
         if (tiles == 0 || !more) return;
-        Unit s = {}, w = {};
+        Unit s = {};
         multiply_transposed(s, k, stage.q(i_stage), query, blocks, tiles);
         gain_prefix(s, axis, p.drops.gain);
         float factor = p.scale * kLog2e;
@@ -154,38 +145,76 @@ struct KeySide {
             factor = kLog2e;
             add_bias(s, p, axis, b, h, s0);
         }
+        weigh(s, stage.side(i_stage, 0), stage.side(i_stage, 2), query, factor);
+        gain_prefix(s, axis, p.drops.gain);
+        PA_UNROLL
+        for (int n = 0; n < kBlocks; n += 2) {
+            if (n >= blocks) continue;
+            uint32_t a[kTiles][4];
+            PA_UNROLL
+            for (int i = 0; i < kTiles; ++i) as_a<E>(a[i], s[i][n], s[i][n + 1]);
+            multiply_rows(dv, a, stage.dout(i_stage), query + n * kColumns, wants_dv);
+        }
         bool any_dk = wants_ds;
         PA_UNROLL
         for (int i = 0; i < kTiles; ++i) any_dk |= wants_dk[i];
-        if (any_dk) {
-            multiply_transposed(w, v, stage.dout(i_stage), query, blocks, tiles);
-            gain_prefix(w, axis, p.drops.gain);
+        if (!any_dk) return;
+        // 16 queries at a time: registers
+        PA_UNROLL
+        for (int n = 0; n < kBlocks; n += 2) {
+            uint32_t a[kTiles][4];
+            if (n < blocks) {
+                float w[kTiles][2][4] = {};
+                multiply_transposed(w, v, stage.dout(i_stage), query + n * kColumns, blocks - n, tiles);
+                gain_prefix(w, axis, p.drops.gain);
+                differentiate(w, s, n, stage.side(i_stage, 1), query);
+                PA_UNROLL
+                for (int i = 0; i < kTiles; ++i) as_a<E>(a[i], w[i][0], w[i][1]);
+                if (wants_ds) store_ds(ds, a, n, tiles);
+                multiply_rows(dk, a, stage.q(i_stage), query + n * kColumns, wants_dk);
+            }
         }
+    }
+
+    // Scores become weights, 0 where a key is hidden.
+    PA_DEVICE void weigh(Unit &s, hw::Shared side_lse, hw::Shared side_hidden, int query, float factor) const {
+        int column[kTiles][2];
+        PA_UNROLL
+        for (int i = 0; i < kTiles; ++i)
+            PA_UNROLL
+            for (int half = 0; half < 2; ++half)
+                column[i][half] = padded >> (2 * i + half) & 1 ? kNever : row0(i) + row_of(2 * half);
         PA_UNROLL
         for (int j = 0; j < kBlocks; ++j) {
             const int at = 4 * (query + j * kColumns + column_of(0));
-            const auto lse = hw::load_shared<hw::Floats2>(stage.side(i_stage, 0) + at);
-            const auto delta = hw::load_shared<hw::Floats2>(stage.side(i_stage, 1) + at);
-            const auto hidden = hw::load_shared<hw::Words2>(stage.side(i_stage, 2) + at);
+            const auto lse = hw::load_shared<hw::Floats2>(side_lse + at);
+            const auto hidden = hw::load_shared<hw::Words2>(side_hidden + at);
             PA_UNROLL
-            for (int i = 0; i < kTiles; ++i) PA_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                const bool seen = column[i][c >> 1] < (int)hidden.x[c & 1];
-                const float power = s[i][j][c] * factor - lse.x[c & 1];
-                const float weight = seen ? hw::exp2(power > 0.f ? 0.f : power) : 0.f;  // a nan stays
-                // a hidden key's value may be a nan
-                w[i][j][c] = seen ? weight * (w[i][j][c] - delta.x[c & 1]) : 0.f;
-                s[i][j][c] = weight;
-            }
+            for (int i = 0; i < kTiles; ++i)
+                PA_UNROLL
+                for (int c = 0; c < 4; ++c) {
+                    const float power = s[i][j][c] * factor - lse.x[c & 1];
+                    const float weight = hw::exp2(power > 0.f ? 0.f : power);  // a nan stays
+                    s[i][j][c] = column[i][c >> 1] < (int)hidden.x[c & 1] ? weight : 0.f;
+                }
         }
-        gain_prefix(s, axis, p.drops.gain);
-        gain_prefix(w, axis, p.drops.gain);
-        multiply_rows(dv, s, stage.dout(i_stage), query, blocks, wants_dv);
-        if (wants_ds) {
+    }
+
+    // w, the products of dout and values, becomes dS, of blocks n and n + 1. A hidden key's value may be a nan.
+    PA_DEVICE void differentiate(float (&w)[kTiles][2][4], const Unit &s, int n, hw::Shared side_delta,
+                                 int query) const {
+        PA_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            const int at = 4 * (query + (n + j) * kColumns + column_of(0));
+            const auto delta = hw::load_shared<hw::Floats2>(side_delta + at);
             PA_UNROLL
-            for (int i = 0; i < kTiles; ++i) store_ds(ds, w[i], row0(i), i < tiles);
+            for (int i = 0; i < kTiles; ++i)
+                PA_UNROLL
+                for (int c = 0; c < 4; ++c) {
+                    const float weight = s[i][n + j][c];
+                    w[i][j][c] = weight != 0.f ? weight * (w[i][j][c] - delta.x[c & 1]) : 0.f;
+                }
         }
-        multiply_rows(dk, w, stage.q(i_stage), query, blocks, wants_dk);
     }
 
     // Scores in natural units, with the padding's bias.
@@ -201,13 +230,15 @@ struct KeySide {
         }
     }
 
-    PA_DEVICE static void store_ds(const DsTile &ds, const float (&w)[kBlocks][4], int row, bool there) {
-        if (!there) return;
+    // Blocks n and n + 1 of dS, packed as left operands.
+    PA_DEVICE void store_ds(const DsTile &ds, const uint32_t (&a)[kTiles][4], int n, int tiles) const {
         PA_UNROLL
-        for (int j = 0; j < kBlocks; ++j) PA_UNROLL
-        for (int half = 0; half < 2; ++half)
-            hw::store_shared(ds.piece(row + row_of(2 * half), j) + 2 * column_of(0),
-                             hw::pack<E>(w[j][2 * half], w[j][2 * half + 1]));
+        for (int i = 0; i < kTiles; ++i) {
+            if (i >= tiles) continue;
+            PA_UNROLL
+            for (int j = 0; j < 4; ++j)
+                hw::store_shared(ds.piece(row0(i) + row_of(2 * (j & 1)), n + (j >> 1)) + 2 * column_of(0), a[i][j]);
+        }
     }
 };
 

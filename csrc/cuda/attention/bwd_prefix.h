@@ -42,10 +42,10 @@ struct BwdPrefix {
     }
 
     PA_DEVICE static void run(const Params &p) {
-        const int Hkv = (int)p.Hkv, members = (int)p.H / Hkv, g = hw::block_x() % Hkv, share = hw::block_x() / Hkv;
-        const int chunk = hw::block_y(), row0 = chunk * Pass::kChunk, left = (int)p.P - row0;
+        const int g = hw::block_y(), share = hw::block_x(), members = p.members, steps = p.steps;
+        const int chunk = hw::block_z(), row0 = chunk * Pass::kChunk, left = (int)p.P - row0;
         const int rows = !p.sums_prefix ? 0 : left < Pass::kChunk ? left : Pass::kChunk;
-        const int steps = ((int)p.L + kQueries - 1) / kQueries, steps_a_sample = steps * members;
+        const int steps_a_sample = steps * members;
         const int64_t all = p.B * steps_a_sample;
         const int begin = (int)(all * share / p.runs), end = (int)(all * (share + 1) / p.runs);
         const int groups = Pass::groups(p), tile_warps = kWarps / groups, member_of = hw::warp() / tile_warps;
@@ -54,9 +54,8 @@ struct BwdPrefix {
         Queries stage(hw::shared_begin());
         const hw::Shared word = hw::shared_begin() + Queries::kBytes;
         const Tile<D> k{word + kWordBytes}, v{k.at + (rows + kStep - 1) / kStep * kStep * Tile<D>::kRowBytes};
-        Side side(hw::warp() % tile_warps, tile_warps);
+        Side side(tile_warps);
         Cursor now{begin / steps_a_sample, begin % steps_a_sample / steps, begin % steps};
-        side.place_all();
         const int first_sample = now.b;
         if (rows) ask_keys(p, k, v, now.b, g, row0, rows);
         stage.ask(p, 0, now.b, g * members + now.member, now.step * kQueries, rows > 0);

@@ -75,7 +75,7 @@ struct BwdQueries {
         // under causality the last queries see most: they begin first
         const int tile = tiles - 1 - hw::block_x() / heads, b = hw::block_x() % heads / (int)p.H;
         const int h = hw::block_x() % (int)p.H, g = h / (int)(p.H / p.Hkv);
-        const Axis axis = Axis::of_sample(p, b);
+        const Axis axis(p, b);
         const int l = tile * kQueries + hw::warp() * kStep, L = (int)p.L;
         const int block_end = axis.seen((tile + 1) * kQueries < L ? tile * kQueries + kQueries - 1 : L - 1);
         const int warp_end = l < L ? axis.seen(l + kStep < L ? l + kStep - 1 : L - 1) : 0;

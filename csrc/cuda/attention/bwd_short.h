@@ -10,7 +10,7 @@ template <class E, int D, int kTiles>
 struct BwdShort {
     using Params = BwdLaunch;
     static constexpr int kWarps = Short::kWarps, kThreads = kWarps * hw::kWarp, kQueries = Short::kQueries;
-    static constexpr int kMinBlocks = kTiles * D > 64 ? 1 : 2;
+    static constexpr int kMinBlocks = 1;
     static constexpr const char *kName = "bwd_short";
     using Side = KeySide<E, D, kTiles, kQueries>;
     using Queries = Stage<E, D, kQueries, kThreads, true>;
@@ -41,13 +41,13 @@ struct BwdShort {
         const KeyRows<E> k(p, p.k, p.prefix_k, b, g), v(p, p.v, p.prefix_v, b, g);
         const Tile<D> to_k = at.tile(p, sample, 0), to_v = at.tile(p, sample, 1);
         const bool resident = one_prefix(p) && sample >= p.key_buffers;
-        const int group = (int)(p.H / p.Hkv), piece = hw::thread() % Tile<D>::kPieces;
-        const bool padded = p.mask_kind != MaskKind::kNone && (group == 1 || p.mask.stride1 == 0);
+        const int thread = hw::opaque(hw::thread()), piece = thread % Tile<D>::kPieces;
+        const bool padded = p.mask_kind != MaskKind::kNone && (p.members == 1 || p.mask.stride1 == 0);
         PA_NO_UNROLL
-        for (int row = begin + hw::thread() / Tile<D>::kPieces; row < end; row += kThreads / Tile<D>::kPieces) {
+        for (int row = begin + thread / Tile<D>::kPieces; row < end; row += kThreads / Tile<D>::kPieces) {
             if (resident && row < axis.prefix) continue;
             bool inside = row < axis.end;
-            if (padded && inside) inside = padding_bias<E>(p, b, g * group, row - axis.prefix) != kMinusInf;
+            if (padded && inside) inside = padding_bias<E>(p, b, g * p.members, row - axis.prefix) != kMinusInf;
             const int from = inside ? row : 0;
             hw::copy_async16(to_k.piece(row, piece), key_row(k, axis, from) + piece * kPiece, inside);
             hw::copy_async16(to_v.piece(row, piece), key_row(v, axis, from) + piece * kPiece, inside);
@@ -85,73 +85,105 @@ struct BwdShort {
         }
     }
 
-    PA_DEVICE static void run(const Params &p) {
-        const int Hkv = (int)p.Hkv, members = (int)p.H / Hkv, g = hw::block_x() % Hkv, share = hw::block_x() / Hkv;
-        const int begin = (int)(p.B * share / p.runs), end = (int)(p.B * (share + 1) / p.runs);
-        const int steps = ((int)p.L + kQueries - 1) / kQueries, steps_a_sample = steps * members;
-        const bool keeps_prefix = one_prefix(p);  // its sums, from sample to sample
-        const Layout at(p);
-        Queries stage(hw::shared_begin());
-        Side side(hw::warp(), kWarps);
+    // What the block does, from its place in the grid. It is made anew on each side of what needs all registers.
+    struct Share {
+        int g, index, begin, end;  // key head, which of the runs of samples, and those
 
-        if (p.sums_prefix && p.T == 1 && !keeps_prefix) clear_prefix<E, kThreads>(p, 0, g, share, 0, (int)p.P);
-        Cursor now{begin, 0, 0};
-        ask_keys(p, at, begin, 0, g, 0, at.rows);
-        stage.ask(p, 0, begin, g * members, 0, true);
+        PA_DEVICE explicit Share(const Params &p) : g(hw::opaque(hw::block_x())), index(hw::opaque(hw::block_y())) {
+            begin = index * p.run + (index < p.longer ? index : p.longer);
+            end = begin + p.run + (index < p.longer);
+        }
+    };
+
+    PA_DEVICE static void run(const Params &p) {
+        Queries stage(hw::shared_begin());
+        Side side(kWarps);
+        Cursor now = open(p, stage);
+        int end = Share(p).end;
+        PA_NO_UNROLL
+        for (int i = 0; now.b < end; i ^= 1) {
+            weigh(p, stage, side, now, i);
+            now.hide();
+            now = finish(p, stage, side, now, i);
+        }
+        const Share mine(p);
+        if (!p.sums_prefix) return;
+        if (one_prefix(p)) leave_prefix(p, side, (int)p.P, {0, mine.g, mine.index, 0, 0, false});
+        if (p.T == 1 && !p.direct) sum_if_last<E, kThreads>(p, 0, mine.g, 0, 0, (int)p.P, 1, Layout(p).word);
+    }
+
+    // The first step is there, the second is asked for.
+    PA_DEVICE static Cursor open(const Params &p, Queries &stage) {
+        const Share mine(p);
+        const Layout at(p);
+        const Cursor now{mine.begin, 0, 0}, next = now.after(p.members, p.steps, 0);
+        if (p.sums_prefix && p.T == 1 && !one_prefix(p))
+            clear_prefix<E, kThreads>(p, 0, mine.g, mine.index, 0, (int)p.P);
+        ask_keys(p, at, now.b, 0, mine.g, 0, at.rows);
+        stage.ask(p, 0, now.b, mine.g * p.members, 0, true);
         hw::copy_commit();
         hw::copy_wait<0>();
-        stage.prepare(p, 0, Axis(p, begin), begin, g * members, 0, false);
+        stage.prepare(p, 0, Axis(p, now.b), now.b, mine.g * p.members, 0, false);
         hw::sync_block();
-        const Cursor second = now.after(members, steps, 0);
-        if (second.b < end) stage.ask(p, 1, second.b, g * members + second.member, second.step * kQueries, true);
+        if (next.b < mine.end)
+            stage.ask(p, 1, next.b, mine.g * p.members + next.member, next.step * kQueries, true);
         hw::copy_commit();
+        return now;
+    }
 
-        PA_NO_UNROLL
-        for (int i = 0; now.b < end; ++i) {
-            const int sample = now.b - begin, in_sample = now.member * steps + now.step;
-            const int h = g * members + now.member, l0 = now.step * kQueries;
-            const Tile<D> k = at.tile(p, sample, 0), v = at.tile(p, sample, 1);
-            const Axis axis(p, now.b);
-            if (now.step == 0) side.place(p, axis, now.b, h, 0);
-            if (in_sample == 0 && sample > 0 && (p.key_buffers == 1 || steps_a_sample == 1)) {
-                hw::copy_wait<0>();
-                hw::sync_block();
-            }
-            if (in_sample == 0 && p.drops.threshold) {
-                drop_keys(p, k, v, axis, now.b, g);
-                hw::sync_block();
-            }
-            const DsTile ds = at.ds_of(p, i);
-            side.unit(p, axis, now.b, h, 0, k, v, stage, i & 1, 0, l0, p.dq.data, ds);
+    // The step's products for keys.
+    PA_DEVICE static void weigh(const Params &p, const Queries &stage, Side &side, const Cursor &now, int i) {
+        const Share mine(p);
+        const Layout at(p);
+        const int sample = now.b - mine.begin, h = mine.g * p.members + now.member;
+        const Tile<D> k = at.tile(p, sample, 0), v = at.tile(p, sample, 1);
+        const Axis axis(p, now.b);
+        if (now.step == 0) side.place(p, axis, now.b, h, 0);
+        const bool opens = now.member == 0 && now.step == 0;
+        if (opens && sample > 0 && (p.key_buffers == 1 || p.steps * p.members == 1)) {
             hw::copy_wait<0>();
-            const Cursor next = now.after(members, steps, 0), later = next.after(members, steps, 0);
-            if (next.b < end)
-                stage.prepare(p, (i + 1) & 1, Axis(p, next.b), next.b, g * members + next.member, next.step * kQueries,
-                              false);
             hw::sync_block();
-            if (later.b < end) stage.ask(p, i & 1, later.b, g * members + later.member, later.step * kQueries, true);
-            if (p.key_buffers == 2 && now.b + 1 < end) {
-                // a share of the next sample's in each step, to be there before its first
-                const int parts = steps_a_sample > 1 ? steps_a_sample - 1 : 1;
-                const int each = (at.rows + parts - 1) / parts, from = in_sample * each;
-                ask_keys(p, at, now.b + 1, sample + 1, g, from, from + each < at.rows ? from + each : at.rows);
-            }
-            hw::copy_commit();
-            if (p.dq.data) queries(p, ds, k, axis, now.b, h, l0);
-            if (p.ds_buffers == 1) hw::sync_block();
-            if (in_sample + 1 == steps_a_sample) {
-                leave(p, side, axis, now.b, g, share, at.word, keeps_prefix);
-                if (p.key_buffers == 1 && now.b + 1 < end) {
-                    hw::sync_block();
-                    ask_keys(p, at, now.b + 1, sample + 1, g, 0, at.rows);
-                    hw::copy_commit();
-                }
-            }
-            now = next;
         }
-        if (!p.sums_prefix) return;
-        if (keeps_prefix) leave_prefix(p, side, (int)p.P, {0, g, share, 0, 0, false});
-        if (p.T == 1 && !p.direct) sum_if_last<E, kThreads>(p, 0, g, 0, 0, (int)p.P, 1, at.word);
+        if (opens && p.drops.threshold) {
+            drop_keys(p, k, v, axis, now.b, mine.g);
+            hw::sync_block();
+        }
+        side.unit(p, axis, now.b, h, 0, k, v, stage, i, 0, now.step * kQueries, p.dq.data, at.ds_of(p, i));
+    }
+
+    // What comes after them: the next step's delta, the copies for the one after it, dq, and the end of a sample.
+    PA_DEVICE static Cursor finish(const Params &p, Queries &stage, Side &side, const Cursor &now, int i) {
+        const Share mine(p);
+        const Layout at(p);
+        const Cursor next = now.after(p.members, p.steps, 0), later = next.after(p.members, p.steps, 0);
+        const int first_head = mine.g * p.members, sample = now.b - mine.begin;
+        hw::copy_wait<0>();
+        if (next.b < mine.end)
+            stage.prepare(p, i ^ 1, Axis(p, next.b), next.b, first_head + next.member, next.step * kQueries, false);
+        hw::sync_block();
+        if (later.b < mine.end)
+            stage.ask(p, i, later.b, first_head + later.member, later.step * kQueries, true);
+        const int steps = p.steps * p.members, done = now.member * p.steps + now.step;
+        const bool closes = done + 1 == steps, more = now.b + 1 < mine.end;
+        if (p.key_buffers == 2 && more) {
+            // a share of the next sample's in each step, to be there before its first
+            const int parts = steps > 1 ? steps - 1 : 1;
+            const int each = (at.rows + parts - 1) / parts, from = done * each;
+            ask_keys(p, at, now.b + 1, sample + 1, mine.g, from, from + each < at.rows ? from + each : at.rows);
+        }
+        hw::copy_commit();
+        const Axis axis(p, now.b);
+        if (p.dq.data)
+            queries(p, at.ds_of(p, i), at.tile(p, sample, 0), axis, now.b, first_head + now.member,
+                    now.step * kQueries);
+        if (p.ds_buffers == 1) hw::sync_block();
+        if (closes) leave(p, side, axis, now.b, mine.g, mine.index, at.word);
+        if (closes && more && p.key_buffers == 1) {
+            hw::sync_block();
+            ask_keys(p, at, now.b + 1, sample + 1, mine.g, 0, at.rows);
+            hw::copy_commit();
+        }
+        return next;
     }
 
     // Zeros what dropout takes from the prefix.
@@ -164,8 +196,8 @@ struct BwdShort {
     }
 
     // A sample is done: its sums go, and make room for the next one's.
-    PA_DEVICE static void leave(const Params &p, Side &side, const Axis &axis, int b, int g, int share, hw::Shared word,
-                                bool keeps_prefix) {
+    PA_DEVICE static void leave(const Params &p, Side &side, const Axis &axis, int b, int g, int share, hw::Shared word) {
+        const bool keeps_prefix = one_prefix(p);  // its sums, from sample to sample
         store_own(p, side, axis, b, g, 0);
         if (p.sums_prefix && !keeps_prefix) {
             const int t = (int)prefix_row(p, b);

@@ -10,6 +10,8 @@ namespace prefixattn::cuda {
 struct Cursor {
     int b, member, step;
 
+    // The compiler knows nothing of it from here on.
+    PA_DEVICE void hide() { b = hw::opaque(b), member = hw::opaque(member), step = hw::opaque(step); }
     PA_DEVICE Cursor after(int members, int steps, int first_step) const {
         if (step + 1 < steps) return {b, member, step + 1};
         if (member + 1 < members) return {b, member + 1, first_step};
@@ -51,32 +53,39 @@ struct Stage {
     // lse in powers of two, delta, and the first column that the query does not see: [kQueries] each
     PA_DEVICE hw::Shared side(int i, int which) const { return at + (2 * kOne + (3 * i + which) * kSide); }
 
-    PA_DEVICE static int row() { return hw::thread() / kThreadsARow; }
-    PA_DEVICE static int first_piece() { return hw::thread() % kThreadsARow; }
+    struct Mine {  // of a thread
+        int row, piece;
+        PA_DEVICE Mine() {
+            const int thread = hw::opaque(hw::thread());
+            row = thread / kThreadsARow;
+            piece = thread % kThreadsARow;  // the first, of every kThreadsARow-th
+        }
+    };
 
     // Asks for a step's rows. A barrier since stage i was read, and the commit, are the caller's.
     PA_DEVICE void ask(const BwdLaunch &p, int i, int b, int h, int l0, bool queries) {
-        const int l = l0 + row();
+        const Mine mine;
+        const int l = l0 + mine.row;
         const bool inside = l < (int)p.L;
         const int from = inside ? l : 0;
         const E *q_row = tensor_row<E>(p.q, b, h, from), *dout_row = tensor_row<E>(p.dout, b, h, from);
         PA_UNROLL
         for (int j = 0; j < kPiecesAThread; ++j) {
-            const int piece = first_piece() + j * kThreadsARow;
-            if (queries) hw::copy_async16(q(i).piece(row(), piece), q_row + piece * kPiece, inside);
-            hw::copy_async16(dout(i).piece(row(), piece), dout_row + piece * kPiece, inside);
+            const int piece = mine.piece + j * kThreadsARow;
+            if (queries) hw::copy_async16(q(i).piece(mine.row, piece), q_row + piece * kPiece, inside);
+            hw::copy_async16(dout(i).piece(mine.row, piece), dout_row + piece * kPiece, inside);
         }
         if constexpr (kMakesDelta) {
             const E *out_row = tensor_row<E>(p.out, b, h, from);
             PA_UNROLL
             for (int j = 0; j < kPiecesAThread; ++j) {
-                const int piece = first_piece() + j * kThreadsARow;
-                hw::copy_async16(out(i).piece(row(), piece), out_row + piece * kPiece, inside);
+                const int piece = mine.piece + j * kThreadsARow;
+                hw::copy_async16(out(i).piece(mine.row, piece), out_row + piece * kPiece, inside);
             }
         }
         lse = kMinusInf;
         given = 0.f;
-        if (!inside || first_piece() != 0) return;
+        if (!inside || mine.piece != 0) return;
         const int64_t at_row = ((int64_t)b * p.H + h) * p.L + l;
         lse = hw::load_global((const float *)p.lse + at_row);
         if constexpr (kMakesDelta) {
@@ -88,14 +97,15 @@ struct Stage {
 
     // Of what this thread asked for last, and has waited for. A query without a key sees none: its weights are 0.
     PA_DEVICE void prepare(const BwdLaunch &p, int i, const Axis &axis, int b, int h, int l0, bool writes_delta) {
+        const Mine mine;
         float delta = given;
         if constexpr (kMakesDelta) {
             float sum = 0.f;
             PA_UNROLL
             for (int j = 0; j < kPiecesAThread; ++j) {
-                const int piece = first_piece() + j * kThreadsARow;
-                const auto o = hw::load_shared<hw::Words4>(out(i).piece(row(), piece));
-                const auto g = hw::load_shared<hw::Words4>(dout(i).piece(row(), piece));
+                const int piece = mine.piece + j * kThreadsARow;
+                const auto o = hw::load_shared<hw::Words4>(out(i).piece(mine.row, piece));
+                const auto g = hw::load_shared<hw::Words4>(dout(i).piece(mine.row, piece));
                 PA_UNROLL
                 for (int w = 0; w < 4; ++w)
                     sum += hw::low<E>(o.x[w]) * hw::low<E>(g.x[w]) + hw::high<E>(o.x[w]) * hw::high<E>(g.x[w]);
@@ -104,12 +114,12 @@ struct Stage {
             for (int mask = 1; mask < kThreadsARow; mask *= 2) sum += hw::shuffle_xor(sum, mask);
             delta = sum - given;
         }
-        if (first_piece() != 0) return;
-        const int l = l0 + row();
+        if (mine.piece != 0) return;
+        const int l = l0 + mine.row;
         const bool some = lse != kMinusInf;
-        hw::store_shared(side(i, 0) + 4 * row(), some ? lse * kLog2e : 0.f);
-        hw::store_shared(side(i, 1) + 4 * row(), delta);
-        hw::store_shared(side(i, 2) + 4 * row(), some ? (uint32_t)hidden_from(axis, l) : 0u);
+        hw::store_shared(side(i, 0) + 4 * mine.row, some ? lse * kLog2e : 0.f);
+        hw::store_shared(side(i, 1) + 4 * mine.row, delta);
+        hw::store_shared(side(i, 2) + 4 * mine.row, some ? (uint32_t)hidden_from(axis, l) : 0u);
         if (writes_delta && l < (int)p.L) hw::store_global(p.delta + (((int64_t)b * p.H + h) * p.L + l), delta);
     }
 
