@@ -61,10 +61,12 @@ def isa_flags(source: Path) -> list[str]:
 
 
 def test_programs() -> dict[str, tuple[Path, list[str]]]:
-    """Source and flags of each by its name: one a source of csrc/tests and an instruction set."""
+    """Source and flags of each by its name: a source of csrc/tests for an instruction set, and those of csrc/cuda."""
     isas = {"portable": []} | (ISA_FLAGS if IS_X86 else {})
     sources = sorted(ROOT.glob("csrc/tests/*.cpp"))
-    return {f"{source.stem}.{isa}": (source, flags) for source in sources for isa, flags in isas.items()}
+    programs = {f"{source.stem}.{isa}": (source, flags) for source in sources for isa, flags in isas.items()}
+    machine = sorted(ROOT.glob("csrc/cuda/tests/*.cpp"))
+    return programs | {f"{source.stem}.cuda": (source, cuda.HOST_OPTIMIZE) for source in machine}
 
 
 def ninja_file(sources: list[Path], compiler: list[str], output: Path) -> str:

@@ -42,6 +42,7 @@ INSTANCES = {
 PASSES = "fwd", "bwd"
 DRIVERS = "/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version"  # one of them is where a GPU is
 HOST_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+HOST_OPTIMIZE = ["-O2", "-g1"]  # -O3 takes longer to compile than it saves
 # no --use_fast_math: what may be approximate is written so
 DEVICE_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static".split()
 
@@ -149,18 +150,18 @@ def ninja_file(output: str, compiler: list[str], toolkit: Toolkit) -> str:
         "  description = $out",
         *_host_rule(compiler, ["-O2", "-DPA_MODULE=_cuda"]),
     ]
-    return _with_units(lines, output, "kernels", [])
+    return _with_units(lines, output, "kernels")
 
 
 def host_ninja_file(output: str, compiler: list[str]) -> str:
     """The same sources as C++, with the host machine in the place of a GPU."""
     lines = [
-        *_host_rule(compiler, ["-O2", "-g1", "-DPA_MODULE=_cuda_host", "-DPA_HOST_MACHINE"]),
+        *_host_rule(compiler, [*HOST_OPTIMIZE, "-DPA_MODULE=_cuda_host", "-DPA_HOST_MACHINE"]),
         "rule link",
         f"  command = {ninja_command(compiler)} -shared $in -o $out",
         "  description = $out",
     ]
-    return _with_units(lines, output, "compile", sorted((ROOT / "csrc" / "cuda" / "host").glob("*.cpp")))
+    return _with_units(lines, output, "compile")
 
 
 def _host_rule(compiler: list[str], flags: list[str]) -> list[str]:
@@ -175,12 +176,12 @@ def _host_rule(compiler: list[str], flags: list[str]) -> list[str]:
     ]
 
 
-def _with_units(lines: list[str], output: str, rule: str, others: list[Path]) -> str:
+def _with_units(lines: list[str], output: str, rule: str) -> str:
     objects = []
     for name, source, flags in _units():
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: {rule} {ninja_escape(source)}", f"  unit = {' '.join(flags)}"]
-    for source in [*others, *sorted((ROOT / "csrc" / "cuda" / "python").glob("*.cpp"))]:
+    for source in sorted((ROOT / "csrc" / "cuda" / "python").glob("*.cpp")):
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines.append(f"build {objects[-1]}: compile {ninja_escape(source)}")
     lines += [f"build {output}: link {' '.join(objects)}", f"default {output}"]

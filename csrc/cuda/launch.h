@@ -19,4 +19,7 @@ const char *run(const BwdParams &, void *workspace, const Device &, void *stream
 // Makes a device this thread's, and says what it offers; null, or an error in words.
 const char *use_device(int index, Device &);
 
+// On the host machine alone: what use_device() says from here on.
+void set_device(int shared_bytes, int processors);
+
 }  // namespace prefixattn::cuda

@@ -27,6 +27,7 @@ ALIGNMENT = 16  # bytes that move at once: of addresses and of all strides but t
 # every option of Call that the kernels have; phi says nothing without a memory
 KNOWN = "attn_mask", "prefix_ids", "prefix_lengths", "seed", "prefix_dropout_p", "is_causal", "scale", "phi"
 UNKNOWN = unknown(KNOWN)
+LARGEST_ROW_STRIDE, LAST = 2**30, 2**31 - 1
 _TENSORS = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "prefix_ids", "prefix_lengths", "seed"
 
 
@@ -75,8 +76,11 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
         reasons.append(f"head_dim={q.shape[3]}; needs 64 or 128 (triton has all up to 256)")
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1):
         reasons.append(f"attn_mask {list(mask.shape)} {mask.dtype}; needs a bool [B, 1, 1, S] (triton has all masks)")
-    if call.k.shape[2] == 0 and call.prefix_k.shape[2] > 0:
-        reasons.append("S=0; needs a key beside the prefix (triton does not)")
+    # within a head the kernels count elements in 32 bits
+    operands = {"q": q, "k": call.k, "v": call.v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v}
+    for name, t in operands.items():
+        if max(t.stride(2), 3 * t.shape[1] * t.shape[3]) >= LARGEST_ROW_STRIDE or t.shape[2] > LAST:
+            reasons.append(f"{name} {list(t.shape)} has rows 2**30 elements apart, or 2**31 of them (triton has them)")
     return reasons
 
 
