@@ -58,9 +58,11 @@ const char *fwd_launches(const FwdParams &p, void *, const Device &device, On &&
         if (holds<E, D, 256, true>(x, device)) return on_short<E, D, 256, true>(x, on);
         if (holds<E, D, 64, false>(x, device)) return on_short<E, D, 64, false>(x, on);
         if (holds<E, D, 128, false>(x, device)) return on_short<E, D, 128, false>(x, on);
-        if (holds<E, D, 256, false>(x, device)) return on_short<E, D, 256, false>(x, on);
+        // for 256 keys of 128 elements with conditions there are too few registers
+        constexpr int kMost = D == 64 ? 256 : 208;
+        if (holds<E, D, kMost, false>(x, device)) return on_short<E, D, kMost, false>(x, on);
     }
-    using K = FwdLong<E, D, D == 64 ? 2 : 1>;
+    using K = FwdLong<E, D, 2>;
     x.parts = (int)K::blocks(x);
     const int64_t blocks = x.parts * x.B * x.H;
     if (blocks >= (int64_t)1 << 31) return "more than 2^31 blocks of queries";

@@ -17,8 +17,8 @@ struct FwdLong {
     static constexpr int kMinBlocks = 2;
     static constexpr const char *kName = "fwd_long";
     static constexpr int kWarpRows = kRowTiles * kStep, kRows = kWarps * kWarpRows;  // queries
-    static constexpr int kKeys = 64, kGroups = kKeys / kStep;
-    static constexpr int kSlots = D == 64 ? 4 : 3;
+    static constexpr int kKeys = kRowTiles * D <= 128 ? 64 : 32, kGroups = kKeys / kStep;
+    static constexpr int kSlots = 4;
     static constexpr bool kHold = kRowTiles * D <= 128;  // queries stay in registers, else in shared memory
     static constexpr int kBiases = 4;                    // tiles of padding that are kept
 
@@ -36,10 +36,10 @@ struct FwdLong {
         PA_NO_UNROLL
         for (int tile = 0; tile < at.tiles; ++tile) {
             float s[kRowTiles][2 * kGroups][4];
-            const Tile<D> keys = ring.next(kDropsPrefixK);
+            const Tile<D> keys = ring.next_keys(tile);
             rows.multiply_keys(s, keys, tile * kKeys, ring.bias(tile));
             rows.soften(s, tile * kKeys);
-            const Tile<D> values = ring.next(kDropsPrefixV);
+            const Tile<D> values = ring.next_values(tile);
             rows.multiply_values(s, values, tile * kKeys);
         }
         rows.finish();
@@ -54,6 +54,10 @@ struct FwdLong {
         int end, tiles;  // columns that some query sees
 
         PA_DEVICE explicit Block(const Params &p) : Block(p, place_of(p)) {}
+
+        PA_DEVICE KeyRows<E> rows(const Params &p, bool of_values) const {
+            return {of_values ? p.v : p.k, of_values ? p.prefix_v : p.prefix_k, b, row, g};
+        }
 
       private:
         struct Place {
@@ -78,17 +82,18 @@ struct FwdLong {
         }
     };
 
-    // Keys and values on their way.
+    // Keys and values on their way. Unit 2 t is keys of tile t, unit 2 t + 1 its values.
     struct Ring {
         const Params &p;
         const Block &at;
-        int unit = 0, slot = 0;         // that comes next
-        int issued = 0, free_slot = 0;  // that is asked for next
-        float coming = 0.f;             // a column's bias, two tiles ahead of those that are asked for
+        const E *const keys, *const values;  // own ones
+        int slot = 0;                        // of the next unit
+        float coming = 0.f;                  // a column's bias, of the tile that comes after those that are kept
 
-        PA_DEVICE Ring(const Params &p_, const Block &at_) : p(p_), at(at_) {}
+        PA_DEVICE Ring(const Params &p_, const Block &at_)
+            : p(p_), at(at_), keys(at.rows(p, false).own), values(at.rows(p, true).own) {}
 
-        PA_DEVICE static Tile<D> tile(int slot) { return {hw::shared_begin() + slot * Tile<D>::bytes(kKeys)}; }
+        PA_DEVICE static Tile<D> tile_in(int slot) { return {hw::shared_begin() + slot * Tile<D>::bytes(kKeys)}; }
         PA_DEVICE static hw::Shared after() { return hw::shared_begin() + kSlots * Tile<D>::bytes(kKeys); }
         PA_DEVICE Bias bias(int tile) const {
             const hw::Shared begin = after() + (kHold ? 0 : Tile<D>::bytes(kRows));
@@ -97,51 +102,61 @@ struct FwdLong {
 
         PA_DEVICE void start() {
             if (bias(0).there) {
-                for (int i = 0; i < 2; ++i) {
-                    look(i);
-                    keep(i);
-                }
+                look(0);
+                keep(0);
+                look(1);
+                keep(1);
                 look(2);
                 hw::sync_block();
             }
             PA_UNROLL
-            for (int i = 0; i < kSlots - 1; ++i) ask();
+            for (int i = 0; i < kSlots - 1; ++i) ask(i / 2, i % 2, i);
         }
 
-        // The unit after those before it.
-        PA_DEVICE Tile<D> next(int draw) {
+        PA_DEVICE Tile<D> next_keys(int tile) { return next<false>(tile); }
+        PA_DEVICE Tile<D> next_values(int tile) { return next<true>(tile); }
+
+      private:
+        template <bool kValues>
+        PA_DEVICE Tile<D> next(int tile) {
             hw::copy_wait<kSlots - 2>();
             hw::sync_block();
-            ask();
-            const int tile_number = unit / 2;
-            if (bias(0).there && unit % 2 == 0) {
-                keep(tile_number + 2);
-                look(tile_number + 3);
+            constexpr int kAhead = kSlots - 1 + kValues;  // units, from keys of this tile on
+            ask(tile + kAhead / 2, kAhead % 2, slot == 0 ? kSlots - 1 : slot - 1);
+            if (!kValues && bias(0).there) {
+                keep(tile + 2);
+                look(tile + 3);
             }
-            const Tile<D> here = tile(slot);
-            const int first = tile_number * kKeys;
-            if (p.drops.threshold && first < at.axis.prefix) {
-                drop_prefix<kKeys, kThreads>(here, at.axis, first, dropout_seed(p), p.drops.threshold,
-                                             at.b * p.Hkv + at.g, draw);
+            const Tile<D> here = tile_in(slot);
+            if (p.drops.threshold && tile * kKeys < at.axis.prefix) {
+                drop_prefix<kKeys, kThreads>(here, at.axis, tile * kKeys, dropout_seed(p), p.drops.threshold,
+                                             at.b * p.Hkv + at.g, kValues ? kDropsPrefixV : kDropsPrefixK);
                 hw::sync_block();
             }
-            ++unit;
             slot = slot + 1 == kSlots ? 0 : slot + 1;
             return here;
         }
-
-      private:
-        // Asks for a unit; past the last, for nothing, so that waits count on.
-        PA_DEVICE void ask() {
-            if (issued < 2 * at.tiles) {
-                const int tile_number = issued / 2;
-                const bool of_values = issued % 2;
-                const KeyRows<E> rows(of_values ? p.v : p.k, of_values ? p.prefix_v : p.prefix_k, at.b, at.row, at.g);
-                copy_keys<kKeys, kThreads>(tile(free_slot), rows, at.axis, tile_number * kKeys, bias(tile_number));
+        // Past the last tile for nothing, so that waits count on.
+        PA_DEVICE void ask(int tile, bool of_values, int to) {
+            if (tile < at.tiles) {
+                const int first = tile * kKeys;
+                if (first >= at.axis.prefix && first + kKeys <= at.axis.end && !bias(tile).there)
+                    copy_own(tile_in(to), of_values ? values : keys, of_values ? p.v.stride2 : p.k.stride2, first);
+                else
+                    copy_keys<kKeys, kThreads>(tile_in(to), at.rows(p, of_values), at.axis, first, bias(tile));
             }
             hw::copy_commit();
-            ++issued;
-            free_slot = free_slot + 1 == kSlots ? 0 : free_slot + 1;
+        }
+        // As copy_keys, of a tile that is own keys alone.
+        PA_DEVICE void copy_own(const Tile<D> &to, const E *own, int64_t stride, int first) const {
+            constexpr int kPieces = Tile<D>::kPieces, kRowsAtOnce = kThreads / kPieces;
+            const int piece = hw::thread() % kPieces, row = hw::thread() / kPieces;
+            const E *from = row_at(own, first - at.axis.prefix + row, stride) + piece * kPiece;
+            const hw::Shared there = to.piece(row, piece);
+            PA_UNROLL
+            for (int i = 0; i < kKeys / kRowsAtOnce; ++i)
+                hw::copy_async16(there + i * kRowsAtOnce * Tile<D>::kRowBytes, row_at(from, i * kRowsAtOnce, stride),
+                                 true);
         }
         PA_DEVICE void look(int tile) {
             if (hw::thread() < kKeys) coming = mask_at<E>(p, at.axis, at.b, at.h, tile * kKeys + hw::thread());
@@ -158,14 +173,13 @@ struct FwdLong {
         int l0;
         uint32_t q[kHold ? kRowTiles : 1][kHold ? D / kStep : 1][4];
         float o[kRowTiles][D / kColumns][4];
-        float top[kRowTiles][2], sum[kRowTiles][4], mass[kRowTiles][2];
+        float top[kRowTiles][2], sum[kRowTiles][2], mass[kRowTiles][2];
 
         PA_DEVICE Rows(const Params &p_, const Block &at_) : p(p_), at(at_), l0(at.l0 + hw::warp() * kWarpRows) {
             PA_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
                 top[m][0] = top[m][1] = kMinusInf;
-                clear(sum[m]);
-                mass[m][0] = mass[m][1] = 0.f;
+                sum[m][0] = sum[m][1] = mass[m][0] = mass[m][1] = 0.f;
                 PA_UNROLL
                 for (int n = 0; n < D / kColumns; ++n) clear(o[m][n]);
                 const Queries of = queries(m);
@@ -200,10 +214,9 @@ struct FwdLong {
                     pivot[half] = pivot_of(high[half]);
                     rescale[half] = hw::exp2((top[m][half] - pivot[half]) * p.scores.factor);
                     top[m][half] = high[half];
+                    sum[m][half] *= rescale[half];
                     mass[m][half] *= rescale[half];
                 }
-                PA_UNROLL
-                for (int i = 0; i < 4; ++i) sum[m][i] *= rescale[i >> 1];
                 PA_UNROLL
                 for (int n = 0; n < D / kColumns; ++n) {
                     PA_UNROLL
@@ -239,7 +252,10 @@ struct FwdLong {
             PA_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
                 const float pivot[2] = {pivot_of(top[m][0]), pivot_of(top[m][1])};
-                finish_rows<E, D>(p, queries(m), o[m], pivot, sum[m], mass[m]);
+                const Queries of = queries(m);
+                float inverse[2];
+                finish_sums(p, of, pivot, sum[m], mass[m], inverse);
+                store_rows<E, D>(of.template in<E>(p.out), p.out.stride2, of.rows, o[m], inverse);
             }
         }
 
@@ -252,26 +268,27 @@ struct FwdLong {
         template <bool kWhole>
         PA_DEVICE void scores(float (&s)[kRowTiles][2 * kGroups][4], const Tile<D> &keys, int first, const Bias &bias) {
             PA_UNROLL
-            for (int g = 0; g < kGroups; ++g) {
+            for (int m = 0; m < kRowTiles; ++m) {
                 PA_UNROLL
-                for (int m = 0; m < kRowTiles; ++m) {
-                    clear(s[m][2 * g]);
-                    clear(s[m][2 * g + 1]);
-                }
-                if (kWhole || first + g * kStep < seen()) {
+                for (int n = 0; n < 2 * kGroups; ++n) clear(s[m][n]);
+            }
+            PA_UNROLL
+            for (int k = 0; k < D / kStep; ++k) {
+                uint32_t a[kRowTiles][4];
+                PA_UNROLL
+                for (int m = 0; m < kRowTiles; ++m) load_queries(a[m], m, k);
+                PA_UNROLL
+                for (int g = 0; g < kGroups; ++g) {
+                    if (!kWhole && first + g * kStep >= seen()) continue;
+                    const TwoB b = load_b(keys, g * kStep, k * kStep);
                     PA_UNROLL
-                    for (int k = 0; k < D / kStep; ++k) {
-                        const TwoB b = load_b(keys, g * kStep, k * kStep);
-                        PA_UNROLL
-                        for (int m = 0; m < kRowTiles; ++m) {
-                            uint32_t a[4];
-                            load_queries(a, m, k);
-                            multiply<E>(s[m][2 * g], s[m][2 * g + 1], a, b);
-                        }
-                    }
+                    for (int m = 0; m < kRowTiles; ++m) multiply<E>(s[m][2 * g], s[m][2 * g + 1], a[m], b);
                 }
+            }
+            PA_UNROLL
+            for (int m = 0; m < kRowTiles; ++m) {
                 PA_UNROLL
-                for (int m = 0; m < kRowTiles; ++m) {
+                for (int g = 0; g < kGroups; ++g) {
                     float (&left)[4] = s[m][2 * g], (&right)[4] = s[m][2 * g + 1];
                     adjust(left, right, first + g * kStep, g * kStep, p, at.axis, bias);
                     if constexpr (!kWhole) {

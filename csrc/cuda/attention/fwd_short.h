@@ -20,6 +20,7 @@ struct FwdShort {
     static constexpr int kMinBlocks = kKeys <= 208 && D == 64 ? 3 : 2;
     static constexpr const char *kName = kPlain ? "fwd_short_plain" : "fwd_short";
     static constexpr int kGroups = kKeys / kStep;
+    static constexpr int kPart = 64;  // columns of the values that are summed at a time
 
     static int shared_bytes(const Params &p) {
         return 2 * Tile<D>::bytes(kKeys) + (p.mask_kind == MaskKind::kNone ? 0 : Bias::bytes(kKeys));
@@ -45,7 +46,6 @@ struct FwdShort {
         const int64_t head = b * p.Hkv + g;
         arrive<1>(p, axis, keys, head, kDropsPrefixK);
         if (!unit.there(p)) return arrive<0>(p, axis, values, head, kDropsPrefixV);  // the others wait for every warp
-        bool first = true;
         PA_NO_UNROLL
         while (unit.there(p)) {
             const Queries q = unit.queries(p, axis, b);
@@ -53,16 +53,34 @@ struct FwdShort {
             float s[2 * kGroups][4], pivot[2] = {kMinusInf, kMinusInf};
             multiply_keys(s, pivot, pieces, keys, groups, p, axis, bias, q);
             pivot[0] = pivot_of(quad_max(pivot[0])), pivot[1] = pivot_of(quad_max(pivot[1]));
-            if (first) arrive<0>(p, axis, values, head, kDropsPrefixV);
-            first = false;
-            float o[D / kColumns][4], sum[4] = {0.f, 0.f, 0.f, 0.f}, mass[2] = {0.f, 0.f};
+            if (unit.is_first(p)) arrive<0>(p, axis, values, head, kDropsPrefixV);
+            float sum[2] = {0.f, 0.f}, mass[2] = {0.f, 0.f}, inverse[2];
             if (p.mass) add_mass<kGroups>(mass, s, pivot, p.scores.factor, axis.prefix);
-            multiply_values(o, sum, s, pivot, values, groups, p, axis);
             const int again = hw::opaque(b);  // so that no address is kept in registers through the products
-            const Queries done = unit.queries(p, axis, again);
-            unit.advance(p);
-            if (unit.there(p)) pieces = queries_of(p, unit.queries(p, axis, again));
-            finish_rows<E, D>(p, done, o, pivot, sum, mass);
+            if constexpr (kPlain) {
+                uint32_t w[kGroups][4];
+                weights(w, sum, s, pivot, p.scores.factor);
+                finish_sums(p, unit.queries(p, axis, again), pivot, sum, mass, inverse);
+                PA_UNROLL
+                for (int d = 0; d < D; d += kPart) {
+                    float o[kPart / kColumns][4];
+                    multiply_values(o, w, values, d);
+                    const Queries done = unit.queries(p, axis, hw::opaque(b));
+                    if (d + kPart == D) {
+                        unit.advance(p);
+                        if (unit.there(p)) pieces = queries_of(p, unit.queries(p, axis, again));
+                    }
+                    store_rows<E, kPart>(done.template in<E>(p.out) + d, p.out.stride2, done.rows, o, inverse);
+                }
+            } else {
+                float o[D / kColumns][4];
+                multiply_values(o, sum, s, pivot, values, groups, p, axis);
+                const Queries done = unit.queries(p, axis, again);
+                unit.advance(p);
+                if (unit.there(p)) pieces = queries_of(p, unit.queries(p, axis, again));
+                finish_sums(p, done, pivot, sum, mass, inverse);
+                store_rows<E, D>(done.template in<E>(p.out), p.out.stride2, done.rows, o, inverse);
+            }
         }
     }
 
@@ -83,6 +101,7 @@ struct FwdShort {
         PA_DEVICE bool there(const Params &p) const {
             return at < (hw::block_z() + 1) * p.units && h < (hw::block_x() + 1) * p.heads;
         }
+        PA_DEVICE bool is_first(const Params &p) const { return at < hw::block_z() * p.units + kWarps; }
         PA_DEVICE void advance(const Params &p) {
             at += kWarps;
             settle(p);
@@ -137,11 +156,35 @@ struct FwdShort {
         }
     }
 
-    // Scores become weights, and meet the values.
-    PA_DEVICE static void multiply_values(float (&o)[D / kColumns][4], float (&sum)[4], float (&s)[2 * kGroups][4],
+    // Scores become weights, and fragments.
+    PA_DEVICE static void weights(uint32_t (&w)[kGroups][4], float (&sum)[2], float (&s)[2 * kGroups][4],
+                                  const float (&pivot)[2], float factor) {
+        PA_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            weigh(s[2 * g], s[2 * g + 1], pivot, factor, sum);
+            as_a<E>(w[g], s[2 * g], s[2 * g + 1]);
+            PA_UNROLL
+            for (int i = 0; i < 4; ++i) w[g][i] = hw::opaque(w[g][i]);  // rounded here, not where they are used
+        }
+    }
+    // Which meet columns d .. d + kPart of the values.
+    PA_DEVICE static void multiply_values(float (&o)[kPart / kColumns][4], const uint32_t (&w)[kGroups][4],
+                                          const Tile<D> &values, int d) {
+        PA_UNROLL
+        for (int n = 0; n < kPart / kColumns; ++n) clear(o[n]);
+        PA_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            PA_UNROLL
+            for (int n = 0; n < kPart / kColumns; n += 2)
+                multiply<E>(o[n], o[n + 1], w[g], load_b_transposed(values, g * kStep, d + n * kColumns));
+        }
+    }
+
+    // Both at once, 16 keys after 16: where there are conditions, an array of weights would cost more registers.
+    PA_DEVICE static void multiply_values(float (&o)[D / kColumns][4], float (&sum)[2], float (&s)[2 * kGroups][4],
                                           const float (&pivot)[2], const Tile<D> &values, int groups, const Params &p,
                                           const Axis &axis) {
-        const int gained = !kPlain && p.drops.threshold ? axis.prefix : 0;
+        const int gained = p.drops.threshold ? axis.prefix : 0;
         PA_UNROLL
         for (int n = 0; n < D / kColumns; ++n) clear(o[n]);
         PA_UNROLL

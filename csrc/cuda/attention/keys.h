@@ -12,8 +12,9 @@ struct Axis {
     int offset;  // under causality query l sees columns below prefix + l + offset + 1
     bool causal;
 
-    PA_DEVICE Axis(const AttnParams &p, int b) : Axis((int)prefix_length(p, b), p) {}
-    PA_DEVICE static Axis of_all(const AttnParams &p) { return {(int)p.P, p}; }  // if there are no lengths
+    PA_DEVICE Axis(const AttnParams &p, int b) : Axis(p, (int)prefix_length(p, b), p.causal) {}
+    // of every sample, if there are neither lengths nor causality
+    PA_DEVICE static Axis of_all(const AttnParams &p) { return {p, (int)p.P, false}; }
 
     // Columns from here on are hidden from query l; never before the end of the prefix.
     PA_DEVICE int seen(int l) const {
@@ -23,8 +24,8 @@ struct Axis {
     }
 
   private:
-    PA_DEVICE Axis(int prefix_rows, const AttnParams &p)
-        : prefix(prefix_rows), end(prefix + (int)p.S), offset((int)causal_offset(p)), causal(p.causal) {}
+    PA_DEVICE Axis(const AttnParams &p, int prefix_rows, bool is_causal)
+        : prefix(prefix_rows), end(prefix + (int)p.S), offset((int)causal_offset(p)), causal(is_causal) {}
 };
 
 // Keys or values of one sample and key head.

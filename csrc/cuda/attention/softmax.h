@@ -75,15 +75,16 @@ PA_DEVICE void raise(float (&top)[2], const float (&left)[4], const float (&righ
 // What is subtracted from scores: of a query that sees no key, anything but -inf.
 PA_DEVICE float pivot_of(float top) { return top == kMinusInf ? 0.f : top; }
 
-// The scores of 16 columns become weights, which are added to a lane's sums: four chains of additions.
-PA_DEVICE void weigh(float (&left)[4], float (&right)[4], const float (&pivot)[2], float factor, float (&sum)[4]) {
+// The scores of 16 columns become weights, which are added to a lane's sums by row.
+PA_DEVICE void weigh(float (&left)[4], float (&right)[4], const float (&pivot)[2], float factor, float (&sum)[2]) {
     PA_UNROLL
     for (int i = 0; i < 4; ++i) {
         // the difference first: a product of large numbers would round by more than an exponent holds
         left[i] = hw::exp2((left[i] - pivot[i >> 1]) * factor);
         right[i] = hw::exp2((right[i] - pivot[i >> 1]) * factor);
-        sum[i] += left[i] + right[i];
     }
+    sum[0] += (left[0] + left[1]) + (right[0] + right[1]);
+    sum[1] += (left[2] + left[3]) + (right[2] + right[3]);
 }
 
 // The weights that lie on the first `prefix` columns, by row. A pass of its own, so that the products of those who do
@@ -112,14 +113,12 @@ PA_DEVICE void add_weights(float (&mass)[2], const float (&w)[2 * kGroups][4], i
     }
 }
 
-// Writes out, lse and mass of 16 queries; sum and mass are a lane's, pivot is the row's.
-template <class E, int D>
-PA_DEVICE void finish_rows(const FwdLaunch &p, const Queries &q, const float (&o)[D / kColumns][4],
-                           const float (&pivot)[2], const float (&sum)[4], const float (&mass)[2]) {
-    float inverse[2];
+// Writes lse and mass of 16 queries; sum and mass are a lane's, pivot is the row's. What the sum divides is `inverse`.
+PA_DEVICE void finish_sums(const FwdLaunch &p, const Queries &q, const float (&pivot)[2], const float (&sum)[2],
+                           const float (&mass)[2], float (&inverse)[2]) {
     PA_UNROLL
     for (int half = 0; half < 2; ++half) {
-        const float total = quad_sum(sum[2 * half] + sum[2 * half + 1]);
+        const float total = quad_sum(sum[half]);
         const bool seen = total != 0.f;  // a nan counts as seen and stays one
         inverse[half] = seen ? 1.f / total : 0.f;
         const bool mine = place() == 0 && row_of(2 * half) < q.rows;
@@ -132,7 +131,6 @@ PA_DEVICE void finish_rows(const FwdLaunch &p, const Queries &q, const float (&o
             if (mine) hw::store_global(p.mass + q.at(p, half), on_prefix);
         }
     }
-    store_rows<E, D>(q.template in<E>(p.out), p.out.stride2, q.rows, o, inverse);
 }
 
 }  // namespace prefixattn::cuda
