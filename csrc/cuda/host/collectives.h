@@ -33,6 +33,13 @@ inline uint32_t shuffle_from(uint32_t value, int from, Here here) {
     return operands.result;
 }
 
+inline void perform_any(Warp &w) {
+    ++the.counts.shuffles;
+    bool any = false;
+    for (const Lane &l : w.lanes) any |= *static_cast<const bool *>(l.operands);
+    for (const Lane &l : w.lanes) *static_cast<bool *>(l.operands) = any;
+}
+
 struct LdmatrixOperands {
     uint32_t row;
     int matrices;

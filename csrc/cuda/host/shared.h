@@ -130,7 +130,7 @@ class SharedMemory {
         const Write &write = cells.writes[i];
         const bool own = a.together && (int)write.thread == a.lane.thread && write.epoch == a.epoch;
         if (!write.is(Cell::kWritten) || own || !is_before((int)write.thread, write.epoch, a.lane.thread, a.clock))
-            report(write, at, a, "reads");
+            report(write, at, a, a.together ? "reads for its warp" : "reads");
         const uint8_t l = (uint8_t)(a.lane.thread % kLanes), other = a.together ? l ^ 1 : l;
         Read &read = cells.reads[a.warp][i];
         if ((cells.readers[i] >> a.warp & 1) && read.epoch == a.epoch) {

@@ -26,10 +26,10 @@ inline bool operator==(Here a, Here b) {
 }
 
 // What a warp's lanes do together.
-enum class Op : uint8_t { kEnd, kSyncBlock, kSyncNamed, kSyncWarp, kShuffle, kLdmatrix, kMma };
+enum class Op : uint8_t { kEnd, kSyncBlock, kSyncNamed, kSyncWarp, kShuffle, kVote, kLdmatrix, kMma };
 inline const char *name_of(Op op) {
     static const char *const names[] = {"its end",   "sync_block", "sync_named", "sync_warp",
-                                        "a shuffle", "ldmatrix",   "mma"};
+                                        "a shuffle", "a vote",     "ldmatrix",   "mma"};
     return names[(int)op];
 }
 

@@ -116,6 +116,9 @@ PA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask, Here = here()) { return __s
 PA_DEVICE float shuffle(float x, int from, Here = here()) { return __shfl_sync(0xffffffffu, x, from); }
 PA_DEVICE uint32_t shuffle(uint32_t x, int from, Here = here()) { return __shfl_sync(0xffffffffu, x, from); }
 
+// Whether x is true on a lane of the warp.
+PA_DEVICE bool any(bool x, Here = here()) { return __any_sync(0xffffffffu, x); }
+
 template <int N>
 PA_DEVICE void ldmatrix(uint32_t (&r)[N], Shared row, Here = here()) {
     static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");

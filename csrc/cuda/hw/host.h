@@ -101,6 +101,12 @@ PA_DEVICE float shuffle_xor(float x, int mask, Here here = hw::here()) {
     return host::float_of(host::shuffle_from(host::bits_of(x), lane() ^ mask, here));
 }
 
+// Whether x is true on a lane of the warp.
+PA_DEVICE bool any(bool x, Here here = hw::here()) {
+    host::meet(host::Op::kVote, here, &x, host::perform_any);
+    return x;
+}
+
 template <int N>
 PA_DEVICE void ldmatrix(uint32_t (&r)[N], Shared row, Here here = hw::here()) {
     static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");

@@ -67,6 +67,11 @@ void sums_are_right(const Data &p) {
     sums(p);
     if (hw::load_global(p.floats + 128 + hw::thread()) != 127 * 64) hw::shuffle(1.f, 99);
 }
+void votes(const Data &p) {
+    const bool one = hw::any(hw::thread() == 37), none = hw::any(false);
+    hw::store_global(p.floats + hw::thread(), one && !none ? 1.f : 0.f);
+    if (one != (hw::warp() == 1) || none) hw::shuffle(1.f, 99);
+}
 void ping_pong(const Data &p) {  // one warp makes, another takes
     const hw::Shared place = hw::shared_begin() + 4 * hw::lane();
     float sum = 0;
@@ -100,6 +105,7 @@ int main() {
     FAILS(64, a_lane_has_ended, "waits at sync_block, and thread");
     PASSES(64, branches_of_warps);
     PASSES(128, sums_are_right);
+    PASSES(64, votes);
     PASSES(64, ping_pong);
     return check::result();
 }
