@@ -1,4 +1,11 @@
-// hw.h on a CPU: each call goes to the machine of cuda/host, which checks it.
+// hw.h on a CPU: each call goes to the machine of cuda/host, which checks it. A launch ends with the first error, named
+// by kernel, line, block and thread:
+//   collectives  lanes of a warp at different ones or at none; barriers that wait for ever, or by different counts
+//   shared       outside, not aligned, nobody has written it, a copy still fills it, no order with another's access
+//   copies       late as the waits allow, their source read at the wait; one that nobody waits for
+//   global       outside of the tensors that host::allow named, not aligned, no order with another's store
+// mma, ldmatrix, shuffles and votes order no memory. What it cannot see: a store to global memory that another thread
+// has loaded before without order, registers that nobody set, a block that spins, and time.
 #pragma once
 #include <cmath>
 #include <type_traits>
