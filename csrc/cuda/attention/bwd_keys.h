@@ -48,7 +48,7 @@ struct BwdKeys {
 
         Queries stage(hw::shared_begin());
         const Tile<D> k{hw::shared_begin() + Queries::kBytes}, v{k.at + Tile<D>::bytes(kKeys)};
-        Side side(kWarps);
+        Side side(hw::warp(), kWarps);
         ask_keys(p, k, v, b, g, s0, keys);
         Cursor now{b, 0, first_step};
         stage.ask(p, 0, b, g * members, now.step * kQueries, true);

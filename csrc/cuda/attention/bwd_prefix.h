@@ -54,7 +54,7 @@ struct BwdPrefix {
         Queries stage(hw::shared_begin());
         const hw::Shared word = hw::shared_begin() + Queries::kBytes;
         const Tile<D> k{word + kWordBytes}, v{k.at + (rows + kStep - 1) / kStep * kStep * Tile<D>::kRowBytes};
-        Side side(tile_warps);
+        Side side(hw::warp() % tile_warps, tile_warps);
         Cursor now{begin / steps_a_sample, begin % steps_a_sample / steps, begin % steps};
         const int first_sample = now.b;
         if (rows) ask_keys(p, k, v, now.b, g, row0, rows);

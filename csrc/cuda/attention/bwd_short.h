@@ -61,13 +61,14 @@ struct BwdShort {
         const int query = (hw::warp() & 1) * kStep, column = (hw::warp() >> 1) * kColumnsAWarp, l = l0 + query;
         if (l >= (int)p.L) return;
         const int last = l + kStep < (int)p.L ? l + kStep : (int)p.L, end = axis.seen(last - 1);
+        const Lanes<D> lanes;
         float c[kBlocks][4] = {};
         for (int row = 0; row < end; row += kStep) {
             uint32_t a[4];
             load_a_transposed(a, ds, row, query);
             PA_UNROLL
             for (int n = 0; n < kBlocks; n += 2)
-                multiply<E>(c[n], c[n + 1], a, load_b_transposed(k, row, column + n * kColumns));
+                multiply<E>(c[n], c[n + 1], a, lanes.load_b_transposed(k, row, column + n * kColumns));
         }
         // pieces of 16 bytes: kBlocks of each of the quad's two rows, four a lane at a time
         PA_UNROLL
@@ -89,7 +90,7 @@ struct BwdShort {
     struct Share {
         int g, index, begin, end;  // key head, which of the runs of samples, and those
 
-        PA_DEVICE explicit Share(const Params &p) : g(hw::opaque(hw::block_x())), index(hw::opaque(hw::block_y())) {
+        PA_DEVICE explicit Share(const Params &p) : g(uniform(hw::block_x())), index(uniform(hw::block_y())) {
             begin = index * p.run + (index < p.longer ? index : p.longer);
             end = begin + p.run + (index < p.longer);
         }
@@ -97,7 +98,7 @@ struct BwdShort {
 
     PA_DEVICE static void run(const Params &p) {
         Queries stage(hw::shared_begin());
-        Side side(kWarps);
+        Side side(hw::warp(), kWarps);
         Cursor now = open(p, stage);
         int end = Share(p).end;
         PA_NO_UNROLL
@@ -108,7 +109,6 @@ struct BwdShort {
         }
         const Share mine(p);
         if (!p.sums_prefix) return;
-        if (one_prefix(p)) leave_prefix(p, side, (int)p.P, {0, mine.g, mine.index, 0, 0, false});
         if (p.T == 1 && !p.direct) sum_if_last<E, kThreads>(p, 0, mine.g, 0, 0, (int)p.P, 1, Layout(p).word);
     }
 
@@ -177,7 +177,7 @@ struct BwdShort {
             queries(p, at.ds_of(p, i), at.tile(p, sample, 0), axis, now.b, first_head + now.member,
                     now.step * kQueries);
         if (p.ds_buffers == 1) hw::sync_block();
-        if (closes) leave(p, side, axis, now.b, mine.g, mine.index, at.word);
+        if (closes) leave(p, side, axis, now.b, mine.g, mine.index, at.word, more);
         if (closes && more && p.key_buffers == 1) {
             hw::sync_block();
             ask_keys(p, at, now.b + 1, sample + 1, mine.g, 0, at.rows);
@@ -196,17 +196,18 @@ struct BwdShort {
     }
 
     // A sample is done: its sums go, and make room for the next one's.
-    PA_DEVICE static void leave(const Params &p, Side &side, const Axis &axis, int b, int g, int share, hw::Shared word) {
-        const bool keeps_prefix = one_prefix(p);  // its sums, from sample to sample
+    PA_DEVICE static void leave(const Params &p, Side &side, const Axis &axis, int b, int g, int share, hw::Shared word,
+                                bool more) {
         store_own(p, side, axis, b, g, 0);
-        if (p.sums_prefix && !keeps_prefix) {
+        const bool keeps = one_prefix(p) && more;  // the prefix's sums, for the next sample to go on from
+        if (p.sums_prefix && !keeps) {
             const int t = (int)prefix_row(p, b);
-            leave_prefix(p, side, axis.prefix, {t, g, p.T == 1 ? share : b, 0, b, p.T == 1});
+            leave_prefix(p, side, axis.prefix, {t, g, p.T == 1 ? share : b, 0, b, p.T == 1 && !one_prefix(p)});
             if (p.direct) clear_prefix<E, kThreads>(p, t, g, 0, axis.prefix, (int)p.P);
             if (p.T > 1 && !p.direct) sum_if_last<E, kThreads>(p, t, g, 0, 0, (int)p.P, 1, word);
         }
         PA_UNROLL
-        for (int i = 0; i < kTiles; ++i) side.clear_tile(i, keeps_prefix ? axis.prefix : 0);
+        for (int i = 0; i < kTiles; ++i) side.clear_tile(i, keeps ? axis.prefix : 0);
     }
 };
 

@@ -6,12 +6,16 @@
 
 namespace prefixattn::cuda {
 
+// The same number on every lane, as the compiler then knows; and it computes anew what it would otherwise keep in a
+// register.
+PA_DEVICE int uniform(int x) { return (int)hw::shuffle((uint32_t)x, 0); }
+
 // Where a block is in its queries: sample, member of the key head's group, step.
 struct Cursor {
     int b, member, step;
 
     // The compiler knows nothing of it from here on.
-    PA_DEVICE void hide() { b = hw::opaque(b), member = hw::opaque(member), step = hw::opaque(step); }
+    PA_DEVICE void hide() { b = uniform(b), member = uniform(member), step = uniform(step); }
     PA_DEVICE Cursor after(int members, int steps, int first_step) const {
         if (step + 1 < steps) return {b, member, step + 1};
         if (member + 1 < members) return {b, member + 1, first_step};

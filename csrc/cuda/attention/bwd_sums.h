@@ -53,28 +53,44 @@ struct PrefixTarget {
     bool adds;   // to what the slot holds
 };
 
-// Two elements of a prefix row's gradient.
-template <class E>
-PA_DEVICE void put_prefix(const BwdLaunch &p, const PrefixTarget &to, int which, int row, int d, float x, float y) {
-    if (p.drops.threshold) {
-        const int draw = which ? kDropsPrefixV : kDropsPrefixK;
-        const int64_t head = (int64_t)to.sample * p.Hkv + to.g;
-        const uint32_t kept = kept_four(dropout_seed(p), p.drops.threshold, row, d / 4, head, draw) >> (d & 2);
-        x = kept & 1 ? x : 0.f;
-        y = kept & 2 ? y : 0.f;
+// Which of a lane's elements of a prefix row dropout keeps: bits 2 j and 2 j + 1 of block j.
+template <int D>
+PA_DEVICE uint32_t kept_of_row(const BwdLaunch &p, const PrefixTarget &to, int which, int row) {
+    if (!p.drops.threshold) return ~0u;
+    const int draw = which ? kDropsPrefixV : kDropsPrefixK;
+    const int64_t head = (int64_t)to.sample * p.Hkv + to.g;
+    uint32_t kept = 0;
+    PA_NO_UNROLL
+    for (int j = 0; j < D / kColumns; ++j) {
+        const int d = j * kColumns + column_of(0);
+        kept |= (kept_four(dropout_seed(p), p.drops.threshold, row, d / 4, head, draw) >> (d & 2) & 3) << 2 * j;
     }
-    if (p.direct) {
-        const Strided &grad = which ? p.dprefix_v : p.dprefix_k;
-        hw::store_global((uint32_t *)(tensor_row<E>(grad, to.t, to.g, row) + d), hw::pack<E>(x, y));
-        return;
+    return kept;
+}
+
+// A lane's elements of a prefix row's gradient: rows row_of(2 * half) of accumulators.
+template <class E, int D>
+PA_DEVICE void put_prefix(const BwdLaunch &p, const PrefixTarget &to, int which, int row, int half,
+                          const float (&c)[D / kColumns][4], float factor) {
+    const uint32_t kept = kept_of_row<D>(p, to, which, row);
+    const Strided &grad = which ? p.dprefix_v : p.dprefix_k;
+    auto *out = (uint32_t *)tensor_row<E>(grad, to.t, to.g, row) + place();
+    auto *sum = (hw::Floats2 *)(partial_rows(p, to.slot, to.g, which) + (int64_t)row * D) + place();
+    PA_UNROLL
+    for (int j = 0; j < D / kColumns; ++j) {
+        float x = kept >> 2 * j & 1 ? c[j][2 * half] * factor : 0.f;
+        float y = kept >> 2 * j & 2 ? c[j][2 * half + 1] * factor : 0.f;
+        if (p.direct) {
+            hw::store_global(out + j * (kColumns / 2), hw::pack<E>(x, y));
+            continue;
+        }
+        if (to.adds) {
+            const hw::Floats2 before = hw::load_global(sum + j * (kColumns / 2));
+            x += before.x[0];
+            y += before.x[1];
+        }
+        hw::store_global(sum + j * (kColumns / 2), hw::Floats2{{x, y}});
     }
-    auto *at = (hw::Floats2 *)(partial_rows(p, to.slot, to.g, which) + (int64_t)row * p.D + d);
-    if (to.adds) {
-        const hw::Floats2 before = hw::load_global(at);
-        x += before.x[0];
-        y += before.x[1];
-    }
-    hw::store_global(at, hw::Floats2{{x, y}});
 }
 
 // The sums of columns below `end`, all of which are of the prefix.
@@ -82,16 +98,13 @@ template <class E, int D, int kTiles, int kUnit>
 PA_DEVICE void leave_prefix(const BwdLaunch &p, const KeySide<E, D, kTiles, kUnit> &side, int end,
                             const PrefixTarget &to) {
     PA_UNROLL
-    for (int i = 0; i < kTiles; ++i) PA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int column = side.row0(i) + row_of(2 * half);
-        if (column >= end) continue;
+    for (int i = 0; i < kTiles; ++i) {
         PA_UNROLL
-        for (int j = 0; j < D / kColumns; ++j) {
-            const int d = j * kColumns + column_of(0);
-            const float *dk = side.dk[i][j] + 2 * half, *dv = side.dv[i][j] + 2 * half;
-            if (p.dprefix_k.data) put_prefix<E>(p, to, 0, to.row0 + column, d, dk[0] * p.scale, dk[1] * p.scale);
-            if (p.dprefix_v.data) put_prefix<E>(p, to, 1, to.row0 + column, d, dv[0], dv[1]);
+        for (int half = 0; half < 2; ++half) {
+            const int column = side.row0(i) + row_of(2 * half);
+            if (column >= end) continue;
+            if (p.dprefix_k.data) put_prefix<E, D>(p, to, 0, to.row0 + column, half, side.dk[i], p.scale);
+            if (p.dprefix_v.data) put_prefix<E, D>(p, to, 1, to.row0 + column, half, side.dv[i], 1.f);
         }
     }
 }
