@@ -83,35 +83,47 @@ struct MmaOperands {
 };
 // Products are exact in float32 and are added to C one after the other in the order of k, each sum rounded to the
 // nearest. A GPU adds several at once and cuts digits off; its errors are of the same size.
+using Four = float __attribute__((vector_size(16)));
+inline void multiply(const float (&a)[16 * 16], const Four (&b)[16][2], Four (&c)[16][2]) {
+    for (int i = 0; i < 16; i += 2) {
+        Four c00 = c[i][0], c01 = c[i][1], c10 = c[i + 1][0], c11 = c[i + 1][1];
+        for (int k = 0; k < 16; ++k) {
+            c00 += a[16 * i + k] * b[k][0];
+            c01 += a[16 * i + k] * b[k][1];
+            c10 += a[16 * i + 16 + k] * b[k][0];
+            c11 += a[16 * i + 16 + k] * b[k][1];
+        }
+        c[i][0] = c00, c[i][1] = c01, c[i + 1][0] = c10, c[i + 1][1] = c11;
+    }
+}
 template <float (*to_float)(uint16_t)>
 void perform_mma(Warp &w) {
     ++the.counts.mma;
+    uint32_t a_pairs[16][8];                   // [row][k / 2]
     uint16_t a_bits[16 * 16], b_bits[16 * 8];  // [row][k], [k][column]
-    float a[16 * 16], b[16 * 8], c[16][8];
+    float a[16 * 16], b[16 * 8];
+    Four b_rows[16][2], c_rows[16][2];
+    float (*c)[8] = reinterpret_cast<float (*)[8]>(c_rows);
     for (int l = 0; l < kLanes; ++l) {
         const auto &o = *static_cast<MmaOperands *>(w.lanes[l].operands);
         const int i = fragment_row(l), j = fragment_column(l);
-        for (int half = 0; half < 2; ++half)
-            for (int next = 0; next < 2; ++next) {
-                const int shift = 16 * next;
-                const int k = j + 8 * half + next;
-                a_bits[16 * i + k] = (uint16_t)(o.a[2 * half] >> shift);
-                a_bits[16 * (i + 8) + k] = (uint16_t)(o.a[2 * half + 1] >> shift);
-                b_bits[8 * k + i] = (uint16_t)(o.b[half] >> shift);
-                c[i + 8 * half][j + next] = o.c[2 * half + next];
-            }
+        for (int half = 0; half < 2; ++half) {
+            a_pairs[i][j / 2 + 4 * half] = o.a[2 * half];
+            a_pairs[i + 8][j / 2 + 4 * half] = o.a[2 * half + 1];
+            b_bits[8 * (j + 8 * half) + i] = (uint16_t)o.b[half];
+            b_bits[8 * (j + 8 * half + 1) + i] = (uint16_t)(o.b[half] >> 16);
+            std::memcpy(&c[i + 8 * half][j], o.c + 2 * half, 8);
+        }
     }
+    std::memcpy(a_bits, a_pairs, sizeof a_bits);
     for (int i = 0; i < 16 * 16; ++i) a[i] = to_float(a_bits[i]);
     for (int i = 0; i < 16 * 8; ++i) b[i] = to_float(b_bits[i]);
-    for (int rows = 0; rows < 16; rows += 4)
-        for (int k = 0; k < 16; ++k)
-            for (int i = rows; i < rows + 4; ++i)
-                for (int j = 0; j < 8; ++j) c[i][j] += a[16 * i + k] * b[8 * k + j];
+    std::memcpy(b_rows, b, sizeof b);
+    multiply(a, b_rows, c_rows);
     for (int l = 0; l < kLanes; ++l) {
         const auto &o = *static_cast<MmaOperands *>(w.lanes[l].operands);
         const int i = fragment_row(l), j = fragment_column(l);
-        for (int half = 0; half < 2; ++half)
-            for (int next = 0; next < 2; ++next) o.c[2 * half + next] = c[i + 8 * half][j + next];
+        for (int half = 0; half < 2; ++half) std::memcpy(o.c + 2 * half, &c[i + 8 * half][j], 8);
     }
 }
 

@@ -28,7 +28,7 @@ inline uint16_t bf16_from_float(float x) {
 inline float fp16_to_float(uint16_t x) {
     const uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = (uint32_t)(x & 0x7fff) << 13;
     const uint32_t finite = bits_of(float_of(rest) * 0x1p112f), other = 0x7f800000u | rest;
-    return float_of(sign | (rest < 0x0f800000u ? finite : other));
+    return float_of(sign | ((int32_t)rest < 0x0f800000 ? finite : other));
 }
 inline uint16_t fp16_from_float(float x) {
     const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
