@@ -33,7 +33,7 @@ PA_HOST_DEVICE bool one_prefix(const AttnParams &p) {
 
 // The kernel for short axes. Sums of a key's two gradients stay in registers, 2 D floats a key, which bounds the keys.
 struct Short {
-    static constexpr int kWarps = 8, kQueries = 32;
+    static constexpr int kWarps = 8, kQueries = 32, kMostWaves = 8;
     static constexpr int tiles(int keys) { return keys <= kWarps * kStep ? 1 : 2; }  // of a warp
     static constexpr int most_keys(int D) { return D == 64 ? 2 * kWarps * kStep : kWarps * kStep; }
 
@@ -60,9 +60,10 @@ struct Short {
     // How many blocks share the samples of a key head: the fewest rounds of samples, each block costing 1/16 of one.
     static int runs(const BwdParams &p, const Device &device) {
         const int B = (int)p.B, heads = (int)p.Hkv;
+        const int most = ceil_div(kMostWaves * device.processors, heads);
         int best = 1;
         int64_t least = 0;
-        for (int runs = 1; runs <= B; ++runs) {
+        for (int runs = 1; runs <= B && runs <= most; ++runs) {
             const int64_t rounds = ceil_div(heads * runs, device.processors > 0 ? device.processors : 1);
             const int64_t cost = rounds * (ceil_div(B, runs) * 16 + 1);
             if (runs > 1 && cost >= least) continue;

@@ -15,7 +15,7 @@ struct BwdQueries {
     static constexpr int kTile = Tile<D>::bytes(kKeys);
 
     static int shared_bytes() { return 4 * kTile + 2 * Bias::bytes(kKeys); }
-    static hw::Grid grid(const BwdParams &p) { return {ceil_div((int)p.L, kQueries) * (int)(p.B * p.H)}; }
+    static hw::Grid grid(const BwdParams &p) { return {(int)p.B, (int)p.H, ceil_div((int)p.L, kQueries)}; }
 
     using Scores = float[kBlocks][4];
     using Rows = uint32_t[D / kStep][4];
@@ -71,10 +71,9 @@ struct BwdQueries {
     }
 
     PA_DEVICE static void run(const Params &p) {
-        const int heads = (int)(p.B * p.H), tiles = ((int)p.L + kQueries - 1) / kQueries;
+        const int b = hw::block_x(), h = hw::block_y(), g = h / p.members;
         // under causality the last queries see most: they begin first
-        const int tile = tiles - 1 - hw::block_x() / heads, b = hw::block_x() % heads / (int)p.H;
-        const int h = hw::block_x() % (int)p.H, g = h / (int)(p.H / p.Hkv);
+        const int tile = ((int)p.L + kQueries - 1) / kQueries - 1 - hw::block_z();
         const Axis axis(p, b);
         const int l = tile * kQueries + hw::warp() * kStep, L = (int)p.L;
         const int block_end = axis.seen((tile + 1) * kQueries < L ? tile * kQueries + kQueries - 1 : L - 1);

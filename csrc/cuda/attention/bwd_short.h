@@ -100,9 +100,8 @@ struct BwdShort {
         Queries stage(hw::shared_begin());
         Side side(hw::warp(), kWarps);
         Cursor now = open(p, stage);
-        int end = Share(p).end;
         PA_NO_UNROLL
-        for (int i = 0; now.b < end; i ^= 1) {
+        for (int i = 0; now.b < Share(p).end; i ^= 1) {
             weigh(p, stage, side, now, i);
             now.hide();
             now = finish(p, stage, side, now, i);
