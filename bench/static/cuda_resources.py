@@ -77,8 +77,8 @@ def kernels(cubin: Path, arch: str) -> Iterator[dict[str, Any]]:
         counts = {word: len(re.findall(rf"\s{pattern}\b", code[name])) for word, pattern in COUNTED.items()}
         block = int(threads[name], 16)
         yield {
-            "arch": arch, "kernel": plain_name(name), "threads": block, "registers": int(registers), "stack": int(stack),
-            "blocks": blocks(int(registers), block, arch), **counts,
+            "arch": arch, "kernel": plain_name(name), "threads": block, "registers": int(registers),
+            "stack": int(stack), "blocks": blocks(int(registers), block, arch), **counts,
         }  # fmt: skip
 
 
