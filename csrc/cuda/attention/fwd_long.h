@@ -150,6 +150,7 @@ struct FwdLong {
         // As copy_keys, of a tile that is own keys alone.
         PA_DEVICE void copy_own(const Tile<D> &to, const E *own, int64_t stride, int first) const {
             constexpr int kPieces = Tile<D>::kPieces, kRowsAtOnce = kThreads / kPieces;
+            static_assert(kRowsAtOnce % 8 == 0, "the swizzle of a thread's rows is one");
             const int piece = hw::thread() % kPieces, row = hw::thread() / kPieces;
             const E *from = row_at(own, first - at.axis.prefix + row, stride) + piece * kPiece;
             const hw::Shared there = to.piece(row, piece);
@@ -195,7 +196,7 @@ struct FwdLong {
         // The scores of a tile; in 16 columns that none of 16 queries sees they are -inf.
         PA_DEVICE void multiply_keys(float (&s)[kRowTiles][2 * kGroups][4], const Tile<D> &keys, int first,
                                      const Bias &bias) {
-            if (first + kKeys <= at.axis.seen(l0))
+            if (all_see(first + kKeys))
                 scores<true>(s, keys, first, bias);
             else
                 scores<false>(s, keys, first, bias);
@@ -203,25 +204,20 @@ struct FwdLong {
 
         // Scores become weights, and what is known so far is scaled to them.
         PA_DEVICE void soften(float (&s)[kRowTiles][2 * kGroups][4], int first) {
+            float high[kRowTiles][2];
+            bool rose = false;
             PA_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
-                float high[2] = {top[m][0], top[m][1]}, pivot[2], rescale[2];
+                high[m][0] = top[m][0], high[m][1] = top[m][1];
                 PA_UNROLL
-                for (int g = 0; g < kGroups; ++g) raise(high, s[m][2 * g], s[m][2 * g + 1]);
-                PA_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    high[half] = quad_max(high[half]);
-                    pivot[half] = pivot_of(high[half]);
-                    rescale[half] = hw::exp2((top[m][half] - pivot[half]) * p.scores.factor);
-                    top[m][half] = high[half];
-                    sum[m][half] *= rescale[half];
-                    mass[m][half] *= rescale[half];
-                }
-                PA_UNROLL
-                for (int n = 0; n < D / kColumns; ++n) {
-                    PA_UNROLL
-                    for (int i = 0; i < 4; ++i) o[m][n][i] *= rescale[i >> 1];
-                }
+                for (int g = 0; g < kGroups; ++g) raise(high[m], s[m][2 * g], s[m][2 * g + 1]);
+                high[m][0] = quad_max(high[m][0]), high[m][1] = quad_max(high[m][1]);
+                rose = rose || high[m][0] > top[m][0] || high[m][1] > top[m][1];
+            }
+            if (hw::any(rose)) rescale(high);  // else each factor is 1
+            PA_UNROLL
+            for (int m = 0; m < kRowTiles; ++m) {
+                const float pivot[2] = {pivot_of(top[m][0]), pivot_of(top[m][1])};
                 PA_UNROLL
                 for (int g = 0; g < kGroups; ++g) weigh(s[m][2 * g], s[m][2 * g + 1], pivot, p.scores.factor, sum[m]);
             }
@@ -262,8 +258,31 @@ struct FwdLong {
       private:
         PA_DEVICE Queries queries(int m) const { return {p, at.axis, at.b, at.h, l0 + m * kStep}; }
         PA_DEVICE static Tile<D> shared_rows() { return {Ring::after()}; }
-        // Columns from here on are seen by none of the warp's queries.
-        PA_DEVICE int seen() const { return at.axis.seen(l0 + kWarpRows - 1); }
+        // Columns from here on are seen by none of the warp's queries, of which there may be none.
+        PA_DEVICE int seen() const {
+            const int last = l0 + kWarpRows < (int)p.L ? l0 + kWarpRows : (int)p.L;
+            return l0 < last ? at.axis.seen(last - 1) : 0;
+        }
+        PA_DEVICE bool all_see(int end) const { return l0 < (int)p.L && end <= at.axis.seen(l0); }
+
+        PA_DEVICE void rescale(const float (&high)[kRowTiles][2]) {
+            PA_UNROLL
+            for (int m = 0; m < kRowTiles; ++m) {
+                float factor[2];
+                PA_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    factor[half] = hw::exp2((top[m][half] - pivot_of(high[m][half])) * p.scores.factor);
+                    top[m][half] = high[m][half];
+                    sum[m][half] *= factor[half];
+                    mass[m][half] *= factor[half];
+                }
+                PA_UNROLL
+                for (int n = 0; n < D / kColumns; ++n) {
+                    PA_UNROLL
+                    for (int i = 0; i < 4; ++i) o[m][n][i] *= factor[i >> 1];
+                }
+            }
+        }
 
         template <bool kWhole>
         PA_DEVICE void scores(float (&s)[kRowTiles][2 * kGroups][4], const Tile<D> &keys, int first, const Bias &bias) {
