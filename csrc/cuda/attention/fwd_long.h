@@ -175,6 +175,7 @@ struct FwdLong {
         uint32_t q[kHold ? kRowTiles : 1][kHold ? D / kStep : 1][4];
         float o[kRowTiles][D / kColumns][4];
         float top[kRowTiles][2], sum[kRowTiles][2], mass[kRowTiles][2];
+        bool large = false;  // whether a query's shift is
 
         PA_DEVICE Rows(const Params &p_, const Block &at_) : p(p_), at(at_), l0(at.l0 + hw::warp() * kWarpRows) {
             PA_UNROLL
@@ -217,7 +218,12 @@ struct FwdLong {
             if (hw::any(rose)) rescale(high);  // else each factor is 1
             PA_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
-                const float pivot[2] = {pivot_of(top[m][0]), pivot_of(top[m][1])};
+                Pivot pivot[2] = {pivot_of(top[m][0], p.scores.factor), pivot_of(top[m][1], p.scores.factor)};
+                if (large) {
+                    PA_UNROLL
+                    for (int n = 0; n < 2 * kGroups; ++n) subtract_top(s[m][n], pivot);
+                    pivot[0].shift = pivot[1].shift = 0.f;
+                }
                 PA_UNROLL
                 for (int g = 0; g < kGroups; ++g) weigh(s[m][2 * g], s[m][2 * g + 1], pivot, p.scores.factor, sum[m]);
             }
@@ -247,7 +253,7 @@ struct FwdLong {
         PA_DEVICE void finish() const {
             PA_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
-                const float pivot[2] = {pivot_of(top[m][0]), pivot_of(top[m][1])};
+                const Pivot pivot[2] = {pivot_of(top[m][0], 0.f), pivot_of(top[m][1], 0.f)};
                 const Queries of = queries(m);
                 float inverse[2];
                 finish_sums(p, of, pivot, sum[m], mass[m], inverse);
@@ -266,12 +272,15 @@ struct FwdLong {
         PA_DEVICE bool all_see(int end) const { return l0 < (int)p.L && end <= at.axis.seen(l0); }
 
         PA_DEVICE void rescale(const float (&high)[kRowTiles][2]) {
+            bool any_large = false;
             PA_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
                 float factor[2];
                 PA_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    factor[half] = hw::exp2((top[m][half] - pivot_of(high[m][half])) * p.scores.factor);
+                    const Pivot pivot = pivot_of(high[m][half], p.scores.factor);
+                    any_large = any_large || is_large(pivot);
+                    factor[half] = hw::exp2((top[m][half] - pivot.top) * p.scores.factor);
                     top[m][half] = high[m][half];
                     sum[m][half] *= factor[half];
                     mass[m][half] *= factor[half];
@@ -282,6 +291,7 @@ struct FwdLong {
                     for (int i = 0; i < 4; ++i) o[m][n][i] *= factor[i >> 1];
                 }
             }
+            large = hw::any(any_large);
         }
 
         template <bool kWhole>

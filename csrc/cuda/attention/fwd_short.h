@@ -50,9 +50,15 @@ struct FwdShort {
         while (unit.there(p)) {
             const Queries q = unit.queries(p, axis, b);
             const int groups = kPlain ? kGroups : (q.seen + kStep - 1) / kStep;
-            float s[2 * kGroups][4], pivot[2] = {kMinusInf, kMinusInf};
-            multiply_keys(s, pivot, pieces, keys, groups, p, axis, bias, q);
-            pivot[0] = pivot_of(quad_max(pivot[0])), pivot[1] = pivot_of(quad_max(pivot[1]));
+            float s[2 * kGroups][4], top[2] = {kMinusInf, kMinusInf};
+            multiply_keys(s, top, pieces, keys, groups, p, axis, bias, q);
+            Pivot pivot[2] = {pivot_of(quad_max(top[0]), p.scores.factor), pivot_of(quad_max(top[1]), p.scores.factor)};
+            if (hw::any(is_large(pivot[0]) || is_large(pivot[1]))) {
+                PA_UNROLL
+                for (int n = 0; n < 2 * kGroups; ++n)
+                    if (n < 2 * groups) subtract_top(s[n], pivot);
+                pivot[0].shift = pivot[1].shift = 0.f;
+            }
             if (unit.is_first(p)) arrive<0>(p, axis, values, head, kDropsPrefixV);
             float sum[2] = {0.f, 0.f}, mass[2] = {0.f, 0.f}, inverse[2];
             if (p.mass) add_mass<kGroups>(mass, s, pivot, p.scores.factor, axis.prefix);
@@ -158,7 +164,7 @@ struct FwdShort {
 
     // Scores become weights, and fragments.
     PA_DEVICE static void weights(uint32_t (&w)[kGroups][4], float (&sum)[2], float (&s)[2 * kGroups][4],
-                                  const float (&pivot)[2], float factor) {
+                                  const Pivot (&pivot)[2], float factor) {
         PA_UNROLL
         for (int g = 0; g < kGroups; ++g) {
             weigh(s[2 * g], s[2 * g + 1], pivot, factor, sum);
@@ -182,7 +188,7 @@ struct FwdShort {
 
     // Both at once, 16 keys after 16: where there are conditions, an array of weights would cost more registers.
     PA_DEVICE static void multiply_values(float (&o)[D / kColumns][4], float (&sum)[2], float (&s)[2 * kGroups][4],
-                                          const float (&pivot)[2], const Tile<D> &values, int groups, const Params &p,
+                                          const Pivot (&pivot)[2], const Tile<D> &values, int groups, const Params &p,
                                           const Axis &axis) {
         const int gained = p.drops.threshold ? axis.prefix : 0;
         PA_UNROLL

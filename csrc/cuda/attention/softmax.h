@@ -72,16 +72,37 @@ PA_DEVICE void raise(float (&top)[2], const float (&left)[4], const float (&righ
     for (int i = 0; i < 4; ++i) top[i >> 1] = hw::max(top[i >> 1], hw::max(left[i], right[i]));
 }
 
-// What is subtracted from scores: of a query that sees no key, anything but -inf.
-PA_DEVICE float pivot_of(float top) { return top == kMinusInf ? 0.f : top; }
+// What a query's weights are relative to. A weight is exp2(score * factor - shift), one multiply-add; the shift is
+// rounded, which is the same factor on all weights of a query, near 1 unless the shift is large.
+struct Pivot {
+    float top;    // the query's largest score; of a query that sees no key, anything but -inf
+    float shift;  // top * factor, or 0 where `top` was subtracted already
+};
+
+constexpr float kLargeShift = 1024.f;
+
+PA_DEVICE Pivot pivot_of(float top, float factor) {
+    const float pivot = top == kMinusInf ? 0.f : top;
+    return {pivot, pivot * factor};
+}
+// Past 2^31 what rounding leaves of the shift is more than an exponent holds. There the score's difference is taken
+// before the product.
+PA_DEVICE bool is_large(const Pivot &pivot) { return !(pivot.shift < kLargeShift && pivot.shift > -kLargeShift); }
+PA_DEVICE void subtract_top(float (&x)[4], const Pivot (&pivot)[2]) {
+    PA_UNROLL
+    for (int i = 0; i < 4; ++i) x[i] -= pivot[i >> 1].top;
+}
+
+PA_DEVICE float weight_of(float score, float factor, const Pivot &pivot) {
+    return hw::exp2(score * factor - pivot.shift);
+}
 
 // The scores of 16 columns become weights, which are added to a lane's sums by row.
-PA_DEVICE void weigh(float (&left)[4], float (&right)[4], const float (&pivot)[2], float factor, float (&sum)[2]) {
+PA_DEVICE void weigh(float (&left)[4], float (&right)[4], const Pivot (&pivot)[2], float factor, float (&sum)[2]) {
     PA_UNROLL
     for (int i = 0; i < 4; ++i) {
-        // the difference first: a product of large numbers would round by more than an exponent holds
-        left[i] = hw::exp2((left[i] - pivot[i >> 1]) * factor);
-        right[i] = hw::exp2((right[i] - pivot[i >> 1]) * factor);
+        left[i] = weight_of(left[i], factor, pivot[i >> 1]);
+        right[i] = weight_of(right[i], factor, pivot[i >> 1]);
     }
     sum[0] += (left[0] + left[1]) + (right[0] + right[1]);
     sum[1] += (left[2] + left[3]) + (right[2] + right[3]);
@@ -90,14 +111,14 @@ PA_DEVICE void weigh(float (&left)[4], float (&right)[4], const float (&pivot)[2
 // The weights that lie on the first `prefix` columns, by row. A pass of its own, so that the products of those who do
 // not want it stand in one block.
 template <int kGroups>
-PA_DEVICE void add_mass(float (&mass)[2], const float (&s)[2 * kGroups][4], const float (&pivot)[2], float factor,
+PA_DEVICE void add_mass(float (&mass)[2], const float (&s)[2 * kGroups][4], const Pivot (&pivot)[2], float factor,
                         int prefix) {
     PA_UNROLL
     for (int n = 0; n < 2 * kGroups; ++n) {
         if (n * kColumns >= prefix) break;
         PA_UNROLL
         for (int i = 0; i < 4; ++i) {
-            const float weight = hw::exp2((s[n][i] - pivot[i >> 1]) * factor);
+            const float weight = weight_of(s[n][i], factor, pivot[i >> 1]);
             mass[i >> 1] += n * kColumns + column_of(i) < prefix ? weight : 0.f;
         }
     }
@@ -114,7 +135,7 @@ PA_DEVICE void add_weights(float (&mass)[2], const float (&w)[2 * kGroups][4], i
 }
 
 // Writes lse and mass of 16 queries; sum and mass are a lane's, pivot is the row's. What the sum divides is `inverse`.
-PA_DEVICE void finish_sums(const FwdLaunch &p, const Queries &q, const float (&pivot)[2], const float (&sum)[2],
+PA_DEVICE void finish_sums(const FwdLaunch &p, const Queries &q, const Pivot (&pivot)[2], const float (&sum)[2],
                            const float (&mass)[2], float (&inverse)[2]) {
     PA_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -123,7 +144,7 @@ PA_DEVICE void finish_sums(const FwdLaunch &p, const Queries &q, const float (&p
         inverse[half] = seen ? 1.f / total : 0.f;
         const bool mine = place() == 0 && row_of(2 * half) < q.rows;
         if (p.lse && mine) {
-            const float lse = pivot[half] * p.scores.unit + hw::log2(total) * kLn2;
+            const float lse = pivot[half].top * p.scores.unit + hw::log2(total) * kLn2;
             hw::store_global((float *)p.lse + q.at(p, half), seen ? lse : kMinusInf);
         }
         if (p.mass) {

@@ -39,23 +39,33 @@ struct Tile {
     }
 };
 
-// The row and the piece, from the first ones on, whose address a lane gives to ldmatrix<4>. The four matrices lie as
-// upper left, upper right, lower left, lower right; every load below takes them so, and names them in its own order, so
-// that the addresses of two tiles differ by a constant.
+// The row and the piece whose address a lane gives to ldmatrix<4>, of a block of 16 rows and two pieces. The four
+// matrices come down the rows first, or along them first: as the operand has its registers, which are not moved then.
+PA_DEVICE int down_row() { return hw::lane() & 15; }
+PA_DEVICE int down_piece() { return hw::lane() >> 4; }
 PA_DEVICE int along_row() { return (hw::lane() & 7) + (hw::lane() >> 4) * 8; }
 PA_DEVICE int along_piece() { return hw::lane() >> 3 & 1; }
+
+// In the block from (row, column) on, row a multiple of 8: what a lane's place in it makes of the address is apart from
+// where it begins, which is a constant of the instruction.
+template <int W>
+PA_DEVICE hw::Shared down(const Tile<W> &tile, int row, int column) {
+    return tile.piece(down_row(), column / kPiece + down_piece()) + row * Tile<W>::kRowBytes;
+}
+template <int W>
+PA_DEVICE hw::Shared along(const Tile<W> &tile, int row, int column) {
+    return tile.piece(along_row(), column / kPiece + along_piece()) + row * Tile<W>::kRowBytes;
+}
 
 // A [16][16] = tile[row .. row + 16][column .. column + 16].
 template <int W>
 PA_DEVICE void load_a(uint32_t (&a)[4], const Tile<W> &tile, int row, int column) {
-    uint32_t m[4];
-    hw::ldmatrix(m, tile.piece(row + along_row(), column / kPiece + along_piece()));
-    a[0] = m[0], a[1] = m[2], a[2] = m[1], a[3] = m[3];
+    hw::ldmatrix(a, down(tile, row, column));
 }
 // A [16][16], A[m][k] = tile[row + k][column + m].
 template <int W>
 PA_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<W> &tile, int row, int column) {
-    hw::ldmatrix_trans(a, tile.piece(row + along_row(), column / kPiece + along_piece()));
+    hw::ldmatrix_trans(a, along(tile, row, column));
 }
 
 // B [16][8] twice, side by side.
@@ -67,15 +77,15 @@ struct TwoB {
 template <int W>
 PA_DEVICE TwoB load_b(const Tile<W> &tile, int row, int column) {
     uint32_t m[4];
-    hw::ldmatrix(m, tile.piece(row + along_row(), column / kPiece + along_piece()));
+    hw::ldmatrix(m, along(tile, row, column));
     return {{m[0], m[1]}, {m[2], m[3]}};
 }
 // B[k][n] = tile[row + k][column + n], n < 16.
 template <int W>
 PA_DEVICE TwoB load_b_transposed(const Tile<W> &tile, int row, int column) {
     uint32_t m[4];
-    hw::ldmatrix_trans(m, tile.piece(row + along_row(), column / kPiece + along_piece()));
-    return {{m[0], m[2]}, {m[1], m[3]}};
+    hw::ldmatrix_trans(m, down(tile, row, column));
+    return {{m[0], m[1]}, {m[2], m[3]}};
 }
 
 // first += A * B.first, second += A * B.second

@@ -127,6 +127,10 @@ void features() {
     both<E, D>(s);
     s = plain, s.scale = -0.2f;
     both<E, D>(s);
+    s = plain, s.scale = 3e9f;  // past what a multiply-add of score and shift can tell apart
+    both<E, D>(s);
+    s.mask = 2;
+    both<E, D>(s);
     s = plain, s.scale = 0.f;
     both<E, D>(s);
     s = plain, s.H = 4, s.causal = true;
@@ -167,7 +171,9 @@ void sizes() {
     both<E, D>(s, "fwd_short_plain");
     s.S = 184, s.P = 24;
     both<E, D>(s, "fwd_short_plain");
-    s.causal = true, s.L = 150;
+    s.scale = 3e9f;
+    both<E, D>(s, "fwd_short_plain");
+    s.causal = true, s.L = 150, s.scale = 0.125f;
     both<E, D>(s);
     s.causal = false, s.P = 72;
     both<E, D>(s, "fwd_short_plain");
