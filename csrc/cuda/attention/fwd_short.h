@@ -2,7 +2,10 @@
 // scores of 16 queries with every key in registers, so that nothing is rescaled.
 //
 // A warp takes 16 queries at a time, and finds them in global memory as fragments: shared memory holds keys and values
-// alone, 53,248 bytes for 208 keys of 64 elements, three blocks on an sm_80 and four on an sm_90.
+// alone, 53,248 bytes for 208 keys of 64 elements, three blocks on an sm_80.
+//
+// Four warps: a ViT's 197 queries are 13 tiles, and take four rounds. Seven warps would take two, but one block of them
+// fills the registers of a multiprocessor, and nothing would compute while its keys arrive.
 #pragma once
 #include "cuda/attention/softmax.h"
 
