@@ -3,6 +3,7 @@
     python -m bench.static.cuda_resources                 # prints registers, spills and instructions
     python -m bench.static.cuda_resources --out bench/results/cuda_resources.json
     python -m bench.static.cuda_resources --arch sm_90 --only fwd_bf16_64
+    python -m bench.static.cuda_resources --built build/PLATFORM/cuda    # what setup.py compiled
 
 nvcc is found as setup.py finds it; cuobjdump and nvdisasm are Triton's, or on PATH, or of the wheels of those names.
 """
@@ -63,6 +64,22 @@ def compiled(unit: str, arch: str, folder: Path) -> Path:
     return output
 
 
+def unpacked(unit: str, built: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    """The machine code in a build's object, and its architecture, for each that it was built for."""
+    inside = folder / unit
+    inside.mkdir()
+    found = subprocess.run(
+        [tool("cuobjdump"), "-xelf", "all", str((built / f"{unit}.o").resolve())],
+        cwd=inside,
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        raise RuntimeError(f"{unit}.o: {found.stderr[-1000:]}")
+    for path in inside.glob("*.cubin"):
+        yield path, path.stem.split(".")[-1]
+
+
 def kernels(cubin: Path, arch: str) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a file."""
     used = run(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
@@ -95,20 +112,26 @@ def plain_name(mangled: str) -> str:
     return re.sub(r"prefixattn::(cuda|hw)::", "", inner[1] if inner else words).replace(" >", ">").strip()
 
 
-def measure(archs: list[str], only: str) -> list[dict[str, Any]]:
-    jobs = [(unit, arch) for arch in archs for unit in UNITS if re.search(only, unit)]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+def measure(archs: list[str], only: str, built: Path | None) -> list[dict[str, Any]]:
+    units = [unit for unit in UNITS if re.search(only, unit)]
+    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(made)
 
         def job(unit: str, arch: str) -> list[dict[str, Any]]:
             start = time.perf_counter()
-            rows = list(kernels(compiled(unit, arch, Path(folder)), arch))
-            for row in rows:
-                print(*row.values(), file=sys.stderr)
+            rows = list(kernels(compiled(unit, arch, folder), arch))
             print(f"{unit} {arch} {time.perf_counter() - start:.1f}s", file=sys.stderr, flush=True)
             return rows
 
-        found = [row for rows in pool.map(job, *zip(*jobs, strict=True)) for row in rows]
-    return sorted(found, key=lambda row: (row["arch"], row["kernel"]))
+        if built is None:
+            jobs = [(unit, arch) for arch in archs for unit in units]
+            found = [row for rows in pool.map(job, *zip(*jobs, strict=True)) for row in rows]
+        else:
+            cubins = [cubin for unit in units for cubin in unpacked(unit, built, folder)]
+            found = [row for cubin, arch in cubins if arch in archs for row in kernels(cubin, arch)]
+    for row in found:
+        print(*row.values(), file=sys.stderr)
+    return sorted(found, key=lambda row: (archs.index(row["arch"]), row["kernel"]))
 
 
 def compiler() -> str:
@@ -119,9 +142,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=cuda.ARCHS, action="append", help="default: all of them")
     parser.add_argument("--only", default="", help="a pattern to search for in PASS_TYPE_HEAD_DIM")
+    parser.add_argument(
+        "--built", type=Path, help="a folder of objects, as setup.py leaves it: nothing is compiled again"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = measure(options.arch or list(cuda.ARCHS), options.only)
+    rows = measure(options.arch or list(cuda.ARCHS), options.only, options.built)
     record = {"compiler": compiler(), "sources": kernel_sources.native_digest(), "rows": rows}
     if options.out:
         write(options.out, record)
