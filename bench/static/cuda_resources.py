@@ -28,7 +28,7 @@ from bench.static import kernel_sources
 from build_support import cuda
 
 REGISTERS = 65536  # of a multiprocessor, on every GPU from sm_80 to sm_100
-THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048}
+THREADS = 2048  # likewise, on those that are compiled for; sm_86 and sm_89 have 1536
 UNITS = [f"{p}_{instance}" for p in cuda.PASSES for instance in cuda.INSTANCES]
 # what a kernel lives by, and what it must not have: accesses to its stack
 COUNTED = {"mma": "HMMA", "ldmatrix": "LDSM", "copy_async": "LDGSTS", "exp2": "MUFU.EX2", "spill": "(STL|LDL)"}
@@ -95,14 +95,14 @@ def kernels(cubin: Path, arch: str) -> Iterator[dict[str, Any]]:
         block = int(threads[name], 16)
         yield {
             "arch": arch, "kernel": plain_name(name), "threads": block, "registers": int(registers),
-            "stack": int(stack), "blocks": blocks(int(registers), block, arch), **counts,
+            "stack": int(stack), "blocks": blocks(int(registers), block), **counts,
         }  # fmt: skip
 
 
-def blocks(registers: int, threads: int, arch: str) -> int:
+def blocks(registers: int, threads: int) -> int:
     """How many a multiprocessor has registers and threads for; shared memory, which a call decides, aside."""
     a_warp = -(-registers * 32 // 256) * 256
-    return min(REGISTERS // (a_warp * threads // 32), THREADS[arch] // threads)
+    return min(REGISTERS // (a_warp * threads // 32), THREADS // threads)
 
 
 def plain_name(mangled: str) -> str:
