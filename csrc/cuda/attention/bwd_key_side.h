@@ -93,16 +93,15 @@ struct KeySide {
         padded = 0;
         if (p.mask_kind == MaskKind::kNone) return;
         PA_UNROLL
-        for (int i = 0; i < kTiles; ++i)
-            PA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int own = row0(i) + row_of(2 * half) - axis.prefix + s0;
-                padded |= (uint32_t)(padding_bias<E>(p, b, h, own) == kMinusInf) << (2 * i + half);
-            }
+        for (int i = 0; i < kTiles; ++i) PA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int own = row0(i) + row_of(2 * half) - axis.prefix + s0;
+            padded |= (uint32_t)(padding_bias<E>(p, b, h, own) == kMinusInf) << (2 * i + half);
+        }
     }
 
-    // Which of a unit's products are made: those of `tiles` tiles and `blocks` blocks of queries. kFull: of all queries,
-    // and both gradients of each tile, which the compiler then knows.
+    // Which of a unit's products are made: those of `tiles` tiles and `blocks` blocks of queries. kFull: of all
+    // queries, and both gradients of each tile, which the compiler then knows.
     template <int kLive, bool kFull>
     struct Part {
         int tiles, blocks;
@@ -176,7 +175,7 @@ struct KeySide {
         bool any = wants_ds, all = part.blocks == kBlocks;
         PA_UNROLL
         for (int i = 0; i < kTiles; ++i) {
-            const bool there = row0(i) < end, prefix = row0(i) < axis.prefix, own = row0(i) + kStep > axis.prefix;
+            const bool there = row0(i)<end, prefix = row0(i) < axis.prefix, own = row0(i) + kStep> axis.prefix;
             part.tiles += there;
             part.dk[i] = there && ((prefix && p.dprefix_k.data) || (own && p.dk.data));
             part.dv[i] = there && ((prefix && p.dprefix_v.data) || (own && p.dv.data));
@@ -184,9 +183,7 @@ struct KeySide {
             all = all && part.dk[i] == there && part.dv[i] == there;
         }
         if (part.tiles == 0 || !any) return;
-        const auto go = [&](const auto &made) {
-            products(made, p, axis, b, h, s0, k, v, stage, i_stage, query, ds);
-        };
+        const auto go = [&](const auto &made) { products(made, p, axis, b, h, s0, k, v, stage, i_stage, query, ds); };
         if (all && part.tiles == kTiles) return go(Part<kTiles, true>{kTiles, kBlocks, {}, {}, wants_ds});
         if constexpr (kTiles > 1)
             if (all && part.tiles == 1) return go(Part<1, true>{1, kBlocks, {}, {}, wants_ds});
@@ -247,10 +244,9 @@ struct KeySide {
                          const Made &part) const {
         int column[kTiles][2];
         PA_UNROLL
-        for (int i = 0; i < kTiles; ++i)
-            PA_UNROLL
-            for (int half = 0; half < 2; ++half)
-                column[i][half] = padded >> (2 * i + half) & 1 ? kNever : row0(i) + row_of(2 * half);
+        for (int i = 0; i < kTiles; ++i) PA_UNROLL
+        for (int half = 0; half < 2; ++half)
+            column[i][half] = padded >> (2 * i + half) & 1 ? kNever : row0(i) + row_of(2 * half);
         PA_UNROLL
         for (int j = 0; j < kBlocks; ++j) {
             const int at = 4 * (query + j * kColumns + column_of(0));

@@ -10,9 +10,9 @@ struct BwdLaunch : BwdParams {
     float *delta = nullptr;       // [B, H, L], written by BwdPrefix and read by the kernels after it
     float *partial = nullptr;     // [slots, Hkv, 2, P, D]: gradients of prefix keys and values before they are summed
     uint32_t *tickets = nullptr;  // [chunks, T, Hkv], how many blocks have left their partial sums
-    int members = 1, steps = 1;  // query heads of a key head, and steps of queries of a head
+    int members = 1, steps = 1;   // query heads of a key head, and steps of queries of a head
     int runs = 1;                 // blocks of a key head, each with a run of its samples or queries
-    int run = 1, longer = 0;  // samples of a run of BwdShort; the first `longer` runs have one more
+    int run = 1, longer = 0;      // samples of a run of BwdShort; the first `longer` runs have one more
     int slots = 1;                // of partial sums; of a sample, where T > 1
     bool direct = false;          // a slot's sum is the gradient: it is written as such
     bool sums_prefix = false;     // somebody wants the prefix's gradient

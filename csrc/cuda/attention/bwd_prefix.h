@@ -41,86 +41,120 @@ struct BwdPrefix {
         return axis;
     }
 
-    PA_DEVICE static void run(const Params &p) {
-        const int g = hw::block_y(), share = hw::block_x(), members = p.members, steps = p.steps;
-        const int chunk = hw::block_z(), row0 = chunk * Pass::kChunk, left = (int)p.P - row0;
-        const int rows = !p.sums_prefix ? 0 : left < Pass::kChunk ? left : Pass::kChunk;
-        const int steps_a_sample = steps * members;
-        const int64_t all = p.B * steps_a_sample;
-        const int begin = (int)(all * share / p.runs), end = (int)(all * (share + 1) / p.runs);
-        const int groups = Pass::groups(p), tile_warps = kWarps / groups, member_of = hw::warp() / tile_warps;
-        const bool writes_delta = p.delta && chunk == 0;
+    // What the block does, from its place in the grid; made anew where all registers were needed in between.
+    struct Share {
+        int run, g, chunk, row0, rows;  // rows of the chunk; 0: only delta is wanted
 
+        PA_DEVICE explicit Share(const Params &p)
+            : run(uniform(hw::block_x())), g(uniform(hw::block_y())), chunk(uniform(hw::block_z())) {
+            row0 = chunk * Pass::kChunk;
+            const int left = (int)p.P - row0;
+            rows = !p.sums_prefix ? 0 : left < Pass::kChunk ? left : Pass::kChunk;
+        }
+        // Steps are numbered over samples, heads of the group and queries.
+        PA_DEVICE int first_step(const Params &p, int run) const {
+            return (int)(p.B * p.members * p.steps * run / p.runs);
+        }
+        PA_DEVICE int first_sample(const Params &p) const { return first_step(p, run) / (p.members * p.steps); }
+        PA_DEVICE int slot(const Params &p) const { return run * Pass::groups(p) + warp_group(p); }
+        PA_DEVICE Tile<D> tile(int which) const {
+            const int bytes = (rows + kStep - 1) / kStep * kStep * Tile<D>::kRowBytes;
+            return {hw::shared_begin() + (Queries::kBytes + kWordBytes + which * bytes)};
+        }
+    };
+    PA_DEVICE static int tile_warps(const Params &p) { return kWarps / Pass::groups(p); }
+    PA_DEVICE static int warp_group(const Params &p) { return uniform(hw::warp()) / tile_warps(p); }
+
+    PA_DEVICE static void run(const Params &p) {
         Queries stage(hw::shared_begin());
-        const hw::Shared word = hw::shared_begin() + Queries::kBytes;
-        const Tile<D> k{word + kWordBytes}, v{k.at + (rows + kStep - 1) / kStep * kStep * Tile<D>::kRowBytes};
-        Side side(hw::warp() % tile_warps, tile_warps);
-        Cursor now{begin / steps_a_sample, begin % steps_a_sample / steps, begin % steps};
-        const int first_sample = now.b;
-        if (rows) ask_keys(p, k, v, now.b, g, row0, rows);
-        stage.ask(p, 0, now.b, g * members + now.member, now.step * kQueries, rows > 0);
+        Side side(hw::warp() % tile_warps(p), tile_warps(p));
+        int left;
+        Cursor now = open(p, stage, left);
+        PA_NO_UNROLL
+        for (int i = 0; left > 0; --left, i ^= 1) {
+            weigh(p, stage, side, now, i);
+            now.hide();
+            now = finish(p, stage, side, now, i, left);
+        }
+        const Share mine(p);
+        if (p.direct || !mine.rows) return;
+        const int blocks = p.T == 1 ? p.runs : p.runs / (int)p.B, t = (int)prefix_row(p, mine.first_sample(p));
+        sum_if_last<E, kThreads>(p, t, mine.g, mine.chunk, mine.row0, mine.row0 + mine.rows, blocks,
+                                 hw::shared_begin() + Queries::kBytes);
+    }
+
+    // The first step is there, the second is asked for; `left` are the block's.
+    PA_DEVICE static Cursor open(const Params &p, Queries &stage, int &left) {
+        const Share mine(p);
+        const int begin = mine.first_step(p, mine.run), in_sample = begin % (p.members * p.steps);
+        left = mine.first_step(p, mine.run + 1) - begin;
+        const Cursor now{begin / (p.members * p.steps), in_sample / p.steps, in_sample % p.steps};
+        const Cursor next = now.after(p.members, p.steps, 0);
+        if (mine.rows) ask_keys(p, mine.tile(0), mine.tile(1), now.b, mine.g, mine.row0, mine.rows);
+        ask(p, stage, mine, now, 0);
         hw::copy_commit();
         hw::copy_wait<0>();
-        stage.prepare(p, 0, axis_of(p, now.b, row0, rows), now.b, g * members + now.member, now.step * kQueries,
-                      writes_delta);
+        prepare(p, stage, mine, now, 0);
         hw::sync_block();
-        const Cursor second = now.after(members, steps, 0);
-        if (begin + 1 < end) stage.ask(p, 1, second.b, g * members + second.member, second.step * kQueries, rows > 0);
+        if (left > 1) ask(p, stage, mine, next, 1);
         hw::copy_commit();
-        if (p.drops.threshold && rows) drop_keys(p, k, v, now.b, g, row0, rows);
-
-        PA_NO_UNROLL
-        for (int u = begin; u < end; ++u) {
-            const int i = (u - begin) & 1, h = g * members + now.member, l0 = now.step * kQueries;
-            const Axis axis = axis_of(p, now.b, row0, rows);
-            for (int query = member_of * kStep; query < kQueries; query += groups * kStep)
-                if (rows && l0 + query < (int)p.L)
-                    side.unit(p, axis, now.b, h, 0, k, v, stage, i, query, l0 + query, false, {});
-            hw::copy_wait<0>();
-            const Cursor next = now.after(members, steps, 0), later = next.after(members, steps, 0);
-            if (u + 1 < end)
-                stage.prepare(p, 1 - i, axis_of(p, next.b, row0, rows), next.b, g * members + next.member,
-                              next.step * kQueries, writes_delta);
-            hw::sync_block();
-            if (u + 2 < end) stage.ask(p, i, later.b, g * members + later.member, later.step * kQueries, rows > 0);
-            hw::copy_commit();
-            const bool changes = next.b != now.b || u + 1 == end;
-            if (p.drops.threshold && rows && changes) {  // each sample has a mask of its own
-                leave_rows(p, side, now.b, g, share * groups + member_of, row0, rows, now.b != first_sample);
-                if (u + 1 < end) {
-                    ask_keys(p, k, v, next.b, g, row0, rows);
-                    hw::copy_commit();
-                    hw::copy_wait<0>();
-                    hw::sync_block();
-                    drop_keys(p, k, v, next.b, g, row0, rows);
-                }
-            }
-            now = next;
-        }
-        if (!rows) return;
-        if (!p.drops.threshold) leave_rows(p, side, first_sample, g, share * groups + member_of, row0, rows, false);
-        if (!p.direct) {
-            const int pieces = p.T == 1 ? p.runs : p.runs / (int)p.B;
-            sum_if_last<E, kThreads>(p, (int)prefix_row(p, first_sample), g, chunk, row0, row0 + rows, pieces, word);
-        }
+        if (p.drops.threshold && mine.rows) drop_keys(p, mine, now.b);
+        return now;
     }
 
-    PA_DEVICE static void drop_keys(const Params &p, const Tile<D> &k, const Tile<D> &v, int b, int g, int row0,
-                                    int rows) {
-        const int64_t head = (int64_t)b * p.Hkv + g;
+    PA_DEVICE static void ask(const Params &p, Queries &stage, const Share &mine, const Cursor &at, int i) {
+        stage.ask(p, i, at.b, mine.g * p.members + at.member, at.step * kQueries, mine.rows > 0);
+    }
+    PA_DEVICE static void prepare(const Params &p, Queries &stage, const Share &mine, const Cursor &at, int i) {
+        stage.prepare(p, i, axis_of(p, at.b, mine.row0, mine.rows), at.b, mine.g * p.members + at.member,
+                      at.step * kQueries, p.delta && mine.chunk == 0);
+    }
+
+    PA_DEVICE static void weigh(const Params &p, const Queries &stage, Side &side, const Cursor &now, int i) {
+        const Share mine(p);
+        if (!mine.rows) return;
+        const Axis axis = axis_of(p, now.b, mine.row0, mine.rows);
+        const int l0 = now.step * kQueries, h = mine.g * p.members + now.member;
+        PA_NO_UNROLL
+        for (int query = warp_group(p) * kStep; query < kQueries; query += Pass::groups(p) * kStep)
+            if (l0 + query < (int)p.L)
+                side.unit(p, axis, now.b, h, 0, mine.tile(0), mine.tile(1), stage, i, query, l0 + query, false, {});
+    }
+
+    PA_DEVICE static Cursor finish(const Params &p, Queries &stage, Side &side, const Cursor &now, int i, int left) {
+        const Share mine(p);
+        const Cursor next = now.after(p.members, p.steps, 0), later = next.after(p.members, p.steps, 0);
+        hw::copy_wait<0>();
+        if (left > 1) prepare(p, stage, mine, next, i ^ 1);
+        hw::sync_block();
+        if (left > 2) ask(p, stage, mine, later, i);
+        hw::copy_commit();
+        const bool drops = p.drops.threshold;  // a mask of its own for each sample
+        if (!mine.rows || !(left == 1 || (drops && next.b != now.b))) return next;
+        leave_prefix(p, side, mine.rows,
+                     {(int)prefix_row(p, now.b), mine.g, mine.slot(p), mine.row0, now.b,
+                      drops && now.b != mine.first_sample(p)});
+        PA_UNROLL
+        for (int j = 0; j < Pass::kTiles; ++j) side.clear_tile(j, 0);
+        if (left == 1) return next;
+        ask_keys(p, mine.tile(0), mine.tile(1), next.b, mine.g, mine.row0, mine.rows);
+        hw::copy_commit();
+        hw::copy_wait<0>();
+        hw::sync_block();
+        drop_keys(p, mine, next.b);
+        return next;
+    }
+
+    PA_DEVICE static void drop_keys(const Params &p, const Share &mine, int b) {
+        const int64_t head = (int64_t)b * p.Hkv + mine.g;
         const uint64_t seed = dropout_seed(p);
         Axis axis(p, b);
-        axis.prefix = row0 + rows;
-        drop_prefix<Pass::kChunk, kThreads>(k, axis, row0, seed, p.drops.threshold, head, kDropsPrefixK);
-        drop_prefix<Pass::kChunk, kThreads>(v, axis, row0, seed, p.drops.threshold, head, kDropsPrefixV);
+        axis.prefix = mine.row0 + mine.rows;
+        drop_prefix<Pass::kChunk, kThreads>(mine.tile(0), axis, mine.row0, seed, p.drops.threshold, head,
+                                            kDropsPrefixK);
+        drop_prefix<Pass::kChunk, kThreads>(mine.tile(1), axis, mine.row0, seed, p.drops.threshold, head,
+                                            kDropsPrefixV);
         hw::sync_block();
-    }
-
-    PA_DEVICE static void leave_rows(const Params &p, Side &side, int b, int g, int slot, int row0, int rows,
-                                     bool adds) {
-        leave_prefix(p, side, rows, {(int)prefix_row(p, b), g, slot, row0, b, adds});
-        PA_UNROLL
-        for (int i = 0; i < Pass::kTiles; ++i) side.clear_tile(i, 0);
     }
 };
 

@@ -79,7 +79,7 @@ struct BwdQueries {
         const int block_end = axis.seen((tile + 1) * kQueries < L ? tile * kQueries + kQueries - 1 : L - 1);
         const int warp_end = l < L ? axis.seen(l + kStep < L ? l + kStep - 1 : L - 1) : 0;
 
-        ask_keys(p, axis, 0, b, h, g, 0);
+        if (block_end > 0) ask_keys(p, axis, 0, b, h, g, 0);
         hw::copy_commit();
         float lse[2], delta[2];
         int hidden[2];

@@ -124,8 +124,7 @@ struct BwdShort {
         hw::copy_wait<0>();
         stage.prepare(p, 0, Axis(p, now.b), now.b, mine.g * p.members, 0, false);
         hw::sync_block();
-        if (next.b < mine.end)
-            stage.ask(p, 1, next.b, mine.g * p.members + next.member, next.step * kQueries, true);
+        if (next.b < mine.end) stage.ask(p, 1, next.b, mine.g * p.members + next.member, next.step * kQueries, true);
         hw::copy_commit();
         return now;
     }
@@ -160,8 +159,7 @@ struct BwdShort {
         if (next.b < mine.end)
             stage.prepare(p, i ^ 1, Axis(p, next.b), next.b, first_head + next.member, next.step * kQueries, false);
         hw::sync_block();
-        if (later.b < mine.end)
-            stage.ask(p, i, later.b, first_head + later.member, later.step * kQueries, true);
+        if (later.b < mine.end) stage.ask(p, i, later.b, first_head + later.member, later.step * kQueries, true);
         const int steps = p.steps * p.members, done = now.member * p.steps + now.step;
         const bool closes = done + 1 == steps, more = now.b + 1 < mine.end;
         if (p.key_buffers == 2 && more) {

@@ -27,13 +27,15 @@ struct alignas(256) Aligned {
 template <class E>
 struct Made {
     std::vector<Aligned> memory;
+    size_t bytes = 0;
     Strided strided;
     int D;
 
     Made() = default;
     Made(int n0, int n1, int n2, int D, int row, float size, std::mt19937 &random) : D(D) {
         const size_t count = (size_t)n0 * (size_t)n1 * (size_t)n2 * (size_t)row;
-        memory.resize(count * 2 / 256 + 1);
+        bytes = count * 2;
+        memory.resize(bytes / 256 + 1);
         std::normal_distribution<float> normal(0.f, size);
         E *data = (E *)memory.data();
         for (size_t i = 0; i < count; ++i) data[i] = hw::from_float<E>(normal(random));
@@ -106,6 +108,15 @@ struct Inputs {
         return p;
     }
 
+    // A kernel may read these, and nothing else.
+    void allow() const {
+        for (const Made<E> *t : {&q, &k, &v, &prefix_k, &prefix_v, &out, &dout, &mask_like_q})
+            host::allow(t->memory.data(), t->bytes, false);
+        host::allow(mask_bool.data(), mask_bool.size(), false);
+        host::allow(lse.data(), lse.size() * sizeof(float), false);
+        host::allow(dlse.data(), dlse.size() * sizeof(float), false);
+    }
+
     const char *name() const {
         static std::string text;
         const Shape &s = shape;
@@ -169,9 +180,13 @@ struct Truth {
                         dp[(size_t)j] = dot(x.dout.row(b, h, l), &V[(size_t)j * D], s.D);
                         for (size_t d = 0; d < D; ++d) o[d] += w[(size_t)j] * V[(size_t)j * D + d];
                     }
+                    for (size_t d = 0; d < D; ++d) {
+                        E &given = x.out.row(b, h, l)[d];
+                        given = hw::from_float<E>((float)o[d]);
+                        o[d] = (double)hw::to_float(given);  // delta is of what is given
+                    }
                     double delta = dot(x.dout.row(b, h, l), o.data(), s.D);
                     if (s.dlse) delta -= (double)x.dlse[row];
-                    for (size_t d = 0; d < D; ++d) x.out.row(b, h, l)[d] = hw::from_float<E>((float)o[d]);
                     for (int j = 0; j < keys; ++j) {
                         if (w[(size_t)j] == 0) continue;
                         const double ds = w[(size_t)j] * (dp[(size_t)j] - delta) * (double)s.scale;
