@@ -32,8 +32,7 @@ from build_support.common import (
     version_of,
 )
 
-# that of sm_80 runs on sm_86 and sm_89 too; each more is a third of the time, of which two cores are to take 5 minutes
-ARCHS = "sm_80", "sm_90", "sm_100"
+ARCHS = "sm_80", "sm_86", "sm_89", "sm_90", "sm_100"
 # name: the element type of hw.h and the head size. A pass, a type and a head size are a file's worth of compilation.
 INSTANCES = {
     f"{name}_{D}": (f"-DPA_ELEMENT={element}", f"-DPA_HEAD_DIM={D}", f"-DPA_INSTANCE={name}_{D}")

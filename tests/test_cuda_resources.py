@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from bench.static import cuda_resources, kernel_sources
-from build_support import cuda
 from build_support.common import CannotBuild
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +35,8 @@ def test_no_kernel_touches_its_stack() -> None:
 
 def test_every_kernel_is_there_for_every_architecture() -> None:
     rows = recorded()["rows"]
-    kernels = {arch: {row["kernel"] for row in rows if row["arch"] == arch} for arch in cuda.ARCHS}
-    first = kernels[cuda.ARCHS[0]]
+    kernels = {arch: {row["kernel"] for row in rows if row["arch"] == arch} for arch in cuda_resources.ARCHS}
+    first = kernels[cuda_resources.ARCHS[0]]
     assert all(found == first for found in kernels.values())
     for name in ("FwdShort", "FwdLong", "BwdShort", "BwdPrefix", "BwdKeys", "BwdQueries"):
         for types in ("BF16, 64", "BF16, 128", "FP16, 64", "FP16, 128"):
