@@ -157,6 +157,16 @@ void long_ones() {
     check<E, 64>(s, 31, kSmall, 1);
 }
 
+// Devices with room for one or two buffers of keys, and of dS.
+void buffers() {
+    const Shape s{.B = 3, .H = 2, .Hkv = 1, .L = 70, .S = 60, .T = 1, .P = 10, .causal = true};
+    const Inputs<hw::BF16> x(s);
+    BwdParams p = x.params();
+    p.dq = p.q;
+    for (int keys = 1; keys <= 2; ++keys)
+        for (int ds = 1; ds <= 2; ++ds) check<hw::BF16, 64>(s, 31, {Short::shared_bytes(p, keys, ds), 1}, 1);
+}
+
 // ViT-B's head at 224 pixels: what is multiplied and moved over what must be.
 void costs() {
     const Shape s{.B = 12, .H = 1, .Hkv = 1, .L = 197, .S = 197, .T = 1, .P = 10};
@@ -180,6 +190,7 @@ int main() {
     features<hw::BF16, 64>();
     features<hw::FP16, 128>();
     long_ones<hw::FP16>();
+    buffers();
     costs();
     return check::result();
 }
