@@ -93,4 +93,4 @@ $(VENV)/lint: requirements/lint.txt $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info prefixattn/_C*.so prefixattn/_C_build.json .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info prefixattn/_C*.so prefixattn/_cuda*.so prefixattn/_*_build.json .benchmarks .pytest_cache .mypy_cache .ruff_cache

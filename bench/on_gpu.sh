@@ -12,7 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-ALL=(build verdicts tests shapes micro whole reparam sanitize tune)
+ALL=(build verdicts tests shapes cuda micro whole reparam sanitize tune)
 dry=0 minutes= sections=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -45,13 +45,15 @@ elif ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # Seconds that a section may take when all run; the rest goes to the last ones.
-declare -A share=([build]=60 [verdicts]=60 [tests]=125 [shapes]=45 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
+declare -A share=([build]=60 [verdicts]=60 [tests]=125 [shapes]=45 [cuda]=90 [micro]=110 [whole]=50 [reparam]=30 [sanitize]=40 [tune]=60)
 total=0
 for s in "${sections[@]}"; do total=$((total + share[$s])); done
 end=$((SECONDS + 60 * minutes))
 left=$total
 
 build() {
+    # here nvcc has GPUs to compile for, and a minute; in a dry run the kernels are the tests' and that takes a compiler
+    [ $dry = 1 ] || export PREFIXATTN_CUDA=1 PREFIXATTN_CUDA_ARCHS=${PREFIXATTN_CUDA_ARCHS:-native}
     $PYTHON setup.py -q build_ext --inplace && $PYTHON -m prefixattn --no-verdicts || return
     [ $dry = 1 ] || nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv
 }
@@ -75,6 +77,26 @@ shapes() {
     local options=(--baselines --minutes "$(minutes_of "$1")")
     [ $dry = 0 ] || options=(--small --minutes 0.2)
     $PYTHON -m bench.attention.check_shapes "${options[@]}"
+}
+
+# The CUDA kernels: their suite, what compute-sanitizer says of the small shapes, a thousand equal runs, and times.
+cuda() {
+    local tool status=0
+    if [ $dry = 1 ]; then
+        PREFIXATTN_CUDA_HOST=$($PYTHON setup.py -q build_cuda_host | tail -n 1) || return
+        export PREFIXATTN_CUDA_HOST
+        $PYTHON -m bench.attention.cuda_kernels --minutes 0.3
+        return
+    fi
+    PREFIXATTN_TEST_DEVICE=cuda timeout -s INT $(($1 / 3)) $PYTHON -m pytest -q -p no:cacheprovider -n 8 --maxfail 20 \
+        -o filterwarnings=default --tb=short -rf tests/native/cuda/test_op.py || status=1
+    for tool in memcheck racecheck initcheck synccheck; do
+        echo "compute-sanitizer --tool $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT $(($1 / 12)) compute-sanitizer --tool $tool --error-exitcode 9 \
+            $PYTHON -m bench.attention.cuda_kernels --small --minutes "$(minutes_of $(($1 / 15)))" 2>&1 | tail -30 || status=1
+    done
+    $PYTHON -m bench.attention.cuda_kernels --minutes "$(minutes_of $(($1 / 3)))" --out "$OUT/cuda.json" || status=1
+    return $status
 }
 
 micro() {
@@ -142,7 +164,7 @@ for section in "${sections[@]}"; do
     echo "== $section (at most ${seconds} s of $((end - SECONDS)))"
     began=$SECONDS
     # a shell of its own, so that a limit can end it whole
-    export -f build verdicts tests shapes micro whole reparam sanitize tune minutes_of
+    export -f build verdicts tests shapes cuda micro whole reparam sanitize tune minutes_of
     export dry PYTHON
     timeout -k 10 $((seconds + 15)) bash -uo pipefail -c "$section $seconds"
     status=$?

@@ -35,6 +35,8 @@ class Row(NamedTuple):
 # "auto" takes the first row without an objection; a row stands ahead of the reference where a measurement put it
 TABLE = (
     Row("cpu", "prefixattn.attention.cpu", "prefixattn._C is not built"),
+    # by name alone: no GPU has run these kernels yet, and only a run may put them ahead of others
+    Row("cuda", "prefixattn.attention.cuda", "prefixattn.attention.cuda is missing", auto=False),
     Row("guarded triton", "prefixattn.attention.guard", "prefixattn.attention.guard is missing", named=False),
     Row("triton", "prefixattn.attention.triton", "prefixattn.attention.triton is missing", auto=False),
     Row("reference", "prefixattn.attention.reference", "prefixattn.attention.reference is missing"),

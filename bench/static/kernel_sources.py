@@ -2,8 +2,10 @@
 
 import ast
 import hashlib
+import re
 from pathlib import Path
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
@@ -20,6 +22,22 @@ def digest(*entries: str, folder: Path = KERNELS) -> str:
             if isinstance(body, list):
                 node.body = [line for line in body if not _is_silent(line)]
         total.update(f"{name} {ast.dump(tree)}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def native_digest(folder: Path = CSRC) -> str:
+    """Of what device code is compiled from: csrc/api and csrc/cuda, the host machine, tests and Python's side apart.
+
+    Comments and layout do not count.
+    """
+    others = {"host", "tests", "python"}
+    found = [path for top in ("api", "cuda") for path in (folder / top).rglob("*") if path.suffix in (".h", ".cu")]
+    total = hashlib.sha256()
+    for path in sorted(found):
+        name = path.relative_to(folder)
+        if not others & set(name.parts) and name.name != "host.h":
+            words = re.sub(r"//.*", "", path.read_text(encoding="utf-8")).split()
+            total.update(f"{name} {' '.join(words)}\n".encode())
     return total.hexdigest()[:16]
 
 

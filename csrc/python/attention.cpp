@@ -1,74 +1,20 @@
-// prefix_attention for Python: a dict of the members of FwdParams or BwdParams in, nothing returned. Shapes were
-// checked by whoever called the op (functional.py), types and devices in attention/cpu.py.
+// prefix_attention on a CPU for Python. attention/cpu.py checks types and devices.
 #include "cpu/isa.h"
+#include "python/attention_records.h"
 #include "python/bindings.h"
-#include "python/reader.h"
 
 namespace py = pybind11;
 namespace prefixattn {
 namespace {
 
-template <class Call>
-std::vector<Field<Call>> attn_fields() {
-    return {PA_FIELD(Call, dtype),
-            PA_FIELD(Call, B),
-            PA_FIELD(Call, H),
-            PA_FIELD(Call, Hkv),
-            PA_FIELD(Call, L),
-            PA_FIELD(Call, S),
-            PA_FIELD(Call, T),
-            PA_FIELD(Call, P),
-            PA_FIELD(Call, D),
-            PA_FIELD(Call, q),
-            PA_FIELD(Call, k),
-            PA_FIELD(Call, v),
-            PA_FIELD(Call, prefix_k),
-            PA_FIELD(Call, prefix_v),
-            PA_FIELD(Call, memory),
-            PA_FIELD(Call, memories),
-            PA_FIELD(Call, phi),
-            PA_FIELD(Call, prefix_ids),
-            PA_FIELD(Call, prefix_lengths),
-            PA_FIELD(Call, mask_kind),
-            PA_FIELD(Call, mask),
-            PA_FIELD(Call, mask_stride3),
-            PA_FIELD(Call, scale),
-            PA_FIELD(Call, softcap),
-            PA_FIELD(Call, causal),
-            PA_FIELD(Call, dropout_p),
-            PA_FIELD(Call, prefix_dropout_p),
-            PA_FIELD(Call, seed)};
-}
-
-// Without these the kernels would write beyond their buffers, or drop the same for every call.
-void require_sense(const AttnParams &p) {
-    if (p.D < 1 || p.D > kMaxHeadDim || p.D % kHeadDimStep)
-        throw py::value_error("head_dim is " + std::to_string(p.D) + ", expected a multiple of " +
-                              std::to_string(kHeadDimStep) + " up to " + std::to_string(kMaxHeadDim));
-    if ((p.dropout_p > 0 || p.prefix_dropout_p > 0) && !p.seed) throw py::value_error("dropout has no seed");
-}
-
 void fwd(const py::dict &fields, int threads) {
-    using Call = FwdParams;
-    static const Record<Call> record(
-        "prefix_attn_fwd", attn_fields<Call>(),
-        {PA_FIELD(Call, out), PA_FIELD(Call, attended), PA_FIELD(Call, lse), PA_FIELD(Call, mass)});
-    Call p{};
-    record.read(fields, p);
-    require_sense(p);
+    const FwdParams p = read_fwd(fields);
     const py::gil_scoped_release nogil;
     isa_in_use().attention->fwd(p, threads);
 }
 
 void bwd(const py::dict &fields, int threads) {
-    using Call = BwdParams;
-    static const Record<Call> record("prefix_attn_bwd", attn_fields<Call>(),
-                                     {PA_FIELD(Call, dout), PA_FIELD(Call, out), PA_FIELD(Call, lse),
-                                      PA_FIELD(Call, dlse), PA_FIELD(Call, dq), PA_FIELD(Call, dk), PA_FIELD(Call, dv),
-                                      PA_FIELD(Call, dprefix_k), PA_FIELD(Call, dprefix_v), PA_FIELD(Call, dmemory)});
-    Call p{};
-    record.read(fields, p);
-    require_sense(p);
+    const BwdParams p = read_bwd(fields);
     const py::gil_scoped_release nogil;
     isa_in_use().attention->bwd(p, threads);
 }

@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "python/bindings.h"
+#include "python/numbers.h"
 
 namespace py = pybind11;
 namespace prefixattn {
@@ -14,13 +15,6 @@ py::list isas() {
     py::list names;
     for (const Isa *isa : usable_isas()) names.append(isa->name);
     return names;
-}
-
-template <class E>
-py::dict numbers() {
-    py::dict found;
-    for (const Named<E> &x : Names<E>::all) found[x.name] = static_cast<int>(x.value);
-    return found;
 }
 
 }  // namespace

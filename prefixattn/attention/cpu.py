@@ -8,6 +8,7 @@ from torch import Tensor
 import prefixattn._C as _C
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order, lse_type
+from prefixattn.attention.native import address, attn_fields, strided
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 # every option of Call that the kernels have
@@ -42,9 +43,9 @@ def fwd(call: Call, wants: Wants) -> Results:
     attended = empty_like_order(q) if wants.attended else q.new_empty(0)
     call = _readable_call(call)
     _C.prefix_attn_fwd({
-        **_fields(call),
-        "out": _strided(out),
-        "attended": _strided(attended) if wants.attended else None,
+        **attn_fields(_C, DTYPES[call.q.dtype], call),
+        "out": strided(out),
+        "attended": strided(attended) if wants.attended else None,
         "lse": lse.data_ptr(),
         "mass": mass.data_ptr() if wants.mass else None,
     }, torch.get_num_threads())  # fmt: skip
@@ -59,17 +60,17 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
         out = _readable(out)
     lse, dlse = given.lse.contiguous(), None if dlse is None else dlse.float().contiguous()
     _C.prefix_attn_bwd({
-        **_fields(call),
-        "dout": _strided(dout),
-        "out": _strided(out) if out.dim() == 4 else None,
+        **attn_fields(_C, DTYPES[call.q.dtype], call),
+        "dout": strided(dout),
+        "out": strided(out) if out.dim() == 4 else None,
         "lse": lse.data_ptr(),
-        "dlse": _address(dlse),
-        "dq": _strided(grads.q) if needs.q else None,
-        "dk": _strided(grads.k) if needs.k else None,
-        "dv": _strided(grads.v) if needs.v else None,
-        "dprefix_k": _strided(grads.prefix_k) if needs.prefix_k else None,
-        "dprefix_v": _strided(grads.prefix_v) if needs.prefix_v else None,
-        "dmemory": _strided(grads.memory) if needs.memory else None,
+        "dlse": address(dlse),
+        "dq": strided(grads.q) if needs.q else None,
+        "dk": strided(grads.k) if needs.k else None,
+        "dv": strided(grads.v) if needs.v else None,
+        "dprefix_k": strided(grads.prefix_k) if needs.prefix_k else None,
+        "dprefix_v": strided(grads.prefix_v) if needs.prefix_v else None,
+        "dmemory": strided(grads.memory) if needs.memory else None,
     }, torch.get_num_threads())  # fmt: skip
     return grads
 
@@ -115,38 +116,3 @@ def _is_readable(t: Tensor) -> bool:
 def _readable(t: Tensor) -> Tensor:
     # gradients arrive in any layout, an expanded scalar's (stride 0) among them
     return t if _is_readable(t) else t.contiguous()
-
-
-def _strided(t: Tensor) -> tuple[int, int, int, int]:
-    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
-
-
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def _fields(call: Call) -> "_C.Attn":
-    """What both passes hand over: the members of struct AttnParams."""
-    q, mask, memory = call.q, call.attn_mask, call.memory
-    B, H, L, D = q.shape
-    T, Hkv, P, _ = call.prefix_k.shape
-    kind, mask_at, mask_strides = "none", 0, [0, 0, 0, 0]
-    if mask is not None:
-        kind = {torch.bool: "bool", q.dtype: "same_as_q"}.get(mask.dtype, "float32")
-        mask_at = mask.data_ptr()
-        mask_strides = [s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True)]
-    return {
-        "dtype": DTYPES[q.dtype],
-        "B": B, "H": H, "Hkv": Hkv, "L": L, "S": call.k.shape[2], "T": T, "P": P, "D": D,
-        "q": _strided(q), "k": _strided(call.k), "v": _strided(call.v),
-        "prefix_k": _strided(call.prefix_k), "prefix_v": _strided(call.prefix_v),
-        "memory": None if memory is None else _strided(memory),
-        "memories": 0 if memory is None else memory.shape[0],
-        "phi": _C.PHIS[call.phi],
-        "prefix_ids": _address(call.prefix_ids), "prefix_lengths": _address(call.prefix_lengths),
-        "mask_kind": _C.MASK_KINDS[kind],
-        "mask": (mask_at, mask_strides[0], mask_strides[1], mask_strides[2]), "mask_stride3": mask_strides[3],
-        "scale": call.scale, "softcap": call.softcap, "causal": call.is_causal,
-        "dropout_p": call.dropout_p, "prefix_dropout_p": call.prefix_dropout_p,
-        "seed": _address(call.seed),
-    }  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from tests.support import ROOT
 
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "tests").glob("*.cpp"))
+CUDA_SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda" / "tests").glob("*.cpp"))
 
 if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
     pytest.skip("no C++ compiler to build csrc/tests with", allow_module_level=True)
@@ -31,6 +32,12 @@ def programs() -> dict[str, Path]:
 def test_program(source: str, isa: str, programs: dict[str, Path]) -> None:
     done = subprocess.run([programs[f"{source}.{isa}"]], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", CUDA_SOURCES)
+def test_program_of_the_cuda_kernels(source: str, programs: dict[str, Path]) -> None:
+    """On the host machine: no GPU, and no nvcc."""
+    test_program(source, "cuda", programs)
 
 
 def test_the_rules_are_device_code_too(tmp_path: Path) -> None:

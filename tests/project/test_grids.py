@@ -30,7 +30,7 @@ def test_what_a_cover_leaves_out_is_marked_and_there() -> None:
 
 def test_each_backend_has_a_grid_in_its_own_types() -> None:
     grid = by_backend(TYPES, AXES[0], AXES[1])
-    assert set(TYPES) == set(backends.NAMES) and TYPES["reference"][0] == "fp64"
+    assert set(TYPES) == set(backends.NAMES) - {"cuda"} and TYPES["reference"][0] == "fp64"
     for name, types in TYPES.items():
         found = [case[1:] for case in every_run(grid) if case[0] == name]
         assert {case[0] for case in found} == set(types)

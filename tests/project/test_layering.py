@@ -25,12 +25,12 @@ LAYERS = """
     reparam.guard
     attention.guard
     reparam.cpu reparam.triton
-    attention.cpu attention.triton
+    attention.cpu attention.cuda attention.triton
     kernels
-    reparam.fused_step
+    reparam.fused_step attention.native
     reparam.moments8 reparam.reference attention.reference
     attention.call attention.checks attention.philox reparam.call
-    attention.layout differentiation trials _C
+    attention.layout differentiation trials _C _cuda
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 FACES = {"attention", "reparam"}  # packages whose own __init__ holds nothing
@@ -71,7 +71,7 @@ SOURCES = sorted(
 )
 
 
-MODULES = {module_of(path) for path in SOURCES} | {"_C"}
+MODULES = {module_of(path) for path in SOURCES} | {"_C", "_cuda"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -89,7 +89,7 @@ def test_imports_point_down(path: Path) -> None:
 def test_no_imports_go_in_a_circle() -> None:
     """Nor those inside functions."""
     imports = {module_of(path): imported(path) & MODULES for path in SOURCES}
-    imports["_C"] = set()
+    imports["_C"] = imports["_cuda"] = set()
     while free := [name for name, others in imports.items() if not others & imports.keys()]:
         for name in free:
             del imports[name]

@@ -15,7 +15,7 @@ from bench.attention.baselines import BenchShape
 from bench.harness import timing_gpu
 from tests.support import ROOT
 
-SECTIONS = ["build", "verdicts", "tests", "shapes", "micro", "whole", "reparam", "sanitize", "tune"]
+SECTIONS = ["build", "verdicts", "tests", "shapes", "cuda", "micro", "whole", "reparam", "sanitize", "tune"]
 
 if shutil.which("bash") is None:
     pytest.skip("bash is not installed", allow_module_level=True)

@@ -19,10 +19,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import prefixattn
+from build_support import cuda
+from build_support.common import CannotBuild
 from tests.support import ROOT
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+RECORDS = {"prefixattn/_C_build.json", "prefixattn/_cuda_build.json"}
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
@@ -34,19 +37,22 @@ def python_files() -> set[Path]:
     }
 
 
+ASKED = "PREFIXATTN_REQUIRE_EXT", "PREFIXATTN_CUDA"
+
+
 def run_setup(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", *words],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if name != "PREFIXATTN_REQUIRE_EXT"} | env,
+        env={name: value for name, value in os.environ.items() if name not in ASKED} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def record(folder: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((folder / "prefixattn" / "_C_build.json").read_text())
+def record(folder: Path, name: str = "_C") -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "prefixattn" / f"{name}_build.json").read_text())
     return content
 
 
@@ -55,6 +61,7 @@ def project(tmp_path: Path) -> Path:
     """A project with this setup.py and next to nothing to compile: seconds instead of a minute."""
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "build_support", tmp_path / "build_support")
     (tmp_path / "prefixattn" / "attach").mkdir(parents=True)
     (tmp_path / "prefixattn" / "__init__.py").write_text('import torch\n\n__version__ = "1.2.3"\n')
     for folder in ("cpu", "python"):
@@ -69,7 +76,7 @@ def project(tmp_path: Path) -> Path:
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str], set[str]]:
     """This project packed where nothing can be compiled: its folder, the files of the wheel, those of the sdist."""
     folder = tmp_path_factory.mktemp("project")
-    built = (".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "results", "_C_build.json")
+    built = (".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "results", "*_build.json")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*built), dirs_exist_ok=True)
     done = run_setup(folder, "-q", "sdist", "bdist_wheel", CXX="/nonexistent/g++")
     assert done.returncode == 0, done.stdout
@@ -130,15 +137,17 @@ def test_wheel_holds_the_package_and_nothing_else(archives: tuple[Path, set[str]
     _, wheel, _ = archives
     package = set(map(str, python_files()))
     inside = {name for name in wheel if ".dist-info/" not in name}
-    assert inside - {"prefixattn/py.typed", "prefixattn/_C.pyi"} == package | {"prefixattn/_C_build.json"}
+    assert inside - {"prefixattn/py.typed", "prefixattn/_C.pyi"} == package | RECORDS
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
     assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
 
 
 def test_sdist_holds_what_a_build_needs(archives: tuple[Path, set[str], set[str]]) -> None:
     _, _, sdist = archives
-    sources = {str(path.relative_to(ROOT)) for end in ("h", "cpp") for path in (ROOT / "csrc").rglob(f"*.{end}")}
-    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
+    sources = {str(path.relative_to(ROOT)) for end in ("h", "cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{end}")}
+    tests = {
+        str(path.relative_to(ROOT)) for folder in ("tests", "build_support") for path in (ROOT / folder).rglob("*.py")
+    }
     kernels = {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     expected = (
         sources | tests | kernels | {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "requirements/tested.txt"}
@@ -159,6 +168,39 @@ def test_without_a_compiler_the_extension_can_be_demanded(project: Path) -> None
     done = run_setup(project, "-q", "build_ext", "--inplace", CXX="/nonexistent/g++", PREFIXATTN_REQUIRE_EXT="1")
     assert done.returncode == 1
     assert "PREFIXATTN_REQUIRE_EXT is set: CXX=/nonexistent/g++: no such program" in done.stdout
+
+
+NO_NVCC = {"PREFIXATTN_CUDA": "1", "CUDA_HOME": "/nonexistent"}
+
+
+@needs_compiler
+def test_without_nvcc_the_other_kernels_are_built_and_the_reason_stands_there(project: Path) -> None:
+    done = run_setup(project, "-q", "build_ext", "--inplace", **NO_NVCC)
+    assert done.returncode == 0, done.stdout
+    assert record(project)["built"] is True and list((project / "prefixattn").glob("_C.*.so"))
+    assert record(project, "_cuda") == {"built": False, "reason": "CUDA_HOME=/nonexistent has no bin/nvcc"}
+    quiet = run_setup(project, "-q", "build_ext", "--inplace", PREFIXATTN_CUDA="0")
+    assert "_cuda" not in quiet.stdout and record(project, "_cuda")["reason"] == "PREFIXATTN_CUDA=0"
+
+
+@needs_compiler
+def test_the_cuda_kernels_can_be_demanded(project: Path) -> None:
+    done = run_setup(project, "-q", "build_ext", "--inplace", PREFIXATTN_REQUIRE_EXT="1", **NO_NVCC)
+    assert done.returncode == 1 and "prefixattn._cuda was not built and PREFIXATTN_REQUIRE_EXT is set" in done.stdout
+    assert record(project)["built"] is True
+
+
+def test_architectures_are_named_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFIXATTN_CUDA_ARCHS", raising=False)
+    assert cuda.archs() == list(cuda.ARCHS)
+    monkeypatch.setenv("PREFIXATTN_CUDA_ARCHS", "sm_80; sm_90")
+    assert cuda.gencode(cuda.archs()) == [
+        *("-gencode", "arch=compute_80,code=sm_80"),
+        *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
+    ]
+    monkeypatch.setenv("PREFIXATTN_CUDA_ARCHS", "sm_75")
+    with pytest.raises(CannotBuild, match="sm_75 is none of sm_80 and later"):
+        cuda.archs()
 
 
 @needs_compiler

@@ -1,0 +1,158 @@
+"""Compiles the CUDA kernels for GPUs that are not here, and records what they need.
+
+    python -m bench.static.cuda_resources                 # prints registers, spills and instructions
+    python -m bench.static.cuda_resources --out bench/results/cuda_resources.json
+    python -m bench.static.cuda_resources --arch sm_90 --only fwd_bf16_64
+    python -m bench.static.cuda_resources --built build/PLATFORM/cuda    # what setup.py compiled
+
+nvcc is found as setup.py finds it; cuobjdump and nvdisasm are Triton's, or on PATH, or of the wheels of those names.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench.harness.command import NOTHING, command
+from bench.harness.record import write
+from bench.static import kernel_sources
+from build_support import cuda
+
+REGISTERS = 65536  # of a multiprocessor, on every GPU from sm_80 to sm_100
+THREADS = 2048  # likewise, of those below
+ARCHS = "sm_80", "sm_90", "sm_100"  # sm_86 and sm_89 have the instructions and registers of sm_80
+UNITS = [f"{p}_{instance}" for p in cuda.PASSES for instance in cuda.INSTANCES]
+# what a kernel lives by, and what it must not have: accesses to its stack
+COUNTED = {"mma": "HMMA", "ldmatrix": "LDSM", "copy_async": "LDGSTS", "exp2": "MUFU.EX2", "spill": "(STL|LDL)"}
+
+
+def tool(name: str) -> str:
+    """cuobjdump or nvdisasm."""
+    folders = [Path(found, "bin") for found in (os.environ.get("CUDA_HOME"),) if found]
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        spec = find_spec(package)
+        folders += [Path(at, inside) for at in (spec.submodule_search_locations or [])] if spec else []
+    path = shutil.which(name) or next((str(f / name) for f in folders if (f / name).is_file()), None)
+    if path is None:
+        raise RuntimeError(f"no {name} found: pip install nvidia-cuda-{name}, or triton")
+    return path
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {done.stdout[-2000:]}")
+    return done.stdout
+
+
+def compiled(unit: str, arch: str, folder: Path) -> Path:
+    """The machine code of a unit for an architecture, with the flags of a build."""
+    toolkit = cuda.find_toolkit()
+    passes, _, instance = unit.partition("_")
+    source, output = cuda.ROOT / "csrc" / "cuda" / f"{passes}.cu", folder / f"{unit}.{arch}.cubin"
+    flags = [flag for flag in cuda.DEVICE_FLAGS if flag not in ("-cudart", "static")]
+    flags += [*toolkit.flags, "-I", str(cuda.ROOT / "csrc"), *cuda.INSTANCES[instance]]
+    run(str(toolkit.nvcc), "-cubin", f"-arch={arch}", *flags, str(source), "-o", str(output))
+    return output
+
+
+def unpacked(unit: str, built: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    """The machine code in a build's object, and its architecture, for each that it was built for."""
+    inside = folder / unit
+    inside.mkdir()
+    found = subprocess.run(
+        [tool("cuobjdump"), "-xelf", "all", str((built / f"{unit}.o").resolve())],
+        cwd=inside,
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        raise RuntimeError(f"{unit}.o: {found.stderr[-1000:]}")
+    for path in inside.glob("*.cubin"):
+        yield path, path.stem.split(".")[-1]
+
+
+def kernels(cubin: Path, arch: str) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of a file."""
+    used = run(tool("cuobjdump"), "--dump-resource-usage", str(cubin))
+    threads = dict(
+        re.findall(
+            r"\.nv\.info\.(\S+)\n(?:.*\n)*?.*MAX_THREADS\n.*\n\tValue:\t0x(\w+)",
+            run(tool("cuobjdump"), "-elf", str(cubin)),
+        )
+    )
+    code = dict(re.findall(r"\.text\.(\S+):\n((?:.*\n)*?)(?=\.text\.|\Z)", run(tool("nvdisasm"), "-c", str(cubin))))
+    for name, registers, stack in re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+)", used):
+        counts = {word: len(re.findall(rf"\s{pattern}\b", code[name])) for word, pattern in COUNTED.items()}
+        block = int(threads[name], 16)
+        yield {
+            "arch": arch, "kernel": plain_name(name), "threads": block, "registers": int(registers),
+            "stack": int(stack), "blocks": blocks(int(registers), block), **counts,
+        }  # fmt: skip
+
+
+def blocks(registers: int, threads: int) -> int:
+    """How many a multiprocessor has registers and threads for; shared memory, which a call decides, aside."""
+    a_warp = -(-registers * 32 // 256) * 256
+    return min(REGISTERS // (a_warp * threads // 32), THREADS // threads)
+
+
+def plain_name(mangled: str) -> str:
+    """`FwdShort<BF16, 64, 208, true>`."""
+    words = run("c++filt", mangled).strip()
+    inner = re.search(r"entry<(.*)>\(", words)
+    return re.sub(r"prefixattn::(cuda|hw)::", "", inner[1] if inner else words).replace(" >", ">").strip()
+
+
+def measure(archs: list[str], only: str, built: Path | None) -> list[dict[str, Any]]:
+    units = [unit for unit in UNITS if re.search(only, unit)]
+    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(made)
+
+        def job(unit: str, arch: str) -> list[dict[str, Any]]:
+            start = time.perf_counter()
+            rows = list(kernels(compiled(unit, arch, folder), arch))
+            print(f"{unit} {arch} {time.perf_counter() - start:.1f}s", file=sys.stderr, flush=True)
+            return rows
+
+        if built is None:
+            jobs = [(unit, arch) for arch in archs for unit in units]
+            found = [row for rows in pool.map(job, *zip(*jobs, strict=True)) for row in rows]
+        else:
+            cubins = [cubin for unit in units for cubin in unpacked(unit, built, folder)]
+            found = [row for cubin, arch in cubins if arch in archs for row in kernels(cubin, arch)]
+    for row in found:
+        print(*row.values(), file=sys.stderr)
+    return sorted(found, key=lambda row: (archs.index(row["arch"]), row["kernel"]))
+
+
+def compiler() -> str:
+    return cuda.version_of([str(cuda.find_toolkit().nvcc)], -2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="default: all of them")
+    parser.add_argument("--only", default="", help="a pattern to search for in PASS_TYPE_HEAD_DIM")
+    parser.add_argument(
+        "--built", type=Path, help="a folder of objects, as setup.py leaves it: nothing is compiled again"
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = measure(options.arch or list(ARCHS), options.only, options.built)
+    record = {"compiler": compiler(), "sources": kernel_sources.native_digest(), "rows": rows}
+    if options.out:
+        write(options.out, record)
+
+
+if __name__ == "__main__":
+    sys.exit(command("cuda_resources.py", main, NOTHING))

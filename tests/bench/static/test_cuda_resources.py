@@ -1,0 +1,78 @@
+"""The CUDA kernels, compiled for GPUs that need not be here: the record is of these sources, and nothing spills."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.static import cuda_resources, kernel_sources
+from build_support.common import CannotBuild
+from tests.support import ROOT
+
+RECORD = ROOT / "bench" / "results" / "cuda_resources.json"
+FEW = "sm_90", "^fwd_bf16_64$"  # what a run with nvcc compiles again: half a minute
+
+
+def recorded() -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(RECORD.read_text())
+    return record
+
+
+def test_the_record_is_of_these_sources() -> None:
+    assert recorded()["sources"] == kernel_sources.native_digest(), (
+        "csrc/cuda changed; run python -m bench.static.cuda_resources --out bench/results/cuda_resources.json"
+    )
+
+
+def test_no_kernel_touches_its_stack() -> None:
+    spilled = [row for row in recorded()["rows"] if row["stack"] or row["spill"]]
+    assert not spilled, spilled
+
+
+def test_every_kernel_is_there_for_every_architecture() -> None:
+    rows = recorded()["rows"]
+    kernels = {arch: {row["kernel"] for row in rows if row["arch"] == arch} for arch in cuda_resources.ARCHS}
+    first = kernels[cuda_resources.ARCHS[0]]
+    assert all(found == first for found in kernels.values())
+    for name in ("FwdShort", "FwdLong", "BwdShort", "BwdPrefix", "BwdKeys", "BwdQueries"):
+        for types in ("BF16, 64", "BF16, 128", "FP16, 64", "FP16, 128"):
+            assert any(kernel.startswith(f"{name}<{types}") for kernel in first), (name, types)
+
+
+def test_kernels_live_by_tensor_cores_and_matrix_loads() -> None:
+    for row in recorded()["rows"]:
+        assert row["mma"] and row["ldmatrix"] and row["copy_async"] and row["exp2"], row
+        assert row["blocks"] * row["threads"] >= 256, row  # two warps for each scheduler
+
+
+def test_a_change_of_a_kernel_is_seen(tmp_path: Path) -> None:
+    for folder in ("api", "cuda/attention", "cuda/host"):
+        (tmp_path / folder).mkdir(parents=True)
+    kernel, machine = tmp_path / "cuda" / "attention" / "fwd.h", tmp_path / "cuda" / "host" / "run.h"
+    kernel.write_text("int x = 1;  // why\n")
+    machine.write_text("int y = 1;\n")
+    before = kernel_sources.native_digest(tmp_path)
+    kernel.write_text("int x =\n    1;  // another\n")
+    machine.write_text("int y = 2;\n")
+    assert kernel_sources.native_digest(tmp_path) == before
+    kernel.write_text("int x = 2;  // why\n")
+    assert kernel_sources.native_digest(tmp_path) != before
+
+
+def test_the_same_nvcc_compiles_the_same(tmp_path: Path) -> None:
+    try:
+        compiler = cuda_resources.compiler()
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
+    if compiler != recorded()["compiler"] or shutil.which("c++filt") is None:
+        pytest.skip(f"the record is of {recorded()['compiler']}, and nvcc here is {compiler}; or there is no c++filt")
+    arch, only = FEW
+    command = [sys.executable, "-m", "bench.static.cuda_resources", "--arch", arch, "--only", only, "--out"]
+    done = subprocess.run([*command, str(tmp_path / "few.json")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "few.json").read_text())["rows"]
+    assert rows == [row for row in recorded()["rows"] if row["arch"] == arch and row in rows]
