@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.command import NOTHING, command
-from bench.harness.record import write
+from bench.harness.record import write_rows
 from bench.static import kernel_sources
 from build_support import cuda
 
@@ -151,7 +151,7 @@ def main() -> None:
     rows = measure(options.arch or list(ARCHS), options.only, options.built)
     record = {"compiler": compiler(), "sources": kernel_sources.native_digest(), "rows": rows}
     if options.out:
-        write(options.out, record)
+        write_rows(options.out, record)
 
 
 if __name__ == "__main__":
