@@ -159,6 +159,10 @@ void features() {
     both<E, D>(s);
     s = plain, s.S = 0, s.P = 0;
     both<E, D>(s);
+    s = plain, s.H = 6, s.L = 9;  // a block's heads have one step of queries each
+    both<E, D>(s);
+    s = plain, s.S = 2, s.P = 62;  // a prefix in the last columns
+    both<E, D>(s);
 }
 
 template <class E, int D>
