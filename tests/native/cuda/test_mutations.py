@@ -10,8 +10,8 @@ from build_support.common import CannotBuild, find_compiler
 from tests.mutations import cuda
 from tests.mutations.cuda_reasons import REASONS, reason_of
 from tests.mutations.cuda_sites import Site, digests, programs_of, sites, sites_of
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "records" / "cuda_mutations.json"
 AGAIN = f"python -m tests.mutations.cuda --out {RECORD.relative_to(ROOT)}"
 

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,8 @@ from tensor_layouts.atoms_nv import (  # noqa: E402
     SM80_16x8x16_F32F16F16F32_TN,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT  # noqa: E402
+
 ATOMS = {"bf16": SM80_16x8x16_F32BF16BF16F32_TN, "fp16": SM80_16x8x16_F32F16F16F32_TN}
 ATOM = ATOMS["bf16"]
 LANES = 32
