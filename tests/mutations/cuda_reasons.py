@@ -1,12 +1,8 @@
-"""Why what cuda.py could not see is no mistake, or one that no program can see: file, function, text and its number."""
+"""Why what cuda.py could not see is no mistake: file, function, text and which of the same."""
 
 from typing import Any
 
 REASONS = {
-    ("fwd_long.h", "Rows", "for (int n = 0; n < D / kColumns; ++n)", 0): (
-        "before the first sum what these registers hold is multiplied by exp2(-inf) = 0, which only inf and nan "
-        "survive; the machine knows no registers, and the compiler's pattern for what nobody set is finite"
-    ),
     ("fwd_long.h", "Rows", "hw::sync_warp();", 0): (
         "no mistake: the ring's first unit has a barrier of the block between these stores and the first load"
     ),

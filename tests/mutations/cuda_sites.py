@@ -41,6 +41,12 @@ inline bool is(int n) { return (reached[n] = 1, n == now); }
 inline bool is(int n, const char *function, const char *argument) { return std::strstr(function, argument) && is(n); }
 // A loop that is cut ends after its first turn.
 inline bool first(int n, int &turns) { return !is(n) || turns++ == 0; }
+// Before a thread begins: where its variables will lie, what it does not set is nan.
+__attribute__((noinline)) inline void spoil() {
+    unsigned char below[16384];
+    std::memset(below, 0xff, sizeof below);
+    asm volatile("" : : "r"(below) : "memory");
+}
 inline void exchange(int n, uint32_t &a, uint32_t &b) {
     const uint32_t kept = a;
     if (is(n)) a = b, b = kept;
@@ -100,6 +106,11 @@ def sites_of(path: Path) -> list[Site]:
 def write_switched(folder: Path) -> list[Site]:
     """Puts the switches into the kernels below `folder`, a copy; mutant n is the list's n - 1."""
     found = sites(folder)
+    machine = folder / "csrc" / "cuda" / "hw" / "host.h"
+    text, count = re.subn(r"(?=\bK::run\()", "::mutant::spoil(), ", machine.read_text(encoding="utf-8"))
+    if count != 1:
+        raise RuntimeError("no place before a thread begins is known")
+    machine.write_text(text, encoding="utf-8")
     (folder / "csrc" / "mutant.h").write_text(HEADER, encoding="utf-8")
     for path in sorted((folder / FOLDER).glob("*.h")):
         edits = [
