@@ -86,12 +86,7 @@ def why_not() -> str:
     asked = os.environ.get("PREFIXATTN_CUDA", "")
     if asked == "0":
         return "PREFIXATTN_CUDA=0"
-    if (
-        asked
-        or Path("/proc/driver/nvidia/version").exists()
-        or Path("/dev/nvidia0").exists()
-        or Path("/dev/dxg").exists()
-    ):
+    if asked or any(Path(place).exists() for place in DRIVERS):
         return ""
     return "this machine has no NVIDIA GPU; PREFIXATTN_CUDA=1 builds it all the same"
 

@@ -175,10 +175,8 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
     q = call.q
     named = {name: getattr(call, name) for name in _TENSORS} | others
     floats = "q", "k", "v", "prefix_k", "prefix_v", *others
-    for (
-        name,
-        t,
-    ) in named.items():  # an exported program, or parts of it, can be moved or cast after its backend was chosen
+    # an exported program, or parts of it, can be moved or cast after its backend was chosen
+    for name, t in named.items():
         if t is not None and (t.device != q.device or (name in floats and t.dtype != q.dtype) or q.dtype not in DTYPES):
             raise NotImplementedError(
                 f"the cuda kernels were called with {name} {t.dtype} on {t.device}; "
