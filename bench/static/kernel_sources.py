@@ -26,16 +26,16 @@ def digest(*entries: str, folder: Path = KERNELS) -> str:
 
 
 def native_digest(folder: Path = CSRC) -> str:
-    """Of what device code is compiled from: csrc/api and csrc/cuda, the host machine, tests and Python's side apart.
+    """Of what device code is compiled from: attention's part of csrc/api, and csrc/cuda without what is the host's.
 
     Comments and layout do not count.
     """
-    others = {"host", "tests", "python"}
+    others = {"host", "host.h", "tests", "python", "reparam.h"}
     found = [path for top in ("api", "cuda") for path in (folder / top).rglob("*") if path.suffix in (".h", ".cu")]
     total = hashlib.sha256()
     for path in sorted(found):
         name = path.relative_to(folder)
-        if not others & set(name.parts) and name.name != "host.h":
+        if not others & set(name.parts):
             words = re.sub(r"//.*", "", path.read_text(encoding="utf-8")).split()
             total.update(f"{name} {' '.join(words)}\n".encode())
     return total.hexdigest()[:16]

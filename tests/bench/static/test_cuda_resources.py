@@ -29,6 +29,17 @@ def test_the_record_is_of_these_sources() -> None:
     )
 
 
+def test_the_proofs_are_of_these_sources() -> None:
+    record = json.loads((ROOT / "bench" / "results" / "cuda_proofs.json").read_text())
+    assert record["sources"] == kernel_sources.native_digest(), (
+        "csrc/cuda changed; run python -m bench.static.verify_ptx --out bench/results/cuda_proofs.json"
+    )
+    # docs/kernels/cuda-proofs.md says why some are unsupported
+    answers = {"races": ("race_free", "unsupported"), "equality": ("verified",)}
+    for row in record["rows"]:
+        assert row["result"] in answers.get(row["asked"], ("potential_race", "not_wellsynced")), row
+
+
 # bytes a thread. sm_100's assembler wants a few registers more than there are for the sums that the backward keeps
 ALLOWED = {("sm_100", "BwdKeys", "64"): 16, ("sm_100", "BwdShort", "64"): 24, ("sm_100", "BwdShort", "128"): 8}
 
