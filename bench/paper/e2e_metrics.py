@@ -55,7 +55,7 @@ def score(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Sco
     notes = {}
     found: dict[str, float | None] = dict.fromkeys(METRICS)
     try:
-        import ngram_metrics  # here, so that the others can be had without sacrebleu
+        from bench.paper import ngram_metrics  # here, so that the others can be had without sacrebleu
     except ImportError as error:
         notes["BLEU"] = notes["NIST"] = f"not computed: {error} (pip install sacrebleu)"
     else:

@@ -81,7 +81,7 @@ def test_three_times_plain_pytorchs_error_is_seen_and_its_own_is_not(shape: str,
 @pytest.mark.parametrize("shape, feature", NETWORKS)
 def test_so_it_is_for_the_reparameterization(shape: str, feature: str, dtype: str) -> None:
     same, right = network(shape, feature, dtype)
-    check({"bank": same.pop("bank")}, {"bank": right.pop("bank")}, DTYPES[dtype])
+    check({"kv": same.pop("kv")}, {"kv": right.pop("kv")}, DTYPES[dtype])
     check(same, right, torch.float32)  # the parameters'
 
 

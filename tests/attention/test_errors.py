@@ -111,7 +111,10 @@ REFUSED = {
     "phi": ({"phi": "selu"}, "phi is 'selu', expected one of 'none', 'elu', 'gelu', 'relu'"),
     "phi_type": ({"phi": None}, "phi is None, expected one of 'none', 'elu', 'gelu', 'relu'"),
     "softcap": ({"softcap": 0.0}, "softcap is 0.0; expected None or a positive number"),
-    "backend_unknown": ({"backend": "gpu"}, 'backend is "gpu"; expected "auto", "cpu", "triton" or "reference"'),
+    "backend_unknown": (
+        {"backend": "gpu"},
+        'backend is "gpu"; expected "auto", "cpu", "cuda", "triton" or "reference"',
+    ),
 }
 
 BANK_REFUSED = {

@@ -1,6 +1,7 @@
 """Who trains an attached model trains its prefix, or is told why not before the first step."""
 
 import gc
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,8 @@ def train_with_processes(rank: int | None, folder: str = "", head: bool = False,
     processes = 1 if rank is None else 2
     options: dict[str, Any] = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0.01)
     options |= dict(per_device_train_batch_size=4 // processes, ddp_backend=None if processes == 1 else "gloo")
-    trainer = prefixattn.PrefixTrainer(model, arguments(folder or "unused", **options), train_dataset=rows(12))
+    settings = arguments(folder or tempfile.mkdtemp(), **options)
+    trainer = prefixattn.PrefixTrainer(model, settings, train_dataset=rows(12))
     assert trainer.accelerator.num_processes == processes
     trainer.train()
     return [*values(prefix), *([model.lm_head.weight.detach()] if head else [])]

@@ -143,7 +143,7 @@ def test_workers_that_end_before_they_take_a_run(place: Place) -> None:
 
 def test_a_launch_waits_until_its_workers_have_cleared_up(place: Place) -> None:
     (place.folder / "code" / "slow_end.py").write_text(
-        "import multiprocessing, time\nfrom sweep_work import work\nfrom sweeps.ledger import Ledger\n"
+        "import multiprocessing, time\nfrom sweep_work import work\nfrom bench.paper.sweeps.ledger import Ledger\n"
         "clear = Ledger.clear\n"
         "if multiprocessing.parent_process():\n"
         "    Ledger.clear = lambda ledger, run: (time.sleep(1), clear(ledger, run))\n"
