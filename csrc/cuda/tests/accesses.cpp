@@ -1,6 +1,6 @@
-// Prints the patterns in which warps access shared memory while the kernels run, as JSON for tests/native/cuda/test_maps.py,
-// which counts bank conflicts: of each source line the addresses that lanes access at once, apart from what moves all
-// of them by a multiple of 128 bytes.
+// Prints the patterns in which warps access shared memory while the kernels run, as JSON for
+// tests/native/cuda/test_maps.py, which counts bank conflicts: of each source line the addresses that lanes access at
+// once, apart from what moves all of them by a multiple of 128 bytes.
 #include "cuda/tests/watch.h"  // before all that includes hw.h
 
 using namespace prefixattn;

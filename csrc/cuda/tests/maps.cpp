@@ -1,6 +1,6 @@
-// Prints where fragments and tiles lie, as JSON for tests/native/cuda/test_maps.py, which compares them with the layouts of
-// another library. Each map is read off what a function leaves in registers or memory, or off the addresses it asks
-// for.
+// Prints where fragments and tiles lie, as JSON for tests/native/cuda/test_maps.py, which compares them with the
+// layouts of another library. Each map is read off what a function leaves in registers or memory, or off the addresses
+// it asks for.
 #include "cuda/tests/watch.h"  // before all that includes hw.h
 
 using namespace prefixattn;
