@@ -121,10 +121,13 @@ def objections(row: Row, call: object, needs: object) -> list[str]:
 
 
 def here() -> dict[str, list[str]]:
-    """What each backend objects to on this machine, asked with a small ordinary call on each kind of device."""
+    """What each backend objects to on this machine, asked with a small call on each kind of device.
+
+    It is one that all of them take: bfloat16, heads of 64.
+    """
 
     def call(device: str) -> tuple[object, object]:
-        q, prefix = torch.zeros(1, 1, 8, 64, device=device), torch.zeros(1, 1, 8, 64, device=device)
+        q, prefix = (torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16) for _ in range(2))
         return Call(q, q, q, prefix, prefix), Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True)
 
     return here_of(TABLE, call)

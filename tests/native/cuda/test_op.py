@@ -69,6 +69,10 @@ def machine() -> Iterator[Watched | None]:
         yield watched
 
 
+def test_where_it_works_it_is_said_to() -> None:
+    assert backends.here()["cuda"] == []
+
+
 def shaped(shape: str, D: int) -> Shape:
     return Shape(*SHAPES[shape], D)
 
