@@ -2,6 +2,7 @@
 
     python bench/paper/nlg.py --suite demo                         # minutes: SmolLM2 on a part of E2E
     python bench/paper/nlg.py --suite smollm2 --data FOLDER        # the study of this repository, hours on two cores
+    python bench/paper/nlg.py --suite smollm2-all --data FOLDER    # all test inputs, for three methods of it
     python bench/paper/nlg.py --suite gpt2-medium --data FOLDER    # E2E and WebNLG with the published settings
     python bench/paper/nlg.py --suite bart-large --data FOLDER     # XSUM
     torchrun --nproc-per-node 5 bench/paper/nlg.py --suite gpt2-large --data FOLDER    # several processes for each run
@@ -41,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, default="run")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--suite", help="smollm2 (default), demo, gpt2-medium, gpt2-large, bart-large")
+    what.add_argument("--suite", help="smollm2 (default), smollm2-all, demo, gpt2-medium, gpt2-large, bart-large")
     what.add_argument("--grid", type=Path, help="a grid file (bench/paper/grids/language/ has some)")
     parser.add_argument("--data", type=Path, help="default: PREFIXATTN_DATA")
     parser.add_argument(

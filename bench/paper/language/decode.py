@@ -1,8 +1,10 @@
 """Texts by beam search, many prompts at a time; what is written is kept, and not written again.
 
 As in the papers: beam 5 without length penalty for tables, breaks of lines banned; beam 6, penalty 0.8, 11 to 62 tokens
-for XSUM. There one prompt at a time: prompts of equal length go together here and give the same texts. Beam scores are
-divided by the number of new tokens, as transformers 5 does (there by prompt and new tokens).
+for XSUM. There one prompt at a time: here prompts near in length go together, padded on the left, and give the same
+texts; of equal length where an encoder or PEFT reads them. In bfloat16 rounding depends on what goes together, and with
+it a beam whose score is level with another's. Beam scores are divided by the number of new tokens, as transformers 5
+does (there by prompt and new tokens).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.paper.language import ranks
 from bench.paper.runs import Refusal, read_json, write_json
@@ -33,15 +36,27 @@ def line_breaks(tokenizer: Any) -> list[list[int]]:
     return [word for word in words if len(word) == 1]
 
 
-def groups(prompts: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
-    """Places of prompts that are decoded together: at most `rows`, all of one length; the same on each call."""
+def groups(prompts: Sequence[Sequence[int]], rows: int, alike: bool = False) -> list[list[int]]:
+    """Places of prompts that are decoded together: at most `rows`, near in length; the same on each call.
+
+    alike: of one length.
+    """
     found: list[list[int]] = []
     for place in sorted(range(len(prompts)), key=lambda place: len(prompts[place])):
-        if found and len(found[-1]) < rows and len(prompts[found[-1][0]]) == len(prompts[place]):
+        same = bool(found) and len(prompts[found[-1][0]]) == len(prompts[place])
+        if found and len(found[-1]) < rows and (same or not alike):
             found[-1].append(place)
         else:
             found.append([place])
     return found
+
+
+def padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [B, S], padded on the left: what is written follows its prompt."""
+    width = max(map(len, prompts))
+    gaps = [width - len(ids) for ids in prompts]
+    ids = [[pad] * gap + list(ids) for gap, ids in zip(gaps, prompts, strict=True)]
+    return torch.tensor(ids), torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
 
 
 @torch.no_grad()
@@ -70,12 +85,12 @@ def decode(
     if not tuned.backbone.seq2seq:
         options["bad_words_ids"] = line_breaks(tokenizer) or None
     device = next(model.parameters()).device
-    for group in ranks.part(groups(prompts, search.rows)):
+    for group in ranks.part(groups(prompts, search.rows, alike=not tuned.cached)):
         if all(str(place) in done for place in group):
             continue
-        ids = torch.tensor([prompts[place] for place in group], device=device)
+        ids, mask = (each.to(device) for each in padded([prompts[place] for place in group], options["pad_token_id"]))
         with autocast():
-            written = tuned.generate(ids, torch.ones_like(ids), **options).tolist()
+            written = tuned.generate(ids, mask, **options).tolist()
         for place, new in zip(group, written, strict=True):
             done[str(place)] = _text(tokenizer, new, tuned.backbone.seq2seq)
         write_json(progress, {"fingerprint": fingerprint, "texts": done})

@@ -37,7 +37,7 @@ def compare(settings: Settings, count: int = 20, rows: int = 10, rounds: int = 2
             raise Refusal("deep: a loss of its steps is not finite; lower the first rate of the grid")
         run.tuned.prefix.export_peft(here / "adapter")
         other = Tuned(backbones.load(settings.backbone), Choices())
-        other.model = PeftModel.from_pretrained(other.model, here / "adapter").eval()
+        other.model, other.cached = PeftModel.from_pretrained(other.model, here / "adapter").eval(), False
     other.model.to(run.device)
     if settings.bf16:
         cast_once(other.model)

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import prefixattn
 from bench.models.original import OriginalPrefix
-from bench.paper.language import ranks
+from bench.paper.language import ranks, shared_prompts
 from bench.paper.language.backbones import Backbone
 from bench.paper.runs import Refusal
 
@@ -43,6 +43,7 @@ class Tuned:
 
     def __init__(self, backbone: Backbone, choices: Choices) -> None:
         self.backbone, self.choices = backbone, choices
+        self.cached = not backbone.seq2seq  # a prompt's cache may stand for the prompt
         self.model: Any = backbone.model.requires_grad_(False).eval()
         self.added = nn.ModuleDict()
         self.length = 0  # positions of the model that it takes
@@ -91,8 +92,10 @@ class Tuned:
         labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if not self.choices.labelled:
-            return self.summed(self.model(**inputs, labels=labels, use_cache=False), labels)
-        return prefixattn.labelled_loss(self.model, labels, num_items_in_batch=1.0, use_cache=False, **inputs)
+            caching = "past_key_values" in inputs
+            return self.summed(self.model(**inputs, labels=labels, use_cache=caching), labels)
+        caching = "past_key_values" in inputs
+        return prefixattn.labelled_loss(self.model, labels, num_items_in_batch=1.0, use_cache=caching, **inputs)
 
     def summed(self, out: Any, labels: Tensor) -> Tensor:
         """The model's mean as a sum; of no label, whose mean is nan, 0."""
@@ -101,7 +104,11 @@ class Tuned:
         return out.loss * count if count else out.logits.sum() * 0.0
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """[B, S] to [B, new]: what is written, without the prompt."""
+        """[B, S], padded on the left where the mask is 0, to [B, new]: what is written, without the prompt."""
+        if self.cached and input_ids.shape[1] > 1:  # else transformers reads it once for each beam
+            past = shared_prompts.read(self.model, input_ids[:, :-1], attention_mask[:, :-1])
+            past.batch_repeat_interleave(options.get("num_beams", 1))
+            options["past_key_values"] = past
         out = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         return out if self.backbone.seq2seq else out[:, input_ids.shape[1] :]
 
@@ -136,6 +143,7 @@ class Original(Tuned):
     def __init__(self, backbone: Backbone, choices: Choices) -> None:
         causal("original", backbone)
         super().__init__(backbone, choices)
+        self.cached = False
         self.model.set_attn_implementation("eager")
         self.added["prefix"] = self.prefix = OriginalPrefix(self.model, choices.length, choices.hidden)
         self.length = choices.length
@@ -164,6 +172,7 @@ class Wrapped(Tuned):
 
         causal("PEFT's prefix and prompt tuning", backbone)
         super().__init__(backbone, choices)
+        self.cached = False
         self.length = choices.length
         self.model = get_peft_model(self.model, config).eval()
 

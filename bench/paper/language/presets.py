@@ -14,7 +14,7 @@ from bench.paper.runs import Refusal
 from bench.paper.sweeps.grid import RESERVED, Grid, Score, grid_of, load_grid
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids" / "language"
-SUITES = ("demo", "smollm2", "gpt2-medium", "gpt2-large", "bart-large")
+SUITES = ("demo", "smollm2", "smollm2-all", "gpt2-medium", "gpt2-large", "bart-large")
 SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in RESERVED)
 DEV_LOSS = Score("dev_loss", larger=False)
 SEED = 101  # the papers' only one
@@ -25,8 +25,8 @@ TABLE_TO_TEXT = {  # ReparamPrefix's README: task, batch, Deep-share's rate, No-
 
 
 def grid_for(suite: str) -> Grid:
-    if suite == "smollm2":
-        return read(GRIDS / "smollm2.toml")
+    if suite in ("smollm2", "smollm2-all"):
+        return read(GRIDS / f"{suite}.toml")
     if suite == "demo":
         content = demo()
     elif suite == "bart-large":

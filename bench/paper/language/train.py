@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from bench.paper.language import backbones, encode, ranks, tasks
+from bench.paper.language import backbones, encode, ranks, shared_prompts, tasks
 from bench.paper.language.data import Pair, Prompt
 from bench.paper.language.decode import Search, decode
 from bench.paper.language.methods import Choices, tune
@@ -157,23 +157,37 @@ class Run:
         batch: dict[str, Tensor] = collate(samples, self.pad)
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The sum over labelled tokens."""
+    def loss(self, batch: dict[str, Tensor], past: Any = None) -> Tensor:
+        """The sum over labelled tokens. `past`: the cache of what lies before them."""
         with self.autocast():
-            return self.tuned.loss(batch).float()
+            return self.tuned.loss(batch if past is None else {**batch, "past_key_values": past}).float()
 
     @torch.no_grad()
     def dev_loss(self, samples: Sequence[Any]) -> float:
         """Cross entropy per labelled token, in nats."""
         self.tuned.train(False)
-        samples = sorted(samples, key=encode.tokens)  # of a batch alike in length: little padding
+        alone, groups = shared_prompts.parted(samples) if self.tuned.cached else (samples, [])
+        alone = sorted(alone, key=encode.tokens)  # of a batch alike in length: little padding
+        size = self.settings.batch
+        parts: list[Any] = [*groups, *(alone[at : at + size] for at in range(0, len(alone), size))]
         total, tokens = 0.0, 0
-        for at in ranks.part(range(0, len(samples), self.settings.batch)):
-            batch = self.collated(samples[at : at + self.settings.batch])
-            total += float(self.loss(batch))
-            tokens += self.tokens(batch["labels"])
+        for part in ranks.part(parts):
+            for batch, past in self.batches(part):
+                total += float(self.loss(batch, past))
+                tokens += self.tokens(batch["labels"])
         total, tokens_of_all = ranks.summed(total, tokens)
         return total / max(1.0, tokens_of_all)
+
+    def batches(self, part: shared_prompts.Group | Sequence[Any]) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """Of a group with the cache of their prompts."""
+        if not isinstance(part, shared_prompts.Group):
+            yield self.collated(part), None
+            return
+        with self.autocast():
+            ids = torch.tensor(part.ids, device=self.device)
+            past = shared_prompts.read(self.tuned.model, ids, torch.ones_like(ids))
+        for places_of, samples in part.batches(self.settings.batch):
+            yield self.collated(samples), shared_prompts.picked(past, places_of)
 
     def tokens(self, labels: Tensor) -> int:
         return int(((labels if self.backbone.seq2seq else labels[:, 1:]) != -100).sum())

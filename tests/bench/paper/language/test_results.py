@@ -1,0 +1,43 @@
+"""The committed studies: each report is what its runs say, to the byte, and the documents show its tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the runs need transformers")
+from bench.paper import nlg
+from bench.paper.language import backbones, report
+from bench.paper.language.page import page_of
+from bench.paper.sweeps.ledger import Ledger
+from tests.support import ROOT
+
+PAPER = ROOT / "bench" / "paper"
+STUDIES = ("smollm2", "smollm2-all")  # by name: whoever ran the demo has other results beside them
+
+
+def written(name: str) -> tuple[Path, dict]:
+    out = PAPER / "results" / f"nlg-{name}"
+    return out, json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_report_is_what_its_runs_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, results = written(name)
+    [weights] = {cell["weights"] for cell in results["cells"]} - {None}
+    monkeypatch.setattr(backbones, "fingerprint", lambda model: weights)  # of weights that need not be here
+    grid = nlg.grid_of(nlg.parse(["report", "--suite", name]))
+    assert json.loads(json.dumps(report.collect(grid, Ledger(out)))) == results
+    assert out.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(results)
+    assert out.with_suffix(".html").read_text(encoding="utf-8") == page_of(results)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_documents_show_the_tables(name: str) -> None:
+    _, results = written(name)
+    shown = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    for table in report.tables(results):
+        for row in table.rows:
+            assert f"| {' | '.join(entry.text for entry in row)} |" in shown
+        for sentence in table.notes:
+            assert sentence in shown
