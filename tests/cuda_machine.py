@@ -1,7 +1,5 @@
 """The CUDA kernels without a GPU: their build for the host machine, which memory they may touch, what they counted."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -9,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from bench.static import cuda_counts
 from prefixattn.attention import cuda
-from tests.support import ROOT
 
 Fields = dict[str, Any]
 _OUTPUTS = "out", "lse", "mass", "dq", "dk", "dv", "dprefix_k", "dprefix_v"
@@ -75,19 +73,15 @@ def kind_of_mask(fields: Fields) -> str:
 
 
 @cache
-def library() -> str:
-    """The file, built where it was not; workers of pytest-xdist wait for one another."""
-    command = [sys.executable, "setup.py", "-q", "build_cuda_host"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if "no C++ compiler" in done.stdout:
-        pytest.skip(done.stdout.strip())
-    assert done.returncode == 0, done.stdout
-    return done.stdout.splitlines()[-1]
-
-
-@cache
 def watched() -> Watched:
-    module, reason = cuda.load(library())
+    """Built where it was not; workers of pytest-xdist wait for one another."""
+    try:
+        file = cuda_counts.library()
+    except RuntimeError as error:
+        if "no C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
+    module, reason = cuda.load(file)
     assert module is not None, reason
     return Watched(module)
 

@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from bench.static.cuda_counts import ALL
+from bench.static.cuda_counts import plan as planned
 from prefixattn import backends, prefix_attention_qkvpacked
 from prefixattn.attention import cuda
-from prefixattn.attention.call import Call, Given, Needs, Wants
+from prefixattn.attention.call import Call, Needs
 from prefixattn.testing.attention import FEATURES, Shape, make_inputs, objections, ours, packed, suited
 from tests.conftest import DEVICE
 from tests.cuda_machine import Watched, host_machine
 
 KIB = 1024
 GPUS = {"sm_80": (163 * KIB, 108), "sm_86": (99 * KIB, 84), "sm_90": (227 * KIB, 132)}  # shared memory, processors
-ALL = Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True)
 
 if DEVICE == "cuda":
     pytest.skip("a GPU runs the kernels themselves: tests/native/cuda/test_op.py", allow_module_level=True)
@@ -86,36 +87,16 @@ def test_an_error_of_the_machine_reaches_python(machine: Watched, monkeypatch: p
 # plans
 
 
-def plans(shape: Shape, gpu: str, causal: bool = False, needs: Needs = ALL) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a forward and a backward pass, asked of the module with the fields of a call that is not run."""
-    asked: list[dict[str, Any]] = []
-
-    class Asked:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(found, name)
-
-        def prefix_attn_fwd(self, fields: dict[str, Any], *_: Any) -> None:
-            asked.append(found.fwd_plan(fields, *GPUS[gpu]))
-
-        def prefix_attn_bwd(self, fields: dict[str, Any], *_: Any) -> None:
-            asked.append(found.bwd_plan(fields, *GPUS[gpu]))
-
-    found = cuda._native
+def plans(shape: Shape, gpu: str, causal: bool = False, needs: Needs = ALL) -> list[list[dict[str, Any]]]:
+    """Launches of a forward and a backward pass."""
     B, H, Hkv, L, S, P, D = shape
     row = torch.zeros(D, dtype=torch.bfloat16)
     q, k, prefix = (row.expand(*size, D) for size in ((B, H, L), (B, Hkv, S), (1, Hkv, P)))
-    call = Call(q, k, k, prefix, prefix, is_causal=causal, scale=D**-0.5)
-    cuda._native = Asked()
-    try:
-        results = cuda.fwd(call, Wants())
-        cuda.bwd(call, Given(q, None, q, results.lse), needs)
-    finally:
-        cuda._native = found
-    return asked[0], asked[1]
+    return planned(cuda._native, Call(q, k, k, prefix, prefix, is_causal=causal, scale=D**-0.5), GPUS[gpu], needs)
 
 
-def names(plan: dict[str, Any]) -> list[str]:
-    return [launch["kernel"] for launch in plan["launches"]]
+def names(launches: list[dict[str, Any]]) -> list[str]:
+    return [launch["kernel"] for launch in launches]
 
 
 # shape: names of the kernels of both passes
@@ -134,11 +115,10 @@ PLANNED = {
 def test_a_plan_fits_its_gpu(shape: str, gpu: str) -> None:
     sizes, causal = PLANNED[shape]
     forward, backward = plans(sizes, gpu, causal)
-    for plan in (forward, backward):
-        for launch in plan["launches"]:
-            assert launch["shared_bytes"] <= GPUS[gpu][0], launch
-            assert launch["threads"] % 32 == 0 and all(n >= 1 for n in launch["grid"]), launch
-            assert launch["grid"][1] < 65536 and launch["grid"][2] < 65536, launch
+    for launch in [*forward, *backward]:
+        assert launch["shared_bytes"] <= GPUS[gpu][0], launch
+        assert launch["threads"] % 32 == 0 and all(n >= 1 for n in launch["grid"]), launch
+        assert launch["grid"][1] < 65536 and launch["grid"][2] < 65536, launch
     assert len(names(forward)) == 1
     assert names(forward)[0].startswith("fwd_short" if sizes.S + sizes.P <= 256 else "fwd_long")
 
