@@ -21,6 +21,7 @@ class Call(NamedTuple):
     prefix_k: Tensor  # [T, Hkv, P, D]
     prefix_v: Tensor  # [T, Hkv, P, D]
     attn_mask: Tensor | None = None  # [B or 1, H or 1, L or 1, S or 1]
+    sinks: Tensor | None = None  # [H]
     memory: Tensor | None = None  # [1 or T, H, D, D]
     prefix_ids: Tensor | None = None  # int64 [B]: each sample's prefix; None: the only one, or prefix b of sample b
     prefix_lengths: Tensor | None = None  # int64 [B], per sample
@@ -35,7 +36,7 @@ class Call(NamedTuple):
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """What may have a gradient, in the order of `Needs`."""
-        return self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.attn_mask, self.memory
+        return self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.attn_mask, self.sinks, self.memory
 
 
 Unknown = tuple[tuple[str, object], ...]
@@ -63,6 +64,7 @@ class Needs(NamedTuple):
     prefix_k: bool = False
     prefix_v: bool = False
     attn_mask: bool = False
+    sinks: bool = False
     memory: bool = False
 
     @property
@@ -105,6 +107,7 @@ class Grads(NamedTuple):
     prefix_k: Tensor
     prefix_v: Tensor
     attn_mask: Tensor
+    sinks: Tensor
     memory: Tensor
 
 
@@ -129,6 +132,7 @@ def allocated(call: Call, needs: Needs, into: Into | None) -> Grads:
         dense(call.prefix_k, needs.prefix_k),
         dense(call.prefix_v, needs.prefix_v),
         empty,
+        dense(call.sinks, needs.sinks),
         dense(call.memory, needs.memory),
     )
 

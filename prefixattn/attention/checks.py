@@ -12,13 +12,13 @@ FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _LARGEST = torch.finfo(torch.float32).max
 _LEAST_CAP, _LARGEST_CAP = 2.0**-126, 2.0**126  # float32 holds their inverses too
 
-_TENSORS = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory", "prefix_ids", "prefix_lengths"
+_TENSORS = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "memory", "prefix_ids", "prefix_lengths", "sinks"
 _NUMBERS = "dropout_p", "prefix_dropout_p", "scale", "softcap"
 _FLAGS = "is_causal", "enable_gqa", "return_lse", "return_prefix_mass"
 
 
 def check_types(tensors: tuple[object, ...], numbers: tuple[object, ...]) -> None:
-    """Tensors: q, k, v, prefix_k, prefix_v, and attn_mask, memory, prefix_ids, prefix_lengths or None."""
+    """Tensors: q, k, v, prefix_k, prefix_v, and attn_mask, memory, prefix_ids, prefix_lengths, sinks or None."""
     for i, (name, t) in enumerate(zip(_TENSORS, tensors, strict=True)):
         if t is None and i >= 5:
             continue

@@ -9,11 +9,12 @@ import prefixattn._C as _C
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.attention.native import address, attn_fields, strided
+from prefixattn.attention.sinks import around_bwd, around_fwd
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 # every option of Call that the kernels have
 KNOWN = (
-    *("attn_mask", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
+    *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
     *("is_causal", "scale", "phi", "softcap"),
 )
 UNKNOWN = unknown(KNOWN)
@@ -35,6 +36,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
+@around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     q = call.q
     out = empty_like_order(q)
@@ -52,6 +54,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     return Results(out, lse, mass, attended)
 
 
+@around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     grads = allocated(call, needs, into)
     call = _readable_call(call, dout=given.dout, out=given.out)

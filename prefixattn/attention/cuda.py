@@ -19,13 +19,14 @@ from torch import Tensor
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order
 from prefixattn.attention.native import address, attn_fields, strided
+from prefixattn.attention.sinks import around_bwd, around_fwd
 
 DTYPES = torch.bfloat16, torch.float16
 HEAD_DIMS = 64, 128
 LEAST_CAPABILITY = 8, 0  # mma.sync of bfloat16 and cp.async came with it
 ALIGNMENT = 16  # bytes that move at once: of addresses and of all strides but the last
 # every option of Call that the kernels have; phi says nothing without a memory
-KNOWN = "attn_mask", "prefix_ids", "prefix_lengths", "seed", "prefix_dropout_p", "is_causal", "scale", "phi"
+KNOWN = "attn_mask", "sinks", "prefix_ids", "prefix_lengths", "seed", "prefix_dropout_p", "is_causal", "scale", "phi"
 UNKNOWN = unknown(KNOWN)
 LARGEST_ROW_STRIDE, LAST = 2**30, 2**31 - 1
 _TENSORS = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "prefix_ids", "prefix_lengths", "seed"
@@ -84,6 +85,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
+@around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     q = call.q
     out = empty_like_order(q)
@@ -103,6 +105,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     return results
 
 
+@around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     q, grads = call.q, allocated(call, needs, into)
     if _sees_nothing(call):

@@ -24,6 +24,7 @@ from prefixattn.attention.checks import (
 from prefixattn.attention.layout import unit_stride, unpacked
 from prefixattn.attention.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.attention.reference import PHIS
+from prefixattn.attention.sinks import check as check_sinks
 
 _NOTHING = Needs()  # made once, for calls that want no gradient
 
@@ -46,6 +47,7 @@ def prefix_attention(
     memory: Tensor | None = None,  # [H, D, D] shared | [B, H, D, D] or, with prefix_ids, [T, H, D, D]
     phi: str = "elu",
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
@@ -80,6 +82,9 @@ def prefix_attention(
         phi: "elu", "gelu" (with erf), "relu" or "none", of q as it comes.
         softcap: Scores of prefix and own keys become ``softcap * tanh(score / softcap)`` before mask and softmax;
             from 2**-126 to 2**126 but for float64.
+        sinks: A finite score for each head that joins its softmax without a value, as gpt-oss has it: a part of the
+            weight that falls on nothing. In the type of q or float32; gets a gradient. lse has it in its sum, and a
+            query that sees no key has the output zero. Scale, softcap, masks, dropout and memory do not know it.
         return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.
         return_prefix_mass: Also return the softmax weight that fell on the prefix, float32; carries no gradient.
         backend: "auto", or the name of one backend, which then runs or says why it cannot.
@@ -99,7 +104,7 @@ def prefix_attention(
         *(q, k, v, prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
-        *(memory, phi, softcap),
+        *(memory, phi, softcap, sinks),
         *(return_prefix_mass, backend),
     )
     results = _asked_for(*_without_softmax(prefix_attn(*form), form, dropout_p), return_lse, return_prefix_mass)
@@ -123,6 +128,7 @@ def prefix_attention_qkvpacked(
     memory: Tensor | None = None,  # [H, D, D] shared | [B, H, D, D] or, with prefix_ids, [T, H, D, D]
     phi: str = "elu",
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
@@ -151,7 +157,7 @@ def prefix_attention_qkvpacked(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
-        *(memory, phi, softcap),
+        *(memory, phi, softcap, sinks),
         *(return_prefix_mass, backend),
     )
     out, lse, mass = _without_softmax(prefix_attn_qkvpacked(qkv, *form), form, dropout_p)
@@ -176,11 +182,12 @@ def _normal_form(
     memory: Tensor | None,
     phi: str,
     softcap: float | None,
+    sinks: Tensor | None,
     return_prefix_mass: bool,
     backend: str,
 ) -> tuple[Call, Wants, str]:
     """The arguments of prefix_attn, checked, with a backend that takes them."""
-    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, prefix_lengths)
+    tensors = (q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, prefix_lengths, sinks)
     check_types(tensors, (dropout_p, prefix_dropout_p, scale, softcap))
     dropout_p, prefix_dropout_p, scale, softcap = map(as_number, (dropout_p, prefix_dropout_p, scale, softcap))
     if _autocasts(q):
@@ -192,6 +199,8 @@ def _normal_form(
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if memory is not None:
         memory = _normal_memory(memory, prefix_k, q)
+    if sinks is not None:
+        check_sinks(sinks, q)
     if not isinstance(phi, str) or phi not in PHIS:
         raise ValueError(f"phi is {phi!r}, expected one of {', '.join(map(repr, PHIS))}")
     if prefix_k.dim() == 3:
@@ -227,7 +236,7 @@ def _normal_form(
         q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
     q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
     call = Call(
-        q, k, v, prefix_k, prefix_v, attn_mask, memory, prefix_ids, lengths, seed,
+        q, k, v, prefix_k, prefix_v, attn_mask, sinks, memory, prefix_ids, lengths, seed,
         dropout_p=dropout_p, prefix_dropout_p=prefix_dropout_p, is_causal=is_causal, scale=scale, phi=phi,
         softcap=0.0 if softcap is None else softcap,
     )  # fmt: skip

@@ -43,15 +43,15 @@ def fwd(call: Call, wants: Wants) -> Results:
         keys = _virtual(call.k, call.prefix_k, keep_k, call)  # [B, H, P+S, D]
         values = _virtual(call.v, call.prefix_v, keep_v, call)  # [B, H, P+S, D]
         scores = _masked(_capped(_raw_scores(call, keys), call.softcap), call)  # [B, H, L, P+S]
-        lse = scores.logsumexp(-1)  # [B, H, L]
-        weights = _weights(scores, lse)
+        lse = _with_sinks(scores, call).logsumexp(-1)  # [B, H, L]
+        weights = _weights(scores, lse, call)[..., : scores.shape[-1]]
         mass = weights[..., :P].sum(-1).float() if wants.mass else lse.new_empty(0, dtype=torch.float32)
         if call.dropout_p > 0:
             weights = weights * _attention_dropout(weights, call)
         attended = weights @ values
         kept = empty_like_order(q).copy_(attended) if wants.attended else q.new_empty(0)
         if call.memory is not None:
-            attended = attended + PHIS[call.phi][0](q.to(attended.dtype)) @ _memories(call, attended)
+            attended = attended + PHIS[call.phi][0](q.to(attended.dtype)) @ memories(call, attended)
         out = empty_like_order(q).copy_(attended)
     return Results(out, lse.to(lse_type(q)), mass, kept)
 
@@ -66,7 +66,8 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
         keep_k, keep_v = _prefix_dropout(call)
         keys = _virtual(call.k, call.prefix_k, keep_k, call)
         raw = _raw_scores(call, keys)
-        weights = _weights(_masked(_capped(raw, call.softcap), call), given.lse)  # [B, H, L, P+S]
+        weights = _weights(_masked(_capped(raw, call.softcap), call), given.lse, call)
+        weights, of_sinks = weights[..., : raw.shape[-1]], weights[..., raw.shape[-1] :]  # [B, H, L, P+S], [B, H, L, 1]
         kept = _attention_dropout(weights, call) if call.dropout_p > 0 else 1.0
         dout = given.dout.to(weights.dtype)
         if needs.v or needs.prefix_v:
@@ -76,13 +77,15 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
             if needs.prefix_v:
                 total = _over_batch(dvalues[:, :, :P], keep_v, call.prefix_ids, T)
                 grads = grads._replace(prefix_v=total.to(call.prefix_v.dtype))
-        if needs.q or needs.k or needs.prefix_k or needs.attn_mask:
+        if needs.q or needs.k or needs.prefix_k or needs.attn_mask or needs.sinks:
             values = _virtual(call.v, call.prefix_v, keep_v, call)
             dweights = dout @ values.mT * kept  # [B, H, L, P+S]
             # what the softmax's normalisation takes back, [B, H, L]; from out it would err as that is rounded
             delta = (weights * dweights).sum(-1)
             if given.dlse is not None:
                 delta = delta - given.dlse.to(delta.dtype)
+            if needs.sinks and call.sinks is not None:
+                grads = grads._replace(sinks=-(of_sinks[..., 0] * delta).sum((0, 2)).to(call.sinks.dtype))
             dscores = weights * (dweights - delta[..., None])
             if needs.attn_mask and (mask := call.attn_mask) is not None:
                 total = dscores[..., P:].sum_to_size(mask.shape)
@@ -93,7 +96,7 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
                 dq = dscores @ keys * call.scale
                 if memory is not None:
                     slope = PHIS[call.phi][1](q.to(dq.dtype))
-                    dq = dq + slope * (dout @ _memories(call, dq).mT)
+                    dq = dq + slope * (dout @ memories(call, dq).mT)
                 grads = grads._replace(q=_written(dq, q, into_q))
             if needs.k or needs.prefix_k:
                 # [B, Hkv, P+S, D]
@@ -129,7 +132,7 @@ def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> T
     return both.repeat_interleave(q.shape[1] // Hkv, 1) if q.shape[1] != Hkv else both
 
 
-def _memories(call: Call, like: Tensor) -> Tensor:
+def memories(call: Call, like: Tensor) -> Tensor:
     """Each sample's memory, [B or 1, H, D, D], in the type of `like`."""
     memory, ids = call.memory, call.prefix_ids
     assert memory is not None
@@ -165,9 +168,17 @@ def _past(lengths: Tensor, P: int) -> Tensor:
     return torch.arange(P, device=lengths.device) >= lengths[:, None]
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+def _with_sinks(scores: Tensor, call: Call) -> Tensor:
+    """Behind the keys a column for the sinks, if the call has some."""
+    if call.sinks is None:
+        return scores
+    column = call.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1)
+
+
+def _weights(scores: Tensor, lse: Tensor, call: Call) -> Tensor:
     # a row that sees no key has lse -inf; softmax makes it nan, its weights are zero
-    return scores.softmax(-1).masked_fill((lse == -INF)[..., None], 0.0)
+    return _with_sinks(scores, call).softmax(-1).masked_fill((lse == -INF)[..., None], 0.0)
 
 
 def _prefix_dropout(call: Call) -> tuple[Tensor | float, Tensor | float]:

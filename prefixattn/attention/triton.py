@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, refused, unknown
 from prefixattn.attention.layout import lse_type, unit_stride
+from prefixattn.attention.sinks import around_bwd, around_fwd
 from prefixattn.kernels.table import INTERPRETED
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ MEMORY, SOFTCAP = "_memory", "_softcap"  # how the kinds end that have one compi
 INSTALLED = find_spec("triton") is not None
 # every option of Call that the kernels have
 KNOWN = (
-    *("attn_mask", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
+    *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
     *("is_causal", "scale", "phi", "softcap"),
 )
 UNKNOWN = unknown(KNOWN)
@@ -48,6 +49,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
+@around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     from prefixattn.kernels.launch_fwd import forward
 
@@ -59,6 +61,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     )
 
 
+@around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     from prefixattn.kernels.launch_bwd import backward
 

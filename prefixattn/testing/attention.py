@@ -75,6 +75,9 @@ FEATURES = {
     "softcap": {"softcap": 0.7, "mask": "BHLS", "mask_dtype": "float", "lengths": "B"},
     "softcap_causal": {"softcap": 0.7, "causal": True, "prefixes": "bank", "memory": "shared"},
     "softcap_50": {"softcap": 50.0, "mask": "B11S", "layout": "packed"},  # Gemma 2's
+    "sinks": {"sinks": "float", "causal": True},  # gpt-oss
+    "sinks_memory": {"sinks": "float", "memory": "as_prefix", "prefixes": "bank", "phi": "gelu", "mask": "B11S"},
+    "sinks_float32": {"sinks": "float32", "mask": "BHLS", "blind": True, "prefixes": "bank", "lengths": "T"},
 }
 
 
@@ -125,6 +128,7 @@ def make_inputs(
     memory: str = "",  # "shared" or "as_prefix": a row for each of the prefixes
     phi: str = "elu",
     softcap: float | None = None,
+    sinks: str = "",  # "float" (that of q) or "float32"
 ) -> Inputs:
     """Random inputs; scores and lse of a size where every key counts."""
     shape = SHAPES[shape] if isinstance(shape, str) else shape
@@ -154,6 +158,8 @@ def make_inputs(
         options["phi"] = phi
     if softcap:
         options["softcap"] = softcap
+    if sinks:
+        tensors["sinks"] = 2 * normal(H).to(torch.float32 if sinks == "float32" else dtype)
     if prefixes == "bank":
         options["prefix_ids"] = torch.tensor([2, 0])[torch.arange(B) % 2]  # row 1 is used by nobody
     if lengths:

@@ -56,6 +56,11 @@ _VIT = {
     "patch_size": 8,
 }
 _WINDOW = {"sliding_window": 5}
+_EXPERTS = {
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 _WIDE_HEADS = {"head_dim": 16}  # not hidden_size / heads
 # name -> class of the model, class of its config, sizes
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -67,11 +72,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER | _WIDE_HEADS),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER | _WIDE_HEADS | _WINDOW),  # with softcap
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _WIDE_HEADS | _WINDOW),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", _DECODER | _WIDE_HEADS | _WINDOW | _EXPERTS),  # with sinks
     "vit": ("ViTForImageClassification", "ViTConfig", _VIT),
     "bert": ("BertForSequenceClassification", "BertConfig", _ENCODER),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", _ENCODER),
 }
-DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
 ENCODER_DECODERS = ("bart", "t5")
 
 
@@ -123,6 +129,7 @@ def concat_attention(
     scaling: float = 1.0,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,  # sinks [H]
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The definition: the prefix in front of the keys, expanded over the batch, under an explicit mask."""
@@ -137,7 +144,10 @@ def concat_attention(
     if position_bias is not None:
         scores = scores + nn.functional.pad(position_bias, (P, 0))
     mask = nn.functional.pad(attention_mask, (P, 0), value=True)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : mask.shape[-1]]
     out = (weights @ value.repeat_interleave(group, 1)).transpose(1, 2)  # [B, L, H, D]
     added = getattr(module, "reference_added", None)  # of the queries [B, H, L, D]
     return (out if added is None else out + added(query)), None

@@ -30,6 +30,7 @@ def concat_attention(
     memory: Tensor | None = None,
     phi: str = "elu",
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     seed: Tensor | None = None,
     fused: bool = False,  # out by SDPA, which takes no dropout mask of ours
     order: int = 0,  # sums over queries, keys and head elements begin this many ORDERS-ths of the way in
@@ -66,8 +67,14 @@ def concat_attention(
             for t, kind in ((prefix_k, philox.PREFIX_K), (prefix_v, philox.PREFIX_V))
         )
     keys, values = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)  # [B, Hkv, P+S, D]
+    sunk = 0 if sinks is None else 1
+    if sinks is not None:  # a key of zeros, whose score is what is added to it, with a value of zeros
+        bias = torch.cat(
+            [bias, sinks.to(torch.promote_types(bias.dtype, sinks.dtype))[:, None, None].expand(B, H, L, 1)], -1
+        )
+        keys, values = (F.pad(t, (0, 0, 0, 1)) for t in (keys, values))
     # the same sums in another order: queries, keys and head elements are moved around, and their results moved back
-    by_query, by_key, by_element = (n * order // ORDERS for n in (L, P + S, D))
+    by_query, by_key, by_element = (n * order // ORDERS for n in (L, P + S + sunk, D))
     q = q.roll((by_query, by_element), (2, 3))
     bias = bias.roll((by_query, by_key), (2, 3))
     keys, values = (t.roll((by_key, by_element), (2, 3)).repeat_interleave(H // max(Hkv, 1), 1) for t in (keys, values))
@@ -91,6 +98,7 @@ def concat_attention(
     if dropout_p:
         assert seed is not None
         kept = philox.keep(seed, dropout_p, (B, H, L, P + S), philox.ATTENTION).to(weights.dtype) / (1 - dropout_p)
+        kept = F.pad(kept, (0, sunk))
         kept = kept.roll((by_query, by_key), (2, 3))
     if by_delta:
         out = _Attended.apply(scores, weights, kept, values)

@@ -50,6 +50,7 @@ CASES = [
     ("qwen2", None),
     ("qwen3", None),
     ("gemma2", None),
+    ("gpt_oss", None),
     ("roberta", None),
 ]
 

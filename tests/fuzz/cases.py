@@ -120,6 +120,10 @@ class _Maker:
             options["softcap"] = draw.choice((0.7, 5.0, 30.0, 50.0))
         if self.chance(0.25, "scale"):
             options["scale"] = draw.choice((1.0, 0.5, 0.01, -0.2, 0.0, D**-0.5 * 1.7))
+        # a stream of its own: the other cases stay what they were
+        if "memory" not in tensors and random.Random(f"sinks {self.number}").random() < 0.1:
+            self.words.append("sinks")
+            tensors["sinks"] = (2 * self.normal(H)).to(dtype)
         seed = None
         if self.chance(0.08, "dropout"):
             options["dropout_p"], seed = draw.choice((0.1, 0.5)), self.number

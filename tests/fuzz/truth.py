@@ -40,10 +40,13 @@ def truth(case: Case) -> dict[str, Tensor]:
     seen_pre = seen_pre.expand(pre.shape)
     none = torch.full((), -math.inf, dtype=torch.float64)
     top = torch.maximum(_largest(torch.where(seen_own, own, none)), _largest(torch.where(seen_pre, pre, none)))
+    sink = none if "sinks" not in t else t["sinks"].reshape(1, Hkv, G, 1)
+    top = torch.maximum(top, sink)
     base = torch.where(top.isinf(), 0.0, top)
     e_own = torch.where(seen_own, (own - base[..., None]).exp(), 0.0)
     e_pre = torch.where(seen_pre, (pre - base[..., None]).exp(), 0.0)
-    total = e_own.sum(-1) + e_pre.sum(-1)
+    e_sink = (sink - base).exp()  # [B, Hkv, G, L]
+    total = e_own.sum(-1) + e_pre.sum(-1) + e_sink
     lse = base + total.log()  # -inf where nothing is seen
     safe = torch.where(total == 0, 1.0, total)[..., None]
     w_own, w_pre = e_own / safe, e_pre / safe
@@ -60,6 +63,8 @@ def truth(case: Case) -> dict[str, Tensor]:
     common = (w_own * back_own).sum(-1) + (w_pre * back_pre).sum(-1) - dlse
     g_own, g_pre = w_own * (back_own - common[..., None]), w_pre * (back_pre - common[..., None])
     grads: dict[str, Tensor] = {}
+    if "sinks" in t:
+        grads["sinks"] = (-common * e_sink / safe[..., 0]).sum((0, 3)).reshape(H)
     if "attn_mask" in t:
         grads["attn_mask"] = _summed_to(g_own.reshape(B, H, L, S), t["attn_mask"].shape)
     g_own, g_pre = g_own * bend_own * scale, g_pre * bend_pre * scale

@@ -25,6 +25,7 @@ FAMILIES = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "gemma2": ("gemma2", {"sliding_window": 16}),
+    "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
     "gemma3": ("gemma3", {"sliding_window": 16}),
     "bart": ("bart", {"encoder_layers": 2}),
     "bart_odd": ("bart", {"encoder_layers": 2, "decoder_layers": 3}),

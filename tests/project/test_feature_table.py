@@ -17,6 +17,7 @@ FAMILIES = {  # the table's name -> that of the tests
     "Qwen 3": "qwen3",
     "Gemma 2": "gemma2",
     "Gemma 3": "gemma3",
+    "gpt-oss": "gpt_oss",
     "BART": "bart",
     "T5": "t5",
     "BERT": "bert",

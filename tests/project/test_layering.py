@@ -27,7 +27,7 @@ LAYERS = """
     reparam.cpu reparam.triton
     attention.cpu attention.cuda attention.triton
     kernels
-    reparam.fused_step attention.native
+    reparam.fused_step attention.native attention.sinks
     reparam.moments8 reparam.reference attention.reference
     attention.call attention.checks attention.philox reparam.call
     attention.layout differentiation trials _C _cuda

@@ -204,13 +204,13 @@ def attention_with_prefix(
     is_causal: bool | None = None,
     softcap: float | None = None,  # Gemma 2's
     position_bias: Tensor | None = None,  # T5's, added to the scores
+    s_aux: Tensor | None = None,  # gpt-oss' sinks [H]
     prefix_call: PrefixCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' `AttentionInterface`; returns `[B, L, H, D]` and no weights."""
-    for name in ("s_aux", "cache"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with a prefix does not take {name}")
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError("attention with a prefix does not take cache")
     if key.shape[3] != value.shape[3]:
         raise NotImplementedError(
             f"a {type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}; "
@@ -260,6 +260,7 @@ def attention_with_prefix(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         softcap=softcap,
+        sinks=None if s_aux is None else s_aux.to(query.dtype),
         return_prefix_mass=want_mass,
         **options,
     )

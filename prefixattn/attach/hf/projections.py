@@ -16,6 +16,7 @@ NORMS = {
     "Qwen3Attention": "input_layernorm",
     "Gemma2Attention": "input_layernorm",
     "Gemma3Attention": "input_layernorm",
+    "GptOssAttention": "input_layernorm",
     "ViTAttention": "layernorm_before",
     "T5Attention": "layer_norm",
     "BartAttention": "",
