@@ -104,8 +104,8 @@ def prefix_attention(
         *(q, k, v, prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
-        *(memory, phi, softcap, sinks),
-        *(return_prefix_mass, backend),
+        *(memory, phi, softcap),
+        *(sinks, return_prefix_mass, backend),
     )
     results = _asked_for(*_without_softmax(prefix_attn(*form), form, dropout_p), return_lse, return_prefix_mass)
     if not one_sample:
@@ -157,8 +157,8 @@ def prefix_attention_qkvpacked(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
-        *(memory, phi, softcap, sinks),
-        *(return_prefix_mass, backend),
+        *(memory, phi, softcap),
+        *(sinks, return_prefix_mass, backend),
     )
     out, lse, mass = _without_softmax(prefix_attn_qkvpacked(qkv, *form), form, dropout_p)
     # contiguous as it is, unless qkv's own axes lie in another order
