@@ -27,6 +27,7 @@ class Adapter:
 
     geometry: Geometry
     defaults: Defaults
+    caches = True  # whether its library has models with a cache of keys and values
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         # Any: a module's attributes are known to no type checker.

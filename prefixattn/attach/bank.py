@@ -258,6 +258,24 @@ class PrefixBank(Prefix):
     def export_peft(self, folder: str | Path) -> None:
         raise NotImplementedError(f"a PEFT adapter holds one prefix, and the bank T={len(self)}")
 
+    def export_cache(self, folder: str | Path, *, tokens: int | None = None) -> None:
+        raise NotImplementedError(
+            f"a file of a cache holds one prefix, and the bank T={len(self)}; attach one by itself, or take to_cache"
+        )
+
+    def _served(self, batch: int, ids: Tensor | None) -> tuple[PrefixConfig, Tensor]:
+        self._refuse_uncached()
+        ids = self._checked(ids, ids.numel() if isinstance(ids, Tensor) else batch).to(self.encoder.weight.device)
+        lengths = self.encoder.lengths[ids].unique().tolist()
+        if len(lengths) != 1:
+            raise ValueError(
+                f"the prefixes of prefix_ids have the lengths {lengths}; a cache has as many rows for every sample: "
+                "serve those of each length together"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._check_finite(ids)
+            return replace(self.config, length=lengths[0]), self.encoder()[ids, ..., : lengths[0], :]
+
     def _kv(self) -> Tensor:
         raise ValueError(f"expected a single prefix, got a bank of T={len(self)}; take one out of it with get(index)")
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,20 @@ assert losses[2] < losses[0], losses
     done = subprocess.run((sys.executable, "-W", "ignore", "-c", first + step + second + after), cwd=ROOT / "tests")
     assert done.returncode == 0, capfd.readouterr().err
     assert "ran" in capfd.readouterr().out
+
+
+def test_the_page_on_serving_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for library in ("transformers", "safetensors"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    first, second = re.findall(r"```python\n(.*?)```", text("docs/serving.md"), flags=re.DOTALL)
+    code = (first + second).replace("bench/paper/backbone", str(ROOT / "bench/paper/backbone"))
+    proof = """
+with torch.no_grad():
+    assert torch.equal(text, model.generate(ids, attention_mask=mask[:, 5:], do_sample=False))
+assert torch.equal(again, text[:1]) and text.shape[1] > 8
+print('ran')
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run((sys.executable, "-W", "ignore", "-c", code + proof), cwd=tmp_path, env=env)
+    assert done.returncode == 0, capfd.readouterr().err
+    assert capfd.readouterr().out.endswith("ran\n")
