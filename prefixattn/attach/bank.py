@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
 from prefixattn.attach.adapter import making
 from prefixattn.attach.find import make_adapter
+from prefixattn.attach.ids import checked
 from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
 from prefixattn.attach.records import Chosen, Host, LayerPrefix
@@ -190,21 +190,7 @@ class PrefixBank(Prefix):
 
     def _checked(self, ids: Tensor | None, batch: int) -> Tensor:
         T = len(self)
-        wanted = f"expected torch.int64 of shape [B={batch}], a prefix of the bank for each sample"
-        if ids is None:
-            raise ValueError(f"prefix_ids is missing for a bank of T={T} prefixes; {wanted}")
-        if not isinstance(ids, Tensor):
-            raise ValueError(f"prefix_ids is a {type(ids).__name__}; {wanted}")
-        if ids.dtype != torch.int64 or ids.shape != (batch,):
-            raise ValueError(f"prefix_ids is {ids.dtype} of shape {list(ids.shape)}; {wanted}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and detect_fake_mode(ids) is None:
-            bad = ((ids < 0) | (ids >= T)).nonzero()
-            if bad.numel():
-                i = int(bad[0])
-                raise ValueError(f"prefix_ids[{i}] is {int(ids[i])}, expected 0 to {T - 1} (T={T})")
-        else:
-            torch._assert_async(((ids >= 0) & (ids < T)).all(), f"prefix_ids has a value outside 0 to {T - 1} (T={T})")
-        return ids
+        return checked(ids, batch, T, f"a bank of T={T} prefixes", "a prefix of the bank")
 
     def _gathered(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Chosen:
         """The prefixes that the samples name, each once; in compiled code, whose shapes must not depend on data, each

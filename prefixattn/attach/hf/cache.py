@@ -120,8 +120,8 @@ def _rows(adapter: HuggingFaceAdapter, config: PrefixConfig, kv: Tensor) -> list
 def _check_windows(adapter: HuggingFaceAdapter, config: PrefixConfig, tokens: int | None) -> None:
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
         raise ValueError(f"tokens is {tokens!r}, expected None or an integer from 1")
-    if "cross" in adapter.geometry.kinds or not (found := windows(adapter)):
-        return
+    if not {"self", "decoder"} & config.counts(adapter.geometry.kinds).keys() or not (found := windows(adapter)):
+        return  # the encoder's tokens do not slide
     name, most = type(adapter.base).__name__, found[0] - config.longest
     if tokens is None or tokens > most:
         can = f"at most {most} tokens can follow it" if most > 0 else "no token could follow it"
@@ -162,7 +162,7 @@ def _filled(adapter: HuggingFaceAdapter, rows: list[_Row]) -> Cache:
         for row in rows:
             own.update(row.key, row.value, row.layer)
         return own
-    cross = DynamicCache(config=config)
+    cross = DynamicCache()  # whose layers slide in no model
     for row in rows:
         (cross if row.kind == "cross" else own).update(row.key, row.value, row.layer)
     cache = EncoderDecoderCache(own, cross)
