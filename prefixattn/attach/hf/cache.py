@@ -64,7 +64,7 @@ def export(folder: Path, host: Host, config: PrefixConfig, kv: Tensor, tokens: i
 def windows(adapter: HuggingFaceAdapter) -> list[int]:
     """How many tokens the layers see that do not see all, of which transformers' own cache knows."""
     layers = DynamicCache(config=adapter.base.config).layers
-    return sorted({int(layer.sliding_window) for layer in layers if layer.is_sliding})
+    return sorted({int(layer.sliding_window) for layer in layers if getattr(layer, "is_sliding", False)})
 
 
 def _generating(host: Host) -> HuggingFaceAdapter:
@@ -145,9 +145,14 @@ def _try(adapter: HuggingFaceAdapter, config: PrefixConfig, rows: list[_Row], to
     with adapter.overriding(ours):
         expected, _ = probe.run(whole, inputs)
     trial = probe.Trial(inputs, expected, None, probe.TOLERANCE.get(expected.dtype, probe.HALF))
-    inputs = inputs | {"past_key_values": _filled(adapter, one), "use_cache": True}
     with adapter.disabled():
-        found, _ = probe.run(whole, inputs)
+        try:
+            found, _ = probe.run(whole, inputs | {"past_key_values": _filled(adapter, one), "use_cache": True})
+        except Exception as error:  # whatever a model does whose cache holds something else
+            raise NotImplementedError(
+                f"{type(whole).__name__} does not run with the prefix in its cache: {probe.brief(error)}; serve this "
+                "prefix with this library"
+            ) from error
     if (apart := probe.differs(trial, found)) is not None:
         raise NotImplementedError(
             f"{type(whole).__name__} computes something else with the prefix in its cache: its output differs by "

@@ -22,13 +22,14 @@ CASES = {
     "gpt2": ("gpt2", {}, None),
     "llama": ("llama", {}, None),  # GQA
     "mistral": ("mistral", {"sliding_window": WINDOW}, None),
+    "qwen2": ("qwen2", {}, None),
     "qwen3": ("qwen3", {}, None),  # heads of another width
     "gemma2": ("gemma2", {"sliding_window": WINDOW}, None),  # softcap, windows in every other layer
     "gemma3": ("gemma3", {"sliding_window": WINDOW}, None),
     "bart_decoder": ("bart", {}, ["decoder"]),
     "bart_cross": ("bart", {}, ["cross"]),
-    "bart_both": ("bart", {}, ["decoder", "cross"]),
-    "t5_cross": ("t5", {"decoder_start_token_id": 0}, ["cross"]),
+    "bart": ("bart", {}, ["decoder", "cross"]),
+    "t5": ("t5", {"decoder_start_token_id": 0}, ["cross"]),
 }
 GREEDY = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
 
@@ -86,20 +87,20 @@ def test_padding_on_the_left_is_served_too(name):
     assert torch.equal(plain.generate(ids, **served, **GREEDY), text)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart_both"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart"])
 def test_a_cache_that_is_built_of_the_file_by_transformers_alone_gives_the_logits(name, tmp_path):
     model, prefix = prefixed(name)
     prefix.export_cache(tmp_path, tokens=most(name))
     plain, inputs = make(name), model_inputs(CASES[name][0], 1)
     found = load_file(tmp_path / "prefix_cache.safetensors")
-    depth = len(prefix.slots) // (2 if name == "bart_both" else 1)
+    depth = len(prefix.slots) // (2 if name == "bart" else 1)
 
     def cache(start):
         pairs = [tuple(found.pop(f"{start}layers.{l}.{part}")[None] for part in ("key", "value")) for l in range(depth)]
         return DynamicCache(pairs, config=plain.config)
 
     made = cache("")
-    if name == "bart_both":
+    if name == "bart":
         made = EncoderDecoderCache(made, cache("cross."))
         made.is_updated = dict.fromkeys(range(depth), False)
     assert not found
