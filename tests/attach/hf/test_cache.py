@@ -87,6 +87,16 @@ def test_padding_on_the_left_is_served_too(name):
     assert torch.equal(plain.generate(ids, **served, **GREEDY), text)
 
 
+@pytest.mark.parametrize("name", ["llama", "bart_decoder"])
+def test_beams_take_a_cache_of_samples_times_beams(name):
+    model, prefix = prefixed(name)
+    ids, plain = token_ids(B), make(name)
+    mask, beams = torch.ones_like(ids), {**GREEDY, "num_beams": 2}
+    text = model.generate(ids, attention_mask=mask, **beams)
+    served = {"attention_mask": with_prefix_seen(mask, name), "past_key_values": prefix.to_cache(2 * B)}
+    assert torch.equal(plain.generate(ids, **served, **beams), text)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart"])
 def test_a_cache_that_is_built_of_the_file_by_transformers_alone_gives_the_logits(name, tmp_path):
     model, prefix = prefixed(name)

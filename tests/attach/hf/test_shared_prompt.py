@@ -98,6 +98,22 @@ def test_logits_and_gradients_are_those_of_the_repeated_batch(family, side):
         assert_same(mine64, truth)
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_half_types_err_no_more_than_the_repeated_batch(family, how):
+    model = make(family)
+    if how == "bfloat16":
+        model.bfloat16()
+    exact_model = copy.deepcopy(model).double()
+    exact = measured(exact_model, repeated(exact_model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        plain, ours = repeated(model), behind_shared_prompts(model)
+    found = measured(model, plain), measured(model, ours)
+    for name, truth, theirs, mine in zip(("logits", "gradients"), exact, *found, strict=True):
+        bar = 2 * (theirs - truth).norm()
+        assert (mine - truth).norm() <= bar, f"{name}: {(mine - truth).norm():.1e}, the bar is {bar:.1e}"
+
+
 def test_a_token_that_only_prompts_have_gets_a_gradient():
     model = make("llama")
     own = sorted(set(torch.cat(PROMPTS).tolist()) - set(torch.cat(COMPLETIONS).tolist()))
@@ -209,6 +225,19 @@ def test_the_model_is_left_as_it_was():
     assert model.config._attn_implementation == "sdpa"
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not any("prefix_slot" in module.__dict__ for module in model.modules())
+
+
+def test_parts_of_a_batch_share_the_prompts_pass_too():
+    model = make("gpt2").double()
+    exact = measured(model, repeated(model))[1]
+    model.zero_grad()
+    with prefixattn.SharedPrompt(model)(*padded(PROMPTS, "left")):
+        for part, keep in ((slice(0, 2), True), (slice(2, None), False)):
+            options = {"attention_mask": COMPLETION_MASK[part], "prefix_ids": GROUPS[part]}
+            logits = model(COMPLETION_IDS[part], **options).logits
+            weighed = (logits * WEIGHTS[part].double())[COMPLETION_MASK[part] == 1].sum()
+            weighed.backward(retain_graph=keep)
+    assert_same(flat_gradients(model.parameters()), exact)
 
 
 def test_without_gradients_nothing_is_kept_for_them():
