@@ -28,6 +28,7 @@ __all__ = [
     "PrefixPlus",
     "PrefixPlusConfig",
     "PrefixTrainer",
+    "SharedPrompt",
     "__version__",
     "attach",
     "combine",
@@ -42,6 +43,7 @@ __all__ = [
 
 _LAZY = {  # names that need a library that is optional
     "PrefixTrainer": ("prefixattn.attach.hf.trainer", "PrefixTrainer"),
+    "SharedPrompt": ("prefixattn.attach.hf.shared_prompt", "SharedPrompt"),
     "timm_attention": ("prefixattn.attach.timm.layers", "PrefixAttention"),
 }
 

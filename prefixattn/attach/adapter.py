@@ -27,6 +27,8 @@ class Adapter:
 
     geometry: Geometry
     defaults: Defaults
+    caches = True  # whether its library has models with a cache of keys and values
+    _lent = False  # the model attends to a guest for a while
 
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         # Any: a module's attributes are known to no type checker.
@@ -92,6 +94,7 @@ class Adapter:
     def install(self, prefix: Attached) -> None:
         """Adds a prefix, which becomes the active one: of passes that begin then, if the model serves meanwhile."""
         with _changing:
+            self._refuse_lent()
             if not self.prefixes:
                 self.flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
                 self.wrapped = _in_peft(self.model)
@@ -113,17 +116,32 @@ class Adapter:
         """Of one that is here, or of a copy of one: a guest, who goes with the last of those that are here."""
         if not self.prefixes:
             raise ValueError("the prefix is a copy of one that is detached from its model; attach or load a new one")
+        self._refuse_lent()
         self.prefix = prefix
 
     def remove(self, prefix: Attached) -> None:
         """Takes a prefix away; with the last one the model is as it was before `attach`."""
         with _changing:
+            self._refuse_lent()
             here = [p for p in self.prefixes if p is not prefix]
             guest, self.prefixes = len(here) == len(self.prefixes), here
             if self.prefix is prefix or not self.prefixes:
                 self.prefix = self.prefixes[-1] if self.prefixes else None
             if not self.prefixes and not guest:
                 self._undo()
+
+    @contextmanager
+    def lent(self, guest: Attached) -> Iterator[None]:
+        """Inside, `guest` is what the model attends to, and the prefixes stay what they are."""
+        before, self.prefix, self._lent = self.prefix, guest, True
+        try:
+            yield
+        finally:
+            self.prefix, self._lent = before, False
+
+    def _refuse_lent(self) -> None:
+        if self._lent:
+            raise ValueError("the model reads shared prompts; leave their context before its prefixes change")
 
     def _undo(self) -> None:
         self.leave()

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
 from prefixattn.attach.adapter import making
 from prefixattn.attach.find import make_adapter
+from prefixattn.attach.ids import checked
 from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
 from prefixattn.attach.records import Chosen, Host, LayerPrefix
@@ -190,21 +190,7 @@ class PrefixBank(Prefix):
 
     def _checked(self, ids: Tensor | None, batch: int) -> Tensor:
         T = len(self)
-        wanted = f"expected torch.int64 of shape [B={batch}], a prefix of the bank for each sample"
-        if ids is None:
-            raise ValueError(f"prefix_ids is missing for a bank of T={T} prefixes; {wanted}")
-        if not isinstance(ids, Tensor):
-            raise ValueError(f"prefix_ids is a {type(ids).__name__}; {wanted}")
-        if ids.dtype != torch.int64 or ids.shape != (batch,):
-            raise ValueError(f"prefix_ids is {ids.dtype} of shape {list(ids.shape)}; {wanted}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and detect_fake_mode(ids) is None:
-            bad = ((ids < 0) | (ids >= T)).nonzero()
-            if bad.numel():
-                i = int(bad[0])
-                raise ValueError(f"prefix_ids[{i}] is {int(ids[i])}, expected 0 to {T - 1} (T={T})")
-        else:
-            torch._assert_async(((ids >= 0) & (ids < T)).all(), f"prefix_ids has a value outside 0 to {T - 1} (T={T})")
-        return ids
+        return checked(ids, batch, T, f"a bank of T={T} prefixes", "a prefix of the bank")
 
     def _gathered(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Chosen:
         """The prefixes that the samples name, each once; in compiled code, whose shapes must not depend on data, each
@@ -257,6 +243,24 @@ class PrefixBank(Prefix):
 
     def export_peft(self, folder: str | Path) -> None:
         raise NotImplementedError(f"a PEFT adapter holds one prefix, and the bank T={len(self)}")
+
+    def export_cache(self, folder: str | Path, *, tokens: int | None = None) -> None:
+        raise NotImplementedError(
+            f"a file of a cache holds one prefix, and the bank T={len(self)}; attach one by itself, or take to_cache"
+        )
+
+    def _served(self, batch: int, ids: Tensor | None) -> tuple[PrefixConfig, Tensor]:
+        self._refuse_uncached()
+        ids = self._checked(ids, ids.numel() if isinstance(ids, Tensor) else batch).to(self.encoder.weight.device)
+        lengths = self.encoder.lengths[ids].unique().tolist()
+        if len(lengths) != 1:
+            raise ValueError(
+                f"the prefixes of prefix_ids have the lengths {lengths}; a cache has as many rows for every sample: "
+                "serve those of each length together"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._check_finite(ids)
+            return replace(self.config, length=lengths[0]), self.encoder()[ids, ..., : lengths[0], :]
 
     def _kv(self) -> Tensor:
         raise ValueError(f"expected a single prefix, got a bank of T={len(self)}; take one out of it with get(index)")

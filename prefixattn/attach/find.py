@@ -42,7 +42,7 @@ def _base(model: nn.Module) -> nn.Module:
     return found if name in taken or any(p.kind is p.VAR_POSITIONAL for p in taken.values()) else model
 
 
-def _adapter_of(model: nn.Module) -> Adapter | None:
+def adapter_of(model: nn.Module) -> Adapter | None:
     """The adapter of a model that has prefixes; of a copied or unpickled one too."""
     for hook in _base(_inner(model))._forward_pre_hooks.values():
         adapter = getattr(hook, "__self__", None)
@@ -53,7 +53,7 @@ def _adapter_of(model: nn.Module) -> Adapter | None:
 
 def attached(model: nn.Module) -> Attached | None:
     """The active prefix on `model`, or None; for a copied or unpickled model, whose prefix nobody has in hand."""
-    adapter = _adapter_of(model)
+    adapter = adapter_of(model)
     return None if adapter is None else adapter.prefix
 
 
@@ -68,7 +68,7 @@ def make_adapter(model: nn.Module) -> Adapter:
             f"attach does not know the class {type(model).__name__}; it knows models of Hugging Face's transformers "
             "and of timm (of a class that holds one, give that model)"
         )
-    adapter = _adapter_of(model)
+    adapter = adapter_of(model)
     if adapter is not None:
         return adapter
     module, cls = ADAPTERS[library]

@@ -172,6 +172,66 @@ class Prefix(Attached):
 
         peft.export(Path(folder), self.config, self._geometry, self._kv())
 
+    def to_cache(self, batch: int = 1, *, prefix_ids: Tensor | None = None, tokens: int | None = None) -> Any:
+        """A cache that holds the prefix for seen tokens, with which plain transformers serves it.
+
+        The model that takes it may be any copy without a prefix. The cache grows as it is used, so each call of
+        `generate` needs its own::
+
+            mask = torch.cat([mask.new_ones(batch, P), mask], 1)  # [B, P + S]
+            plain.generate(ids, attention_mask=mask, past_key_values=prefix.to_cache(batch))
+
+        An encoder-decoder needs no such mask. With a prefix in its cross-attention the encoder's input can have no
+        padding: a mask of it has no columns for the prefix, and transformers raises. Before it returns, some tokens are
+        run with the prefix and with the cache, under `disabled`: no other thread may run the model meanwhile.
+
+        Args:
+            batch: B, the samples that are to be served together (times the beams).
+            prefix_ids: Of a `PrefixBank`, in place of `batch`: int64 [B], prefixes of one length.
+            tokens: The most tokens that will follow the prefix in a sample; to be given where layers have a sliding
+                window, out of which a cache slides.
+
+        Returns:
+            A `DynamicCache`, or an `EncoderDecoderCache`, with keys and values [B, Hkv, P, D] in each layer, in the
+            model's type and on the layers' devices, without gradients.
+
+        Raises:
+            ValueError: a cache does not hold this prefix: it is in the encoder, not in all layers, of several lengths,
+                or its positions are not those that a cache implies ("shifted"; "unshifted" in cross-attention alone);
+                or it would slide out of a window.
+            NotImplementedError: the model has no cache, or makes something else of it.
+        """
+        config, rows = self._served(batch, prefix_ids)
+        from prefixattn.attach.hf import cache  # here, for installations without transformers
+
+        return cache.make(self._attached(), config, rows, tokens)
+
+    def export_cache(self, folder: str | Path, *, tokens: int | None = None) -> None:
+        """Writes ``prefix_cache.safetensors`` to `folder`, the tensors of `to_cache`, for engines that preload a cache.
+
+        ``layers.{l}.key`` and ``layers.{l}.value`` are ``[Hkv, P, D]`` in the model's type, of layer l's
+        self-attention (of an encoder-decoder its decoder's), and ``cross.layers.{l}.key`` and ``.value`` of its
+        cross-attention. Keys are used as they are: a prefix is not rotated. Self-attention's rows take the positions 0
+        to P - 1. The file's metadata have this layout in words, its "format", "length" (P) and "model_type". The file
+        is replaced as a whole. `tokens` and errors are those of `to_cache`.
+        """
+        config, rows = self._served(1, None)
+        from prefixattn.attach.hf import cache
+
+        cache.export(Path(folder), self._attached(), config, rows, tokens)
+
+    def _served(self, batch: int, ids: Tensor | None) -> tuple[PrefixConfig, Tensor]:
+        """The keys and values that a cache holds, [B, N, 2, Hkv, P, D], and the config of such a prefix."""
+        self._refuse_uncached()
+        self._refuse_ids(ids)
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise ValueError(f"batch is {batch!r}, expected an integer from 1")
+        return self.config, self._kv().expand(batch, -1, -1, -1, -1, -1)
+
+    def _refuse_uncached(self) -> None:
+        if not self._attached().caches:
+            raise NotImplementedError("to_cache and export_cache are for models of transformers; others have no cache")
+
     def _kv(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return self().detach().clone(memory_format=torch.contiguous_format)

@@ -71,6 +71,7 @@ class Host(Protocol):
     model: nn.Module
     geometry: Geometry
     defaults: Defaults
+    caches: bool
     prefix: Any  # the active one
 
     @property

@@ -70,4 +70,6 @@ def test_an_example_is_short_runs_and_trains(path: Path, tmp_path: Path) -> None
     said = run(tmp_path, str(path))
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", said)]
     assert said and (not losses or losses[-1] < losses[0]), said
+    rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", said)]  # of samples: means of three steps
+    assert not rewards or sum(rewards[-3:]) > sum(rewards[:3]), said
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"

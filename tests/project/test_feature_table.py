@@ -40,14 +40,21 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "compile": ("attach/hf/test_interplay.py", "test_compiles_as_one_graph_with_its_backward"),
     "export": ("attach/hf/test_interplay.py", "test_exports"),
     "bf16, fp16, autocast": ("attach/hf/test_interplay.py", "test_a_float32_prefix_trains_in_a_half_precision_model"),
+    "cache": ("attach/hf/test_cache.py", "test_plain_transformers_makes_of_the_cache_what_the_prefix_makes"),
+    "shared prompt": (
+        "attach/hf/test_shared_prompt.py",
+        "test_logits_and_gradients_are_those_of_the_repeated_batch",
+    ),
     "PEFT": ("prefixes/test_peft.py", "test_an_adapter_of_peft_gives_its_logits_and_goes_back"),
 }
-# what a model has not: images no padding, encoders no generation, PEFT no prefix for a family (or one that we refuse)
+# what a model has not: images no padding, encoders no generation and no cache, what is not causal no shared prompt,
+# PEFT no prefix for a family (or one that we refuse)
 ABSENT = {
-    "vit": {"padding", "generate", "labelled loss", "PEFT"},
-    "bert": {"generate", "PEFT"},
-    "roberta": {"generate", "PEFT"},
-    "t5": {"PEFT"},
+    "vit": {"padding", "generate", "labelled loss", "cache", "shared prompt", "PEFT"},
+    "bert": {"generate", "cache", "shared prompt", "PEFT"},
+    "roberta": {"generate", "cache", "shared prompt", "PEFT"},
+    "bart": {"shared prompt"},
+    "t5": {"shared prompt", "PEFT"},
 }
 
 

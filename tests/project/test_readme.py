@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,38 @@ assert losses[2] < losses[0], losses
     done = subprocess.run((sys.executable, "-W", "ignore", "-c", first + step + second + after), cwd=ROOT / "tests")
     assert done.returncode == 0, capfd.readouterr().err
     assert "ran" in capfd.readouterr().out
+
+
+def run_page(code: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own, in `folder`, with the small GPT-2 of the repository."""
+    code = code.replace("bench/paper/backbone", str(ROOT / "bench/paper/backbone")) + "\nprint('ran')\n"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run((sys.executable, "-W", "ignore", "-c", code), cwd=folder, env=env)
+    assert done.returncode == 0, capfd.readouterr().err
+    assert capfd.readouterr().out.endswith("ran\n")
+
+
+def test_the_page_on_serving_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for library in ("transformers", "safetensors"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    first, second = re.findall(r"```python\n(.*?)```", text("docs/serving.md"), flags=re.DOTALL)
+    proof = """
+assert torch.equal(text, model.generate(ids, attention_mask=mask[:, 5:], do_sample=False))
+assert torch.equal(again, text[:1]) and text.shape[1] > 8
+"""
+    run_page(first + second + proof, tmp_path, capfd)
+
+
+def test_the_page_on_prompts_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    [code] = re.findall(r"```python\n(.*?)```", text("docs/prompts.md"), flags=re.DOTALL)
+    proof = """
+whole = torch.cat([prompts[groups], completions], 1)
+mask = torch.cat([prompt_mask[groups], torch.ones_like(completions)], 1)
+positions = (mask.cumsum(1) - 1).clamp(min=0)
+wanted = torch.cat([torch.full_like(prompts[groups], -100), completions], 1)
+repeated = model(whole, attention_mask=mask, position_ids=positions, labels=wanted).loss
+torch.testing.assert_close(loss, repeated)
+assert model.transformer.wte.weight.grad is not None
+"""
+    run_page(code + proof, tmp_path, capfd)

@@ -54,7 +54,7 @@ class HuggingFaceAdapter(Adapter):
         calls = self._tried(plain)
         self.sites = probe.sites(base, calls)
         self.paths = [p for p in self.paths if not p or any(f"{s.path}.".startswith(f"{p}.") for s in self.sites)]
-        with self._entered(), self.overriding(PLAIN):
+        with self.entered(), self.overriding(PLAIN):
             self.own = probe.own_attentions(base, plain[0].inputs)
         self.whole = probe.outermost(model, base)
         kinds: dict[str, int] = {}
@@ -86,14 +86,14 @@ class HuggingFaceAdapter(Adapter):
         for implementation in (NAME, EXPLICIT[form]):
             self.implementation = implementation
             try:
-                with self._entered(), self.overriding(PLAIN):
+                with self.entered(), self.overriding(PLAIN):
                     return probe.check(self.base, plain)
             except NotImplementedError as objection:
                 last = objection
         raise last
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def entered(self) -> Iterator[None]:
         self.enter()
         try:
             yield
@@ -242,7 +242,7 @@ class HuggingFaceAdapter(Adapter):
             raise ValueError(f"init has token id {max(ids)}, but the model's vocabulary ends at {vocabulary - 1}")
         if self.max_positions is not None and len(ids) > self.max_positions:
             raise ValueError(f"init has {len(ids)} tokens, but the model has {self.max_positions} positions")
-        with nullcontext() if self.prefixes else self._entered(), self.overriding(PLAIN):
+        with nullcontext() if self.prefixes else self.entered(), self.overriding(PLAIN):
             _, calls = probe.run(self.base, probe.example(self.base, ids))
         made = {call.module: torch.stack([call.key[0], call.value[0]]) for call in calls}
         kv = torch.stack([made[self.base.get_submodule(site.path)] for site in self.sites])

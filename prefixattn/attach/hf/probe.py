@@ -158,7 +158,7 @@ def trials(base: Any) -> list[Trial]:
     except Exception as error:  # whatever a model does that wants other inputs
         raise NotImplementedError(
             f"attach tries {type(base).__name__} with {' and '.join(n for n in inputs if n != 'use_cache')} alone, and "
-            f"without a prefix it fails: {_brief(error)}"
+            f"without a prefix it fails: {brief(error)}"
         ) from error
     # the kernels of quantised weights round otherwise from call to call
     quantised = any(not t.is_floating_point() for t in base.parameters())
@@ -195,7 +195,7 @@ def differs(trial: Trial, out: Tensor) -> float | None:
     return middle if middle > trial.tolerance else None
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     text = next(iter(str(error).splitlines()), "") or f"a {type(error).__name__} without words"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -216,7 +216,7 @@ def check(base: Any, plain: list[Trial]) -> list[interface.Watched]:
                 if not calls:
                     raise unknown(base) from error
                 raise NotImplementedError(
-                    f"{type(base).__name__} does not run with the attention that reads a prefix: {_brief(error)}"
+                    f"{type(base).__name__} does not run with the attention that reads a prefix: {brief(error)}"
                 ) from error
         found = found or calls
         if calls and (apart := differs(trial, out)) is not None:

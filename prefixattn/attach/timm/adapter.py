@@ -18,6 +18,8 @@ from prefixattn.prefixes.networks import Geometry
 class TimmAdapter(PassingAdapter):
     """Any model of timm whose attention is `Attention`, `AttentionRope` or `EvaAttention` throughout."""
 
+    caches = False
+
     def __init__(self, model: nn.Module, base: nn.Module) -> None:
         super().__init__(model, base)
         self.paths = _paths(base)
