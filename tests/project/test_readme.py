@@ -77,6 +77,18 @@ def test_the_steps_of_smollm2_are_the_records() -> None:
         assert line in shown
 
 
+def test_the_shared_prompts_table_is_the_records() -> None:
+    pytest.importorskip("transformers", reason="what makes the table needs transformers")
+    from bench.models import shared_prompts
+
+    result, shown = record("bench/results/shared-prompts.json", "docs/prompts.md")
+    lines = shared_prompts.table(result["rows"])
+    assert len(lines) == 2 + len(shared_prompts.LENGTHS)
+    for line in lines:
+        assert line in shown
+    assert f"has {result['group']} completions of {result['new']} tokens" in shown
+
+
 def test_gpu_tables_are_the_records() -> None:
     """`python -m bench.attention.plot_gpu RECORD` prints the table."""
     results = ROOT / "bench" / "results"
