@@ -65,12 +65,14 @@ struct Loop {
     int64_t units;
     void (*body)(void *, int64_t);
     void *context;
+    Region region;
     std::atomic<bool> failed{false};
     std::exception_ptr error;  // the first
 };
 
 void run_loop(void *data) {
     auto *loop = static_cast<Loop *>(data);
+    if (loop->region.enter) loop->region.enter();
     try {
         for (int64_t unit; (unit = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->units;)
             loop->body(loop->context, unit);
@@ -78,6 +80,7 @@ void run_loop(void *data) {
         if (!loop->failed.exchange(true)) loop->error = std::current_exception();
         loop->next.store(loop->units, std::memory_order_relaxed);
     }
+    if (loop->region.leave) loop->region.leave();
 }
 
 struct Scratch {
@@ -100,11 +103,12 @@ std::atomic<size_t> scratch_limit{0};
 
 }  // namespace
 
-void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), void *context) {
+void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), void *context, Region region) {
     Loop loop;
     loop.units = units;
     loop.body = body;
     loop.context = context;
+    loop.region = region;
     if (threads > units) threads = static_cast<int>(units);
     if (threads > 1 && runtime().parallel)
         runtime().parallel(run_loop, &loop, static_cast<unsigned>(threads), 0);

@@ -5,10 +5,16 @@
 
 namespace prefixattn {
 
+// What each thread does before its first unit of a loop and after its last, whatever a body threw; null: nothing.
+struct Region {
+    void (*enter)() = nullptr, (*leave)() = nullptr;
+};
+
 // Calls body(context, unit) for each unit in [0, units), on at most `threads` threads of the OpenMP runtime that is
 // already in the process (torch's own). Units are handed out one by one; a result must not depend on who runs which.
 // What a body throws ends the loop and is thrown again here, on the calling thread.
-void parallel_for(int64_t units, int threads, void (*body)(void *context, int64_t unit), void *context);
+void parallel_for(int64_t units, int threads, void (*body)(void *context, int64_t unit), void *context,
+                  Region region = {});
 
 // A 64-byte aligned buffer of this thread, kept between calls so that its pages are touched once; never null. Throws a
 // std::bad_alloc that says how much was wanted.

@@ -29,13 +29,14 @@ class Backward {
         if (p.Hkv == 0) return;  // every gradient is empty
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
         Job job{p, chunk_keys(p)};
-        if (p.dmemory.data) parallel_for(p.memories * p.H * memory_chunks(p), threads, memory_unit, &job);
+        if (p.dmemory.data)
+            parallel_for(p.memories * p.H * memory_chunks(p), threads, memory_unit, &job, Dot::region());
         const int64_t rows = p.T * p.Hkv;
         if (p.dq.data && (own || prefix) && (rows >= threads || rows >= p.B * p.Hkv) && fused_fits(p))
-            return parallel_for(rows, threads, fused_unit, &job);
-        if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), threads, own_unit, &job);
-        if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), threads, prefix_unit, &job);
-        if (p.dq.data) parallel_for(p.B * p.H * query_blocks(p.L), threads, query_unit, &job);
+            return parallel_for(rows, threads, fused_unit, &job, Dot::region());
+        if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), threads, own_unit, &job, Dot::region());
+        if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), threads, prefix_unit, &job, Dot::region());
+        if (p.dq.data) parallel_for(p.B * p.H * query_blocks(p.L), threads, query_unit, &job, Dot::region());
     }
 
   private:

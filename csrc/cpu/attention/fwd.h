@@ -11,6 +11,7 @@ template <class Storage, class Dot>
 class Forward {
     using Ops = Operands<Storage, Dot>;
     using Rows = typename Ops::Rows;
+    using Columns = typename Ops::Columns;
     static constexpr int kKeys = 128;  // keys of a block: its scores (32 KB) stay in L1
 
   public:
@@ -19,7 +20,7 @@ class Forward {
         // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
         const bool heads = p.prefix_dropout_p > 0 && p.B * p.H >= 4 * threads;
         Job job{p, heads ? query_blocks(p.L) : 1};
-        parallel_for(p.B * p.H * (query_blocks(p.L) / job.blocks), threads, unit, &job);
+        parallel_for(p.B * p.H * (query_blocks(p.L) / job.blocks), threads, unit, &job, Dot::region());
     }
 
   private:
@@ -56,7 +57,7 @@ class Forward {
         acc_ = arena_.take<float>((int64_t)D_ * kLanes);
         rows_ = arena_.take<float>((int64_t)kLanes * (D_ + 15));
         pairs_ = arena_.take<uint32_t>(Ops::kPairs ? (kKeys / 2 + 1) * (int64_t)kLanes : 0);
-        value_pairs_ = arena_.take<uint32_t>(Ops::kPairs ? (kKeys / 2 + 1) * (int64_t)D_ : 0);
+        value_columns_ = arena_.take<uint32_t>(Ops::column_words(kKeys, D_));
         const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
         key_copy_ = arena_.take<float>(copies ? (int64_t)kKeys * D_ : 0);
         value_copy_ = arena_.take<float>(copies ? (int64_t)kKeys * D_ : 0);
@@ -101,7 +102,7 @@ class Forward {
         const int64_t g = h_ / (p_.H / p_.Hkv);
         const int np_even = (np + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
         const int n = np_even + (ns + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
-        const Strips strips(p_.causal, causal_offset(p_), q_, s0, ns, Ops::kRowAlign);
+        const Strips strips(p_.causal, causal_offset(p_), q_, s0, ns, Ops::kStrip, Ops::kStripAlign);
         float *own_scores = scores_ + (int64_t)np_even * q_.width;
         float *own_keys = key_copy_ + (int64_t)np * D_, *own_values = value_copy_ + (int64_t)np * D_;
 
@@ -141,11 +142,12 @@ class Forward {
 
         if (np > 0) {
             const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, kDropsPrefixV, value_copy_);
-            accumulate(v, 0, np, 0, 0);
+            accumulate(Ops::columns(v, np, D_, value_columns_), 0, np, 0, 0);
         }
         if (ns > 0) {
             const Rows v = Ops::rows(p_.v, b_, g, s0, ns, D_, own_values);
-            strips.each([&](int r, int rows, int skip) { accumulate(v, r, rows, skip, np_even); });
+            const Columns columns = Ops::columns(v, ns, D_, value_columns_);
+            strips.each([&](int r, int rows, int skip) { accumulate(columns, r, rows, skip, np_even); });
         }
     }
 
@@ -234,26 +236,16 @@ class Forward {
 
     void put(int r, int lane, vf w0, vf w1) {
         const int64_t ld = q_.width;
-#if defined(PA_BF16DOT)
-        if (Ops::kPairs) return store_pairs(pairs_ + (r / 2) * ld + lane, w0, w1);
-#endif
+        if constexpr (Ops::kPairs) return store_pairs<Storage>(pairs_ + (r / 2) * ld + lane, w0, w1);
         vstore(scores_ + r * ld + lane, w0);
         vstore(scores_ + (r + 1) * ld + lane, w1);
     }
 
     // acc += values[r .. r + n]^T weights, which stand from row `first + r` of the block.
-    void accumulate(const Rows &v, int r, int n, int skip, int first) {
-        if (Ops::kPairs) {
-            Rows rows{v.data + r * v.stride, v.stride};
-            Ops::pair_rows(rows, n, D_, value_pairs_);
-            const Operand a{(const char *)value_pairs_, 4, (ptrdiff_t)(4 * D_)};
-            gemm<Dot, false>(D_, q_.width - skip, (n + 1) / 2, a,
-                             (const float *)pairs_ + (int64_t)(first + r) / 2 * q_.width + skip, q_.width, acc_ + skip,
-                             q_.width, true);
-        } else {
-            gemm<Dot, false>(D_, q_.width - skip, n, v.by_column(r), scores_ + (int64_t)(first + r) * q_.width + skip,
-                             q_.width, acc_ + skip, q_.width, true);
-        }
+    void accumulate(const Columns &v, int r, int n, int skip, int first) {
+        const float *weights = Ops::kPairs ? (const float *)pairs_ + (int64_t)(first + r) / 2 * q_.width
+                                           : scores_ + (int64_t)(first + r) * q_.width;
+        Ops::add_product(v, r, n, D_, q_.width - skip, weights + skip, q_.width, acc_ + skip, q_.width);
     }
 
     void store() {
@@ -287,7 +279,8 @@ class Forward {
                     load_query_rows<Ops>(queries_, q_.width, d0 + r, i, first, second);
                     put(r, i, Phi::value(first), Phi::value(second));
                 }
-            accumulate(Ops::rows(p_.memory, memory_row(p_, b_), h_, d0, n, D_, value_copy_), 0, n, 0, 0);
+            const Rows rows = Ops::rows(p_.memory, memory_row(p_, b_), h_, d0, n, D_, value_copy_);
+            accumulate(Ops::columns(rows, n, D_, value_columns_), 0, n, 0, 0);
         }
     }
 
@@ -304,15 +297,15 @@ class Forward {
     const QueryBlock q_;
     Arena arena_;
     KeptPrefix &kept_;
-    bool scaled_;            // scores are scaled before they meet a float mask or a cap, not with the exponential
-    float factor_;           // queries_ . keys times this is the score
-    float gain_;             // what prefix dropout multiplies kept elements by
-    float *queries_;         // [words(D)][width]
-    float *scores_;          // [keys][width], then the weights
-    float *acc_;             // [D][width], out transposed
-    float *rows_;            // [lanes][D]
-    uint32_t *pairs_;        // [keys / 2][width], weights in pairs of keys
-    uint32_t *value_pairs_;  // [keys / 2][D]
+    bool scaled_;      // scores are scaled before they meet a float mask or a cap, not with the exponential
+    float factor_;     // queries_ . keys times this is the score
+    float gain_;       // what prefix dropout multiplies kept elements by
+    float *queries_;   // [words(D)][width]
+    float *scores_;    // [keys][width], then the weights
+    float *acc_;       // [D][width], out transposed
+    float *rows_;      // [lanes][D]
+    uint32_t *pairs_;  // [keys / 2][width], weights in pairs of keys
+    uint32_t *value_columns_;
     float *key_copy_, *value_copy_, *mask_, *multipliers_;
     alignas(64) float row_max_[kLanes], own_sum_[kLanes], prefix_sum_[kLanes];
 };
