@@ -87,6 +87,7 @@ struct Scratch {
     void *data = nullptr;
     size_t bytes = 0;
     ~Scratch() { std::free(data); }
+    void *at_least(size_t wanted);
 };
 
 class NoScratch : public std::bad_alloc {
@@ -100,6 +101,18 @@ class NoScratch : public std::bad_alloc {
 };
 
 std::atomic<size_t> scratch_limit{0};
+
+void *Scratch::at_least(size_t wanted) {
+    const size_t limit = scratch_limit.load(std::memory_order_relaxed);
+    if (limit && wanted > limit) throw NoScratch(wanted);
+    if (!data || bytes < wanted) {
+        std::free(data);
+        data = std::aligned_alloc(64, wanted / 4096 * 4096 + 4096);
+        bytes = data ? wanted : 0;
+        if (!data) throw NoScratch(wanted);
+    }
+    return data;
+}
 
 }  // namespace
 
@@ -119,15 +132,12 @@ void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), voi
 
 void *thread_scratch(size_t bytes) {
     thread_local Scratch scratch;
-    const size_t limit = scratch_limit.load(std::memory_order_relaxed);
-    if (limit && bytes > limit) throw NoScratch(bytes);
-    if (!scratch.data || scratch.bytes < bytes) {
-        std::free(scratch.data);
-        scratch.data = std::aligned_alloc(64, bytes / 4096 * 4096 + 4096);
-        scratch.bytes = scratch.data ? bytes : 0;
-        if (!scratch.data) throw NoScratch(bytes);
-    }
-    return scratch.data;
+    return scratch.at_least(bytes);
+}
+
+void *call_scratch(size_t bytes) {
+    thread_local Scratch scratch;
+    return scratch.at_least(bytes);
 }
 
 void limit_scratch(size_t bytes) { scratch_limit.store(bytes, std::memory_order_relaxed); }

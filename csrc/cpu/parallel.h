@@ -20,7 +20,10 @@ void parallel_for(int64_t units, int threads, void (*body)(void *context, int64_
 // std::bad_alloc that says how much was wanted.
 void *thread_scratch(size_t bytes);
 
-// From now on thread_scratch() fails for more than this many bytes; 0: there is no limit. For tests.
+// Another such buffer, for what a call makes before its loops and all their threads read.
+void *call_scratch(size_t bytes);
+
+// From now on both fail for more than this many bytes; 0: there is no limit. For tests.
 void limit_scratch(size_t bytes);
 
 // The file of the OpenMP runtime in use, or "" when none was found and everything runs on the calling thread.

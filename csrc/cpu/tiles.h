@@ -117,6 +117,7 @@ inline void tile_product(const uint32_t (&a)[kTile][kTile], const uint32_t (&b)[
 class Tiles {
   public:
     static void configure() {
+        if (tile_registers.configured) __builtin_trap();  // the loop before did not release them
         tile_registers = {};
         tile_registers.configured = true;
     }

@@ -1,7 +1,7 @@
 // Backward of one block of queries against one chunk of keys: weights from lse, then up to three products.
 #pragma once
+#include "cpu/attention/columns.h"
 #include "cpu/attention/dot.h"
-#include "cpu/attention/operands.h"
 
 namespace prefixattn {
 namespace PA_ISA {
@@ -111,6 +111,7 @@ class KeySide {
     using Columns = typename Ops::Columns;
 
   public:
+    const PrefixColumns<Storage, Dot> *shared = nullptr;  // prefix_k's
     Rows k{}, v{};
     Columns columns{};  // of keys, for dQ
     int64_t j0 = 0;     // prefix row or own key
@@ -139,7 +140,9 @@ class KeySide {
             k = Ops::rows(p.k, b, g, j0, n, D, k_copy_);
             v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);
         }
-        if (with_dq) columns = Ops::columns(k, n, D, columns_);
+        if (!with_dq) return;
+        columns =
+            prefix && shared->has(j0, n) ? shared->rows(prefix_row(p, b), g, j0) : Ops::columns(k, n, D, columns_);
     }
 
     // Memory rows d0 .. d0 + count in the place of values.
