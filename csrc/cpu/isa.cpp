@@ -46,13 +46,13 @@ std::string lacks_tile_permission() {
     return refusal;
 }
 #else
-std::string lacks_tile_permission() { return "tile registers are asked of Linux alone"; }
+std::string lacks_tile_permission() { return "the system refuses tile registers: only Linux is asked for them"; }
 #endif
 
 std::string lacks_amx_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    // GCC 12 knows the names of neither this nor what follows in __builtin_cpu_supports
+    // GCC 12 does not know the name of amx_fp16 in __builtin_cpu_supports; whether the system has tiles is asked below
     const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile);
     const std::string objection = without(has && lacks_avx512_bf16().empty(), "AMX for bfloat16");
     return objection.empty() ? lacks_tile_permission() : objection;

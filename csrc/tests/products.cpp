@@ -1,5 +1,5 @@
 // Products of small integers, which any order of summing gives exactly: tested is which numbers meet, with tails of
-// rows, of columns and of what is summed over, and that nothing beside C is written.
+// rows, of columns and of what is summed over, and that nothing beside them is read or written.
 #include "check.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"
@@ -35,7 +35,8 @@ template <class Words, bool kStepIsWord>
 void product(int M, int N, int K, bool accumulate) {
     constexpr int n = Words::kNumbers;
     const int lda = (kStepIsWord ? K : M) + kPadding, ldb = N + kPadding, ldc = N + kPadding;
-    std::vector<float> a((size_t)(kStepIsWord ? M : K) * lda + 1), b((size_t)K * ldb + 1), c((size_t)M * ldc + 1);
+    std::vector<float> a((size_t)(kStepIsWord ? M : K) * lda + 1, NAN), b((size_t)K * ldb + 1, NAN);
+    std::vector<float> c((size_t)M * ldc + 1);
     std::vector<int> a_numbers((size_t)M * K * n), b_numbers((size_t)K * N * n);
     for (int m = 0; m < M; ++m)
         for (int k = 0; k < K; ++k)

@@ -8,14 +8,41 @@ using namespace prefixattn::PA_ISA;
 
 namespace {
 
-// Any number that T has but a nan, with many near its least and its largest.
+// Numbers by which roundings differ; in halves of a word.
+enum class Range {
+    kOrdinary,  // whose sums round
+    kAny,       // all but a nan
+    kTiny,      // whose products are at the least normal float, where T has such
+    kDenormal,  // of A; of B large ones
+};
+
 template <class T>
-T any_number() {
-    T x{(uint16_t)check::generator()()};
-    constexpr int kExponent = __is_same(T, bf16) ? 0x7f80 : 0x7c00;
-    if (check::below(8) == 0) x.bits &= (uint16_t)~(kExponent & ~0x0180);  // denormal, or nearly
-    if ((x.bits & kExponent) == kExponent) x.bits &= (uint16_t)~0x0180;
+T number(Range range, bool of_a) {
+    T x{};
+    const float significand = (float)(check::below(511) - 255) / 128;
+    constexpr int kExponent = __is_same(T, bf16) ? 0x7f80 : 0x7c00, kLarge = __is_same(T, bf16) ? 100 : 10;
+    switch (range) {
+        case Range::kOrdinary:
+            from_float((float)(check::below(2001) - 1000) / 64, &x);
+            break;
+        case Range::kAny:
+            x.bits = (uint16_t)check::generator()();
+            if ((x.bits & kExponent) == kExponent) x.bits &= (uint16_t)~0x0400;
+            break;
+        case Range::kTiny:
+            from_float(check::below(8) ? 0.f : std::ldexp(significand, check::below(8) - 66), &x);
+            break;
+        case Range::kDenormal:
+            from_float(std::ldexp(significand, kLarge), &x);
+            if (of_a) x.bits = (uint16_t)(check::generator()() & (0x8000 | (0xffff & ~0x8000 & ~kExponent)));
+            break;
+    }
     return x;
+}
+
+float summand(Range range) {
+    if (range == Range::kOrdinary || check::below(2)) return (float)check::below(1000) / 7;
+    return bits_to_float((uint32_t)check::generator()() & 0x81ffffffu);  // most are denormal, or nearly
 }
 
 template <class T>
@@ -58,25 +85,15 @@ float operand(f16 x) { return to_float(x); }
 template <class T>
 void product_rounds_as_the_manual_says() {
     const auto half = [](uint32_t word, int i) { return T{(uint16_t)(word >> 16 * i)}; };
-    for (int round = 0; round < 300; ++round) {
+    for (int round = 0; round < 400; ++round) {
         uint32_t a[kTile][kTile], b[kTile][kTile];
         float c[kTile][kTile], found[kTile][kTile];
-        const bool wild = round % 2;  // all exponents; else numbers whose sums round
-        const auto word = [&] {
-            uint32_t bits = 0;
-            for (int i = 0; i < 2; ++i) {
-                T x;
-                wild ? void(x = any_number<T>()) : from_float((float)(check::below(2001) - 1000) / 64, &x);
-                bits |= (uint32_t)x.bits << 16 * i;
-            }
-            return bits;
+        const Range range = (Range)(round % 4);
+        const auto word = [&](bool of_a) {
+            return number<T>(range, of_a).bits | (uint32_t)number<T>(range, of_a).bits << 16;
         };
         for (int r = 0; r < kTile; ++r)
-            for (int n = 0; n < kTile; ++n) {
-                a[r][n] = word(), b[r][n] = word();
-                c[r][n] = wild && check::below(4) == 0 ? bits_to_float((uint32_t)check::generator()() & 0x80ffffff)
-                                                       : (float)check::below(1000) / 7;
-            }
+            for (int n = 0; n < kTile; ++n) a[r][n] = word(true), b[r][n] = word(false), c[r][n] = summand(range);
         Tiles::configure();
         Tiles::load_c<1, 0>(c[0], 64);
         Tiles::load_a<1>(a, 64);

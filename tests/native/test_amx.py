@@ -131,3 +131,24 @@ def test_both_vectors_beside_plain_tiles_agree_to_rounding(dtype: torch.dtype) -
         with isa(name):
             lse.append(ours(inputs, "cpu")["lse"])
     torch.testing.assert_close(lse[0], lse[1], rtol=3e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize("prefixes", ["shared", "per_sample"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", PLAIN)
+def test_packed_prefixes_end_at_their_lengths(name: str, dtype: torch.dtype, prefixes: str) -> None:
+    """Also within a pair of rows, whose other one holds no number; whether a head's queries are one unit or several."""
+    inputs = make_inputs(Shape(3, 4, 2, 90, 70, 40, 24), dtype, prefixes=prefixes, lengths="B")
+    lengths = [33, 7, 32]
+    inputs.options["prefix_lengths"] = torch.tensor(lengths)
+    right, allowed = exact(inputs), same_dtype(inputs)
+    for key in ("prefix_k", "prefix_v"):
+        t = inputs.tensors[key].detach()  # of one storage
+        for row, last in zip(
+            t.reshape(-1, 2, 40, 24), [max(lengths)] if prefixes == "shared" else lengths, strict=True
+        ):
+            row[:, last:] = float("nan")
+    with isa(name):
+        for n in (1, 8):
+            with threads(n):
+                assert_all_as_accurate(ours(inputs, "cpu"), allowed, right)

@@ -46,7 +46,7 @@ class PrefixColumns {
     uint32_t *words_ = nullptr;
 };
 
-// Of one head at a time, as its blocks of queries come to see them.
+// Those of one sample and head, as its blocks of queries come to see them.
 template <class Storage, class Dot>
 class OwnColumns {
     using Ops = Operands<Storage, Dot>;
@@ -62,22 +62,20 @@ class OwnColumns {
 
     bool fits() const { return fits_; }
 
-    // Rows s0 .. s0 + n of t [b, g]; s0 lies a multiple of 32 behind seen.begin, the first of the head that is read at
-    // all.
+    // Rows s0 .. s0 + n of t [b, g], of which only those in `seen` are ever read; s0 lies a multiple of 32 behind the
+    // first of these.
     typename Ops::Columns rows(const Strided &t, int64_t b, int64_t g, Range seen, int64_t s0, int n, int D) {
-        if (b != b_ || g != g_ || seen.begin != begin_) b_ = b, g_ = g, begin_ = seen.begin, done_ = 0;
-        const int64_t wanted = min_of((s0 + n - begin_ + 31) / 32 * 32, seen.end - begin_);
-        if (wanted > done_) {
-            const int64_t from = done_ / 32 * 32;
-            const int rows = (int)(wanted - from);
-            Ops::columns(Ops::rows(t, b, g, begin_ + from, rows, D, nullptr), rows, D, words_ + from / 2 * D);
-            done_ = wanted;
+        const int64_t end = min_of((s0 + n - seen.begin + 31) / 32 * 32, seen.end - seen.begin);
+        if (end > done_) {  // then done_ is a multiple of 32
+            const int rows = (int)(end - done_);
+            Ops::columns(Ops::rows(t, b, g, seen.begin + done_, rows, D, nullptr), rows, D, words_ + done_ / 2 * D);
+            done_ = end;
         }
-        return {{}, words_ + (s0 - begin_) / 2 * D};
+        return {{}, words_ + (s0 - seen.begin) / 2 * D};
     }
 
   private:
-    int64_t b_ = -1, g_ = -1, begin_ = 0, done_ = 0;
+    int64_t done_ = 0;
     uint32_t *words_ = nullptr;
     bool fits_ = false;
 };
