@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,22 +48,38 @@ BASE_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trap
 # than csrc/cpu/isa.cpp asks the CPU for: the compiler uses all that it is allowed.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split()
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12's own headers trip them (its bug 105593)
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vbmi"]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "avx512_bf16": AVX512_BF16,
+    "amx_bf16": [*AVX512_BF16, "-DPA_AMX"],
+    "amx_fp16": [*AVX512_BF16, "-DPA_AMX", "-DPA_AMX_FP16"],
+    "amx_plain_avx512": [*AVX512_BF16, "-DPA_PLAIN_TILES"],
 }
+# What is written in assembly is asked of the assembler, which may be older than its compiler.
+ASSEMBLY = {"amx_bf16": "tdpbf16ps %tmm0, %tmm1, %tmm2", "amx_fp16": "tdpfp16ps %tmm0, %tmm1, %tmm2"}
+ANYWHERE = {"portable": [], "amx_plain": ["-DPA_PLAIN_TILES"]}
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-def isa_flags(source: Path) -> list[str]:
-    # elsewhere the same files compile to nothing: they guard themselves with #if
-    return ISA_FLAGS.get(source.stem, []) if IS_X86 else []
+def assembles(compiler: list[str], instruction: str) -> bool:
+    command = [*compiler, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return not subprocess.run(command, input=f'asm("{instruction}");', text=True, capture_output=True).returncode
+
+
+def isa_flags(compiler: list[str]) -> dict[str, list[str]]:
+    """By a file's stem. Files of other instruction sets compile to nothing: they guard themselves with #if."""
+    known = {name for name in ISA_FLAGS if name not in ASSEMBLY or assembles(compiler, ASSEMBLY[name])}
+    return ANYWHERE | {name: flags for name, flags in ISA_FLAGS.items() if IS_X86 and name in known}
 
 
 def test_programs() -> dict[str, tuple[Path, list[str]]]:
-    """Source and flags of each by its name: a source of csrc/tests for an instruction set, and those of csrc/cuda."""
-    isas = {"portable": []} | (ISA_FLAGS if IS_X86 else {})
+    """Source and flags of each by its name: a source of csrc/tests for an instruction set, and those of csrc/cuda.
+
+    None is for tiles of a CPU, which csrc/cpu/isa.cpp alone asks the system for.
+    """
+    isas = ANYWHERE | ({name: flags for name, flags in ISA_FLAGS.items() if name not in ASSEMBLY} if IS_X86 else {})
     sources = sorted(ROOT.glob("csrc/tests/*.cpp"))
     programs = {f"{source.stem}.{isa}": (source, flags) for source in sources for isa, flags in isas.items()}
     machine = sorted(ROOT.glob("csrc/cuda/tests/*.cpp"))
@@ -90,10 +107,13 @@ def ninja_file(sources: list[Path], compiler: list[str], output: Path) -> str:
         "  depfile = $out.d",
         "  description = $out",
     ]
-    objects = []
+    objects, isas = [], isa_flags(compiler)
     for source in sources:
         objects.append(ninja_escape(source.relative_to(ROOT).with_suffix(".o")))
-        lines += [f"build {objects[-1]}: compile {ninja_escape(source)}", f"  isa = {' '.join(isa_flags(source))}"]
+        lines += [
+            f"build {objects[-1]}: compile {ninja_escape(source)}",
+            f"  isa = {' '.join(isas.get(source.stem, []))}",
+        ]
     lines += [f"build {ninja_escape(output.name)}: link {' '.join(objects)}", f"default {ninja_escape(output.name)}"]
     for name, (source, flags_of_isa) in test_programs().items():
         lines += [f"build tests/{name}: program {ninja_escape(source)}", f"  isa = {' '.join(flags_of_isa)}"]

@@ -23,8 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"  {name:{width}}  " + ("no: " + "; ".join(reasons) if reasons else "works"))
     for name, reasons in reparam.here().items():
         print(f"  reparameterize, {name:{width}}  " + ("no: " + "; ".join(reasons) if reasons else "works"))
+    if not backends.here()["cpu"]:
+        print_instruction_sets()
     if not options.no_verdicts and torch.cuda.is_available() and not backends.here()["triton"]:
         print_verdicts(torch.device("cuda", torch.cuda.current_device()))
+
+
+def print_instruction_sets() -> None:
+    """Which of the CPU kernels runs, and why what is better, or was compiled for another CPU, does not."""
+    from prefixattn import _C  # not there where it was not built
+
+    objections = _C.isa_objections()
+    width = max(map(len, [*objections, ""]))
+    print(f"  cpu kernels: {_C.isa()} in use; others here: {', '.join(x for x in _C.isas() if x != _C.isa())}")
+    for name, words in objections.items():
+        print(f"    {name:{width}}  no: {words}")
 
 
 def print_verdicts(device: torch.device) -> None:

@@ -15,6 +15,11 @@ from prefixattn.reparam import functional as reparam
 from prefixattn.testing.attention import round_products_once
 
 DEVICE = os.environ.get("PREFIXATTN_TEST_DEVICE", "cpu")
+# PREFIXATTN_TEST_ISA=amx_plain runs the CPU kernels of that instruction set in all tests that name no other
+if ISA := os.environ.get("PREFIXATTN_TEST_ISA"):
+    from prefixattn import _C
+
+    _C.set_isa(ISA)
 round_products_once()
 torch.set_default_device(DEVICE)
 

@@ -1,13 +1,16 @@
 // The one matrix product of these kernels: C[m, n] (+)= sum_k A[m, k] * B[k, n], with scalars of A broadcast against
 // vectors of B. A is read where it lies, through byte strides, so that keys and values need no packing; B has rows of
-// 4-byte words. With Fp32 a word is a float; with Bf16Dot it is a pair of bfloat16 and k counts pairs.
+// 4-byte words. With Fp32 a word is a float; else it is a pair of 16-bit numbers and k counts pairs. TileDot has a
+// product of its own.
 #pragma once
-#include "cpu/vec.h"
+#include "cpu/tile_product.h"
 
 namespace prefixattn {
 namespace PA_ISA {
 
 struct Fp32 {
+    static constexpr bool kPairs = false, kTiles = false;
+    static Region region() { return {}; }
     static inline vf bcast(const char *p) {
         float x;
         std::memcpy(&x, p, 4);
@@ -19,6 +22,8 @@ struct Fp32 {
 
 #if defined(PA_BF16DOT)
 struct Bf16Dot {
+    static constexpr bool kPairs = true, kTiles = false;
+    static Region region() { return {}; }
     static inline vf bcast(const char *p) {
         int32_t x;
         std::memcpy(&x, p, 4);
@@ -104,10 +109,9 @@ void column(int M, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t
     for (; m < M; step(1)) tile<Dot, 1, NV, kStepIsWord>(a, b, ldb, c, ldc, K, accumulate);
 }
 
-// N counts floats and is a multiple of VL; K counts words of A's rows.
 template <class Dot, bool kStepIsWord>
-void gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, bool accumulate) {
-    if (M <= 0 || N <= 0) return;
+void vector_gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc,
+                 bool accumulate) {
     for (int vectors = N / VL; vectors > 0;) {
         const int nv = vectors <= kMaxNV ? vectors : vectors == kMaxNV + 1 && kMaxNV > 2 ? kMaxNV - 1 : kMaxNV;
         switch (nv) {
@@ -129,6 +133,18 @@ void gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *
         vectors -= nv;
         b += nv * VL;
         c += nv * VL;
+    }
+}
+
+// N counts floats and is a multiple of VL; K counts words of A's rows.
+template <class Dot, bool kStepIsWord>
+void gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, bool accumulate) {
+    if (M <= 0 || N <= 0) return;
+    if constexpr (Dot::kTiles) {
+        static_assert(kStepIsWord, "words of a tile of A lie along its rows");
+        Dot::product(M, N, K, {a.data, a.row, Dot::kRowOfTile}, b, ldb, c, ldc, accumulate);
+    } else {
+        vector_gemm<Dot, kStepIsWord>(M, N, K, a, b, ldb, c, ldc, accumulate);
     }
 }
 

@@ -9,12 +9,14 @@ namespace prefixattn {
 
 struct Isa {
     const char *name;
-    bool (*runs_here)();  // asks the CPU
+    std::string (*lacks)();  // what this CPU or its system lacks; empty: nothing
     const AttentionKernels *attention;
     const ReparamKernels *reparam;
 };
 
-std::vector<const Isa *> usable_isas();  // compiled in and run on this CPU, best first
+const std::vector<const Isa *> &all_isas();  // best first; then those whose tiles are plain C++, for tests
+std::string isa_objection(const Isa &);      // why it does not run here, in words; empty: it does
+std::vector<const Isa *> usable_isas();      // those without an objection
 const Isa &isa_in_use();
 void set_isa(const std::string &name);  // one of usable_isas()
 

@@ -15,7 +15,8 @@ struct ReparamKernels {
     void (*fused_step)(const FusedStepParams &, int threads);
 };
 
-extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, avx512_bf16_attention;
+extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, avx512_bf16_attention,
+    amx_bf16_attention, amx_fp16_attention, amx_plain_attention, amx_plain_avx512_attention;
 extern const ReparamKernels portable_reparam, avx2_reparam, avx512_reparam;
 
 }  // namespace prefixattn

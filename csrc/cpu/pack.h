@@ -96,7 +96,8 @@ inline vf vload_as(const T *p) {
 #endif
 
 // dst[i] = (low[i], high[i]); a null high is zeros.
-inline void interleave(const bf16 *low, const bf16 *high, uint32_t *dst, int n) {
+template <class T>
+inline void interleave(const T *low, const T *high, uint32_t *dst, int n) {
     if (high)
         for (int i = 0; i < n; ++i) dst[i] = low[i].bits | (uint32_t)high[i].bits << 16;
     else

@@ -65,12 +65,14 @@ struct Loop {
     int64_t units;
     void (*body)(void *, int64_t);
     void *context;
+    Region region;
     std::atomic<bool> failed{false};
     std::exception_ptr error;  // the first
 };
 
 void run_loop(void *data) {
     auto *loop = static_cast<Loop *>(data);
+    if (loop->region.enter) loop->region.enter();
     try {
         for (int64_t unit; (unit = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->units;)
             loop->body(loop->context, unit);
@@ -78,12 +80,14 @@ void run_loop(void *data) {
         if (!loop->failed.exchange(true)) loop->error = std::current_exception();
         loop->next.store(loop->units, std::memory_order_relaxed);
     }
+    if (loop->region.leave) loop->region.leave();
 }
 
 struct Scratch {
     void *data = nullptr;
     size_t bytes = 0;
     ~Scratch() { std::free(data); }
+    void *at_least(size_t wanted);
 };
 
 class NoScratch : public std::bad_alloc {
@@ -98,13 +102,26 @@ class NoScratch : public std::bad_alloc {
 
 std::atomic<size_t> scratch_limit{0};
 
+void *Scratch::at_least(size_t wanted) {
+    const size_t limit = scratch_limit.load(std::memory_order_relaxed);
+    if (limit && wanted > limit) throw NoScratch(wanted);
+    if (!data || bytes < wanted) {
+        std::free(data);
+        data = std::aligned_alloc(64, wanted / 4096 * 4096 + 4096);
+        bytes = data ? wanted : 0;
+        if (!data) throw NoScratch(wanted);
+    }
+    return data;
+}
+
 }  // namespace
 
-void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), void *context) {
+void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), void *context, Region region) {
     Loop loop;
     loop.units = units;
     loop.body = body;
     loop.context = context;
+    loop.region = region;
     if (threads > units) threads = static_cast<int>(units);
     if (threads > 1 && runtime().parallel)
         runtime().parallel(run_loop, &loop, static_cast<unsigned>(threads), 0);
@@ -115,15 +132,12 @@ void parallel_for(int64_t units, int threads, void (*body)(void *, int64_t), voi
 
 void *thread_scratch(size_t bytes) {
     thread_local Scratch scratch;
-    const size_t limit = scratch_limit.load(std::memory_order_relaxed);
-    if (limit && bytes > limit) throw NoScratch(bytes);
-    if (!scratch.data || scratch.bytes < bytes) {
-        std::free(scratch.data);
-        scratch.data = std::aligned_alloc(64, bytes / 4096 * 4096 + 4096);
-        scratch.bytes = scratch.data ? bytes : 0;
-        if (!scratch.data) throw NoScratch(bytes);
-    }
-    return scratch.data;
+    return scratch.at_least(bytes);
+}
+
+void *call_scratch(size_t bytes) {
+    thread_local Scratch scratch;
+    return scratch.at_least(bytes);
 }
 
 void limit_scratch(size_t bytes) { scratch_limit.store(bytes, std::memory_order_relaxed); }

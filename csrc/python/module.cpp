@@ -17,6 +17,13 @@ py::list isas() {
     return names;
 }
 
+py::dict isa_objections() {
+    py::dict objections;
+    for (const Isa *isa : all_isas())
+        if (const std::string words = isa_objection(*isa); !words.empty()) objections[isa->name] = words;
+    return objections;
+}
+
 }  // namespace
 }  // namespace prefixattn
 
@@ -24,7 +31,10 @@ PYBIND11_MODULE(_C, m) {
     using namespace prefixattn;
     bind_attention(m);
     bind_reparam(m);
-    m.def("isas", isas, "Instruction sets that were compiled in and run on this CPU, best first.");
+    m.def("isas", isas,
+          "Instruction sets that were compiled in and run on this CPU, best first; then those that imitate tiles, for "
+          "tests.");
+    m.def("isa_objections", isa_objections, "Why the other instruction sets do not run here, by name, in words.");
     m.def("isa", [] { return isa_in_use().name; }, "The instruction set in use.");
     m.def("set_isa", set_isa, "Takes another of isas(), for tests and benchmarks.");
     m.def("limit_scratch", limit_scratch,

@@ -1,5 +1,5 @@
 // Products of small integers, which any order of summing gives exactly: tested is which numbers meet, with tails of
-// rows, of columns and of what is summed over, and that nothing beside C is written.
+// rows, of columns and of what is summed over, and that nothing beside them is read or written.
 #include "check.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"
@@ -20,23 +20,23 @@ struct Floats {
         std::memcpy(word, &value, 4);
     }
 };
-#if defined(PA_BF16DOT)
+template <class Number, class Arithmetic>
 struct Pairs {
-    using Dot = Bf16Dot;
+    using Dot = Arithmetic;
     static constexpr int kNumbers = 2;
     static void put(void *word, int half, int x) {
-        bf16 value;
+        Number value;
         from_float((float)x, &value);
         std::memcpy((char *)word + 2 * half, &value, 2);
     }
 };
-#endif
 
 template <class Words, bool kStepIsWord>
 void product(int M, int N, int K, bool accumulate) {
     constexpr int n = Words::kNumbers;
     const int lda = (kStepIsWord ? K : M) + kPadding, ldb = N + kPadding, ldc = N + kPadding;
-    std::vector<float> a((size_t)(kStepIsWord ? M : K) * lda + 1), b((size_t)K * ldb + 1), c((size_t)M * ldc + 1);
+    std::vector<float> a((size_t)(kStepIsWord ? M : K) * lda + 1, NAN), b((size_t)K * ldb + 1, NAN);
+    std::vector<float> c((size_t)M * ldc + 1);
     std::vector<int> a_numbers((size_t)M * K * n), b_numbers((size_t)K * N * n);
     for (int m = 0; m < M; ++m)
         for (int k = 0; k < K; ++k)
@@ -66,14 +66,14 @@ void product(int M, int N, int K, bool accumulate) {
         }
 }
 
-template <class Words>
+template <class Words, bool kRowIsWord = true>
 void products() {
     for (int M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 31})
         for (int vectors = 1; vectors <= 9; ++vectors)
             for (int K : {0, 1, 2, 15, 16, 17, 63, 64, 65, 130})
                 for (bool accumulate : {false, true}) {
                     product<Words, true>(M, vectors * VL, K, accumulate);
-                    product<Words, false>(M, vectors * VL, K, accumulate);
+                    if constexpr (kRowIsWord) product<Words, false>(M, vectors * VL, K, accumulate);
                 }
     product<Words, true>(0, VL, 3, false);
     product<Words, true>(3, 0, 3, false);
@@ -84,7 +84,13 @@ void products() {
 int main() {
     products<Floats>();
 #if defined(PA_BF16DOT)
-    products<Pairs>();
+    products<Pairs<bf16, Bf16Dot>>();
+#endif
+#if defined(PA_TILES)
+    Tiles::configure();
+    products<Pairs<bf16, TileDot<bf16>>, false>();  // there A has its words along its rows
+    products<Pairs<f16, TileDot<f16>>, false>();
+    Tiles::release();
 #endif
     return check::result();
 }

@@ -32,7 +32,7 @@ from prefixattn import _C
 from prefixattn.reparam import cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOAT32_ISAS = [name for name in _C.isas() if name != "avx512_bf16"]  # which runs the kernels of avx512
+FLOAT32_ISAS = [name for name in _C.isas() if name in ("avx512", "avx2", "portable")]  # others run one of these's
 
 # each for a path of its own: more than one panel of lanes or rows, tails of both, heads that straddle blocks
 CASES = {

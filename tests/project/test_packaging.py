@@ -243,6 +243,8 @@ def test_only_files_named_for_it_use_an_instruction_set(project: Path) -> None:
         "avx2.cpp": {"AVX2"},
         "avx512.cpp": {"AVX2", "AVX512F"},
         "avx512_bf16.cpp": {"AVX2", "AVX512F", "AVX512BF16"},
+        "amx_plain.cpp": set(),
+        "amx_plain_avx512.cpp": {"AVX2", "AVX512F", "AVX512BF16"},
     }
     for name, macros in allowed.items():
         checks = [
@@ -252,6 +254,22 @@ def test_only_files_named_for_it_use_an_instruction_set(project: Path) -> None:
         (project / "csrc" / "cpu" / name).write_text("".join(checks))
     done = run_setup(project, "-q", "build_ext", "--inplace")
     assert record(project)["built"] is True, done.stdout
+
+
+@needs_compiler
+@pytest.mark.skipif(not X86, reason="the instruction sets are those of x86")
+def test_what_the_assembler_does_not_know_is_left_out(project: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\ncase " $* " in *" - "*) exit 1;; esac\nexec "${REAL:?}" "$@"\n')
+    old.chmod(0o755)
+    source = project / "csrc" / "cpu" / "amx_bf16.cpp"
+    source.write_text("#if defined(PA_AMX)\n#error this machine assembles it\n#endif\n")
+    run_setup(project, "-q", "build_ext", "--inplace", CXX=str(old), REAL=str(COMPILER))
+    assert record(project)["built"] is True
+    run_setup(project, "-q", "build_ext", "--inplace")
+    asked = [str(COMPILER), "-x", "c++", "-c", "-", "-o", os.devnull]
+    knows = subprocess.run(asked, input='asm("tdpbf16ps %tmm0, %tmm1, %tmm2");', text=True).returncode == 0
+    assert record(project)["built"] is not knows
 
 
 def test_version_is_read_without_importing_torch(project: Path) -> None:

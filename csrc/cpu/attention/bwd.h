@@ -28,20 +28,24 @@ class Backward {
     static void run(const BwdParams &p, int threads) {
         if (p.Hkv == 0) return;  // every gradient is empty
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
-        Job job{p, chunk_keys(p)};
-        if (p.dmemory.data) parallel_for(p.memories * p.H * memory_chunks(p), threads, memory_unit, &job);
+        PrefixColumns<Storage, Dot> columns(p);
+        if (p.dq.data) columns.pack(p.prefix_k, threads);
+        Job job{p, chunk_keys(p), columns};
+        if (p.dmemory.data)
+            parallel_for(p.memories * p.H * memory_chunks(p), threads, memory_unit, &job, Dot::region());
         const int64_t rows = p.T * p.Hkv;
         if (p.dq.data && (own || prefix) && (rows >= threads || rows >= p.B * p.Hkv) && fused_fits(p))
-            return parallel_for(rows, threads, fused_unit, &job);
-        if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), threads, own_unit, &job);
-        if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), threads, prefix_unit, &job);
-        if (p.dq.data) parallel_for(p.B * p.H * query_blocks(p.L), threads, query_unit, &job);
+            return parallel_for(rows, threads, fused_unit, &job, Dot::region());
+        if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), threads, own_unit, &job, Dot::region());
+        if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), threads, prefix_unit, &job, Dot::region());
+        if (p.dq.data) parallel_for(p.B * p.H * query_blocks(p.L), threads, query_unit, &job, Dot::region());
     }
 
   private:
     struct Job {
         const BwdParams &p;
         int keys;  // of a chunk
+        const PrefixColumns<Storage, Dot> &columns;
     };
 
     static int chunk_keys(const BwdParams &p) { return p.D <= 128 ? 128 : 64; }
@@ -90,6 +94,7 @@ class Backward {
     static void with_scratch(const Job &job, bool fused, F f) {
         const int64_t bytes = Backward(job.p, fused, Arena::counting()).arena_.used();
         Backward work(job.p, fused, Arena(thread_scratch(bytes)));
+        work.keys_.shared = &job.columns;
         f(work);
     }
 

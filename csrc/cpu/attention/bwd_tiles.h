@@ -1,7 +1,7 @@
 // Backward of one block of queries against one chunk of keys: weights from lse, then up to three products.
 #pragma once
+#include "cpu/attention/columns.h"
 #include "cpu/attention/dot.h"
-#include "cpu/attention/operands.h"
 
 namespace prefixattn {
 namespace PA_ISA {
@@ -90,7 +90,7 @@ class QuerySide {
             const Storage *row = (const Storage *)(src + i * stride);
             float *dst = copy + (int64_t)(i / Ops::kRowAlign) * Dp_;
             if constexpr (Ops::kPairs)
-                interleave(row, i + 1 < q.lanes ? (const bf16 *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst,
+                interleave(row, i + 1 < q.lanes ? (const Storage *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst,
                            D_);
             else
                 widen(row, dst, D_);
@@ -108,11 +108,13 @@ template <class Storage, class Dot>
 class KeySide {
     using Ops = Operands<Storage, Dot>;
     using Rows = typename Ops::Rows;
+    using Columns = typename Ops::Columns;
 
   public:
+    const PrefixColumns<Storage, Dot> *shared = nullptr;  // prefix_k's
     Rows k{}, v{};
-    const uint32_t *pairs = nullptr;  // [n / 2][D], keys in pairs, for dQ
-    int64_t j0 = 0;                   // prefix row or own key
+    Columns columns{};  // of keys, for dQ
+    int64_t j0 = 0;     // prefix row or own key
     int n = 0;
     bool prefix = false;
     float gain = 1;   // what prefix dropout multiplies kept elements by
@@ -122,11 +124,11 @@ class KeySide {
         const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
         k_copy_ = arena.take<float>(copies ? keys * p.D : 0);
         v_copy_ = arena.take<float>(copies ? keys * p.D : 0);
-        pairs_ = arena.take<uint32_t>(Ops::kPairs ? (keys / 2 + 1) * p.D : 0);
+        columns_ = arena.take<uint32_t>(Ops::column_words(keys, p.D));
         if (p.prefix_dropout_p > 0) kept.allocate(arena, keys, p.D);
     }
 
-    void load(const BwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_pairs) {
+    void load(const BwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_dq) {
         j0 = first, n = count, prefix = is_prefix;
         const int D = (int)p.D;
         gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
@@ -138,8 +140,9 @@ class KeySide {
             k = Ops::rows(p.k, b, g, j0, n, D, k_copy_);
             v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);
         }
-        if (Ops::kPairs && with_pairs) Ops::pair_rows(k, n, D, pairs_);
-        pairs = pairs_;
+        if (!with_dq) return;
+        columns =
+            prefix && shared->has(j0, n) ? shared->rows(prefix_row(p, b), g, j0) : Ops::columns(k, n, D, columns_);
     }
 
     // Memory rows d0 .. d0 + count in the place of values.
@@ -150,7 +153,7 @@ class KeySide {
 
   private:
     float *k_copy_, *v_copy_;
-    uint32_t *pairs_;
+    uint32_t *columns_;
 };
 
 template <class Storage, class Dot>
@@ -158,6 +161,7 @@ class BwdTile {
     using Ops = Operands<Storage, Dot>;
     using Queries = QuerySide<Storage, Dot>;
     using Keys = KeySide<Storage, Dot>;
+    static constexpr int kBegins = Dot::kTiles ? Ops::kStripAlign : 2;  // the first key is a multiple of this
 
   public:
     void allocate(const BwdParams &p, Arena &arena, int keys) {
@@ -165,8 +169,8 @@ class BwdTile {
         const int64_t size = (int64_t)(keys + 2) * kLanes;
         scores_ = arena.take<float>(size);
         dweights_ = arena.take<float>(size);
-        weight_rows_ = arena.take<bf16>(Ops::kPairs ? size : 0);
-        dscore_rows_ = arena.take<bf16>(Ops::kPairs ? size : 0);
+        weight_rows_ = arena.take<Storage>(Ops::kPairs ? size : 0);
+        dscore_rows_ = arena.take<Storage>(Ops::kPairs ? size : 0);
         dscore_pairs_ = arena.take<uint32_t>(Ops::kPairs ? size / 2 : 0);
         slopes_ = arena.take<float>(p.softcap > 0 ? size : 0);
         mask_ = arena.take<float>(Masker::scratch_floats(p, keys));
@@ -177,12 +181,13 @@ class BwdTile {
         Range rows{0, keys.n};
         if (!keys.prefix) {
             const Range seen = visible_keys(p, padded_range(p, q.b, q.h), q.q);
-            rows.begin = max_of<int64_t>(0, seen.begin - keys.j0) & ~(int64_t)1;
+            rows.begin = max_of<int64_t>(0, seen.begin - keys.j0) / kBegins * kBegins;
             rows.end = min_of<int64_t>(keys.n, seen.end - keys.j0);
         }
         if (rows.begin >= rows.end) return;
         const int r0 = (int)rows.begin, n = (int)(rows.end - rows.begin), width = q.q.width;
-        const Strips strips(p.causal && !keys.prefix, causal_offset(p), q.q, keys.j0 + r0, n, Ops::kRowAlign);
+        const Strips strips(p.causal && !keys.prefix, causal_offset(p), q.q, keys.j0 + r0, n, Ops::kStrip,
+                            Ops::kStripAlign);
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
@@ -221,14 +226,11 @@ class BwdTile {
                 gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_ + at_row, dweights_ + at_row, width),
                                 q.query_rows + first * q.query_ld, q.query_ld, dk + (int64_t)(r0 + r) * Dp_, Dp_, true);
             }
-            if (dq && Ops::kPairs) {
-                const Operand a{(const char *)(keys.pairs + (int64_t)(r0 + r) / 2 * D_), 4, 4 * (ptrdiff_t)D_};
-                gemm<Dot, false>(D_, width - skip, (count + 1) / 2, a,
-                                 (const float *)dscore_pairs_ + (int64_t)r / 2 * width + skip, width, dq + skip, width,
-                                 true);
-            } else if (dq) {
-                gemm<Dot, false>(D_, width - skip, count, keys.k.by_column(r0 + r), dweights_ + at_row, width,
-                                 dq + skip, width, true);
+            if (dq) {
+                const float *dscores = Ops::kPairs ? (const float *)dscore_pairs_ + (int64_t)r / 2 * width
+                                                   : dweights_ + (int64_t)r * width;
+                Ops::add_product(keys.columns, r0 + r, count, D_, width - skip, dscores + skip, width, dq + skip,
+                                 width);
             }
         });
     }
@@ -281,14 +283,12 @@ class BwdTile {
     }
 
     // [rows][width] as the operand whose sum runs over the lanes.
-    static Operand rows_of(const bf16 *half, const float *full, int width) {
+    static Operand rows_of(const Storage *half, const float *full, int width) {
         return Ops::kPairs ? Operand{(const char *)half, 2 * width, 4} : Operand{(const char *)full, 4 * width, 4};
     }
 
-    static void put_rows(bf16 *half, float *full, int64_t x, int width, vf first, vf second) {
-#if defined(PA_BF16DOT)
-        if (Ops::kPairs) return store_halves(half + x, width, first, second);
-#endif
+    static void put_rows(Storage *half, float *full, int64_t x, int width, vf first, vf second) {
+        if constexpr (Ops::kPairs) return store_halves(half + x, width, first, second);
         (void)half;
         vstore(full + x, first);
         vstore(full + x + width, second);
@@ -325,14 +325,12 @@ class BwdTile {
                 element(r, i, kept[0], w0, s0);
                 if (two) element(r + 1, i, kept[1], w1, s1);
                 const int64_t x = (int64_t)r * width + i;
-#if defined(PA_BF16DOT)
-                if (Ops::kPairs) {
+                if constexpr (Ops::kPairs) {
                     store_halves(weight_rows_ + x, width, w0, w1);
                     store_halves(dscore_rows_ + x, width, s0, s1);
-                    store_pairs(dscore_pairs_ + (int64_t)(r / 2) * width + i, s0, s1);
+                    store_pairs<Storage>(dscore_pairs_ + (int64_t)(r / 2) * width + i, s0, s1);
                     continue;
                 }
-#endif
                 vstore(scores_ + x, w0);
                 vstore(dweights_ + x, s0);
                 if (two) {
@@ -344,10 +342,10 @@ class BwdTile {
     }
 
     int D_, Dp_;
-    float *scores_, *dweights_;         // [keys][width]
-    bf16 *weight_rows_, *dscore_rows_;  // the same in bfloat16
-    uint32_t *dscore_pairs_;            // [keys / 2][width]
-    float *slopes_;                     // [keys][width], of the cap on scores
+    float *scores_, *dweights_;            // [keys][width]
+    Storage *weight_rows_, *dscore_rows_;  // the same in 16 bits
+    uint32_t *dscore_pairs_;               // [keys / 2][width]
+    float *slopes_;                        // [keys][width], of the cap on scores
     float *mask_;
 };
 

@@ -7,8 +7,6 @@
 namespace prefixattn {
 namespace PA_ISA {
 
-constexpr int kStrip = 16;  // keys of a strip on the causal diagonal
-
 struct QueryBlock {
     int64_t l0;  // first query
     int lanes;   // queries
@@ -54,16 +52,19 @@ inline Range visible_keys(const AttnParams &p, Range padded, const QueryBlock &q
 // lanes altogether (and may need single lanes hidden). Where a strip begins depends on its keys alone, not on s0: the
 // order in which a product sums depends on how many lanes it has, and both passes must compute the same score.
 struct Strips {
-    // offset: causal_offset(). align: strips begin at a multiple of so many rows.
-    Strips(bool causal, int64_t offset, const QueryBlock &q, int64_t s0, int n, int align)
-        : n_(n), align_(align), diagonal_(causal ? q.l0 + offset - s0 : n) {}  // row seen by lanes >= row - diagonal
+    // offset: causal_offset(). strip: its keys. align: strips begin at a multiple of so many rows.
+    Strips(bool causal, int64_t offset, const QueryBlock &q, int64_t s0, int n, int strip, int align)
+        : n_(n),
+          strip_(strip),
+          align_(align),
+          diagonal_(causal ? q.l0 + offset - s0 : n) {}  // row seen by lanes >= row - diagonal
     template <class F>
     void each(F f) const {  // f(first row, rows, lanes to skip)
         for (int r = 0; r < n_;) {
-            const int64_t strip = r > diagonal_ ? (r - diagonal_) / kStrip : 0;
-            const int64_t next = (diagonal_ + (strip + 1) * kStrip + align_ - 1) / align_ * align_;
+            const int64_t strip = r > diagonal_ ? (r - diagonal_) / strip_ : 0;
+            const int64_t next = (diagonal_ + (strip + 1) * strip_ + align_ - 1) / align_ * align_;
             const int rows = (int)min_of<int64_t>(n_, next) - r;
-            f(r, rows, (int)(strip * kStrip));
+            f(r, rows, (int)(strip * strip_));
             r += rows;
         }
     }
@@ -71,7 +72,7 @@ struct Strips {
     int hidden_lanes(int row) const { return (int)max_of<int64_t>(0, row - diagonal_); }
 
   private:
-    int n_, align_;
+    int n_, strip_, align_;
     int64_t diagonal_;
 };
 

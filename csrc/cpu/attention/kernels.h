@@ -8,10 +8,17 @@
 namespace prefixattn {
 namespace PA_ISA {
 
-#if defined(PA_BF16DOT)
+#if defined(PA_TILES)
+using Bf16Arithmetic = TileDot<bf16>;
+#elif defined(PA_BF16DOT)
 using Bf16Arithmetic = Bf16Dot;
 #else
 using Bf16Arithmetic = Fp32;
+#endif
+#if defined(PA_AMX_FP16) || defined(PA_PLAIN_TILES)
+using Fp16Arithmetic = TileDot<f16>;
+#else
+using Fp16Arithmetic = Fp32;
 #endif
 
 template <class Storage, class Dot>
@@ -26,7 +33,7 @@ inline void fwd(const FwdParams &p, int threads) {
         case DType::kBFloat16:
             return fwd_of<bf16, Bf16Arithmetic>(p, threads);
         case DType::kFloat16:
-            return fwd_of<f16, Fp32>(p, threads);
+            return fwd_of<f16, Fp16Arithmetic>(p, threads);
     }
 }
 
@@ -37,7 +44,7 @@ inline void bwd(const BwdParams &p, int threads) {
         case DType::kBFloat16:
             return Backward<bf16, Bf16Arithmetic>::run(p, threads);
         case DType::kFloat16:
-            return Backward<f16, Fp32>::run(p, threads);
+            return Backward<f16, Fp16Arithmetic>::run(p, threads);
     }
 }
 

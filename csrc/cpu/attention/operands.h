@@ -5,21 +5,21 @@
 #include "cpu/attention/philox.h"
 #include "cpu/attention/softcap.h"
 #include "cpu/gemm.h"
+#include "cpu/pairs.h"
 
 namespace prefixattn {
 namespace PA_ISA {
 
-// Storage: float, bf16 or f16 in memory. Dot: Fp32 widens 16-bit storage first, Bf16Dot multiplies pairs as they are.
+// Storage: float, bf16 or f16 in memory. Dot: Fp32 widens 16-bit storage first, the others multiply pairs as they are.
 template <class Storage, class Dot>
 struct Operands {
-#if defined(PA_BF16DOT)
-    static constexpr bool kPairs = __is_same(Dot, Bf16Dot);
-#else
-    static constexpr bool kPairs = false;
-#endif
+    using Number = Storage;
+    static constexpr bool kPairs = Dot::kPairs;
     static constexpr bool kWiden = !kPairs && sizeof(Storage) == 2;
     static constexpr int64_t kSize = sizeof(Storage);
     static constexpr int kRowAlign = kPairs ? 2 : 1;  // rows of a segment are padded to whole pairs
+    // Strips on the causal diagonal, and where they begin: of whole tiles in both products.
+    static constexpr int kStrip = Dot::kTiles ? 32 : 16, kStripAlign = Dot::kTiles ? 32 : kRowAlign;
 
     static int words(int n) { return kPairs ? (n + 1) / 2 : n; }
 
@@ -77,44 +77,57 @@ struct Operands {
         return rows(t, row, head, j0, n, (int)p.D, buffer);
     }
 
-    // dst[r / 2][d] = (row r, row r + 1): rows become the summed index of a product in pairs.
-    static void pair_rows(const Rows &x, int n, int D, uint32_t *dst) {
-        for (int r = 0; r < n; r += 2)
-            interleave((const bf16 *)(x.data + r * x.stride),
-                       r + 1 < n ? (const bf16 *)(x.data + (r + 1) * x.stride) : nullptr, dst + (int64_t)(r / 2) * D,
-                       D);
+    // Rows as the summed index of a product, x^T b: floats where they lie; pairs of rows in a buffer of column_words(),
+    // as [pairs][D], or for tiles as [pairs / 16][D][16].
+    struct Columns {
+        Rows rows;
+        const uint32_t *pairs;
+    };
+
+    static int64_t column_words(int64_t n, int64_t D) {
+        return !kPairs ? 0 : D * (Dot::kTiles ? (n + 31) / 32 * 16 : n / 2 + 1);
+    }
+
+    static Columns columns(const Rows &x, int n, int D, uint32_t *buffer) {
+        if constexpr (kPairs) {
+            const auto pair = [&](int r, uint32_t *dst) {
+                const auto row = [&](int i) { return (const Storage *)(x.data + i * x.stride); };
+                interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, dst, D);
+            };
+            if constexpr (Dot::kTiles) {
+                alignas(64) uint32_t pairs[kTile * kMaxHeadDim];
+                for (int first = 0; first < n; first += 2 * kTile) {
+                    const int rows = min_of(n - first, 2 * kTile);
+                    for (int r = 0; r < rows; r += 2) pair(first + r, pairs + r / 2 * D);
+                    transpose(pairs, 4 * D, (rows + 1) / 2, D, (float *)buffer + (int64_t)first / 2 * D, kTile);
+                }
+            } else {
+                for (int r = 0; r < n; r += 2) pair(r, buffer + (int64_t)(r / 2) * D);
+            }
+        }
+        return {x, buffer};
+    }
+
+    // c [D][N] += rows r .. r + n of x, transposed, times b, whose rows have a word each. r is even; for tiles a
+    // multiple of 32.
+    static void add_product(const Columns &x, int r, int n, int D, int N, const float *b, ptrdiff_t ldb, float *c,
+                            ptrdiff_t ldc) {
+        if constexpr (Dot::kTiles)
+            Dot::product(D, N, words(n), {(const char *)(x.pairs + (int64_t)r / 2 * D), 4 * kTile, 4 * kTile * D}, b,
+                         ldb, c, ldc, true);
+        else if constexpr (kPairs)
+            gemm<Dot, false>(D, N, words(n), {(const char *)(x.pairs + (int64_t)r / 2 * D), 4, 4 * (ptrdiff_t)D}, b,
+                             ldb, c, ldc, true);
+        else
+            gemm<Dot, false>(D, N, n, x.rows.by_column(r), b, ldb, c, ldc, true);
     }
 };
-
-#if defined(PA_BF16DOT)
-inline void load_pairs(const float *src, vf &low, vf &high) {
-    const __m512i both = (__m512i)vload(src);
-    low = (vf)_mm512_slli_epi32(both, 16);
-    high = (vf)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
-}
-
-// Two rows of floats to two rows of bfloat16, `ld` apart.
-inline void store_halves(bf16 *dst, ptrdiff_t ld, vf first, vf second) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    _mm256_storeu_si256((__m256i *)dst, _mm512_castsi512_si256(both));
-    _mm256_storeu_si256((__m256i *)(dst + ld), _mm512_extracti64x4_epi64(both, 1));
-}
-
-// Two rows of floats to one row of pairs.
-inline void store_pairs(uint32_t *dst, vf low, vf high) {
-    alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
-}
-#endif
 
 // One vector of rows d and d + 1 (d even) of queries as pack_queries left them.
 template <class Ops>
 inline void load_query_rows(const float *queries, int width, int d, int i, vf &first, vf &second) {
-#if defined(PA_BF16DOT)
-    if (Ops::kPairs) return load_pairs(queries + (int64_t)(d / 2) * width + i, first, second);
-#endif
+    if constexpr (Ops::kPairs)
+        return load_pairs<typename Ops::Number>(queries + (int64_t)(d / 2) * width + i, first, second);
     first = vload(queries + (int64_t)d * width + i);
     second = vload(queries + (int64_t)(d + 1) * width + i);
 }

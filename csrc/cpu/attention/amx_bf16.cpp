@@ -1,0 +1,13 @@
+// x86 with AMX: bfloat16 pairs are multiplied by tdpbf16ps.
+#if defined(PA_AMX)
+#define PA_ISA amx_bf16
+#define PA_AVX512
+#define PA_BF16DOT
+#include "cpu/attention/kernels.h"
+
+const prefixattn::AttentionKernels prefixattn::amx_bf16_attention{amx_bf16::fwd, amx_bf16::bwd};
+#else
+#include "cpu/kernels.h"
+
+const prefixattn::AttentionKernels prefixattn::amx_bf16_attention{};
+#endif
