@@ -7,7 +7,8 @@
 | tanh, sigmoid, linear | s(W1 p) | s(W2 p) | 4.3; linear breaks its assumption A.2 |
 
 W1 and W2 are [d, inner], learned and common to all atoms. Where `inner` is at least the number of atoms, any W1 p_j
-and W2 p_j can be had, one for each atom: what is shared binds nothing then.
+and W2 p_j can be had, one for each atom: what is shared binds nothing then. The p_j are the unit vectors there, for no
+other choice has more, and the columns of W are what is fitted.
 
 Parameters are angles t: a coordinate is middle + radius * sin(t). So the parameter space is the theorems' compact set,
 its edges are reached, and least squares over it has no constraint.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 HEAVIEST = 4.0  # weights are in [0, 4]
-FARTHEST = 3.0  # coordinates of prompts, of weights of the network and of its inputs are in [-3, 3]
+FARTHEST = 1.5  # coordinates of prompts, of weights of the network and of its inputs are in [-1.5, 1.5]
 WEIGHTS = (1.0, 0.7)  # of the true atoms
 RADIUS = 1.2  # of the true prompts, before the activation
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +55,14 @@ class Family:
             return [(L,), (L, 2 * d)]
         if self.name == "simple":
             return [(L,), (L, d)]
+        if self.free:
+            return [(L,), (d, L), (d, L)]
         return [(L,), (L, self.inner), (d, self.inner), (d, self.inner)]
+
+    @property
+    def free(self) -> bool:
+        """A network that is wide enough for every pair of prompts of every atom."""
+        return self.inner >= self.atoms
 
     @property
     def size(self) -> int:
@@ -76,6 +84,8 @@ class Family:
             return shared[0][..., : self.d], shared[0][..., self.d :]
         if self.name == "simple":
             return shared[0], shared[0]
+        if self.free:
+            return shared[0].mT, shared[1].mT
         p, first, second = shared
         return p @ first.mT, p @ second.mT
 
@@ -121,9 +131,9 @@ def truth(family: Family) -> Truth:
 
 
 def true_angles(family: Family, split: int | None = None, share: float = 0.5) -> Tensor:
-    """Angles of a family that give the truth: its atoms and, of a third, a copy of atom `split`, the two of its weight.
+    """Angles of a family that give the truth: its two atoms or, of three, a copy of atom `split` with `share` of its w.
 
-    A network's inputs are the unit vectors for the two atoms, scaled so that W and p have coordinates of one size.
+    A network that is not wide enough for three atoms has the unit vectors as inputs of the true two.
     """
     true = truth(family)
     extra = family.atoms - 2
@@ -137,9 +147,8 @@ def true_angles(family: Family, split: int | None = None, share: float = 0.5) ->
         return family.angles(weights, torch.cat([true.key, true.value], -1)[order])
     if family.name == "simple":
         return family.angles(weights, true.key[order])
-    if family.inner < 2:
-        raise ValueError(f"{family.name}: inner is {family.inner}; the two true atoms need 2 or more")
-    p = torch.zeros(2, family.inner, dtype=torch.float64)
-    p[0, 0] = p[1, 1] = 1.0
-    first, second = (torch.nn.functional.pad(one.T, (0, family.inner - 2)) for one in (true.key, true.value))
-    return family.angles(weights, p[order], first, second)
+    if family.free:
+        return family.angles(weights, true.key[order].T, true.value[order].T)
+    if family.inner != 2:
+        raise ValueError(f"{family.name}: inner is {family.inner}; the true atoms are two, and need 2 or more")
+    return family.angles(weights, torch.eye(2, dtype=torch.float64)[order], true.key.T, true.value.T)
