@@ -17,7 +17,6 @@ SUPPORT_SIZES = tuple(10**i for i in range(2, 9))
 UNIFORM_SIZES = (32, 316, 3162, 31623)
 FROM_TRUTH, FROM_RANDOM = 4, 2  # starts of a replicate
 NEAR = 0.01  # in the objective, where noise moves the truth's by about 1: two fits this near are one
-DIGITS = 5  # of a replicate's numbers in the record
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def regression_cell(config: dict[str, Any]) -> dict[str, Any]:
         "largest_gradient": float(found.gradient[row, best].max()),
         "gain": float((at_truth - lowest).mean()),
     }
-    return {"measures": {name: rounded(values) for name, values in measures.items()}, "fits": fits}
+    return {"measures": {name: losses.rounded(values) for name, values in measures.items()}, "fits": fits}
 
 
 def of_losses(family: Family, at: losses.Cells) -> dict[str, Tensor]:
@@ -137,7 +136,3 @@ def starts(family: Family, replicates: int, n: int, seed: list[int]) -> Tensor:
     for _ in range(FROM_RANDOM):
         found.append(0.6 * (2 * torch.rand(replicates, family.size, generator=draw, dtype=torch.float64) - 1))
     return torch.stack(found, 1)
-
-
-def rounded(values: Tensor) -> list[float | None]:
-    return [None if value != value else float(f"{value:.{DIGITS}g}") for value in values.tolist()]

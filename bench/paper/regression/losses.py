@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bench.paper.regression.families import Truth
 
+DIGITS = 5  # of a replicate's numbers in a record
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -65,3 +67,8 @@ def mean_in(at: Cells, distances: Tensor, alone: bool) -> Tensor:
     """
     weights = at.weights * ((at.crowd == 1) if alone else (at.crowd > 1))
     return (weights * distances).sum(-1) / weights.sum(-1)
+
+
+def rounded(values: Tensor) -> list[float | None]:
+    """A replicate each, as a record keeps them."""
+    return [None if value != value else float(f"{value:.{DIGITS}g}") for value in values.tolist()]
