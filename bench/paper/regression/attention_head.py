@@ -25,7 +25,7 @@ NOISE = 0.1
 SIZES = tuple(10**i for i in range(2, 8))
 SHARES = ("separate", "simple")
 ROWS = {"distinct": (0, 1), "twice": (0, 1, 0)}  # which true atom each planted row is
-STEPS, RATE = 3000, 0.05  # the rate falls to zero as a cosine
+STEPS, RATE = 2000, 0.05  # the rate falls to zero as a cosine
 STARTS = (0.2, 0.2, 1.0)  # distances from the truth, per coordinate
 
 
@@ -81,9 +81,10 @@ def head() -> Head:
 
 def planted(frozen: Head, rows: Sequence[int]) -> tuple[Tensor, Truth]:
     """The vectors p of the rows [P, D], and their atoms, with how many rows each is as its weight."""
-    p = 2.0 * torch.linalg.qr(
-        torch.randn(WIDTH, 2, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
-    )[0].T
+    p = (
+        2.0
+        * torch.linalg.qr(torch.randn(WIDTH, 2, generator=torch.Generator().manual_seed(12), dtype=torch.float64))[0].T
+    )
     weights = torch.tensor([float(list(rows).count(atom)) for atom in range(2)], dtype=torch.float64)
     key, value = p @ frozen.W_K, p @ frozen.W_V
     return p[list(rows)], Truth(weights, key, value, torch.cat([weights[:, None], key, value], -1))

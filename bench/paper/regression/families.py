@@ -109,7 +109,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Truth:
-    """The true measure with two atoms: `weights` [2], what the losses are of [2, d] twice, and the atoms [2, 1 + 2d]."""
+    """The true measure of two atoms: weights [2], what the losses are of [2, d] twice, the atoms [2, 1 + 2d]."""
 
     weights: Tensor
     key: Tensor

@@ -113,7 +113,7 @@ def in_angles(observed: Sample, family: Family, angles: Tensor) -> Local:
 
 def minimise(observed: Sample, family: Family, starts: Tensor, n: int) -> Fit:
     """Fits from every start [R, S, P] of the R replicates; the fields of the result are [R, S, ...]."""
-    R, S, P = starts.shape
+    R, S = starts.shape[:2]
     each = max(1, ROWS // (observed.count.shape[1] * S))
     found = []
     for first in range(0, R, each):
