@@ -1,10 +1,11 @@
 """The plan of the simulation, cell by cell, and what a cell does: one setting, one sample size, all replicates."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from bench.paper.sweeps.ledger import Run
 
 SEED = 2410
 SUPPORT_SIZES = tuple(10**i for i in range(2, 9))
-UNIFORM_SIZES = (32, 316, 3162, 31623)
+UNIFORM_SIZES = (100, 316, 1000, 3162, 10000)
 FROM_TRUTH, FROM_RANDOM = 4, 2  # starts of a replicate
 NEAR = 0.01  # in the objective, where noise moves the truth's by about 1: two fits this near are one
 
@@ -43,11 +44,6 @@ def settings() -> list[Setting]:
         for d in widths:
             found += [Setting(name, d, atoms, inner) for atoms, inner in ((2, 2), (3, 2), (3, 3))]
     return found + [Setting(name, 2, 3, 0, "uniform", UNIFORM_SIZES) for name in ("separate", "simple")]
-
-
-def short(found: Sequence[Setting], sizes: Sequence[int]) -> list[Setting]:
-    """The same with other sample sizes, for tests."""
-    return [replace(one, sizes=tuple(sizes)) for one in found]
 
 
 def plan(chosen: Sequence[Setting], replicates: int, bridge: Sequence[attention_head.Setting] = ()) -> list[Run]:
@@ -124,7 +120,7 @@ def evaluated(config: dict[str, Any]) -> Tensor:
 
 def starts(family: Family, replicates: int, n: int, seed: list[int]) -> Tensor:
     """[R, S, P]: about the truth, each atom split in turn, at two distances; then anywhere."""
-    draw = torch.Generator().manual_seed(int.from_bytes(bytes(one % 251 for one in seed), "little") % 2**63)
+    draw = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
     def normal() -> Tensor:
         return torch.randn(replicates, family.size, generator=draw, dtype=torch.float64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import hessian, jacrev, vmap
+from torch.func import grad, jacrev, vmap
 
 from bench.paper.regression.families import Family
 from bench.paper.regression.model import NOISE, Sample, parts
@@ -17,7 +17,7 @@ STEPS = 200
 FLAT = 1e-4  # a fit has converged at a gradient of at most FLAT * sqrt(n); noise alone makes about 10 * sqrt(n)
 STIFF = 1e-5  # of n: a curvature below this is that of a valley, or of nothing
 LONGEST = 0.7  # of a step, in radians
-ROWS = 2**19  # problems times inputs that are worked on at once
+ROWS = 2**17  # problems times inputs that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def in_angles(observed: Sample, family: Family, angles: Tensor) -> Local:
 
     found = in_atoms(observed, family.measure(angles))
     J = vmap(jacrev(flat))(angles)  # [M, atoms, P]
-    curved = vmap(hessian(weighed))(angles, found.gradient)
+    curved = vmap(jacrev(grad(weighed)))(angles, found.gradient)  # jacrev: torch.func.hessian warns of torch.jit
     whole = J.mT @ found.hessian @ J + curved
     return Local(found.value, (found.gradient.unsqueeze(-2) @ J).squeeze(-2), (whole + whole.mT) / 2)
 
@@ -174,7 +174,7 @@ def _step(here: Local, spectrum: Tensor, basis: Tensor, n: int, mu: Tensor, acro
     else:
         step = -along / (size + n * mu.unsqueeze(-1))
         saddle = (_norm(here, n) <= FLAT) & (spectrum[:, 0] < -STIFF * n)  # its gradient says nothing of the way down
-        step[:, 0] += torch.where(saddle, 1e-3, 0.0)
+        step[:, 0] += torch.where(saddle, 0.05 / mu.clamp(min=1), 0.0)
     return step * (LONGEST / torch.linalg.vector_norm(step, dim=-1, keepdim=True).clamp(min=LONGEST))
 
 
