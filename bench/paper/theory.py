@@ -53,7 +53,8 @@ def planned(given: argparse.Namespace) -> list[Run]:
     if given.only:
         runs = [run for run in runs if any(word in run.name for word in given.only)]
     if not runs:
-        names = sorted({run.name.split("/")[1] for run in experiments.plan(experiments.settings(), 2)})
+        whole = experiments.plan(experiments.settings(), 2, attention_head.settings())
+        names = sorted({run.name.split("/")[1] for run in whole if "n" in run.config})
         raise Refusal(f"--only, --largest: nothing is left; there are {', '.join(names)}")
     return runs
 

@@ -75,9 +75,8 @@ def regression_cell(config: dict[str, Any]) -> dict[str, Any]:
     given = model.experts(family.d)
     own = [config["seed"], families.NAMES.index(family.name), family.d, family.atoms, family.inner, n]
     observed = model.sample(given, true.atoms, n, replicates, config["design"], own)
-    found = fit.minimise(observed, family, starts(family, replicates, n, own), n)
-    row, best = torch.arange(replicates), found.value.argmin(1)
-    angles, lowest = found.angles[row, best], found.value[row, best]
+    found, last = fit.minimise(observed, family, starts(family, replicates, n, own), n)
+    angles, lowest = last.angles, last.value
     at_truth = model.objective(observed, true.atoms.expand(replicates, -1, -1))
     at = losses.cells(family.split(angles)[0], *family.inputs(angles), true)
     measures = {"l2": model.distance(model.known(given, evaluated(config)), family.measure(angles), true.atoms)}
@@ -86,12 +85,12 @@ def regression_cell(config: dict[str, Any]) -> dict[str, Any]:
         "starts": found.value.shape[1],
         "steps": float(found.steps.double().mean()),
         "not_converged": int((~found.converged).sum()),
-        "best_not_converged": int((~found.converged[row, best]).sum()),
+        "best_not_converged": int((~last.converged).sum()),
         "worse_than_truth": int((lowest > at_truth + NEAR).sum()),
-        "best_from_random": int((best >= FROM_TRUTH).sum()),
+        "best_from_random": int((found.value.argmin(1) >= FROM_TRUTH).sum()),
         "near_best": float((found.value <= lowest.unsqueeze(1) + NEAR).double().mean()),
         "random_near_best": float((found.value[:, FROM_TRUTH:] <= lowest.unsqueeze(1) + NEAR).double().mean()),
-        "largest_gradient": float(found.gradient[row, best].max()),
+        "largest_gradient": float(last.gradient.max()),
         "gain": float((at_truth - lowest).mean()),
     }
     return {"measures": {name: losses.rounded(values) for name, values in measures.items()}, "fits": fits}

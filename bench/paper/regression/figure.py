@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.files import replacing
+from bench.paper.regression.names import MEASURES, ROUNDING
+from bench.paper.regression.names import title as name_of
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -28,8 +30,10 @@ def drawing(result: dict[str, Any]) -> Any:
     exact = [one for one in regression if one["config"]["atoms"] == 2 and one["config"]["d"] == 2]
     _curves(axes[4], exact, ("d1_1", "d2", "d3"), "as many atoms as the truth: losses", 0.5)
     for name in dict.fromkeys(row["sequence"] for row in result["splits"]):
-        rows = [row for row in result["splits"] if row["sequence"] == name]
-        axes[5].loglog([row["n"] for row in rows], [row["ratio"] for row in rows], marker=".", label=name)
+        rows = [row for row in result["splits"] if row["sequence"] == name and row["error"] > ROUNDING]
+        axes[5].loglog(
+            [row["n"] for row in rows], [row["ratio"] for row in rows], marker=".", label=name if rows else f"{name}: 0"
+        )
     axes[5].set(title="error over loss along the proofs' splits", xlabel="n")
     attention = [one for one in result["settings"] if one["config"]["kind"] == "attention"]
     _curves(axes[6], attention, ("l2",), "attention head: error of the output", 0.5)
@@ -44,9 +48,6 @@ def drawing(result: dict[str, Any]) -> Any:
 
 def _curves(axes: Any, settings: list[dict[str, Any]], measures: tuple[str, ...], title: str, power: float) -> None:
     """Means against n, and a dashed line of n**-power through the middle of the first curve's start."""
-    from bench.paper.regression.report import MEASURES
-    from bench.paper.regression.report import title as name_of
-
     guide: list[tuple[int, float]] = []
     for at, setting in enumerate(settings):
         for style, measure in zip(("-", ":", "-."), measures, strict=False):

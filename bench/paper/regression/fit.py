@@ -13,7 +13,8 @@ from torch.func import grad, jacrev, vmap
 from bench.paper.regression.families import Family
 from bench.paper.regression.model import NOISE, Sample, parts
 
-STEPS = 200
+STEPS = 200  # from each start
+MORE_STEPS = 400  # from the best of a replicate
 FLAT = 1e-4  # a fit has converged at a gradient of at most FLAT * sqrt(n); noise alone makes about 10 * sqrt(n)
 STIFF = 1e-5  # of n: a curvature below this is that of a valley, or of nothing
 LONGEST = 0.7  # of a step, in radians
@@ -111,19 +112,30 @@ def in_angles(observed: Sample, family: Family, angles: Tensor) -> Local:
     return Local(found.value, (found.gradient.unsqueeze(-2) @ J).squeeze(-2), (whole + whole.mT) / 2)
 
 
-def minimise(observed: Sample, family: Family, starts: Tensor, n: int) -> Fit:
-    """Fits from every start [R, S, P] of the R replicates; the fields of the result are [R, S, ...]."""
+def minimise(observed: Sample, family: Family, starts: Tensor, n: int) -> tuple[Fit, Fit]:
+    """Fits from every start [R, S, P] of the R replicates, fields [R, S, ...]; and the best of each, fields [R, ...].
+
+    The best goes on for a while if it has not converged.
+    """
+    every = from_starts(observed, family, starts, n, STEPS)
+    row, best = torch.arange(len(starts)), every.value.argmin(1)
+    last = from_starts(observed, family, every.angles[row, best].unsqueeze(1), n, MORE_STEPS)
+    return every, Fit(**{name: getattr(last, name).squeeze(1) for name in Fit.__dataclass_fields__})
+
+
+def from_starts(observed: Sample, family: Family, starts: Tensor, n: int, most: int) -> Fit:
+    """In blocks of replicates that memory holds."""
     R, S = starts.shape[:2]
     each = max(1, ROWS // (observed.count.shape[1] * S))
     found = []
     for first in range(0, R, each):
         rows = torch.arange(first, min(first + each, R)).repeat_interleave(S)
-        found.append(newton(observed.rows(rows), family, starts[first : first + each].flatten(0, 1), n))
+        found.append(newton(observed.rows(rows), family, starts[first : first + each].flatten(0, 1), n, most))
     joined = {name: torch.cat([getattr(fit, name) for fit in found]) for name in Fit.__dataclass_fields__}
     return Fit(**{name: one.unflatten(0, (R, S)) for name, one in joined.items()})
 
 
-def newton(observed: Sample, family: Family, angles: Tensor, n: int) -> Fit:
+def newton(observed: Sample, family: Family, angles: Tensor, n: int, most: int) -> Fit:
     """Newton's steps on |H| + mu n, one problem a row; a step that leads up is not taken, and the next is shorter.
 
     Two atoms for one make a curved valley, along which the objective changes by less than noise can tell. Each third
@@ -134,11 +146,11 @@ def newton(observed: Sample, family: Family, angles: Tensor, n: int) -> Fit:
     value, norm, lowest = here.value.clone(), _norm(here, n), torch.full_like(here.value, -torch.inf)
     steps, mu = torch.zeros(len(angles), dtype=torch.int64), torch.ones_like(value)
     left = torch.arange(len(angles))  # rows that still move
-    for count in range(STEPS + 1):
+    for count in range(most + 1):
         spectrum, basis = torch.linalg.eigh(here.hessian)
         lowest[left] = spectrum[:, 0] / n
         moving = (norm[left] > FLAT) | (lowest[left] < -STIFF)
-        if count == STEPS or not moving.any():
+        if count == most or not moving.any():
             break
         if not moving.all():
             left, spectrum, basis = left[moving], spectrum[moving], basis[moving]

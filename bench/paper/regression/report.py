@@ -9,22 +9,13 @@ import numpy as np
 
 from bench.paper.regression import claims, slopes
 from bench.paper.regression.families import ACTIVATIONS
+from bench.paper.regression.figure import draw
+from bench.paper.regression.names import MEASURES, ROUNDING, title
 from bench.paper.runs import write_json, write_text
 from bench.paper.sweeps.ledger import Ledger, Run
 from bench.paper.sweeps.tables import Table, markdown, words
 
 LARGE = 10**4  # slopes of the finite design are of n from here on: rates are of large n
-MEASURES = {
-    "l2": "regression error",
-    "d1_1": "D_1,1",
-    "d1_2": "D_1,2",
-    "d2": "D_2",
-    "d3": "D_3",
-    "key_alone": "keys alone in their cells",
-    "value_alone": "values alone in their cells",
-    "key_crowd": "keys that share a cell",
-    "value_crowd": "values that share a cell",
-}
 Result = dict[str, Any]
 
 
@@ -74,15 +65,6 @@ def _point(n: int, values: Sequence[float | None]) -> dict[str, Any]:
     return {"n": n, "count": len(found), "mean": float(f"{np.mean(found):.4g}"), "quantiles": quantiles}
 
 
-def title(setting: Result) -> str:
-    config = setting["config"]
-    if config["kind"] == "attention":
-        return f"{config['share']}, {config['planted']}"
-    inner = f", inner {config['inner']}" if config["inner"] else ""
-    design = ", uniform X" if config["design"] == "uniform" else ""
-    return f"{config['family']}, d {config['d']}, {config['atoms']} atoms{inner}{design}"
-
-
 def tables(result: Result) -> list[Table]:
     regression = [one for one in result["settings"] if one["config"]["kind"] == "regression"]
     networks = [one for one in regression if one["config"]["family"] in ACTIVATIONS]
@@ -104,10 +86,10 @@ def tables(result: Result) -> list[Table]:
 def _splits(rows: list[dict[str, Any]]) -> Table:
     sequences = list(dict.fromkeys(row["sequence"] for row in rows))
     sizes = sorted({row["n"] for row in rows})
-    ratio = {(row["sequence"], row["n"]): row["ratio"] for row in rows}
-    body = [[words(name), *(words(f"{ratio[name, n]:.1e}") for n in sizes)] for name in sequences]
+    shown = {(row["sequence"], row["n"]): f"{row['ratio']:.1e}" if row["error"] > ROUNDING else "0" for row in rows}
+    body = [[words(name), *(words(shown[name, n]) for n in sizes)] for name in sequences]
     notes = (
-        "An upper bound needs a ratio that stays above a constant; 1e-12 and less is rounding, that is 0.",
+        f"An upper bound needs a ratio that stays above a constant; 0 is an error below {ROUNDING:g}, rounding.",
         "With W free there is a column of W1 and W2 for each atom, and 4.3's ratio is 0 whatever the activation is.",
     )
     return Table("Error over loss along the proofs' splits, by n", ["sequence", *map(str, sizes)], body, notes)
@@ -163,7 +145,11 @@ def _attention(settings: list[Result]) -> Table:
             body.append([words(one) for one in (title(setting), name, *ends, shown)])
     sizes = [fit["n"] for fit in settings[0]["fits"]]
     head = ["prefix", "measure", f"at n = {sizes[0]:,}", f"at n = {sizes[-1]:,}", "slope"]
+    steepest = max(fit["largest_gradient"] for setting in settings for fit in setting["fits"])
+    worse = sum(fit["worse_than_truth"] for setting in settings for fit in setting["fits"])
     notes = (
+        f"Descent ended at gradients of at most {steepest:.1g} times the root of n, where noise alone makes about ten; "
+        f"{worse} replicates ended above the truth's objective.",
         'Keys and values "alone" are those of a row without a like; "twice" has two rows that are planted alike.',
         f"Slopes are of n from {LARGE:,} on, as above; no theorem is of this head.",
     )
@@ -206,8 +192,6 @@ def text(result: Result) -> str:
 
 def publish(result: Result, out: Path) -> str:
     """OUT.md and OUT.png of a result; returns the tables."""
-    from bench.paper.regression.figure import draw
-
     shown = text(result)
     write_text(out.with_name(f"{out.name}.md"), shown)
     draw(result, out.with_name(f"{out.name}.png"))

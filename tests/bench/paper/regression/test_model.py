@@ -62,7 +62,7 @@ def test_parameters_stay_in_a_compact_set() -> None:
     (lambda: Family("simple", 2, 3, 2), "simple: inner is 2"),
     (lambda: families.true_angles(Family("simple", 2, 3)), "3 atoms, split None"),
     (lambda: families.true_angles(Family("tanh", 2, 3, 1), 0), "inner is 1"),
-    (lambda: Family("simple", 2, 2).angles(torch.tensor([9.0, 1]), torch.zeros(2, 2)), "outside of the parameter space"),
+    (lambda: Family("simple", 2, 2).angles(torch.tensor([9.0, 1]), torch.zeros(2, 2)), "outside of the parameter"),
 ])  # fmt: skip
 def test_refusals_are_in_words(call: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):

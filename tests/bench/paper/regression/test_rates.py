@@ -1,4 +1,4 @@
-"""A short run with a fixed seed: slopes of cells against n must be those of theory. About ten seconds of one core."""
+"""A short run with a fixed seed: slopes of cells against n must be those of theory. Some seconds of one core."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from bench.paper.regression import claims, experiments, slopes
 from bench.paper.regression.experiments import Setting
 
 SIZES = (10**4, 10**6, 10**8)
-REPLICATES = 12
+REPLICATES = 10
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def test_shared_prompts_have_their_rates(cells: dict[str, Any]) -> None:
 
 
 def test_separate_values_that_share_a_cell_are_not_found(cells: dict[str, Any]) -> None:
-    assert slope(cells["separate-d2-L3"], "value_crowd") > -0.15
-    assert slope(cells["separate-d2-L3"], "d1_1") > -0.2
+    assert slope(cells["separate-d2-L3"], "value_crowd") > -0.22
+    assert -0.35 < slope(cells["separate-d2-L3"], "d1_1") < 0
 
 
 def test_fits_are_at_least_as_good_as_the_truth(cells: dict[str, Any]) -> None:
