@@ -41,27 +41,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def planned(given: argparse.Namespace) -> list[Run]:
-    """The cells that the command line asks for."""
+def planned(given: argparse.Namespace) -> tuple[list[Run], list[Run]]:
+    """The cells that the command line asks for, and all, which tables and figure are of."""
     from bench.paper.regression import attention_head, experiments
 
     if given.replicates < 2 or given.workers < 1:
         raise Refusal(f"--replicates {given.replicates}, --workers {given.workers}: expected at least 2 and 1")
-    runs = experiments.plan(experiments.settings(), given.replicates, attention_head.settings())
+    whole = experiments.plan(experiments.settings(), given.replicates, attention_head.settings())
+    runs = whole
     if given.largest is not None:
         runs = [run for run in runs if run.config.get("n", 0) <= given.largest]
     if given.only:
         runs = [run for run in runs if any(word in run.name for word in given.only)]
     if not runs:
-        whole = experiments.plan(experiments.settings(), 2, attention_head.settings())
         names = sorted({run.name.split("/")[1] for run in whole if "n" in run.config})
         raise Refusal(f"--only, --largest: nothing is left; there are {', '.join(names)}")
-    return runs
+    return runs, whole
 
 
 def run_command(arguments: list[str]) -> int:
     given = parse(arguments)
-    runs, out = planned(given), given.out.absolute()
+    (runs, whole), out = planned(given), given.out.absolute()
     ledger, failed = Ledger(out), 0
     if given.verb != "run" and not out.is_dir():
         raise Refusal(f"{out}: no such folder; nothing was run")
@@ -76,7 +76,7 @@ def run_command(arguments: list[str]) -> int:
     if given.verb != "status":
         from bench.paper.regression import report
 
-        print(report.write(runs, ledger, out))
+        print(report.write(whole, ledger, out))
     return 1 if failed else 0
 
 

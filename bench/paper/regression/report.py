@@ -78,9 +78,8 @@ def tables(result: Result) -> list[Table]:
             found.append(_rates(caption, part))
     if attention := [one for one in result["settings"] if one["config"]["kind"] == "attention"]:
         found.append(_attention(attention))
-    if regression:
-        found.append(_fits(regression))
-    return found
+    fits = _fits(regression)
+    return [*found, fits] if fits.rows else found
 
 
 def _splits(rows: list[dict[str, Any]]) -> Table:
