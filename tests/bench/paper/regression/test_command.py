@@ -1,0 +1,65 @@
+"""The command from cells to page: it resumes, its tables are of its JSON, and it refuses in words."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.paper import theory
+from bench.paper.regression import claims, experiments, names, report
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+PART = ("--only", "simple-d2-L2", "splits", "--replicates", "8")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "theory"
+    assert theory.main([*PART, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_finished_cell_is_not_done_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    assert len(cells) == 1 + len(experiments.SUPPORT_SIZES)
+    one = out / "regression" / "simple-d2-L2" / "n100.json"
+    before = json.loads(one.read_text())["result"]
+    one.unlink()
+    assert theory.main([*PART, "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert json.loads(one.read_text())["result"] == before  # the same seed
+    assert {path for path, time in cells.items() if path.stat().st_mtime_ns != time} == {one}
+    assert theory.main(["status", *PART, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "8", "0", "0", "0"]
+
+
+def test_table_and_figure_are_made_of_the_json_alone(out: Path, tmp_path: Path) -> None:
+    result = json.loads(out.with_name("theory.json").read_text())
+    text = report.publish(result, tmp_path / "again")
+    assert text == out.with_name("theory.md").read_text()
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in text.splitlines() if line.startswith("| simple, d 2, 2 atoms | ")]
+    named = [line.split(" | ")[1] for line in rows]
+    assert named[:3] == ["regression error", "D_2", "keys alone in their cells"]
+    assert all("(log n / n)^1/2" in line and line.endswith("| agrees |") for line in rows[:3])
+
+
+def test_every_run_has_a_claim_or_is_shown_without(out: Path) -> None:
+    stated = {}
+    for setting in experiments.settings():
+        config = {"family": setting.family, "atoms": setting.atoms}
+        stated[setting.family, setting.atoms] = {m for m in names.MEASURES if (c := claims.of(config, m)) and c.stated}
+    assert stated["separate", 3] == {"d1_1", "d1_2"} and not stated["separate", 2]
+    assert stated["linear", 3] == {"l2"} and "d3" in stated["tanh", 3] and "d2" in stated["simple", 3]
+
+
+@pytest.mark.parametrize("words, expected", [
+    (("--only", "nothing"), "nothing is left; there are linear-d2-L2-inner2"),
+    (("--replicates", "1"), "expected at least 2"),
+    (("report", "--out", "absent"), "nothing was run"),
+])  # fmt: skip
+def test_refusals(words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert theory.main(list(words)) == 1
+    assert expected in capsys.readouterr().err
