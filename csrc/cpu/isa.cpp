@@ -102,7 +102,9 @@ const std::vector<const Isa *> &all_isas() {
 std::string isa_objection(const Isa &isa) {
     if (!isa.attention->fwd || !isa.reparam->fwd)
         return "it was not compiled: the compiler or its assembler does not know it";
-    return isa.lacks();
+    const std::string objection = isa.lacks();
+    if (!objection.empty() || !isa.attention->multiplies || isa.attention->multiplies()) return objection;
+    return "its tiles gave wrong products of small integers; please report the CPU";
 }
 
 std::vector<const Isa *> usable_isas() {

@@ -9,6 +9,7 @@ namespace prefixattn {
 struct AttentionKernels {
     void (*fwd)(const FwdParams &, int threads);
     void (*bwd)(const BwdParams &, int threads);
+    bool (*multiplies)() = nullptr;  // of sets with tiles: whether a trial of their products comes out right
 };
 struct ReparamKernels {
     void (*fwd)(const ReparamFwdParams &, int threads);

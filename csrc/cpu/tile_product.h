@@ -102,6 +102,30 @@ struct TileDot {
     }
 };
 
+// Whether products of whole and of part tiles come out right. Of small integers, whose sums are exact in any order.
+template <class T>
+inline bool tiles_multiply() {
+    constexpr int M = 20, N = 37, K = 19;
+    float x[M][2 * K], y[2 * K][N], c[M][N];
+    T a[M][2 * K], b[K][N][2];
+    for (int m = 0; m < M; ++m)
+        for (int k = 0; k < 2 * K; ++k) x[m][k] = (float)((3 * m + 5 * k) % 11 - 5), from_float(x[m][k], &a[m][k]);
+    for (int k = 0; k < 2 * K; ++k)
+        for (int n = 0; n < N; ++n) y[k][n] = (float)((7 * k + 2 * n) % 13 - 6), from_float(y[k][n], &b[k / 2][n][k % 2]);
+    const Region region = TileDot<T>::region();
+    region.enter();
+    TileDot<T>::product(M, N, K, {(const char *)a, 4 * K, TileDot<T>::kRowOfTile}, (const float *)b, N, c[0], N, false);
+    TileDot<T>::product(M, N, K, {(const char *)a, 4 * K, TileDot<T>::kRowOfTile}, (const float *)b, N, c[0], N, true);
+    region.leave();
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) {
+            float sum = 0;
+            for (int k = 0; k < 2 * K; ++k) sum += x[m][k] * y[k][n];
+            if (c[m][n] != 2 * sum) return false;
+        }
+    return true;
+}
+
 }  // namespace PA_ISA
 }  // namespace prefixattn
 #endif

@@ -5,7 +5,7 @@
 #define PA_BF16DOT
 #include "cpu/attention/kernels.h"
 
-const prefixattn::AttentionKernels prefixattn::amx_bf16_attention{amx_bf16::fwd, amx_bf16::bwd};
+const prefixattn::AttentionKernels prefixattn::amx_bf16_attention{amx_bf16::fwd, amx_bf16::bwd, amx_bf16::multiplies};
 #else
 #include "cpu/kernels.h"
 

@@ -5,7 +5,7 @@
 #define PA_BF16DOT
 #include "cpu/attention/kernels.h"
 
-const prefixattn::AttentionKernels prefixattn::amx_fp16_attention{amx_fp16::fwd, amx_fp16::bwd};
+const prefixattn::AttentionKernels prefixattn::amx_fp16_attention{amx_fp16::fwd, amx_fp16::bwd, amx_fp16::multiplies};
 #else
 #include "cpu/kernels.h"
 

@@ -21,6 +21,15 @@ using Fp16Arithmetic = TileDot<f16>;
 using Fp16Arithmetic = Fp32;
 #endif
 
+#if defined(PA_TILES)
+inline bool multiplies() {
+#if defined(PA_AMX_FP16) || defined(PA_PLAIN_TILES)
+    if (!tiles_multiply<f16>()) return false;
+#endif
+    return tiles_multiply<bf16>();
+}
+#endif
+
 template <class Storage, class Dot>
 void fwd_of(const FwdParams &p, int threads) {
     one_query(p) ? Decode<Storage>::run(p, threads) : Forward<Storage, Dot>::run(p, threads);
