@@ -14,7 +14,7 @@ struct Isa {
     const ReparamKernels *reparam;
 };
 
-const std::vector<const Isa *> &all_isas();  // best first; then those whose tiles are plain C++, for tests
+const std::vector<const Isa *> &all_isas();  // best first; behind "portable" those that run by name only
 std::string isa_objection(const Isa &);      // why it does not run here, in words; empty: it does
 std::vector<const Isa *> usable_isas();      // those without an objection
 const Isa &isa_in_use();

@@ -111,7 +111,8 @@ inline bool tiles_multiply() {
     for (int m = 0; m < M; ++m)
         for (int k = 0; k < 2 * K; ++k) x[m][k] = (float)((3 * m + 5 * k) % 11 - 5), from_float(x[m][k], &a[m][k]);
     for (int k = 0; k < 2 * K; ++k)
-        for (int n = 0; n < N; ++n) y[k][n] = (float)((7 * k + 2 * n) % 13 - 6), from_float(y[k][n], &b[k / 2][n][k % 2]);
+        for (int n = 0; n < N; ++n)
+            y[k][n] = (float)((7 * k + 2 * n) % 13 - 6), from_float(y[k][n], &b[k / 2][n][k % 2]);
     const Region region = TileDot<T>::region();
     region.enter();
     TileDot<T>::product(M, N, K, {(const char *)a, 4 * K, TileDot<T>::kRowOfTile}, (const float *)b, N, c[0], N, false);

@@ -31,9 +31,10 @@ PYBIND11_MODULE(_C, m) {
     using namespace prefixattn;
     bind_attention(m);
     bind_reparam(m);
-    m.def("isas", isas,
-          "Instruction sets that were compiled in and run on this CPU, best first; then those that imitate tiles, for "
-          "tests.");
+    m.def(
+        "isas", isas,
+        "Instruction sets that were compiled in and run on this CPU, best first; behind \"portable\" those that run by "
+        "name only.");
     m.def("isa_objections", isa_objections, "Why the other instruction sets do not run here, by name, in words.");
     m.def("isa", [] { return isa_in_use().name; }, "The instruction set in use.");
     m.def("set_isa", set_isa, "Takes another of isas(), for tests and benchmarks.");

@@ -2,4 +2,5 @@
 #define PA_ISA amx_plain
 #include "cpu/attention/kernels.h"
 
-const prefixattn::AttentionKernels prefixattn::amx_plain_attention{amx_plain::fwd, amx_plain::bwd, amx_plain::multiplies};
+const prefixattn::AttentionKernels prefixattn::amx_plain_attention{amx_plain::fwd, amx_plain::bwd,
+                                                                   amx_plain::multiplies};

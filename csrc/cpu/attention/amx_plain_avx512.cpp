@@ -5,7 +5,8 @@
 #define PA_BF16DOT
 #include "cpu/attention/kernels.h"
 
-const prefixattn::AttentionKernels prefixattn::amx_plain_avx512_attention{amx_plain_avx512::fwd, amx_plain_avx512::bwd, amx_plain_avx512::multiplies};
+const prefixattn::AttentionKernels prefixattn::amx_plain_avx512_attention{amx_plain_avx512::fwd, amx_plain_avx512::bwd,
+                                                                          amx_plain_avx512::multiplies};
 #else
 #include "cpu/kernels.h"
 
