@@ -63,3 +63,12 @@ def test_refusals(words: tuple[str, ...], expected: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert theory.main(list(words)) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_committed_tables_are_those_of_the_committed_json() -> None:
+    record = theory.HERE / "results" / "theory.json"
+    if not record.exists():
+        pytest.skip("the full run is not committed: bench/paper/theory.py makes it")
+    result = json.loads(record.read_text())
+    assert record.with_suffix(".md").read_text() == report.text(result)
+    assert record.with_suffix(".png").exists() and result["done"] == result["planned"]
