@@ -115,6 +115,7 @@ def cell(config: dict[str, Any]) -> dict[str, Any]:
     at_truth = p if config["share"] == "simple" else torch.cat([p @ frozen.W_K, p @ frozen.W_V], -1)
     away = torch.tensor(STARTS, dtype=torch.float64).repeat(R)[:, None, None]
     begin = at_truth + away * torch.from_numpy(random.standard_normal((R * len(STARTS), *at_truth.shape)))
+    noise = slope_of(lambda free: objective(free) / n, at_truth.expand(R * len(STARTS), -1, -1))
     found, gradient = descend(lambda free: objective(free) / n, begin, config["steps"])
     with torch.no_grad():
         value = objective(found).view(R, -1)
@@ -134,6 +135,7 @@ def cell(config: dict[str, Any]) -> dict[str, Any]:
         "worse_than_truth": int((lowest > reached).sum()),
         "gain": float((reached - lowest).mean()),
         "largest_gradient": float((gradient * n**0.5).view(R, -1)[torch.arange(R), best].max()),
+        "noise_gradient": float(noise.mean() * n**0.5),
     }
     return {"measures": {name: losses.rounded(one) for name, one in measures.items()}, "fits": fits}
 
@@ -148,7 +150,12 @@ def descend(objective: Any, begin: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         objective(free).sum().backward()
         optimizer.step()
         schedule.step()
-    optimizer.zero_grad()
-    objective(free).sum().backward()
-    assert free.grad is not None
-    return free.detach(), torch.linalg.vector_norm(free.grad.flatten(1), dim=-1)
+    found = free.detach()
+    return found, slope_of(objective, found)
+
+
+def slope_of(objective: Any, at: Tensor) -> Tensor:
+    """The norm of each head's gradient, [H]."""
+    free = at.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(free).sum(), free)
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=-1)

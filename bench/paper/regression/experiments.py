@@ -14,7 +14,7 @@ from bench.paper.regression.families import Family
 from bench.paper.sweeps.ledger import Run
 
 SEED = 2410
-SUPPORT_SIZES = tuple(10**i for i in range(2, 9))
+SUPPORT_SIZES = tuple(10**i for i in range(2, 11))
 UNIFORM_SIZES = (100, 316, 1000, 3162, 10000)
 FROM_TRUTH, FROM_RANDOM = 4, 2  # starts of a replicate
 NEAR = 0.01  # in the objective, where noise moves the truth's by about 1: two fits this near are one
@@ -75,8 +75,10 @@ def regression_cell(config: dict[str, Any]) -> dict[str, Any]:
     given = model.experts(family.d)
     own = [config["seed"], families.NAMES.index(family.name), family.d, family.atoms, family.inner, n]
     observed = model.sample(given, true.atoms, n, replicates, config["design"], own)
+    spare = 0 if family.atoms == 3 else None
     found, last = fit.minimise(observed, family, starts(family, replicates, n, own), n)
     angles, lowest = last.angles, last.value
+    noise = fit.in_angles(observed, family, families.true_angles(family, spare).expand(replicates, -1)).gradient
     at_truth = model.objective(observed, true.atoms.expand(replicates, -1, -1))
     at = losses.cells(family.split(angles)[0], *family.inputs(angles), true)
     measures = {"l2": model.distance(model.known(given, evaluated(config)), family.measure(angles), true.atoms)}
@@ -91,6 +93,7 @@ def regression_cell(config: dict[str, Any]) -> dict[str, Any]:
         "near_best": float((found.value <= lowest.unsqueeze(1) + NEAR).double().mean()),
         "random_near_best": float((found.value[:, FROM_TRUTH:] <= lowest.unsqueeze(1) + NEAR).double().mean()),
         "largest_gradient": float(last.gradient.max()),
+        "noise_gradient": float(torch.linalg.vector_norm(noise, dim=-1).mean() / n**0.5),
         "gain": float((at_truth - lowest).mean()),
     }
     return {"measures": {name: losses.rounded(values) for name, values in measures.items()}, "fits": fits}

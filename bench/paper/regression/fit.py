@@ -15,7 +15,7 @@ from bench.paper.regression.model import NOISE, Sample, parts
 
 STEPS = 200  # from each start
 MORE_STEPS = 400  # from the best of a replicate
-FLAT = 1e-4  # a fit has converged at a gradient of at most FLAT * sqrt(n); noise alone makes about 10 * sqrt(n)
+FLAT = 1e-4  # a fit has converged at a gradient of at most FLAT * sqrt(n); noise makes 3 to 21 sqrt(n) at the truth
 STIFF = 1e-5  # of n: a curvature below this is that of a valley, or of nothing
 LONGEST = 0.7  # of a step, in radians
 ROWS = 2**17  # problems times inputs that are worked on at once

@@ -15,7 +15,7 @@ from bench.paper.runs import write_json, write_text
 from bench.paper.sweeps.ledger import Ledger, Run
 from bench.paper.sweeps.tables import Table, markdown, words
 
-LARGE = 10**4  # slopes of the finite design are of n from here on: rates are of large n
+LARGE = {"support": 10**6, "uniform": 0, "attention": 10**4}  # slopes are of n from here on: rates are of large n
 Result = dict[str, Any]
 
 
@@ -42,6 +42,11 @@ def collect(runs: Sequence[Run], ledger: Ledger) -> Result:
     }
 
 
+def least(config: dict[str, Any]) -> int:
+    """The smallest n of a setting that slopes are of."""
+    return LARGE[config.get("design", "attention")]
+
+
 def _setting(name: str, cells: list[tuple[dict[str, Any], Any]]) -> Result:
     cells = sorted(cells, key=lambda cell: cell[0]["n"])
     first = cells[0][0]
@@ -49,7 +54,7 @@ def _setting(name: str, cells: list[tuple[dict[str, Any], Any]]) -> Result:
     measures = {}
     for measure in cells[0][1]["measures"]:
         curve = [(config["n"], result["measures"][measure]) for config, result in cells]
-        large = [point for point in curve if point[0] >= LARGE or first.get("design") == "uniform"]
+        large = [point for point in curve if point[0] >= least(first)]
         found = slopes.of(large)
         measures[measure] = {"curve": [_point(*point) for point in curve], "slope": found and asdict(found)}
     fits = [{"n": config["n"], **result["fits"]} for config, result in cells]
@@ -105,7 +110,7 @@ def _rates(caption: str, settings: list[Result]) -> Table:
             body.append([words(one) for one in (title(setting), name, *_judged(found["slope"], claim))])
     notes = (
         f"Slopes of the mean over replicates on log-log axes, with the {slopes.LEVEL:.0%} bootstrap interval, for n "
-        f"from {LARGE:,} on (uniform X: all n); then of the {slopes.TAIL} largest n; then of the median.",
+        f"from {LARGE['support']:,} on (uniform X: all n); then of the {slopes.TAIL} largest n; then of the median.",
         f"A slope is told from a rate where the interval lies more than {slopes.MARGIN} beyond it.",
         "The rate's slope is over the same n: a log makes it less steep.",
     )
@@ -145,12 +150,13 @@ def _attention(settings: list[Result]) -> Table:
     sizes = [fit["n"] for fit in settings[0]["fits"]]
     head = ["prefix", "measure", f"at n = {sizes[0]:,}", f"at n = {sizes[-1]:,}", "slope"]
     steepest = max(fit["largest_gradient"] for setting in settings for fit in setting["fits"])
+    noise = min(fit["noise_gradient"] for setting in settings for fit in setting["fits"])
     worse = sum(fit["worse_than_truth"] for setting in settings for fit in setting["fits"])
     notes = (
-        f"Descent ended at gradients of at most {steepest:.1g} times the root of n, where noise alone makes about ten; "
+        f"Descent ended at gradients of at most {steepest:.1g} times the root of n; noise makes {noise:.1g} or more. "
         f"{worse} replicates ended above the truth's objective.",
         'Keys and values "alone" are those of a row without a like; "twice" has two rows that are planted alike.',
-        f"Slopes are of n from {LARGE:,} on, as above; no theorem is of this head.",
+        f"Slopes are of n from {LARGE['attention']:,} on; no theorem is of this head.",
     )
     return Table("A planted prefix of an attention head, by gradient descent", head, body, notes)
 
@@ -158,7 +164,7 @@ def _attention(settings: list[Result]) -> Table:
 def _fits(settings: list[Result]) -> Table:
     body = []
     for setting in settings:
-        large = [fit for fit in setting["fits"] if fit["n"] >= LARGE or setting["config"]["design"] == "uniform"]
+        large = [fit for fit in setting["fits"] if fit["n"] >= least(setting["config"])]
         replicates = setting["measures"]["l2"]["curve"][0]["count"] * len(large)
         if not large:
             continue
@@ -169,11 +175,14 @@ def _fits(settings: list[Result]) -> Table:
             f"{sum(fit['worse_than_truth'] for fit in large):,}",
             f"{np.mean([fit['near_best'] for fit in large]):.2f}",
             f"{np.mean([fit['random_near_best'] for fit in large]):.2f}",
+            f"{max(fit['largest_gradient'] for fit in large):.1e}",
+            f"{np.mean([fit['noise_gradient'] for fit in large]):.1f}",
         )])  # fmt: skip
     head = ["setting", "replicates", "steps", "starts not converged", "best not converged", "worse than the truth",
-            "near the best", "of random"]  # fmt: skip
+            "near the best", "of random", "largest gradient", "at the truth"]  # fmt: skip
     notes = (
         "Fits that did not converge are counted here, and their errors are in the tables as they are.",
+        "Gradients are over the root of n: the largest at the best fits, and the mean at the truth, which noise makes.",
         "Near the best: the share of starts, and of those at random, that end within 0.01 of a replicate's best.",
     )
     return Table("The fits, of the n that slopes are of", head, body, notes)
