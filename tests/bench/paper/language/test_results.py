@@ -13,7 +13,7 @@ from bench.paper.sweeps.ledger import Ledger
 from tests.support import ROOT
 
 PAPER = ROOT / "bench" / "paper"
-STUDIES = ("smollm2", "smollm2-all")  # by name: whoever ran the demo has other results beside them
+STUDIES = ("smollm2",)  # by name: whoever ran the demo has other results beside them
 
 
 def written(name: str) -> tuple[Path, dict]:
@@ -34,7 +34,10 @@ def test_a_report_is_what_its_runs_say(name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_documents_show_the_tables(name: str) -> None:
+    """Of the methods that have a final run by now."""
     _, results = written(name)
+    results["cells"] = [cell for cell in results["cells"] if cell["dev"]]
+    assert results["cells"]
     shown = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
     for table in report.tables(results):
         for row in table.rows:
