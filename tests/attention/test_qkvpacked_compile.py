@@ -46,15 +46,15 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert t.stride() == right[name].stride(), name
 
 
-@pytest.mark.parametrize("needs", ["11101", "10100", "01100"], ids=str)
+@pytest.mark.parametrize("needs", ["111001", "101000", "011000"], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_opcheck(backend: str, dropout_p: float, needs: str) -> None:
     inputs = inputs_for(backend, grad=False, **EVERYTHING)
     qkv, prefix_k, prefix_v, memory = inputs.tensors.values()
     ids = inputs.options["prefix_ids"]
     call = Call(
-        *parts(qkv).values(), prefix_k, prefix_v, inputs.options["attn_mask"], memory, ids,
-        inputs.options["prefix_lengths"][ids], torch.tensor([7]) if dropout_p else None,
+        *parts(qkv).values(), prefix_k, prefix_v, inputs.options["attn_mask"], memory=memory, prefix_ids=ids,
+        prefix_lengths=inputs.options["prefix_lengths"][ids], seed=torch.tensor([7]) if dropout_p else None,
         dropout_p=dropout_p, prefix_dropout_p=dropout_p / 2, is_causal=True, scale=0.25, phi="relu",
     )  # fmt: skip
     out, lse, _, attended = torch.ops.prefixattn.fwd(*call, False, True, backend)
@@ -69,7 +69,7 @@ def test_opcheck_with_a_bias_that_learns() -> None:
     call = Call(*parts(qkv).values(), prefix_k[None], prefix_v[None], mask, is_causal=True, scale=0.25)
     out, lse, _, _ = torch.ops.prefixattn.fwd(*call, False, False, "reference")
     given = Given(torch.randn_like(out), None, out, lse)
-    wanted = [True] * 4 + [False]  # qkv, prefix_k, prefix_v, attn_mask, memory
+    wanted = [True] * 4 + [False] * 2  # qkv, prefix_k, prefix_v, attn_mask, sinks, memory
     torch.library.opcheck(torch.ops.prefixattn.bwd_qkvpacked, (*given, qkv, *call[3:], wanted, "reference"))
 
 

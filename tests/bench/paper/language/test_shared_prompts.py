@@ -20,6 +20,8 @@ from bench.paper.language.encode import Sample
 from bench.paper.language.shared_prompts import TOGETHER, Group, parted
 from bench.paper.language.testing import made_model
 
+# of PEFT 0.21.2, which reads what transformers 5.23 renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SETTINGS = train.Settings("e2e", "deep", 1e-2, 0.0, 101, length=3, hidden=8, batch=4, beams=3, most_new=8)
 METHODS = ("frozen", "deep", "simple", "none", "plus", "lora", "adapter", "partial", "finetune")
 PAIRS = e2e_data.generate(6, 5, seed=1)
