@@ -1,9 +1,10 @@
-// The one matrix product of these kernels: C[m, n] (+)= sum_k A[m, k] * B[k, n], with scalars of A broadcast against
-// vectors of B. A is read where it lies, through byte strides, so that keys and values need no packing; B has rows of
-// 4-byte words. With Fp32 a word is a float; else it is a pair of 16-bit numbers and k counts pairs. TileDot has a
-// product of its own.
+// The matrix product of kernels without tiles: C[m, n] (+)= sum_k A[m, k] * B[k, n], with scalars of A broadcast
+// against vectors of B. A is read where it lies, through byte strides, so that keys and values need no packing; B has
+// rows of 4-byte words. With Fp32 a word is a float; with Bf16Dot it is a pair of bfloat16 and k counts pairs. Tiles
+// have a product of their own (tile_product.h).
 #pragma once
-#include "cpu/tile_product.h"
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {
@@ -109,9 +110,10 @@ void column(int M, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t
     for (; m < M; step(1)) tile<Dot, 1, NV, kStepIsWord>(a, b, ldb, c, ldc, K, accumulate);
 }
 
+// N counts floats and is a multiple of VL; K counts words of A's rows.
 template <class Dot, bool kStepIsWord>
-void vector_gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc,
-                 bool accumulate) {
+void gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, bool accumulate) {
+    if (M <= 0 || N <= 0) return;
     for (int vectors = N / VL; vectors > 0;) {
         const int nv = vectors <= kMaxNV ? vectors : vectors == kMaxNV + 1 && kMaxNV > 2 ? kMaxNV - 1 : kMaxNV;
         switch (nv) {
@@ -133,18 +135,6 @@ void vector_gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, 
         vectors -= nv;
         b += nv * VL;
         c += nv * VL;
-    }
-}
-
-// N counts floats and is a multiple of VL; K counts words of A's rows.
-template <class Dot, bool kStepIsWord>
-void gemm(int M, int N, int K, Operand a, const float *b, ptrdiff_t ldb, float *c, ptrdiff_t ldc, bool accumulate) {
-    if (M <= 0 || N <= 0) return;
-    if constexpr (Dot::kTiles) {
-        static_assert(kStepIsWord, "words of a tile of A lie along its rows");
-        Dot::product(M, N, K, {a.data, a.row, Dot::kRowOfTile}, b, ldb, c, ldc, accumulate);
-    } else {
-        vector_gemm<Dot, kStepIsWord>(M, N, K, a, b, ldb, c, ldc, accumulate);
     }
 }
 

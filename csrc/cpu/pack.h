@@ -76,6 +76,24 @@ inline void narrow(const float *src, f16 *dst, int n) {
 }
 #endif
 
+#if defined(PA_AVX512)
+inline __m256i to_bf16(__m512 x) {  // as from_float: the instruction would make denormal numbers zeros
+    const __m512i u = (__m512i)x, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+template <>
+inline void narrow(const float *src, bf16 *dst, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(dst + i), to_bf16(_mm512_loadu_ps(src + i)));
+    if (i < n)
+        _mm_storeu_si128((__m128i *)(dst + i),
+                         _mm256_castsi256_si128(to_bf16(_mm512_castps256_ps512(_mm256_loadu_ps(src + i)))));
+}
+#endif
+
 // A vector of floats from storage.
 inline vf vload_as(const float *p) { return vload(p); }
 #if defined(PA_AVX512)
@@ -95,13 +113,23 @@ inline vf vload_as(const T *p) {
 }
 #endif
 
-// dst[i] = (low[i], high[i]); a null high is zeros.
+// dst[i] = (low[i], high[i]); a null high is zeros. n is a multiple of 8.
 template <class T>
 inline void interleave(const T *low, const T *high, uint32_t *dst, int n) {
+#if defined(PA_AVX512)
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 present = (__mmask16)(n - i < 16 ? 0xff : 0xffff);
+        const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, low + i));
+        const __m512i second =
+            high ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, high + i)) : _mm512_setzero_si512();
+        _mm512_mask_storeu_epi32(dst + i, present, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    }
+#else
     if (high)
         for (int i = 0; i < n; ++i) dst[i] = low[i].bits | (uint32_t)high[i].bits << 16;
     else
         for (int i = 0; i < n; ++i) dst[i] = low[i].bits;
+#endif
 }
 
 #if defined(PA_AVX512)

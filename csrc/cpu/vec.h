@@ -85,6 +85,19 @@ inline vf vscale2(vf x, vf n) {
 }
 #endif
 
+// Whether some lane of x is not y.
+inline bool vany_other(vf x, float y) {
+#if defined(PA_AVX512)
+    return _mm512_cmp_ps_mask(x, _mm512_set1_ps(y), _CMP_NEQ_UQ);
+#elif defined(PA_AVX2)
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(y), _CMP_NEQ_UQ));
+#else
+    bool other = false;
+    for (int i = 0; i < VL; ++i) other |= x[i] != y;
+    return other;
+#endif
+}
+
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 
 inline vu vcount(uint32_t first) {  // first, first + 1, ...
@@ -201,6 +214,20 @@ inline vf vexp2(vf x) {
     return vfinish(p, n, x, kSmallestLog2);
 }
 
+// The same to 2e-7, exact at 0: a polynomial of degree 5 on [0, 1].
+inline vf vexp2_short(vf x) {
+#if defined(PA_AVX512)
+    const vf f = _mm512_reduce_ps(x, 9);  // what is left above the next lower integer; 0 of an infinity
+    vf p = vfma(vset(0x1.e974fep-10f), f, vset(0x1.277854p-7f));
+    p = vfma(p, f, vset(0x1.c91ce6p-5f));
+    p = vfma(p, f, vset(0x1.ebdb56p-3f));
+    p = vfma(p, f, vset(0x1.62e4bap-1f));
+    return _mm512_scalef_ps(vfma(p, f, vset(1.f)), x);  // by 2^floor(x)
+#else
+    return vexp2(x);
+#endif
+}
+
 // e^x for x <= 88: the same polynomial; ln 2 is taken away in two parts, so that a large -x loses nothing.
 inline vf vexp(vf x) {
     const vf clamped = vmax(vset(kSmallestLog), x);
@@ -214,6 +241,26 @@ inline vf vexp(vf x) {
     p = vfma(p, f, vset(0x1p+0f));
     p = vfma(p, f, vset(1.f));
     return vfinish(p, n, x, kSmallestLog);
+}
+
+// log x of a normal x > 0, to 2e-7 of it and to 1e-7 near 1; a nan stays one.
+inline vf vlog(vf x) {
+#if defined(PA_AVX512)
+    const vf m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const vf e = _mm512_getexp_ps(x) - _mm512_getexp_ps(m), r = m - vset(1.f);
+    vf p = vfma(vset(0x1.c773eap-5f), r, vset(-0x1.f031f4p-4f));
+    p = vfma(p, r, vset(0x1.313e34p-3f));
+    p = vfma(p, r, vset(-0x1.57d5c2p-3f));
+    p = vfma(p, r, vset(0x1.993ce8p-3f));
+    p = vfma(p, r, vset(-0x1.ffececp-3f));
+    p = vfma(p, r, vset(0x1.5555b2p-2f));
+    p = vfma(p * r, r, vset(-0.5f) * r);  // log(1 + r) = r + r p
+    return vfma(e, vset(0x1.62e430p-1f), vfma(p, r, r));
+#else
+    vf y = x;
+    for (int i = 0; i < VL; ++i) y[i] = __builtin_logf(x[i]);
+    return y;
+#endif
 }
 
 // -inf in the first n lanes, 0 in the others, to be added to scores.

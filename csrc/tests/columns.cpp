@@ -1,7 +1,7 @@
 // Rows of keys or values as what a product sums over: small integers, which any order gives exactly, for each storage
 // and arithmetic; odd numbers of rows, parts of them, head sizes that fill no tile, and nothing read beside the rows.
 #include "check.h"
-#include "cpu/attention/operands.h"
+#include "cpu/attention/panels.h"
 
 using namespace prefixattn::PA_ISA;
 
@@ -54,6 +54,79 @@ void all() {
             for (int part : {32, 64, 128}) columns<T, Dot>(n, D, part);
 }
 
+#if defined(PA_TILES)
+// The same of what tiles read, which is packed: rows of a prefix and own ones behind them, whose strides differ, as a
+// product sums over them and along them. Nothing beside the rows is read, and rows up to a whole group are zeros.
+template <class T>
+void panels(int n, int n_prefix, int D) {
+    const int width = 2 * kTile, groups = (int)(up(n, kGroup) / kGroup), tall = (int)(up(D, kTile) / kTile);
+    const int strides[] = {D, D + 8}, steps = (int)RowTiles<T>::steps(D);
+    std::vector<T> parts[2];
+    std::vector<int> numbers((size_t)n * D), over((size_t)n * width), along((size_t)D * width);
+    for (int part = 0; part < 2; ++part) {
+        const int rows = part ? n - n_prefix : n_prefix;
+        parts[part].resize((size_t)rows * strides[part] + 1);
+        for (T &x : parts[part]) from_float(NAN, &x);
+        for (int r = 0; r < rows; ++r)
+            for (int d = 0; d < D; ++d)
+                from_float((float)(numbers[(size_t)(r + part * n_prefix) * D + d] = check::below(17) - 8),
+                           &parts[part][(size_t)r * strides[part] + d]);
+    }
+    // words of B: pairs of rows, and pairs of elements; zeros past n and D
+    std::vector<T> pairs((size_t)groups * kGroup * width), halves((size_t)steps * kGroup * width);
+    for (T &x : pairs) from_float(0.f, &x);
+    for (T &x : halves) from_float(0.f, &x);
+    for (int r = 0; r < n; ++r)
+        for (int i = 0; i < width; ++i)
+            from_float((float)(over[(size_t)r * width + i] = check::below(17) - 8),
+                       &pairs[(size_t)(r / 2 * width + i) * 2 + r % 2]);
+    for (int d = 0; d < D; ++d)
+        for (int i = 0; i < width; ++i)
+            from_float((float)(along[(size_t)d * width + i] = check::below(17) - 8),
+                       &halves[(size_t)(d / 2 * width + i) * 2 + d % 2]);
+
+    const JoinedRows rows{(const char *)parts[0].data(), 2 * strides[0], n_prefix,
+                          (const char *)parts[1].data(), 2 * strides[1], n};
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> by_row((size_t)RowTiles<T>::bytes(n, D) / 64),
+        by_column((size_t)ColumnTiles<T>::bytes(n, D) / 64);
+    std::memset(by_row.data(), 0xff, by_row.size() * 64), std::memset(by_column.data(), 0xff, by_column.size() * 64);
+    RowTiles<T>::pack(rows, D, by_row[0].bytes);
+    ColumnTiles<T>::pack(rows, D, by_column[0].bytes);
+
+    const auto right = [&](int m, int i, bool transposed) {
+        int sum = 0;
+        for (int k = 0; k < (transposed ? n : D); ++k)
+            sum += transposed ? (m < D ? numbers[(size_t)k * D + m] * over[(size_t)k * width + i] : 0)
+                              : (m < n ? numbers[(size_t)m * D + k] * along[(size_t)k * width + i] : 0);
+        return sum;
+    };
+    const auto ask = [&](bool transposed, int tiles, int K, const TileStream &a, const std::vector<T> &b) {
+        std::vector<float> c((size_t)tiles * kTile * width, 1.f);
+        add_product<T>(tiles, 2, K, a, {(const char *)b.data(), 4 * width, 64, 4 * width * kTile}, c.data(), width,
+                       true);
+        for (int m = 0; m < tiles * kTile; ++m)
+            for (int i = 0; i < width; ++i)
+                CHECK(c[(size_t)m * width + i] == 1.f + (float)right(m, i, transposed),
+                      "%s, %d rows of which %d are a prefix's, D %d: C[%d, %d] is %g, expected %d",
+                      transposed ? "over rows" : "along rows", n, n_prefix, D, m, i, c[(size_t)m * width + i],
+                      1 + right(m, i, transposed));
+    };
+    ask(false, 2 * groups, steps, {by_row[0].bytes, 64, steps * kTileBytes, kTileBytes}, halves);
+    ask(true, tall, groups, {by_column[0].bytes, 64, kTileBytes, tall * kTileBytes}, pairs);
+}
+
+template <class T>
+void all_panels() {
+    for (int n : {1, 2, 15, 16, 31, 32, 33, 64, 95})
+        for (int n_prefix : {0, 1, 10, 31, 32, 50})
+            for (int D : {8, 24, 32, 40, 64, 72, 256})
+                if (n_prefix <= n) panels<T>(n, n_prefix, D);
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -65,8 +138,8 @@ int main() {
 #endif
 #if defined(PA_TILES)
     Tiles::configure();
-    all<bf16, TileDot<bf16>>();
-    all<f16, TileDot<f16>>();
+    all_panels<bf16>();
+    all_panels<f16>();
     Tiles::release();
 #endif
     return check::result();

@@ -3,6 +3,7 @@
 #include "check.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"
+#include "cpu/tile_product.h"
 
 using namespace prefixattn::PA_ISA;
 
@@ -66,18 +67,56 @@ void product(int M, int N, int K, bool accumulate) {
         }
 }
 
-template <class Words, bool kRowIsWord = true>
+template <class Words>
 void products() {
     for (int M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 31})
         for (int vectors = 1; vectors <= 9; ++vectors)
             for (int K : {0, 1, 2, 15, 16, 17, 63, 64, 65, 130})
                 for (bool accumulate : {false, true}) {
                     product<Words, true>(M, vectors * VL, K, accumulate);
-                    if constexpr (kRowIsWord) product<Words, false>(M, vectors * VL, K, accumulate);
+                    product<Words, false>(M, vectors * VL, K, accumulate);
                 }
     product<Words, true>(0, VL, 3, false);
     product<Words, true>(3, 0, 3, false);
 }
+
+#if defined(PA_TILES)
+// Whole tiles: their rows lie `lda`, `ldb` and `ldc` apart.
+template <class T>
+void tile_product(int tall, int wide, int steps, bool adds) {
+    const int M = tall * kTile, N = wide * kTile, K = 2 * steps * kTile;
+    const int lda = K + 6, ldb = N + kPadding, ldc = N + kPadding;
+    std::vector<T> a((size_t)M * lda + 1), b(2 * ((size_t)K / 2 * ldb + 1));
+    std::vector<float> c((size_t)M * ldc + 1, kUntouched);
+    std::vector<int> x((size_t)M * K), y((size_t)K * N);
+    for (T &number : a) from_float(NAN, &number);
+    for (T &number : b) from_float(NAN, &number);
+    for (int m = 0; m < M; ++m)
+        for (int k = 0; k < K; ++k)
+            from_float((float)(x[(size_t)m * K + k] = check::below(17) - 8), &a[(size_t)m * lda + k]);
+    for (int k = 0; k < K; ++k)
+        for (int n = 0; n < N; ++n)
+            from_float((float)(y[(size_t)k * N + n] = check::below(17) - 8), &b[(size_t)(k / 2 * ldb + n) * 2 + k % 2]);
+    add_product<T>(tall, wide, steps, {(const char *)a.data(), 2 * lda, 2 * lda * kTile, 64},
+                   {(const char *)b.data(), 4 * ldb, 64, 4 * ldb * kTile}, c.data(), ldc, adds);
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < ldc; ++n) {
+            int right = n < N && !adds ? 0 : (int)kUntouched;
+            for (int k = 0; n < N && k < K; ++k) right += x[(size_t)m * K + k] * y[(size_t)k * N + n];
+            const float found = c[(size_t)m * ldc + n];
+            CHECK(found == (float)right, "tiles %d x %d, %d steps: C[%d, %d] is %g, expected %d", tall, wide, steps, m,
+                  n, found, right);
+        }
+}
+
+template <class T>
+void tile_products() {
+    for (int tall : {0, 1, 2, 3, 5})
+        for (int wide : {0, 1, 2, 3, 4})
+            for (int steps : {0, 1, 2, 5})
+                for (bool adds : {false, true}) tile_product<T>(tall, wide, steps, adds);
+}
+#endif
 
 }  // namespace
 
@@ -88,8 +127,8 @@ int main() {
 #endif
 #if defined(PA_TILES)
     Tiles::configure();
-    products<Pairs<bf16, TileDot<bf16>>, false>();  // there A has its words along its rows
-    products<Pairs<f16, TileDot<f16>>, false>();
+    tile_products<bf16>();
+    tile_products<f16>();
     Tiles::release();
 #endif
     return check::result();

@@ -27,7 +27,8 @@ def programs() -> dict[str, Path]:
     return {Path(line).name: Path(line) for line in done.stdout.splitlines() if line.startswith(str(ROOT))}
 
 
-@pytest.mark.parametrize("isa", _C.isas())
+# csrc/cpu/isa.cpp alone asks the system for a CPU's tiles, so no program has them
+@pytest.mark.parametrize("isa", [name for name in _C.isas() if name not in ("amx_bf16", "amx_fp16")])
 @pytest.mark.parametrize("source", SOURCES)
 def test_program(source: str, isa: str, programs: dict[str, Path]) -> None:
     done = subprocess.run([programs[f"{source}.{isa}"]], capture_output=True, text=True, timeout=600)

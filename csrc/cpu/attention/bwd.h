@@ -7,6 +7,8 @@
 // on the number of threads nor on which gradients are wanted. In float32 sums over many tiles are KeySums'; that of
 // 16-bit types would lose nothing that their rounding leaves.
 #pragma once
+#include <initializer_list>
+
 #include "cpu/attention/bwd_tiles.h"
 #include "cpu/attention/key_sums.h"
 #include "cpu/parallel.h"
@@ -28,9 +30,7 @@ class Backward {
     static void run(const BwdParams &p, int threads) {
         if (p.Hkv == 0) return;  // every gradient is empty
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
-        PrefixColumns<Storage, Dot> columns(p);
-        if (p.dq.data) columns.pack(p.prefix_k, threads);
-        Job job{p, chunk_keys(p), columns};
+        Job job{p, chunk_keys(p)};
         if (p.dmemory.data)
             parallel_for(p.memories * p.H * memory_chunks(p), threads, memory_unit, &job, Dot::region());
         const int64_t rows = p.T * p.Hkv;
@@ -38,27 +38,29 @@ class Backward {
             return parallel_for(rows, threads, fused_unit, &job, Dot::region());
         if (own) parallel_for(p.B * p.Hkv * chunks(p, p.S), threads, own_unit, &job, Dot::region());
         if (prefix) parallel_for(p.T * p.Hkv * chunks(p, p.P), threads, prefix_unit, &job, Dot::region());
-        if (p.dq.data) parallel_for(p.B * p.H * query_blocks(p.L), threads, query_unit, &job, Dot::region());
+        if (p.dq.data)
+            parallel_for(p.B * p.H * query_blocks(p.L, Ops::kLaneUnit), threads, query_unit, &job, Dot::region());
     }
 
   private:
     struct Job {
         const BwdParams &p;
         int keys;  // of a chunk
-        const PrefixColumns<Storage, Dot> &columns;
     };
 
     static int chunk_keys(const BwdParams &p) { return p.D <= 128 ? 128 : 64; }
     static int64_t chunks(const BwdParams &p, int64_t n) { return (n + chunk_keys(p) - 1) / chunk_keys(p); }
     static int64_t memory_chunks(const BwdParams &p) { return (p.D + kMemoryRows - 1) / kMemoryRows; }
-    static int64_t padded(const BwdParams &p) { return (p.D + VL - 1) / VL * VL; }
+    static int64_t padded(const BwdParams &p) { return Ops::row_floats((int)p.D); }
     static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
     // Tiles that meet one key of a sample, and one prefix row of all samples that may use it.
-    static int64_t tiles(const BwdParams &p) { return query_blocks(p.L) * heads(p); }
+    static int64_t tiles(const BwdParams &p) { return query_blocks(p.L, Ops::kLaneUnit) * heads(p); }
     static int64_t prefix_tiles(const BwdParams &p) { return (p.T == 1 || p.prefix_ids ? p.B : 1) * tiles(p); }
     static bool totals_own(const BwdParams &p) { return kFloat32 && tiles(p) > 4 * KeySums::kRun; }
     static bool totals_prefix(const BwdParams &p) { return kFloat32 && prefix_tiles(p) > KeySums::kRun; }
-    static bool totals_memory(const BwdParams &p) { return kFloat32 && p.B * query_blocks(p.L) > KeySums::kRun; }
+    static bool totals_memory(const BwdParams &p) {
+        return kFloat32 && p.B * query_blocks(p.L, Ops::kLaneUnit) > KeySums::kRun;
+    }
 
     // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
     Backward(const BwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
@@ -69,9 +71,10 @@ class Backward {
         const int64_t chunk = (int64_t)keys_max_ * Dp_, blocks = tiles(p);
         chunk_ = arena_.take<float>(2 * chunk);
         if (p.prefix_dropout_p > 0) dropped_ = arena_.take<float>(2 * chunk);
-        dq_ = arena_.take<float>((fused ? blocks : 1) * D_ * kLanes);
+        dq_ = arena_.take<float>((fused ? blocks : 1) * Dp_ * kLanes);
+        prefix_rows_ = Dot::kTiles ? (p.P + 31) / 32 * 32 : p.P;
         if (fused) {
-            prefix_sums_ = arena_.take<float>(2 * p.P * Dp_);
+            prefix_sums_ = arena_.take<float>(2 * prefix_rows_ * Dp_);
             prefix_added_ = arena_.take<int64_t>(chunks(p, p.P));
         }
         slots_ = 1;
@@ -85,7 +88,7 @@ class Backward {
         budgeted_ = arena_.used();
         if (totals_own(p) || (!fused && (totals_prefix(p) || totals_memory(p))))
             chunk_totals_ = arena_.take<float>(2 * chunk);
-        if (fused && totals_prefix(p)) prefix_totals_ = arena_.take<float>(2 * p.P * Dp_);
+        if (fused && totals_prefix(p)) prefix_totals_ = arena_.take<float>(2 * prefix_rows_ * Dp_);
     }
 
     static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena::counting()).budgeted_ <= kBudget; }
@@ -94,7 +97,6 @@ class Backward {
     static void with_scratch(const Job &job, bool fused, F f) {
         const int64_t bytes = Backward(job.p, fused, Arena::counting()).arena_.used();
         Backward work(job.p, fused, Arena(thread_scratch(bytes)));
-        work.keys_.shared = &job.columns;
         f(work);
     }
 
@@ -104,8 +106,14 @@ class Backward {
         const int64_t g = unit % p.Hkv, t = unit / p.Hkv;
         with_scratch(job, true, [&](Backward &w) {
             for (int64_t p0 = 0; p0 < p.P; p0 += job.keys) w.prefix_sums(p0).clear();
-            for (int64_t b = 0; b < p.B; ++b)
-                if (prefix_row(p, b) == t) w.sample(b, g);
+            const auto next = [&](int64_t b) {
+                for (++b; b < p.B && prefix_row(p, b) != t;) ++b;
+                return b;
+            };
+            for (int64_t b = next(-1); b < p.B; b = w.next_) {
+                w.next_ = next(b);
+                w.sample(b, g);
+            }
             for (int64_t p0 = 0; p0 < p.P; p0 += job.keys)
                 w.store_prefix(t, g, p0, (int)min_of<int64_t>(job.keys, p.P - p0), w.prefix_sums(p0));
         });
@@ -139,12 +147,12 @@ class Backward {
     static void query_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
         const BwdParams &p = job.p;
-        const int64_t blocks = query_blocks(p.L), block = unit % blocks, h = unit / blocks % p.H,
+        const int64_t blocks = query_blocks(p.L, Ops::kLaneUnit), block = unit % blocks, h = unit / blocks % p.H,
                       b = unit / blocks / p.H;
         with_scratch(job, false, [&](Backward &w) {
             Queries &q = w.queries_[0];
             q.pack(p, b, h, block, w.rows_);
-            std::memset(w.dq_, 0, sizeof(float) * w.D_ * q.q.width);
+            std::memset(w.dq_, 0, sizeof(float) * w.Dp_ * q.q.width);
             const auto chunk = [&](bool prefix, int64_t j0, int64_t end) {
                 w.keys_.load(p, b, h / heads(p), prefix, j0, (int)min_of<int64_t>(job.keys, end - j0), true);
                 w.tile_.run(p, q, w.keys_, nullptr, nullptr, w.dq_);
@@ -169,7 +177,7 @@ class Backward {
             sums.dv = nullptr;
             sums.clear();
             for (int64_t b = 0; b < p.B; ++b)
-                for (int64_t i = 0; memory_row(p, b) == t && i < query_blocks(p.L); ++i) {
+                for (int64_t i = 0; memory_row(p, b) == t && i < query_blocks(p.L, Ops::kLaneUnit); ++i) {
                     q.pack_for_memory(p, b, h, i, w.rows_, (int)d0, rows);
                     with_phi(p.phi, [&](auto phi) { w.tile_.template memory_rows<decltype(phi)>(q, rows, sums.dk); });
                     sums.added();
@@ -182,7 +190,8 @@ class Backward {
     // One sample of a fused unit.
     void sample(int64_t b, int64_t g) {
         const int64_t blocks = tiles(p_);
-        std::memset(dq_, 0, sizeof(float) * blocks * D_ * kLanes);
+        fetched_ = 0;
+        std::memset(dq_, 0, sizeof(float) * blocks * Dp_ * kLanes);
         const int64_t length = prefix_length(p_, b);
         for (int64_t p0 = 0; p0 < length; p0 += keys_max_)
             prefix_chunk(b, g, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0), prefix_sums(p0), true);
@@ -192,14 +201,29 @@ class Backward {
             own_chunk(b, g, s0, n, true);
         }
         for (int64_t i = 0; i < blocks; ++i)
-            store_dq(b, g * heads(p_) + i / query_blocks(p_.L), query_block(p_.L, i % query_blocks(p_.L)),
-                     dq_ + i * D_ * kLanes, p_.memory.data ? &packed(b, g, i) : nullptr);
+            store_dq(b, g * heads(p_) + i / query_blocks(p_.L, Ops::kLaneUnit),
+                     query_block(p_.L, i % query_blocks(p_.L, Ops::kLaneUnit), Ops::kLaneUnit), dq_ + i * Dp_ * kLanes,
+                     p_.memory.data ? &packed(b, g, i) : nullptr);
+    }
+
+    // Some of what the unit's next sample reads, while this one is computed.
+    void fetch_next(int64_t g) {
+        const int64_t parts = tiles(p_) * (chunks(p_, p_.P) + chunks(p_, p_.S)), size = Ops::kSize;
+        if (fetched_ == parts) return;
+        const auto range = [&](int64_t n) { return Range{n * fetched_ / parts, n * (fetched_ + 1) / parts}; };
+        const Range s = range(p_.S), l = range(p_.L * heads(p_));
+        for (const Strided *t : {&p_.k, &p_.v}) fetch_ahead<false>(*t, next_, g, s.begin, s.end - s.begin, p_.D, size);
+        for (int64_t i = l.begin; i < l.end; ++i)
+            for (const Strided *t : {&p_.q, &p_.dout, &p_.out})
+                fetch_ahead<false>(*t, next_, g * heads(p_) + i / p_.L, i % p_.L, 1, p_.D, size);
+        ++fetched_;
     }
 
     // Block i of a key head's queries.
     Queries &packed(int64_t b, int64_t g, int64_t i) {
         Queries &q = queries_[i < slots_ ? i : slots_ - 1];
-        q.pack(p_, b, g * heads(p_) + i / query_blocks(p_.L), i % query_blocks(p_.L), rows_);
+        q.pack(p_, b, g * heads(p_) + i / query_blocks(p_.L, Ops::kLaneUnit), i % query_blocks(p_.L, Ops::kLaneUnit),
+               rows_);
         return q;
     }
 
@@ -224,8 +248,12 @@ class Backward {
         if (p_.prefix_dropout_p == 0)
             return all_queries(b, g, sums.dk, sums.dv, with_dq, [&](int64_t) { sums.added(); });
         // the sample's own mask: its gradients are made apart, then added through the mask
-        float *own_k = dropped_, *own_v = own_k + (int64_t)n * Dp_;
-        std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
+        float *own_k = dropped_, *own_v = own_k + (int64_t)keys_max_ * Dp_;
+        const auto clear = [&] {
+            std::memset(own_k, 0, sizeof(float) * n * Dp_);
+            std::memset(own_v, 0, sizeof(float) * n * Dp_);
+        };
+        clear();
         all_queries(b, g, own_k, own_v, with_dq, [&](int64_t tile) {
             if ((tile + 1) % KeySums::kRun && tile + 1 < tiles(p_)) return;
             for (int64_t r = 0; r < n; ++r) {
@@ -233,7 +261,7 @@ class Backward {
                 add_kept(own_k + r * Dp_, 1.f, keys_.kept.row(p0 + r, kDropsPrefixK), D_, sums.dk + r * Dp_);
                 add_kept(own_v + r * Dp_, keys_.gain, keys_.kept.row(p0 + r, kDropsPrefixV), D_, sums.dv + r * Dp_);
             }
-            std::memset(own_k, 0, sizeof(float) * 2 * n * Dp_);
+            clear();
             sums.added();
         });
     }
@@ -241,7 +269,8 @@ class Backward {
     template <class F>
     void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq, F added) {
         for (int64_t i = 0; i < tiles(p_); ++i) {
-            tile_.run(p_, packed(b, g, i), keys_, dk, dv, with_dq ? dq_ + i * D_ * kLanes : nullptr);
+            if (with_dq && next_ < p_.B) fetch_next(g);
+            tile_.run(p_, packed(b, g, i), keys_, dk, dv, with_dq ? dq_ + i * Dp_ * kLanes : nullptr);
             added(i);
         }
     }
@@ -255,7 +284,7 @@ class Backward {
         return sums_of(chunk_, totals ? chunk_totals_ : nullptr, keys_max_, 0, n, &chunk_added_);
     }
     KeySums prefix_sums(int64_t p0) {
-        return sums_of(prefix_sums_, prefix_totals_, p_.P, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0),
+        return sums_of(prefix_sums_, prefix_totals_, prefix_rows_, p0, (int)min_of<int64_t>(keys_max_, p_.P - p0),
                        prefix_added_ + p0 / keys_max_);
     }
 
@@ -293,7 +322,8 @@ class Backward {
     BwdTile<Storage, Dot> tile_;
     Keys keys_;
     Queries queries_[kMaxSlots];
-    int64_t budgeted_;
+    int64_t budgeted_, prefix_rows_;
+    int64_t next_ = INT64_MAX, fetched_ = 0;  // sample of a fused unit, and how much of it was asked for
     float *rows_, *dq_, *dropped_ = nullptr;
     // KeySums': of keys, then of values
     float *chunk_, *chunk_totals_ = nullptr, *prefix_sums_ = nullptr, *prefix_totals_ = nullptr;

@@ -1,160 +1,10 @@
 // Backward of one block of queries against one chunk of keys: weights from lse, then up to three products.
 #pragma once
-#include "cpu/attention/columns.h"
-#include "cpu/attention/dot.h"
+#include "cpu/attention/key_side.h"
+#include "cpu/attention/query_side.h"
 
 namespace prefixattn {
 namespace PA_ISA {
-
-// Everything a block of queries brings along: q and dout transposed and by rows, lse and delta.
-template <class Storage, class Dot>
-class QuerySide {
-    using Ops = Operands<Storage, Dot>;
-
-  public:
-    QueryBlock q{};
-    int64_t b = -1, h = -1, block = -1;   // what is packed here
-    float *queries, *douts;               // [words(D)][width]
-    const float *query_rows, *dout_rows;  // [words(lanes)][ld], summed over in dK and dV
-    ptrdiff_t query_ld, dout_ld;
-    // [width] each. A weight is exp(score - pivot) * weight: with a pivot near the scores, not at lse, the difference
-    // keeps its last bits. Where a query has no key, or a lane no query, pivot is inf, so that the weight is 0 whatever
-    // a mask adds to the score.
-    float *pivot, *weight, *delta;
-    float *single;  // [D], the query as floats, where the forward is decode.h's; else null
-
-    void allocate(const BwdParams &p, Arena &arena) {
-        D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
-        queries = arena.take<float>((int64_t)Ops::words(D_) * kLanes);
-        douts = arena.take<float>((int64_t)Ops::words(D_) * kLanes);
-        in_place_ = sizeof(Storage) == 4 && Dp_ == D_;
-        const int64_t copy = in_place_ ? 0 : (int64_t)Ops::words(kLanes) * Dp_;
-        query_copy_ = arena.take<float>(copy);
-        dout_copy_ = arena.take<float>(copy);
-        pivot = arena.take<float>(kLanes);
-        weight = arena.take<float>(kLanes);
-        delta = arena.take<float>(kLanes);
-        single = one_query(p) ? arena.take<float>(D_) : nullptr;
-    }
-
-    void pack(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows) {
-        if (b == b_new && h == h_new && block == block_new) return;
-        b = b_new, h = h_new, block = block_new;
-        q = query_block(p.L, block);
-        turn(p.q, rows, 0, D_, queries);
-        if (single) widen((const Storage *)at(p.q, b, h, 0, Ops::kSize), single, D_);
-        by_rows(p.q, query_copy_, &query_rows, &query_ld);
-        turn(p.dout, rows, 0, D_, douts);
-        by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
-        const int64_t row0 = (b * p.H + h) * p.L + q.l0;
-        const float log_keys = (float)__builtin_log((double)(p.P + p.S));
-        const auto *lse = (const Lse<Storage> *)p.lse + row0;
-        for (int i = 0; i < q.width; ++i) {
-            const bool some = i < q.lanes && lse[i] != kMinusInf;
-            pivot[i] = some ? (float)(lse[i] - log_keys) : -kMinusInf;
-            weight[i] = some ? (float)__builtin_exp((double)pivot[i] - lse[i]) : 0;
-            delta[i] = 0;
-        }
-        for (int i = 0; i < q.lanes; ++i) {
-            float out[kMaxHeadDim], dout[kMaxHeadDim];
-            widen((const Storage *)at(p.out, b, h, q.l0 + i, Ops::kSize), out, D_);
-            widen((const Storage *)at(p.dout, b, h, q.l0 + i, Ops::kSize), dout, D_);
-            const double sum = exact_dot(out, dout, D_);  // the softmax's gradient is what it leaves of dout @ values
-            delta[i] = (float)(p.dlse ? sum - p.dlse[row0 + i] : sum);
-        }
-    }
-
-    // What the gradient of memory rows d0 .. d0 + n reads: those of the queries, transposed, and dout by rows.
-    void pack_for_memory(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows, int d0,
-                         int n) {
-        b = b_new, h = h_new, block = block_new;
-        q = query_block(p.L, block);
-        turn(p.q, rows, d0, n, queries);
-        by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
-        block = -1;  // the rest is another block's
-    }
-
-  private:
-    void turn(const Strided &t, float *rows, int d0, int n, float *transposed) {
-        const char *src = at(t, b, h, q.l0, Ops::kSize) + d0 * Ops::kSize;
-        Ops::pack_queries(src, t.stride2 * Ops::kSize, q, n, rows, transposed);
-    }
-
-    void by_rows(const Strided &t, float *copy, const float **found, ptrdiff_t *ld) {
-        const char *src = at(t, b, h, q.l0, Ops::kSize);
-        const ptrdiff_t stride = t.stride2 * Ops::kSize;
-        *found = in_place_ ? (const float *)src : copy;
-        *ld = in_place_ ? t.stride2 : Dp_;
-        if (in_place_) return;
-        for (int i = 0; i < q.lanes; i += Ops::kRowAlign) {
-            const Storage *row = (const Storage *)(src + i * stride);
-            float *dst = copy + (int64_t)(i / Ops::kRowAlign) * Dp_;
-            if constexpr (Ops::kPairs)
-                interleave(row, i + 1 < q.lanes ? (const Storage *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst,
-                           D_);
-            else
-                widen(row, dst, D_);
-            for (int d = D_; d < Dp_; ++d) dst[d] = 0;
-        }
-    }
-
-    int D_, Dp_;
-    bool in_place_;
-    float *query_copy_, *dout_copy_;
-};
-
-// A chunk of one head's keys and values: prefix rows or own keys, never both.
-template <class Storage, class Dot>
-class KeySide {
-    using Ops = Operands<Storage, Dot>;
-    using Rows = typename Ops::Rows;
-    using Columns = typename Ops::Columns;
-
-  public:
-    const PrefixColumns<Storage, Dot> *shared = nullptr;  // prefix_k's
-    Rows k{}, v{};
-    Columns columns{};  // of keys, for dQ
-    int64_t j0 = 0;     // prefix row or own key
-    int n = 0;
-    bool prefix = false;
-    float gain = 1;   // what prefix dropout multiplies kept elements by
-    KeptPrefix kept;  // and which it keeps
-
-    void allocate(const BwdParams &p, Arena &arena, int keys) {
-        const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
-        k_copy_ = arena.take<float>(copies ? keys * p.D : 0);
-        v_copy_ = arena.take<float>(copies ? keys * p.D : 0);
-        columns_ = arena.take<uint32_t>(Ops::column_words(keys, p.D));
-        if (p.prefix_dropout_p > 0) kept.allocate(arena, keys, p.D);
-    }
-
-    void load(const BwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_dq) {
-        j0 = first, n = count, prefix = is_prefix;
-        const int D = (int)p.D;
-        gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
-        if (prefix) {
-            if (p.prefix_dropout_p > 0) kept.draw(dropout_seed(p), p.prefix_dropout_p, b * p.Hkv + g, j0, n, j0 + n);
-            k = Ops::prefix_rows(p, p.prefix_k, kept, b, g, j0, n, kDropsPrefixK, k_copy_);
-            v = Ops::prefix_rows(p, p.prefix_v, kept, b, g, j0, n, kDropsPrefixV, v_copy_);
-        } else {
-            k = Ops::rows(p.k, b, g, j0, n, D, k_copy_);
-            v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);
-        }
-        if (!with_dq) return;
-        columns =
-            prefix && shared->has(j0, n) ? shared->rows(prefix_row(p, b), g, j0) : Ops::columns(k, n, D, columns_);
-    }
-
-    // Memory rows d0 .. d0 + count in the place of values.
-    void load_memory(const BwdParams &p, int64_t b, int64_t h, int d0, int count) {
-        j0 = d0, n = count;
-        v = Ops::rows(p.memory, memory_row(p, b), h, d0, count, (int)p.D, v_copy_);
-    }
-
-  private:
-    float *k_copy_, *v_copy_;
-    uint32_t *columns_;
-};
 
 template <class Storage, class Dot>
 class BwdTile {
@@ -165,8 +15,8 @@ class BwdTile {
 
   public:
     void allocate(const BwdParams &p, Arena &arena, int keys) {
-        D_ = (int)p.D, Dp_ = (D_ + VL - 1) / VL * VL;
-        const int64_t size = (int64_t)(keys + 2) * kLanes;
+        D_ = (int)p.D, Dp_ = Ops::row_floats(D_);
+        const int64_t size = (int64_t)(keys + (Dot::kTiles ? 0 : 2)) * kLanes;
         scores_ = arena.take<float>(size);
         dweights_ = arena.take<float>(size);
         weight_rows_ = arena.take<Storage>(Ops::kPairs ? size : 0);
@@ -192,12 +42,10 @@ class BwdTile {
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
             if (q.single)
-                score_one(q, keys, r0 + r, count, scores_ + at_row);
+                score_one(q, keys, r0 + r, count, width, scores_ + at_row);
             else
-                gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.k.by_row(r0 + r), q.queries + skip, width,
-                                scores_ + at_row, width, false);
-            gemm<Dot, true>(count, width - skip, Ops::words(D_), keys.v.by_row(r0 + r), q.douts + skip, width,
-                            dweights_ + at_row, width, false);
+                by_row(count, width - skip, keys.k, keys.key_tiles, r0 + r, q.queries + skip, width, scores_ + at_row);
+            by_row(count, width - skip, keys.v, keys.value_tiles, r0 + r, q.douts + skip, width, dweights_ + at_row);
         });
         float factor = p.scale * keys.gain;
         if (p.softcap > 0) {
@@ -219,18 +67,17 @@ class BwdTile {
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
-            const int queries = Ops::words(q.q.lanes - skip), first = Ops::kPairs ? skip / 2 : skip;
+            const int queries = q.q.lanes - skip, first = Ops::kPairs ? skip / 2 : skip;
             if (dk) {
-                gemm<Dot, true>(count, Dp_, queries, rows_of(weight_rows_ + at_row, scores_ + at_row, width),
-                                q.dout_rows + first * q.dout_ld, q.dout_ld, dv + (int64_t)(r0 + r) * Dp_, Dp_, true);
-                gemm<Dot, true>(count, Dp_, queries, rows_of(dscore_rows_ + at_row, dweights_ + at_row, width),
-                                q.query_rows + first * q.query_ld, q.query_ld, dk + (int64_t)(r0 + r) * Dp_, Dp_, true);
+                over_lanes(count, queries, weight_rows_ + at_row, scores_ + at_row, width,
+                           q.dout_rows + first * q.dout_ld, q.dout_ld, dv + (int64_t)(r0 + r) * Dp_);
+                over_lanes(count, queries, dscore_rows_ + at_row, dweights_ + at_row, width,
+                           q.query_rows + first * q.query_ld, q.query_ld, dk + (int64_t)(r0 + r) * Dp_);
             }
             if (dq) {
                 const float *dscores = Ops::kPairs ? (const float *)dscore_pairs_ + (int64_t)r / 2 * width
                                                    : dweights_ + (int64_t)r * width;
-                Ops::add_product(keys.columns, r0 + r, count, D_, width - skip, dscores + skip, width, dq + skip,
-                                 width);
+                over_keys(count, width - skip, keys, r0 + r, dscores + skip, width, dq + skip);
             }
         });
     }
@@ -239,7 +86,7 @@ class BwdTile {
     template <class Phi>
     void memory_dq(const Queries &q, const Keys &keys, float *dq) {
         const int width = q.q.width;
-        gemm<Dot, true>(keys.n, width, Ops::words(D_), keys.v.by_row(0), q.douts, width, dweights_, width, false);
+        by_row(keys.n, width, keys.v, keys.value_tiles, 0, q.douts, width, dweights_);
         for (int r = 0; r < keys.n; r += 2)
             for (int i = 0; i < width; i += VL) {
                 vf x[2];
@@ -262,15 +109,59 @@ class BwdTile {
                 load_query_rows<Ops>(q.queries, width, r, i, first, second);
                 put_rows(weight_rows_, scores_, (int64_t)r * width + i, width, Phi::value(first), Phi::value(second));
             }
-        gemm<Dot, true>(n, Dp_, Ops::words(q.q.lanes), rows_of(weight_rows_, scores_, width), q.dout_rows, q.dout_ld,
-                        dmemory, Dp_, true);
+        hide_rows(n, width);
+        over_lanes(n, q.q.lanes, weight_rows_, scores_, width, q.dout_rows, q.dout_ld, dmemory);
     }
 
   private:
-    // Scores [count][VL] of the only query, in the first lane; the others hold no query.
-    void score_one(const Queries &q, const Keys &keys, int r0, int count, float *scores) const {
+    // c [rows][lanes] = rows r .. r + n of keys or values times queries or douts, transposed.
+    void by_row(int n, int lanes, const typename Ops::Rows &x, const char *tiles, int r, const float *b, int ld,
+                float *c) const {
+        if constexpr (Dot::kTiles) {
+            const int K = (int)RowTiles<Storage>::steps(D_);
+            add_product<Storage>((n + kTile - 1) / kTile, lanes / kTile, K,
+                                 {tiles + (int64_t)r / kTile * K * kTileBytes, 64, K * kTileBytes, kTileBytes},
+                                 {(const char *)b, 4 * ld, 64, 4 * kTile * ld}, c, ld, false);
+        } else {
+            (void)tiles;
+            gemm<Dot, true>(n, lanes, Ops::words(D_), x.by_row(r), b, ld, c, ld, false);
+        }
+    }
+
+    // c [n][Dp] += weights or dscores [n][lanes] times rows of queries or douts.
+    void over_lanes(int n, int lanes, const Storage *half, const float *full, int width, const float *b, ptrdiff_t ldb,
+                    float *c) const {
+        if constexpr (Dot::kTiles)
+            add_product<Storage>((n + kTile - 1) / kTile, Dp_ / kTile, (lanes + 31) / 32,
+                                 {(const char *)half, 2 * width, 2 * kTile * width, 64},
+                                 {(const char *)b, 4 * ldb, 64, 4 * kTile * ldb}, c, Dp_, true);
+        else
+            gemm<Dot, true>(n, Dp_, Ops::words(lanes), rows_of(half, full, width), b, ldb, c, Dp_, true);
+    }
+
+    // c [D][lanes] += rows r .. r + n of keys, transposed, times dscores, whose rows have a word each.
+    void over_keys(int n, int lanes, const Keys &keys, int r, const float *b, int ld, float *c) const {
+        if constexpr (Dot::kTiles)
+            add_product<Storage>((D_ + kTile - 1) / kTile, lanes / kTile, (n + 31) / 32,
+                                 {keys.key_columns + (int64_t)r / 32 * Dp_ * 64, 64, kTileBytes, Dp_ * 64},
+                                 {(const char *)b, 4 * ld, 64, 4 * kTile * ld}, c, ld, true);
+        else
+            Ops::add_product(keys.columns, r, n, D_, lanes, b, ld, c, ld);
+    }
+
+    // Tiles sum over whole groups of keys: rows past n weigh nothing.
+    void hide_rows(int n, int width) {
+        const int64_t rows = Dot::kTiles ? (n + 31) / 32 * 32 : n, even = (n + 1) / 2 * 2;
+        if (rows <= n) return;
+        std::memset(weight_rows_ + n * (int64_t)width, 0, sizeof(Storage) * (rows - n) * width);
+        std::memset(dscore_rows_ + n * (int64_t)width, 0, sizeof(Storage) * (rows - n) * width);
+        std::memset(dscore_pairs_ + even / 2 * width, 0, sizeof(uint32_t) * (rows - even) / 2 * width);
+    }
+
+    // Scores [count][width] of the only query, in the first lane; the others hold no query.
+    void score_one(const Queries &q, const Keys &keys, int r0, int count, int width, float *scores) const {
         alignas(64) float found[VL];
-        std::memset(scores, 0, sizeof(float) * count * VL);
+        std::memset(scores, 0, sizeof(float) * count * width);
         for (int r = 0; r < count; r += VL) {
             const int n = min_of(VL, count - r);
             const char *first = keys.k.data + (r0 + r) * keys.k.stride;
@@ -278,8 +169,13 @@ class BwdTile {
                 vstore(found, dot_keys<Storage>(q.single, first, keys.k.stride, n, D_));
             else
                 vstore(found, dot_keys<float>(q.single, first, keys.k.stride, n, D_));
-            for (int i = 0; i < n; ++i) scores[(r + i) * VL] = found[i];
+            for (int i = 0; i < n; ++i) scores[(r + i) * width] = found[i];
         }
+    }
+
+    static vf exponential(vf x) {
+        if constexpr (Dot::kTiles) return vexp2_short(x * vset(kLog2e));
+        return vexp(x);
     }
 
     // [rows][width] as the operand whose sum runs over the lanes.
@@ -303,8 +199,8 @@ class BwdTile {
         alignas(64) float kept[2][kLanes];
         const auto element = [&](int r, int i, const float *keep, vf &weight, vf &dscore) {
             const int64_t x = (int64_t)r * width + i;
-            const vf probability =
-                vexp(vrounded(vload(scores_ + x) * vset(factor)) - vload(q.pivot + i)) * vload(q.weight + i);
+            const vf score = vrounded(vload(scores_ + x) * vset(factor)) - vload(q.pivot + i);
+            const vf probability = exponential(score) * vload(q.weight + i);
             vf dweight = vload(dweights_ + x) * vset(gain);
             weight = probability;
             if (kDrop) {
@@ -314,6 +210,7 @@ class BwdTile {
             dscore = probability * (dweight - vload(q.delta + i)) * vset(gain);
             if (kCap) dscore = dscore * vload(slopes_ + x);
         };
+        hide_rows(n, width);
         for (int r = 0; r < n; r += 2) {
             const bool two = r + 1 < n;
             if (kDrop) {

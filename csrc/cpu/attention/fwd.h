@@ -1,7 +1,7 @@
 // Forward: a unit of work is one (sample, head, block of queries); online softmax over blocks of keys, prefix first.
 #pragma once
-#include "cpu/attention/columns.h"
 #include "cpu/attention/lse.h"
+#include "cpu/attention/operands.h"
 #include "cpu/parallel.h"
 
 namespace prefixattn {
@@ -17,13 +17,10 @@ class Forward {
   public:
     static void run(const FwdParams &p, int threads) {
         if (p.L == 0) return;
-        // What prefix dropout keeps is drawn, and what tiles read is packed, once for all queries of a head, if there
-        // are heads enough to go round.
-        const bool heads = (p.prefix_dropout_p > 0 || Dot::kTiles) && p.B * p.H >= 4 * threads;
-        PrefixColumns<Storage, Dot> prefix(p);
-        prefix.pack(p.prefix_v, threads);
-        Job job{p, heads ? query_blocks(p.L) : 1, prefix};
-        parallel_for(p.B * p.H * (query_blocks(p.L) / job.blocks), threads, unit, &job, Dot::region());
+        // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
+        const bool heads = p.prefix_dropout_p > 0 && p.B * p.H >= 4 * threads;
+        Job job{p, heads ? query_blocks(p.L) : 1};
+        parallel_for(p.B * p.H * (query_blocks(p.L) / job.blocks), threads, unit, &job);
     }
 
   private:
@@ -32,42 +29,27 @@ class Forward {
     struct Job {
         const FwdParams &p;
         int64_t blocks;  // of a unit
-        const PrefixColumns<Storage, Dot> &prefix;
-    };
-
-    struct Head {  // what the blocks of a unit share
-        KeptPrefix kept;
-        OwnColumns<Storage, Dot> own;  // allocated where there are several
-
-        void allocate(const Job &job, Arena &arena) {
-            const FwdParams &p = job.p;
-            if (p.prefix_dropout_p > 0) kept.allocate(arena, max_of<int64_t>(kKeys, min_of(p.P, kKeptRows)), p.D);
-            if (job.blocks > 1) own.allocate(p, arena);
-        }
     };
 
     static void unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(job.p.L);
-        Head head;
+        const FwdParams &p = job.p;
+        const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(p.L);
+        KeptPrefix kept;
         Arena counted = Arena::counting();
-        head.allocate(job, counted);
-        const int64_t bytes = Forward(job, 0, 0, counted, head).arena_.used();
+        allocate_kept(p, counted, kept);
+        const int64_t bytes = Forward(p, 0, 0, counted, kept).arena_.used();
         Arena arena(thread_scratch(bytes));
-        head.allocate(job, arena);
-        for (int64_t i = first; i < first + n; ++i) Forward(job, i / blocks, i % blocks, arena, head).work();
+        allocate_kept(p, arena, kept);
+        for (int64_t i = first; i < first + n; ++i) Forward(p, i / blocks, i % blocks, arena, kept).work();
     }
 
-    Forward(const Job &job, int64_t bh, int64_t block, Arena arena, Head &head)
-        : p_(job.p),
-          b_(bh / p_.H),
-          h_(bh % p_.H),
-          D_((int)p_.D),
-          q_(query_block(p_.L, block)),
-          arena_(arena),
-          head_(head),
-          prefix_(job.prefix) {
-        const FwdParams &p = p_;
+    static void allocate_kept(const FwdParams &p, Arena &arena, KeptPrefix &kept) {
+        if (p.prefix_dropout_p > 0) kept.allocate(arena, max_of<int64_t>(kKeys, min_of(p.P, kKeptRows)), p.D);
+    }
+
+    Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena, KeptPrefix &kept)
+        : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena), kept_(kept) {
         gain_ = prefix_gain(p.prefix_dropout_p);
         scaled_ = has_float_mask(p) || p.softcap > 0;
         queries_ = arena_.take<float>((int64_t)Ops::words(D_) * kLanes);
@@ -88,19 +70,15 @@ class Forward {
         for (int i = 0; i < kLanes; ++i) row_max_[i] = kMinusInf, own_sum_[i] = prefix_sum_[i] = 0;
         std::memset(acc_, 0, sizeof(float) * D_ * q_.width);
 
-        padded_ = padded_range(p_, b_, h_);
-        const Range own = visible_keys(p_, padded_, q_);
-        constexpr int kStep = Dot::kTiles ? 32 : 4;  // of blocks; own keys begin at one where they are packed by tiles
-        const int64_t length = prefix_length(p_, b_);
-        const int64_t seam = Dot::kTiles ? (length + kStep - 1) / kStep * kStep : length;
-        const int64_t total = seam + own.end - own.begin, blocks = (total + kKeys - 1) / kKeys;
-        const int64_t per_block =
-            blocks ? ((total + blocks - 1) / blocks + kStep - 1) / kStep * kStep : 0;  // blocks of equal size
+        const Range own = visible_keys(p_, padded_range(p_, b_, h_), q_);
+        const int64_t length = prefix_length(p_, b_), total = length + own.end - own.begin;
+        const int64_t blocks = (total + kKeys - 1) / kKeys;
+        const int64_t per_block = blocks ? ((total + blocks - 1) / blocks + 3) / 4 * 4 : 0;  // blocks of equal size
         for (int64_t done = 0; done < total; done += per_block) {
             const int64_t end = min_of(done + per_block, total);
             const int64_t p0 = min_of(done, length), p1 = min_of(end, length);
-            const int64_t s0 = own.begin + max_of<int64_t>(done - seam, 0),
-                          s1 = own.begin + max_of<int64_t>(end - seam, 0);
+            const int64_t s0 = own.begin + max_of<int64_t>(done - length, 0),
+                          s1 = own.begin + max_of<int64_t>(end - length, 0);
             attend(p0, (int)(p1 - p0), s0, (int)(s1 - s0));
         }
         store();
@@ -130,8 +108,8 @@ class Forward {
 
         if (np > 0) {
             if (p_.prefix_dropout_p > 0)
-                head_.kept.draw(dropout_seed(p_), p_.prefix_dropout_p, b_ * p_.Hkv + g, p0, np, prefix_length(p_, b_));
-            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, head_.kept, b_, g, p0, np, kDropsPrefixK, key_copy_);
+                kept_.draw(dropout_seed(p_), p_.prefix_dropout_p, b_ * p_.Hkv + g, p0, np, prefix_length(p_, b_));
+            const Rows k = Ops::prefix_rows(p_, p_.prefix_k, kept_, b_, g, p0, np, kDropsPrefixK, key_copy_);
             gemm<Dot, true>(np, q_.width, Ops::words(D_), k.by_row(0), queries_, q_.width, scores_, q_.width, false);
         }
         if (ns > 0) {
@@ -163,20 +141,14 @@ class Forward {
                       : softmax<false, false>(i, np_even, n, prefix_factor, factor);
 
         if (np > 0) {
-            accumulate(prefix_values(g, p0, np), 0, np, 0, 0);
+            const Rows v = Ops::prefix_rows(p_, p_.prefix_v, kept_, b_, g, p0, np, kDropsPrefixV, value_copy_);
+            accumulate(Ops::columns(v, np, D_, value_columns_), 0, np, 0, 0);
         }
         if (ns > 0) {
-            const Columns columns =
-                head_.own.fits() ? head_.own.rows(p_.v, b_, g, padded_, s0, ns, D_)
-                                 : Ops::columns(Ops::rows(p_.v, b_, g, s0, ns, D_, own_values), ns, D_, value_columns_);
+            const Rows v = Ops::rows(p_.v, b_, g, s0, ns, D_, own_values);
+            const Columns columns = Ops::columns(v, ns, D_, value_columns_);
             strips.each([&](int r, int rows, int skip) { accumulate(columns, r, rows, skip, np_even); });
         }
-    }
-
-    Columns prefix_values(int64_t g, int64_t p0, int np) {
-        if (prefix_.has(p0, np)) return prefix_.rows(prefix_row(p_, b_), g, p0);
-        const Rows v = Ops::prefix_rows(p_, p_.prefix_v, head_.kept, b_, g, p0, np, kDropsPrefixV, value_copy_);
-        return Ops::columns(v, np, D_, value_columns_);
     }
 
     void scale_scores(float *S, int rows, float factor) {
@@ -324,9 +296,7 @@ class Forward {
     const int D_;
     const QueryBlock q_;
     Arena arena_;
-    Head &head_;
-    const PrefixColumns<Storage, Dot> &prefix_;
-    Range padded_{};   // own keys that padding leaves
+    KeptPrefix &kept_;
     bool scaled_;      // scores are scaled before they meet a float mask or a cap, not with the exponential
     float factor_;     // queries_ . keys times this is the score
     float gain_;       // what prefix dropout multiplies kept elements by

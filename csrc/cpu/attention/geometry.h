@@ -13,14 +13,15 @@ struct QueryBlock {
     int width;   // lanes rounded up to vectors: the row stride of everything transposed
 };
 
-inline int64_t query_blocks(int64_t L) { return (((L + VL - 1) / VL) * VL + kLanes - 1) / kLanes; }
+// Blocks are whole units of lanes, vectors or what tiles sum over.
+inline int64_t query_blocks(int64_t L, int unit = VL) { return ((L + unit - 1) / unit * unit + kLanes - 1) / kLanes; }
 
-// Blocks differ by at most one vector: 197 queries are 64 + 48 + 48 + 37, not 64 + 64 + 64 + 5.
-inline QueryBlock query_block(int64_t L, int64_t i) {
-    const int64_t vectors = (L + VL - 1) / VL, n = query_blocks(L);
-    const int64_t v0 = (vectors * i + n - 1) / n, v1 = (vectors * (i + 1) + n - 1) / n;
-    const int64_t end = v1 * VL < L ? v1 * VL : L;
-    return {v0 * VL, (int)(end - v0 * VL), (int)((v1 - v0) * VL)};
+// They differ by at most one unit: of vectors of 16, 197 queries are 64 + 48 + 48 + 37, not 64 + 64 + 64 + 5.
+inline QueryBlock query_block(int64_t L, int64_t i, int unit = VL) {
+    const int64_t units = (L + unit - 1) / unit, n = query_blocks(L, unit);
+    const int64_t u0 = (units * i + n - 1) / n, u1 = (units * (i + 1) + n - 1) / n;
+    const int64_t end = u1 * unit < L ? u1 * unit : L;
+    return {u0 * unit, (int)(end - u0 * unit), (int)((u1 - u0) * unit)};
 }
 
 struct Range {
@@ -38,6 +39,16 @@ inline X max_of(X a, X b) {
 
 inline const char *at(const Strided &t, int64_t i0, int64_t i1, int64_t i2, int64_t element) {
     return (const char *)t.data + (i0 * t.stride0 + i1 * t.stride1 + i2 * t.stride2) * element;
+}
+
+// Asks for rows j0 .. j0 + n, of D numbers, to be near when they are read, or written.
+template <bool kWrite>
+inline void fetch_ahead(const Strided &t, int64_t i0, int64_t i1, int64_t j0, int64_t n, int64_t D, int64_t element) {
+    if (!t.data) return;
+    for (int64_t j = j0; j < j0 + n; ++j) {
+        const char *row = at(t, i0, i1, j, element);
+        for (int64_t x = 0; x < D * element; x += 64) __builtin_prefetch(row + x, kWrite, 2);
+    }
 }
 
 // Own keys that some query of the block sees.

@@ -3,6 +3,7 @@
 #include "cpu/attention/bwd.h"
 #include "cpu/attention/decode.h"
 #include "cpu/attention/fwd.h"
+#include "cpu/attention/fwd_tiles.h"
 #include "cpu/kernels.h"
 
 namespace prefixattn {
@@ -32,7 +33,11 @@ inline bool multiplies() {
 
 template <class Storage, class Dot>
 void fwd_of(const FwdParams &p, int threads) {
-    one_query(p) ? Decode<Storage>::run(p, threads) : Forward<Storage, Dot>::run(p, threads);
+    if (one_query(p)) return Decode<Storage>::run(p, threads);
+    if constexpr (Dot::kTiles)
+        TileForward<Storage, Dot>::run(p, threads);
+    else
+        Forward<Storage, Dot>::run(p, threads);
 }
 
 inline void fwd(const FwdParams &p, int threads) {

@@ -21,6 +21,12 @@ struct Operands {
     // Strips on the causal diagonal, and where they begin: of whole tiles in both products.
     static constexpr int kStrip = Dot::kTiles ? 32 : 16, kStripAlign = Dot::kTiles ? 32 : kRowAlign;
 
+    static constexpr int kLaneUnit = Dot::kTiles ? 32 : VL;  // of blocks of queries in the backward
+
+    // Floats of a row that products write, and rows of queries as pack_queries leaves them.
+    static int row_floats(int D) { return Dot::kTiles ? (D + 15) / 16 * 16 : (D + VL - 1) / VL * VL; }
+    static int64_t turned_words(int D) { return Dot::kTiles ? (D + 31) / 32 * 16 : words(D); }
+
     static int words(int n) { return kPairs ? (n + 1) / 2 : n; }
 
     // Rows of keys or values as operand A of gemm.
@@ -78,44 +84,27 @@ struct Operands {
     }
 
     // Rows as the summed index of a product, x^T b: floats where they lie; pairs of rows in a buffer of column_words(),
-    // as [pairs][D], or for tiles as [pairs / 16][D][16].
+    // as [pairs][D]. Tiles have their own (panels.h).
     struct Columns {
         Rows rows;
         const uint32_t *pairs;
     };
 
-    static int64_t column_words(int64_t n, int64_t D) {
-        return !kPairs ? 0 : D * (Dot::kTiles ? (n + 31) / 32 * 16 : n / 2 + 1);
-    }
+    static int64_t column_words(int64_t n, int64_t D) { return kPairs ? D * (n / 2 + 1) : 0; }
 
     static Columns columns(const Rows &x, int n, int D, uint32_t *buffer) {
         if constexpr (kPairs) {
-            const auto pair = [&](int r, uint32_t *dst) {
-                const auto row = [&](int i) { return (const Storage *)(x.data + i * x.stride); };
-                interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, dst, D);
-            };
-            if constexpr (Dot::kTiles) {
-                alignas(64) uint32_t pairs[kTile * kMaxHeadDim];
-                for (int first = 0; first < n; first += 2 * kTile) {
-                    const int rows = min_of(n - first, 2 * kTile);
-                    for (int r = 0; r < rows; r += 2) pair(first + r, pairs + r / 2 * D);
-                    transpose(pairs, 4 * D, (rows + 1) / 2, D, (float *)buffer + (int64_t)first / 2 * D, kTile);
-                }
-            } else {
-                for (int r = 0; r < n; r += 2) pair(r, buffer + (int64_t)(r / 2) * D);
-            }
+            const auto row = [&](int i) { return (const Storage *)(x.data + i * x.stride); };
+            for (int r = 0; r < n; r += 2)
+                interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, buffer + (int64_t)(r / 2) * D, D);
         }
         return {x, buffer};
     }
 
-    // c [D][N] += rows r .. r + n of x, transposed, times b, whose rows have a word each. r is even; for tiles a
-    // multiple of 32.
+    // c [D][N] += rows r .. r + n of x, transposed, times b, whose rows have a word each. r is even.
     static void add_product(const Columns &x, int r, int n, int D, int N, const float *b, ptrdiff_t ldb, float *c,
                             ptrdiff_t ldc) {
-        if constexpr (Dot::kTiles)
-            Dot::product(D, N, words(n), {(const char *)(x.pairs + (int64_t)r / 2 * D), 4 * kTile, 4 * kTile * D}, b,
-                         ldb, c, ldc, true);
-        else if constexpr (kPairs)
+        if constexpr (kPairs)
             gemm<Dot, false>(D, N, words(n), {(const char *)(x.pairs + (int64_t)r / 2 * D), 4, 4 * (ptrdiff_t)D}, b,
                              ldb, c, ldc, true);
         else
