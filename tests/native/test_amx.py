@@ -33,6 +33,7 @@ from prefixattn import _C
 
 AMX = ["amx_fp16", "amx_bf16"]
 PLAIN = [name for name in _C.isas() if name.startswith("amx_plain")]
+TILES = [name for name in _C.isas() if name.startswith("amx")]
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -116,6 +117,23 @@ def test_tails_of_tiles(name: str, case: str, dtype: torch.dtype) -> None:
     shape, feature = CASES[case]
     inputs, words = suited("cpu", make_inputs(shape, dtype, **FEATURES[feature]))
     assert not words
+    with isa(name):
+        assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
+
+
+@pytest.mark.parametrize("first_seen", [0, 150, 450])
+@pytest.mark.parametrize("P", [0, 5, 64])
+@pytest.mark.parametrize("name", TILES)
+def test_maxima_that_rise_by_much_within_a_chunk_and_from_one_to_the_next(name: str, P: int, first_seen: int) -> None:
+    """What was summed is scaled then; a query may meet its first key late."""
+    inputs = make_inputs(Shape(2, 4, 2, 40, 500, P, 64), torch.bfloat16)
+    with torch.no_grad():
+        for key, least, most in (("prefix_k", 0.1, 1.0), ("k", 1.0, 8.0)):
+            t = inputs.tensors[key]
+            t *= torch.linspace(least, most, t.shape[-2])[:, None]
+    mask = torch.ones(40, 500, dtype=torch.bool)
+    mask[::3, :first_seen] = False
+    inputs.options["attn_mask"] = mask
     with isa(name):
         assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
 

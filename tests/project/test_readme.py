@@ -31,9 +31,18 @@ def record(path: str, page: str) -> tuple[dict[str, Any], str]:
     return found, shown
 
 
-@pytest.mark.parametrize("causal, label", [(False, "bidirectional (ViT)"), (True, "causal (GPT)")])
-def test_speed_is_the_records(causal: bool, label: str) -> None:
-    result, shown = record("bench/results/cpu-amd-epyc-avx512-2-threads.json", "README.md")
+EPYC, XEON = "cpu-amd-epyc-avx512-2-threads", "cpu-intel-r-xeon-r-processor-avx512-2-threads"
+SPEEDS = [
+    (EPYC, False, "AMD EPYC (Zen 5) with AVX-512 ([results][cpu]), bidirectional (ViT)"),
+    (EPYC, True, "the same, causal (GPT)"),
+    (XEON, False, f"Intel Xeon with AMX ([results](bench/results/{XEON}.md)), bidirectional (ViT)"),
+    (XEON, True, "the same, causal (GPT)"),
+]
+
+
+@pytest.mark.parametrize("name, causal, label", SPEEDS)
+def test_speed_is_the_records(name: str, causal: bool, label: str) -> None:
+    result, shown = record(f"bench/results/{name}.json", "README.md")
     pairs = plot.pair(result["rows"])
     assert f"over {len({p['name'] for p in pairs})} shapes" in shown
     cells = []
