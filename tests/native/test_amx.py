@@ -121,6 +121,22 @@ def test_tails_of_tiles(name: str, case: str, dtype: torch.dtype) -> None:
         assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", _C.isas())
+def test_a_call_of_nans_leaves_none_to_the_next(name: str, dtype: torch.dtype) -> None:
+    """Scratch is kept between calls, and lanes without a query are summed with the others."""
+    poison, _ = suited("cpu", make_inputs(Shape(1, 2, 2, 64, 128, 33, 64), dtype, mask="BHLS", mask_dtype="float"))
+    with torch.no_grad():
+        for t in poison.tensors.values():
+            t.fill_(float("nan"))
+    inputs, words = suited("cpu", make_inputs("ragged", dtype, mask="BHLS", mask_dtype="float"))
+    assert not words
+    with isa(name), threads(1):
+        ours(poison, "cpu")
+        results = ours(inputs, "cpu")
+    assert_all_as_accurate(results, same_dtype(inputs), exact(inputs))
+
+
 @pytest.mark.parametrize("first_seen", [0, 150, 450])
 @pytest.mark.parametrize("P", [0, 5, 64])
 @pytest.mark.parametrize("name", TILES)

@@ -70,7 +70,9 @@ class Masker {
             else
                 for (int r = 0; r < n; ++r) dst[r] = mask_value(p_, row + r * p_.mask_stride3 * size_);
         }
-        transpose(tile, 4 * ld, q.lanes, n, turned, q.width);
+        // a nan that an earlier call left would be one of every lane's that is summed with
+        std::memset(tile + (int64_t)q.lanes * ld, 0, sizeof(float) * (q.width - q.lanes) * ld);
+        transpose(tile, 4 * ld, q.width, n, turned, q.width);
         for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vmasked(vload(S + i), vload(turned + i)));
     }
 
