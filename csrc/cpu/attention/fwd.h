@@ -87,12 +87,7 @@ class Forward {
     void pack_queries() {
         factor_ = p_.scale;
         Ops::pack_queries(query_rows(), p_.q.stride2 * Ops::kSize, q_, D_, rows_, queries_);
-        if (factor_ > 0 || scaled_) return;
-        // The maximum of scores is taken before they are scaled, so the sign goes into the queries.
-        uint32_t *words = (uint32_t *)queries_;
-        for (int64_t i = 0; i < (int64_t)Ops::words(D_) * q_.width; ++i)
-            words[i] = factor_ == 0 ? 0 : words[i] ^ (Ops::kPairs ? 0x80008000u : 0x80000000u);
-        factor_ = factor_ == 0 ? 1 : -factor_;
+        if (!scaled_) factor_ = Ops::positive_scale(p_.scale, queries_, (int64_t)Ops::words(D_) * q_.width);
     }
 
     const char *query_rows() const { return at(p_.q, b_, h_, q_.l0, Ops::kSize); }
@@ -122,8 +117,8 @@ class Forward {
         const Masker masker(p_, b_, h_, mask_);
         float factor = factor_, prefix_factor = factor_ * gain_;
         if (scaled_) {
-            scale_scores(scores_, np, prefix_factor);
-            scale_scores(own_scores, ns, factor);
+            scale_scores(scores_, (int64_t)np * q_.width, prefix_factor, p_.softcap);
+            scale_scores(own_scores, (int64_t)ns * q_.width, factor, p_.softcap);
             factor = prefix_factor = 1;
         }
         masker.apply(q_, strips, s0, ns, own_scores);
@@ -149,12 +144,6 @@ class Forward {
             const Columns columns = Ops::columns(v, ns, D_, value_columns_);
             strips.each([&](int r, int rows, int skip) { accumulate(columns, r, rows, skip, np_even); });
         }
-    }
-
-    void scale_scores(float *S, int rows, float factor) {
-        const int64_t count = (int64_t)rows * q_.width;
-        if (p_.softcap > 0) return cap_scores(S, count, factor, p_.softcap, nullptr);
-        for (int64_t i = 0; i < count; i += VL) vstore(S + i, vload(S + i) * vset(factor));
     }
 
     void hide_row(float *S, int r) {

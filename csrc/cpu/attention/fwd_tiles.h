@@ -114,11 +114,7 @@ class TileForward {
     void pack_queries(TileBlock &x) {
         factor_ = p_.scale;
         turn_queries(x);
-        if (factor_ > 0 || scaled_) return;
-        // The maximum of scores is taken before they are scaled, so the sign goes into the queries.
-        uint32_t *words = (uint32_t *)x.queries;
-        for (int64_t i = 0; i < query_words_; ++i) words[i] = factor_ == 0 ? 0 : words[i] ^ 0x80008000u;
-        factor_ = factor_ == 0 ? 1 : -factor_;
+        if (!scaled_) factor_ = Ops::positive_scale(p_.scale, x.queries, query_words_);
     }
 
     void turn_queries(TileBlock &x) {
@@ -199,8 +195,8 @@ class TileForward {
         softmax_.own_factor = factor_, softmax_.prefix_factor = factor_ * softmax_.gain;
         float *own_scores = softmax_.scores + (int64_t)np * kTileLanes;
         if (scaled_) {
-            scale_scores(softmax_.scores, np, softmax_.prefix_factor);
-            scale_scores(own_scores, rows - np, softmax_.own_factor);
+            scale_scores(softmax_.scores, np * kTileLanes, softmax_.prefix_factor, p_.softcap);
+            scale_scores(own_scores, (rows - np) * kTileLanes, softmax_.own_factor, p_.softcap);
             softmax_.own_factor = softmax_.prefix_factor = 1;
         }
         const int64_t s0 = own_.begin + max_of<int64_t>(first_ + r - length_, 0);
@@ -227,12 +223,6 @@ class TileForward {
                              {values + from / kGroup * group, 64, kTileBytes, group},
                              {(const char *)(pairs_ + r0 / 2 * kTileLanes), 4 * kTileLanes, 64, 4 * kTileLanes * kTile},
                              x.acc, kTileLanes, adds);
-    }
-
-    void scale_scores(float *S, int rows, float factor) {
-        const int64_t count = (int64_t)rows * kTileLanes;
-        if (p_.softcap > 0) return cap_scores(S, count, factor, p_.softcap, nullptr);
-        for (int64_t i = 0; i < count; i += VL) vstore(S + i, vload(S + i) * vset(factor));
     }
 
     void fill_multipliers(const TileBlock &x, int64_t first, int np, int64_t s0, int n) {

@@ -47,6 +47,15 @@ struct Operands {
         }
     }
 
+    // A maximum of scores is taken before they are scaled, so the sign of a scale goes into the packed queries, [count]
+    // words: what is left is above 0. A scale of 0 leaves queries of 0.
+    static float positive_scale(float scale, float *queries, int64_t count) {
+        if (scale > 0) return scale;
+        uint32_t *words = (uint32_t *)queries;
+        for (int64_t i = 0; i < count; ++i) words[i] = scale == 0 ? 0 : words[i] ^ (kPairs ? 0x80008000u : 0x80000000u);
+        return scale == 0 ? 1 : -scale;
+    }
+
     // Rows j0 .. j0 + n of one head's keys or values; `buffer` holds them when they cannot be read in place.
     static Rows rows(const Strided &t, int64_t i0, int64_t i1, int64_t j0, int n, int D, void *buffer) {
         const Rows in_place{at(t, i0, i1, j0, kSize), (ptrdiff_t)(t.stride2 * kSize)};

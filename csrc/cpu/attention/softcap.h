@@ -34,5 +34,11 @@ inline void cap_scores(float *S, int64_t count, float factor, float cap, float *
     }
 }
 
+// Scores S [count], whole vectors, to what a float mask is added to: scaled, and capped where there is a cap.
+inline void scale_scores(float *S, int64_t count, float factor, float cap) {
+    if (cap > 0) return cap_scores(S, count, factor, cap, nullptr);
+    for (int64_t i = 0; i < count; i += VL) vstore(S + i, vload(S + i) * vset(factor));
+}
+
 }  // namespace PA_ISA
 }  // namespace prefixattn
