@@ -10,6 +10,7 @@ from bench.attention.baselines import BenchShape
 from bench.attention.suites import Suite
 from bench.harness import record, timing_gpu
 from bench.harness.platforms import platform
+from prefixattn import backends
 
 
 class Record:
@@ -41,6 +42,10 @@ class Record:
             if "gflops" in row:
                 row["gemm_share"] = round(row["gflops"] / self.ceiling[row["dtype"]], 3)
         result = record.header(side.device) | {"gemm_gflops": self.ceiling}
+        if side is platform("cpu") and not backends.here()["cpu"]:
+            from prefixattn import _C
+
+            result["instructions"] = _C.isa()
         if side is not platform("cpu"):
             result["copy_gbytes"] = copy = timing_gpu.copy_gbytes(self._gemm_seconds)
             for row in self.rows:

@@ -95,6 +95,11 @@ def test_a_missed_goal_is_said() -> None:
     assert "missed" in plot.summary(slow, "ratio")[-1]
 
 
+def test_a_cpu_has_the_goals_of_its_class() -> None:
+    assert plot.goals({"instructions": "amx_bf16"}) == plot.GOALS_OF_AMX
+    assert plot.goals({"instructions": "avx512_bf16"}) == plot.goals({}) == plot.GOALS
+
+
 def test_without_results_plot_says_what_makes_them(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="make bench writes them"):
         plot.main([str(tmp_path / "none.json")])
@@ -116,7 +121,7 @@ def test_a_quick_run_leaves_a_record_that_can_be_drawn(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     result = json.loads(out.read_text())
     header = {"device", "threads", "capability", "python", "torch", "prefixattn", "commit", "tree", "date"}
-    assert result.keys() == header | {"gemm_gflops", "rows"}
+    assert result.keys() == header | {"gemm_gflops", "rows"} | ({"instructions"} if ours == "cpu" else set())
     timed = [r for r in result["rows"] if "ms" in r]
     assert len([r for r in timed if r["role"] == "ours"]) == len(baselines.QUICK) * 2 * 2  # two types, two passes
     for r in timed:
