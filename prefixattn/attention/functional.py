@@ -25,6 +25,8 @@ from prefixattn.attention.layout import unit_stride, unpacked
 from prefixattn.attention.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.attention.reference import PHIS
 from prefixattn.attention.sinks import check as check_sinks
+from prefixattn.attention.windows import bounds
+from prefixattn.attention.windows import check as check_window
 
 _NOTHING = Needs()  # made once, for calls that want no gradient
 
@@ -48,6 +50,8 @@ def prefix_attention(
     phi: str = "elu",
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [H]
+    window_size: tuple[int, int] = (-1, -1),
+    prefix_in_window: bool = False,
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
@@ -85,6 +89,11 @@ def prefix_attention(
         sinks: A finite score for each head that joins its softmax without a value, as gpt-oss has it: a part of the
             weight that falls on nothing. In the type of q or float32; gets a gradient. lse has it in its sum, and a
             query that sees no key has the output zero. Scale, softcap, masks, dropout and memory do not know it.
+        window_size: As in FlashAttention, (left, right): query l, whose position is ``l + S - L``, sees own keys from
+            ``position - left`` to ``position + right``; -1 stands for all there are. With is_causal right is 0.
+            Tiles of keys outside are not visited. May be combined with attn_mask.
+        prefix_in_window: Row i of a prefix of P rows (or of its length) lies at position ``i - P``, and the window's
+            left bound hides it too, as where a prefix stands in a cache (PEFT's). False: every query sees it.
         return_lse: Also return the log of the softmax's sum (natural), float32 (float64 for float64); differentiable.
         return_prefix_mass: Also return the softmax weight that fell on the prefix, float32; carries no gradient.
         backend: "auto", or the name of one backend, which then runs or says why it cannot.
@@ -105,7 +114,7 @@ def prefix_attention(
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
-        *(sinks, return_prefix_mass, backend),
+        *(sinks, window_size, prefix_in_window, return_prefix_mass, backend),
     )
     results = _asked_for(*_without_softmax(prefix_attn(*form), form, dropout_p), return_lse, return_prefix_mass)
     if not one_sample:
@@ -129,6 +138,8 @@ def prefix_attention_qkvpacked(
     phi: str = "elu",
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [H]
+    window_size: tuple[int, int] = (-1, -1),
+    prefix_in_window: bool = False,
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
@@ -158,7 +169,7 @@ def prefix_attention_qkvpacked(
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
-        *(sinks, return_prefix_mass, backend),
+        *(sinks, window_size, prefix_in_window, return_prefix_mass, backend),
     )
     out, lse, mass = _without_softmax(prefix_attn_qkvpacked(qkv, *form), form, dropout_p)
     # contiguous as it is, unless qkv's own axes lie in another order
@@ -183,6 +194,8 @@ def _normal_form(
     phi: str,
     softcap: float | None,
     sinks: Tensor | None,
+    window_size: tuple[int, int],
+    prefix_in_window: bool,
     return_prefix_mass: bool,
     backend: str,
 ) -> tuple[Call, Wants, str]:
@@ -228,6 +241,8 @@ def _normal_form(
         scale = D**-0.5 if D else 1.0
     check_scale(scale, q.dtype)
     check_softcap(softcap, q.dtype)
+    check_window(window_size, prefix_in_window)
+    is_causal, left, right, in_window = bounds(window_size, prefix_in_window, is_causal, L, S, P)
     seed = None
     if dropout_p or prefix_dropout_p:
         seed = torch.randint(2**62, (1,), device=q.device)
@@ -239,6 +254,7 @@ def _normal_form(
         q, k, v, prefix_k, prefix_v, attn_mask, sinks, memory, prefix_ids, lengths, seed,
         dropout_p=dropout_p, prefix_dropout_p=prefix_dropout_p, is_causal=is_causal, scale=scale, phi=phi,
         softcap=0.0 if softcap is None else softcap,
+        window_left=left, window_right=right, prefix_in_window=in_window,
     )  # fmt: skip
     needs = _wanted(call)
     chosen = backends.choose(backend, call, needs)

@@ -155,9 +155,16 @@ def _masked(scores: Tensor, call: Call) -> Tensor:
     if mask is not None:
         hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
         own = (own if mask.dtype == torch.bool else own + mask).masked_fill(hidden, -INF)
-    if call.is_causal:
-        query, key = torch.arange(L, device=scores.device)[:, None], torch.arange(S, device=scores.device)
-        own = own.masked_fill(key > query + (S - L), -INF)
+    position, key = torch.arange(S - L, S, device=scores.device)[:, None], torch.arange(S, device=scores.device)
+    right = 0 if call.is_causal else call.window_right
+    if right >= 0:
+        own = own.masked_fill(key > position + right, -INF)
+    if call.window_left >= 0:
+        own = own.masked_fill(key < position - call.window_left, -INF)
+        if call.prefix_in_window:
+            row = torch.arange(P, device=scores.device)
+            ahead = row - P if lengths is None else (row - lengths[:, None])[:, None, None]  # its position, [B, 1, 1, P]
+            prefix = prefix.masked_fill(ahead < position - call.window_left, -INF)
     if lengths is not None:
         prefix = prefix.masked_fill(_past(lengths, P)[:, None, None], -INF)
     return torch.cat([prefix, own], -1)

@@ -77,6 +77,12 @@ FEATURES = {
     "softcap_50": {"softcap": 50.0, "mask": "B11S", "layout": "packed"},  # Gemma 2's
     "sinks": {"sinks": "float", "causal": True},  # gpt-oss
     "sinks_memory": {"sinks": "float", "memory": "as_prefix", "prefixes": "bank", "phi": "gelu", "mask": "B11S"},
+    "window": {"window": (5, 2), "mask": "B11S"},
+    "window_causal": {"window": (20, -1), "causal": True, "layout": "packed"},  # Mistral
+    "window_right": {"window": (-1, 3), "mask": "BHLS", "mask_dtype": "float", "softcap": 0.7},
+    "window_of_one": {"window": (0, 0), "prefixes": "bank", "lengths": "T"},
+    "window_prefix": {"window": (9, 0), "prefix_in_window": True, "prefixes": "bank", "lengths": "T"},  # PEFT's
+    "window_prefix_sinks": {"window": (3, 4), "prefix_in_window": True, "sinks": "float", "memory": "shared"},
     "sinks_float32": {"sinks": "float32", "mask": "BHLS", "blind": True, "prefixes": "bank", "lengths": "T"},
 }
 
@@ -129,6 +135,8 @@ def make_inputs(
     phi: str = "elu",
     softcap: float | None = None,
     sinks: str = "",  # "float" (that of q) or "float32"
+    window: tuple[int, int] = (-1, -1),
+    prefix_in_window: bool = False,
 ) -> Inputs:
     """Random inputs; scores and lse of a size where every key counts."""
     shape = SHAPES[shape] if isinstance(shape, str) else shape
@@ -160,6 +168,8 @@ def make_inputs(
         options["softcap"] = softcap
     if sinks:
         tensors["sinks"] = 2 * normal(H).to(torch.float32 if sinks == "float32" else dtype)
+    if window != (-1, -1):
+        options |= {"window_size": window, "prefix_in_window": prefix_in_window}
     if prefixes == "bank":
         options["prefix_ids"] = torch.tensor([2, 0])[torch.arange(B) % 2]  # row 1 is used by nobody
     if lengths:

@@ -31,6 +31,8 @@ def concat_attention(
     phi: str = "elu",
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    prefix_in_window: bool = False,
     seed: Tensor | None = None,
     fused: bool = False,  # out by SDPA, which takes no dropout mask of ours
     order: int = 0,  # sums over queries, keys and head elements begin this many ORDERS-ths of the way in
@@ -52,11 +54,19 @@ def concat_attention(
     if is_causal:
         future = q.new_ones(L, S, dtype=torch.bool).triu(S - L + 1)
         bias = bias.masked_fill(F.pad(future, (P, 0)), -INF)
+    used = [P] * B
     if prefix_lengths is not None:
         of_bank = prefix_ids is not None and len(prefix_lengths) == T
-        lengths = prefix_lengths[prefix_ids] if of_bank else prefix_lengths.expand(B)
-        for b, n in enumerate(lengths.tolist()):
-            bias[b, ..., n:P] = -INF
+        used = (prefix_lengths[prefix_ids] if of_bank else prefix_lengths.expand(B)).tolist()
+    for b, n in enumerate(used):
+        bias[b, ..., n:P] = -INF
+        distance = torch.arange(S - L, S)[:, None] - torch.arange(-n, S)  # from the used rows and the own keys, [L, n+S]
+        left, right = (INF if limit < 0 else limit for limit in window_size)
+        if not prefix_in_window:
+            distance[:, :n] = 0
+        outside = (distance > left) | F.pad(distance[:, n:] < -right, (n, 0))
+        outside = torch.cat([outside[:, :n], outside.new_zeros(L, P - n), outside[:, n:]], -1)
+        bias[b] = bias[b].masked_fill(outside.to(q.device), -INF)
     if prefix_ids is not None:
         prefix_k, prefix_v = prefix_k[prefix_ids], prefix_v[prefix_ids]
     prefix_k, prefix_v = (t.expand(B, -1, -1, -1) for t in (prefix_k, prefix_v))
