@@ -44,13 +44,18 @@ class Attn(TypedDict):
     prefix_dropout_p: float
     seed: _Address | None
 
-class AttnFwd(Attn):
+class Window(TypedDict):
+    window_left: int
+    window_right: int
+    prefix_in_window: bool
+
+class AttnFwd(Attn, Window):
     out: _Strided
     attended: _Strided | None
     lse: _Address
     mass: _Address | None
 
-class AttnBwd(Attn):
+class AttnBwd(Attn, Window):
     dout: _Strided
     out: _Strided | None
     lse: _Address

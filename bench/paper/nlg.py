@@ -79,9 +79,11 @@ def grid_of(given: argparse.Namespace) -> Grid:
 
 def readable(grid: Grid) -> None:
     """Reads each task and backbone once, before workers would fail one by one, and says what was found."""
+    from bench.paper import bfloat16
     from bench.paper.language import backbones, tasks
     from bench.paper.language.train import Settings
 
+    bfloat16.warn_if_slow(any(method.settings.get("bf16", Settings.bf16) for method in grid.methods))
     said = {}
     for method in grid.methods:
         settings = Settings(method.task, method.name, 0.0, 0.0, 0, **method.settings)

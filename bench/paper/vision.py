@@ -96,8 +96,10 @@ def environment(given: argparse.Namespace) -> dict[str, str]:
 
 def readable(grid: Grid) -> None:
     """Reads each task and backbone once, before workers would fail one by one."""
+    from bench.paper import bfloat16
     from bench.paper.visual import backbones, train
 
+    bfloat16.warn_if_slow(any(method.settings.get("bf16", Settings.bf16) for method in grid.methods))
     for method in grid.methods:
         settings = Settings(method.task, method.name, 0.0, 0.0, 0, **method.settings)
         train.task_of(settings.task, settings.protocol_seed, settings.reader, settings.shifted_labels)

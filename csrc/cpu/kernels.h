@@ -1,14 +1,14 @@
 // What each file <op>/<isa>.cpp exports. Those files include no templates of the standard library: see vec.h.
 #pragma once
-#include "api/prefix_attn.h"
 #include "api/reparam.h"
+#include "cpu/calls.h"
 
 namespace prefixattn {
 
 // Null members were not compiled. Each runs on at most so many threads.
 struct AttentionKernels {
-    void (*fwd)(const FwdParams &, int threads);
-    void (*bwd)(const BwdParams &, int threads);
+    void (*fwd)(const CpuFwdParams &, int threads);
+    void (*bwd)(const CpuBwdParams &, int threads);
     bool (*multiplies)() = nullptr;  // of sets with tiles: whether a trial of their products comes out right
 };
 struct ReparamKernels {

@@ -7,14 +7,21 @@ namespace py = pybind11;
 namespace prefixattn {
 namespace {
 
+template <class Call>
+const std::vector<Field<Call>> &window_fields() {
+    static const std::vector<Field<Call>> fields{PA_FIELD(Call, window_left), PA_FIELD(Call, window_right),
+                                                 PA_FIELD(Call, prefix_in_window)};
+    return fields;
+}
+
 void fwd(const py::dict &fields, int threads) {
-    const FwdParams p = read_fwd(fields);
+    const auto p = read_fwd(fields, window_fields<CpuFwdParams>());
     const py::gil_scoped_release nogil;
     isa_in_use().attention->fwd(p, threads);
 }
 
 void bwd(const py::dict &fields, int threads) {
-    const BwdParams p = read_bwd(fields);
+    const auto p = read_bwd(fields, window_fields<CpuBwdParams>());
     const py::gil_scoped_release nogil;
     isa_in_use().attention->bwd(p, threads);
 }

@@ -51,23 +51,25 @@ inline void require_sense(const AttnParams &p) {
     if ((p.dropout_p > 0 || p.prefix_dropout_p > 0) && !p.seed) throw pybind11::value_error("dropout has no seed");
 }
 
-inline FwdParams read_fwd(const pybind11::dict &fields) {
-    using Call = FwdParams;
+// Call: FwdParams, or what has further members, whose fields are `more`.
+template <class Call = FwdParams>
+Call read_fwd(const pybind11::dict &fields, const std::vector<Field<Call>> &more = {}) {
     static const Record<Call> record(
         "prefix_attn_fwd", attn_fields<Call>(),
-        {PA_FIELD(Call, out), PA_FIELD(Call, attended), PA_FIELD(Call, lse), PA_FIELD(Call, mass)});
+        {PA_FIELD(Call, out), PA_FIELD(Call, attended), PA_FIELD(Call, lse), PA_FIELD(Call, mass)}, more);
     Call p{};
     record.read(fields, p);
     require_sense(p);
     return p;
 }
 
-inline BwdParams read_bwd(const pybind11::dict &fields) {
-    using Call = BwdParams;
+template <class Call = BwdParams>
+Call read_bwd(const pybind11::dict &fields, const std::vector<Field<Call>> &more = {}) {
     static const Record<Call> record("prefix_attn_bwd", attn_fields<Call>(),
                                      {PA_FIELD(Call, dout), PA_FIELD(Call, out), PA_FIELD(Call, lse),
                                       PA_FIELD(Call, dlse), PA_FIELD(Call, dq), PA_FIELD(Call, dk), PA_FIELD(Call, dv),
-                                      PA_FIELD(Call, dprefix_k), PA_FIELD(Call, dprefix_v), PA_FIELD(Call, dmemory)});
+                                      PA_FIELD(Call, dprefix_k), PA_FIELD(Call, dprefix_v), PA_FIELD(Call, dmemory)},
+                                     more);
     Call p{};
     record.read(fields, p);
     require_sense(p);

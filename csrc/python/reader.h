@@ -29,9 +29,10 @@ struct Field {
 template <class P>
 class Record {
   public:
-    Record(const char *what, std::vector<Field<P>> fields, const std::vector<Field<P>> &others = {})
+    Record(const char *what, std::vector<Field<P>> fields, const std::vector<Field<P>> &others = {},
+           const std::vector<Field<P>> &more = {})
         : what_(what), fields_(std::move(fields)) {
-        fields_.insert(fields_.end(), others.begin(), others.end());
+        for (const auto *those : {&others, &more}) fields_.insert(fields_.end(), those->begin(), those->end());
         for (const Field<P> &field : fields_) names_.push_back(PyUnicode_InternFromString(field.name));  // never freed
     }
 

@@ -1,6 +1,6 @@
 """The CPU kernels of csrc/cpu as a backend: torch tensors to addresses and strides, outputs allocated here or given."""
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.attention.native import address, attn_fields, strided
 from prefixattn.attention.sinks import around_bwd, around_fwd
 
+if TYPE_CHECKING:
+    from prefixattn._C import Window
+
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 # every option of Call that the kernels have
 KNOWN = (
     *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
-    *("is_causal", "scale", "phi", "softcap"),
+    *("is_causal", "scale", "phi", "softcap", "window_left", "window_right", "prefix_in_window"),
 )
 UNKNOWN = unknown(KNOWN)
 
@@ -46,6 +49,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     call = _readable_call(call)
     _C.prefix_attn_fwd({
         **attn_fields(_C, DTYPES[call.q.dtype], call),
+        **_window(call),
         "out": strided(out),
         "attended": strided(attended) if wants.attended else None,
         "lse": lse.data_ptr(),
@@ -64,6 +68,7 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
     lse, dlse = given.lse.contiguous(), None if dlse is None else dlse.float().contiguous()
     _C.prefix_attn_bwd({
         **attn_fields(_C, DTYPES[call.q.dtype], call),
+        **_window(call),
         "dout": strided(dout),
         "out": strided(out) if out.dim() == 4 else None,
         "lse": lse.data_ptr(),
@@ -76,6 +81,14 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
         "dmemory": strided(grads.memory) if needs.memory else None,
     }, torch.get_num_threads())  # fmt: skip
     return grads
+
+
+def _window(call: Call) -> "Window":
+    return {
+        "window_left": call.window_left,
+        "window_right": call.window_right,
+        "prefix_in_window": call.prefix_in_window,
+    }
 
 
 def _readable_call(call: Call, **others: Tensor) -> Call:

@@ -1,13 +1,11 @@
 """What to run: grids in grids/, and the papers' settings as they published them."""
 
 import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.paper import bfloat16
 from bench.paper.language import backbones
 from bench.paper.language.train import Settings
 from bench.paper.runs import Refusal
@@ -53,7 +51,7 @@ def demo() -> dict[str, Any]:
         common |= {"backbone": backbones.SMALL, "subset": 4_000, "prompts": 60, "dev": 300}
         rates = {"deep": 1e-3, "none": 3e-1}
     else:
-        bf16 = fast_in_bf16()
+        bf16 = bfloat16.is_fast()
         name = "demo" if bf16 else "demo-float32"
         common |= {"backbone": backbones.SMOLLM2, "subset": 600, "warmup": 10, "bf16": bf16}
         rates = {"deep": 2e-3, "none": 2e-2}
@@ -61,15 +59,6 @@ def demo() -> dict[str, Any]:
         {"name": name, "layers": "all", "label": name, "lr": [lr], "weight_decay": [0.0]} for name, lr in rates.items()
     ]
     return {"name": name, "tasks": ["e2e"], "seeds": [SEED], "common": common, "methods": methods}
-
-
-def fast_in_bf16() -> bool:
-    """Whether this machine multiplies in bfloat16 faster than in float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    with suppress(OSError):
-        return bool({"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    return False
 
 
 def tables(model: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Backward {
     static constexpr bool kFloat32 = sizeof(Storage) == 4;
 
   public:
-    static void run(const BwdParams &p, int threads) {
+    static void run(const CpuBwdParams &p, int threads) {
         if (p.Hkv == 0) return;  // every gradient is empty
         const bool own = p.dk.data || p.dv.data, prefix = (p.dprefix_k.data || p.dprefix_v.data) && p.P > 0;
         Job job{p, chunk_keys(p)};
@@ -44,26 +44,26 @@ class Backward {
 
   private:
     struct Job {
-        const BwdParams &p;
+        const CpuBwdParams &p;
         int keys;  // of a chunk
     };
 
-    static int chunk_keys(const BwdParams &p) { return p.D <= 128 ? 128 : 64; }
-    static int64_t chunks(const BwdParams &p, int64_t n) { return (n + chunk_keys(p) - 1) / chunk_keys(p); }
-    static int64_t memory_chunks(const BwdParams &p) { return (p.D + kMemoryRows - 1) / kMemoryRows; }
-    static int64_t padded(const BwdParams &p) { return Ops::row_floats((int)p.D); }
-    static int64_t heads(const BwdParams &p) { return p.H / p.Hkv; }
+    static int chunk_keys(const CpuBwdParams &p) { return p.D <= 128 ? 128 : 64; }
+    static int64_t chunks(const CpuBwdParams &p, int64_t n) { return (n + chunk_keys(p) - 1) / chunk_keys(p); }
+    static int64_t memory_chunks(const CpuBwdParams &p) { return (p.D + kMemoryRows - 1) / kMemoryRows; }
+    static int64_t padded(const CpuBwdParams &p) { return Ops::row_floats((int)p.D); }
+    static int64_t heads(const CpuBwdParams &p) { return p.H / p.Hkv; }
     // Tiles that meet one key of a sample, and one prefix row of all samples that may use it.
-    static int64_t tiles(const BwdParams &p) { return query_blocks(p.L, Ops::kLaneUnit) * heads(p); }
-    static int64_t prefix_tiles(const BwdParams &p) { return (p.T == 1 || p.prefix_ids ? p.B : 1) * tiles(p); }
-    static bool totals_own(const BwdParams &p) { return kFloat32 && tiles(p) > 4 * KeySums::kRun; }
-    static bool totals_prefix(const BwdParams &p) { return kFloat32 && prefix_tiles(p) > KeySums::kRun; }
-    static bool totals_memory(const BwdParams &p) {
+    static int64_t tiles(const CpuBwdParams &p) { return query_blocks(p.L, Ops::kLaneUnit) * heads(p); }
+    static int64_t prefix_tiles(const CpuBwdParams &p) { return (p.T == 1 || p.prefix_ids ? p.B : 1) * tiles(p); }
+    static bool totals_own(const CpuBwdParams &p) { return kFloat32 && tiles(p) > 4 * KeySums::kRun; }
+    static bool totals_prefix(const CpuBwdParams &p) { return kFloat32 && prefix_tiles(p) > KeySums::kRun; }
+    static bool totals_memory(const CpuBwdParams &p) {
         return kFloat32 && p.B * query_blocks(p.L, Ops::kLaneUnit) > KeySums::kRun;
     }
 
     // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
-    Backward(const BwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
+    Backward(const CpuBwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
         D_ = (int)p.D, Dp_ = (int)padded(p), keys_max_ = chunk_keys(p);
         tile_.allocate(p, arena_, keys_max_);
         keys_.allocate(p, arena_, keys_max_);
@@ -91,7 +91,7 @@ class Backward {
         if (fused && totals_prefix(p)) prefix_totals_ = arena_.take<float>(2 * prefix_rows_ * Dp_);
     }
 
-    static bool fused_fits(const BwdParams &p) { return Backward(p, true, Arena::counting()).budgeted_ <= kBudget; }
+    static bool fused_fits(const CpuBwdParams &p) { return Backward(p, true, Arena::counting()).budgeted_ <= kBudget; }
 
     template <class F>
     static void with_scratch(const Job &job, bool fused, F f) {
@@ -102,7 +102,7 @@ class Backward {
 
     static void fused_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const BwdParams &p = job.p;
+        const CpuBwdParams &p = job.p;
         const int64_t g = unit % p.Hkv, t = unit / p.Hkv;
         with_scratch(job, true, [&](Backward &w) {
             for (int64_t p0 = 0; p0 < p.P; p0 += job.keys) w.prefix_sums(p0).clear();
@@ -121,7 +121,7 @@ class Backward {
 
     static void own_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const BwdParams &p = job.p;
+        const CpuBwdParams &p = job.p;
         const int64_t n = chunks(p, p.S), s0 = unit % n * job.keys, g = unit / n % p.Hkv, b = unit / n / p.Hkv;
         with_scratch(job, false, [&](Backward &w) {
             const int count = (int)min_of<int64_t>(job.keys, p.S - s0);
@@ -132,7 +132,7 @@ class Backward {
 
     static void prefix_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const BwdParams &p = job.p;
+        const CpuBwdParams &p = job.p;
         const int64_t n = chunks(p, p.P), p0 = unit % n * job.keys, g = unit / n % p.Hkv, t = unit / n / p.Hkv;
         with_scratch(job, false, [&](Backward &w) {
             const int count = (int)min_of<int64_t>(job.keys, p.P - p0);
@@ -146,7 +146,7 @@ class Backward {
 
     static void query_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const BwdParams &p = job.p;
+        const CpuBwdParams &p = job.p;
         const int64_t blocks = query_blocks(p.L, Ops::kLaneUnit), block = unit % blocks, h = unit / blocks % p.H,
                       b = unit / blocks / p.H;
         with_scratch(job, false, [&](Backward &w) {
@@ -158,8 +158,9 @@ class Backward {
                 w.tile_.run(p, q, w.keys_, nullptr, nullptr, w.dq_);
             };
             const int64_t length = prefix_length(p, b);
-            for (int64_t p0 = 0; p0 < length; p0 += job.keys) chunk(true, p0, length);
-            const Range own = visible_keys(p, padded_range(p, b, h), q.q);
+            const Range prefix = seen_keys(prefix_band(p, length), {0, length}, q.q);
+            for (int64_t p0 = prefix.begin / job.keys * job.keys; p0 < length; p0 += job.keys) chunk(true, p0, length);
+            const Range own = seen_keys(own_band(p), padded_range(p, b, h), q.q);
             // chunks as in the other schedule, whatever padding hides
             for (int64_t s0 = own.begin / job.keys * job.keys; s0 < own.end; s0 += job.keys) chunk(false, s0, p.S);
             w.store_dq(q.b, q.h, q.q, w.dq_, &q);
@@ -168,7 +169,7 @@ class Backward {
 
     static void memory_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const BwdParams &p = job.p;
+        const CpuBwdParams &p = job.p;
         const int64_t n = memory_chunks(p), d0 = unit % n * kMemoryRows, h = unit / n % p.H, t = unit / n / p.H;
         with_scratch(job, false, [&](Backward &w) {
             const int rows = (int)min_of<int64_t>(kMemoryRows, p.D - d0);
@@ -270,9 +271,18 @@ class Backward {
     void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq, F added) {
         for (int64_t i = 0; i < tiles(p_); ++i) {
             if (with_dq && next_ < p_.B) fetch_next(g);
-            tile_.run(p_, packed(b, g, i), keys_, dk, dv, with_dq ? dq_ + i * Dp_ * kLanes : nullptr);
+            float *dq = with_dq ? dq_ + i * Dp_ * kLanes : nullptr;
+            if (is_seen(b, i)) tile_.run(p_, packed(b, g, i), keys_, dk, dv, dq);
             added(i);
         }
+    }
+
+    // Whether causality and window leave block i of a key head's queries some of the loaded keys.
+    bool is_seen(int64_t b, int64_t i) const {
+        const QueryBlock q = query_block(p_.L, i % query_blocks(p_.L, Ops::kLaneUnit), Ops::kLaneUnit);
+        const Range loaded{keys_.j0, keys_.j0 + keys_.n};
+        const Range seen = seen_keys(keys_.prefix ? prefix_band(p_, prefix_length(p_, b)) : own_band(p_), loaded, q);
+        return seen.begin < seen.end;
     }
 
     // Those of n rows, of which the sums of all are in scratch together.
@@ -316,7 +326,7 @@ class Backward {
             narrow(rows_ + (int64_t)i * ld, (Storage *)at(p_.dq, b, h, q.l0 + i, Ops::kSize), D_);
     }
 
-    const BwdParams &p_;
+    const CpuBwdParams &p_;
     int D_, Dp_, keys_max_, slots_;
     Arena arena_;
     BwdTile<Storage, Dot> tile_;

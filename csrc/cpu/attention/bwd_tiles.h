@@ -14,7 +14,7 @@ class BwdTile {
     static constexpr int kBegins = Dot::kTiles ? Ops::kStripAlign : 2;  // the first key is a multiple of this
 
   public:
-    void allocate(const BwdParams &p, Arena &arena, int keys) {
+    void allocate(const CpuBwdParams &p, Arena &arena, int keys) {
         D_ = (int)p.D, Dp_ = Ops::row_floats(D_);
         const int64_t size = (int64_t)(keys + (Dot::kTiles ? 0 : 2)) * kLanes;
         scores_ = arena.take<float>(size);
@@ -27,17 +27,15 @@ class BwdTile {
     }
 
     // dk, dv: [n][Dp] are added to, without the scale; dq: [D][width] likewise; each may be null.
-    void run(const BwdParams &p, const Queries &q, const Keys &keys, float *dk, float *dv, float *dq) {
-        Range rows{0, keys.n};
-        if (!keys.prefix) {
-            const Range seen = visible_keys(p, padded_range(p, q.b, q.h), q.q);
-            rows.begin = max_of<int64_t>(0, seen.begin - keys.j0) / kBegins * kBegins;
-            rows.end = min_of<int64_t>(keys.n, seen.end - keys.j0);
-        }
-        if (rows.begin >= rows.end) return;
-        const int r0 = (int)rows.begin, n = (int)(rows.end - rows.begin), width = q.q.width;
-        const Strips strips(p.causal && !keys.prefix, causal_offset(p), q.q, keys.j0 + r0, n, Ops::kStrip,
-                            Ops::kStripAlign);
+    void run(const CpuBwdParams &p, const Queries &q, const Keys &keys, float *dk, float *dv, float *dq) {
+        const Band band = keys.prefix ? prefix_band(p, prefix_length(p, q.b)) : own_band(p);
+        const Range all = keys.prefix ? Range{0, keys.j0 + keys.n} : padded_range(p, q.b, q.h);
+        const Range seen = seen_keys(band, all, q.q);
+        const int64_t begin = max_of<int64_t>(0, seen.begin - keys.j0) / kBegins * kBegins;
+        const int64_t end = min_of<int64_t>(keys.n, seen.end - keys.j0);
+        if (begin >= end) return;
+        const int r0 = (int)begin, n = (int)(end - begin), width = q.q.width;
+        const Strips strips(band, q.q, keys.j0 + r0, n, Ops::kStrip, Ops::kStripAlign);
 
         strips.each([&](int r, int count, int skip) {
             const int64_t at_row = (int64_t)r * width + skip;
@@ -51,12 +49,16 @@ class BwdTile {
         if (p.softcap > 0) {
             cap_scores(scores_, (int64_t)n * width, factor, p.softcap, slopes_);
             factor = 1;
-        } else if (!keys.prefix && (has_float_mask(p) || factor <= 0)) {  // what a mask hides must stay -inf
+        } else if (keys.prefix ? p.prefix_in_window && factor <= 0 : has_float_mask(p) || factor <= 0) {
+            // what is hidden must stay -inf
             for (int64_t i = 0; i < (int64_t)n * width; i += VL) vstore(scores_ + i, vload(scores_ + i) * vset(factor));
             factor = 1;
         }
-        if (!keys.prefix) Masker(p, q.b, q.h, mask_).apply(q.q, strips, keys.j0 + r0, n, scores_);
-        const int64_t virtual0 = keys.prefix ? keys.j0 : p.P + keys.j0 + r0;
+        if (keys.prefix)
+            Masker::hide(q.q, strips, n, scores_);
+        else
+            Masker(p, q.b, q.h, mask_).apply(q.q, strips, keys.j0 + r0, n, scores_);
+        const int64_t virtual0 = keys.j0 + r0 + (keys.prefix ? 0 : p.P);
         const bool drops = p.dropout_p > 0;
         if (p.softcap > 0)
             drops ? weights<true, true>(p, q, virtual0, n, factor, keys.gain)
@@ -193,7 +195,7 @@ class BwdTile {
     // scores -> weights after dropout, dweights -> dscores. Keys and values lack the gain of prefix dropout, which
     // enters here, and for dv where the sample's mask is applied.
     template <bool kDrop, bool kCap>
-    void weights(const BwdParams &p, const Queries &q, int64_t j0, int n, float factor, float gain) {
+    void weights(const CpuBwdParams &p, const Queries &q, int64_t j0, int n, float factor, float gain) {
         const int width = q.q.width;
         AttentionDropout dropout(dropout_seed(p), p.dropout_p, q.b * p.H + q.h, q.q.l0, width);
         alignas(64) float kept[2][kLanes];

@@ -16,8 +16,8 @@ class Decode {
     static constexpr int64_t kSize = sizeof(Storage);
 
   public:
-    static void run(const FwdParams &p, int threads) {
-        parallel_for(p.B * p.Hkv, threads, unit, const_cast<FwdParams *>(&p));
+    static void run(const CpuFwdParams &p, int threads) {
+        parallel_for(p.B * p.Hkv, threads, unit, const_cast<CpuFwdParams *>(&p));
     }
 
   private:
@@ -28,12 +28,12 @@ class Decode {
     };
 
     static void unit(void *context, int64_t unit) {
-        const auto &p = *(const FwdParams *)context;
+        const auto &p = *(const CpuFwdParams *)context;
         const int64_t bytes = Decode(p, unit, Arena::counting()).arena_.used();
         Decode(p, unit, Arena(thread_scratch(bytes))).work();
     }
 
-    Decode(const FwdParams &p, int64_t unit, Arena arena)
+    Decode(const CpuFwdParams &p, int64_t unit, Arena arena)
         : p_(p), b_(unit / p.Hkv), g_(unit % p.Hkv), D_((int)p.D), heads_((int)(p.H / p.Hkv)), arena_(arena) {
         rows_ = arena_.take<Head>(heads_);
         queries_ = arena_.take<float>((int64_t)heads_ * D_);
@@ -49,11 +49,13 @@ class Decode {
             std::memset(x.acc, 0, sizeof(float) * D_);
         }
         const int64_t row = prefix_row(p_, b_), length = prefix_length(p_, b_);
-        for (int64_t p0 = 0; p0 < length; p0 += kKeys)
+        const QueryBlock q{0, 1, 1};
+        const Range prefix = seen_keys(prefix_band(p_, length), {0, length}, q);
+        for (int64_t p0 = prefix.begin; p0 < length; p0 += kKeys)
             block(at(p_.prefix_k, row, g_, p0, kSize), p_.prefix_k.stride2, at(p_.prefix_v, row, g_, p0, kSize),
                   p_.prefix_v.stride2, (int)min_of<int64_t>(kKeys, length - p0), -1);
         const bool shared = p_.mask.stride1 == 0;  // by all heads
-        const Range own = shared ? padded_range(p_, b_, 0) : Range{0, p_.S};
+        const Range own = seen_keys(own_band(p_), shared ? padded_range(p_, b_, 0) : Range{0, p_.S}, q);
         for (int64_t s0 = own.begin; s0 < own.end; s0 += kKeys)
             block(at(p_.k, b_, g_, s0, kSize), p_.k.stride2, at(p_.v, b_, g_, s0, kSize), p_.v.stride2,
                   (int)min_of<int64_t>(kKeys, own.end - s0), s0);
@@ -140,7 +142,7 @@ class Decode {
         narrow(x.acc, (Storage *)at(p_.out, b_, h, 0, kSize), D_);
     }
 
-    const FwdParams &p_;
+    const CpuFwdParams &p_;
     const int64_t b_, g_;
     const int D_, heads_;
     Arena arena_;

@@ -15,7 +15,7 @@ class Forward {
     static constexpr int kKeys = 128;  // keys of a block: its scores (32 KB) stay in L1
 
   public:
-    static void run(const FwdParams &p, int threads) {
+    static void run(const CpuFwdParams &p, int threads) {
         if (p.L == 0) return;
         // What prefix dropout keeps is drawn once for all queries of a head, if there are heads enough to go round.
         const bool heads = p.prefix_dropout_p > 0 && p.B * p.H >= 4 * threads;
@@ -27,13 +27,13 @@ class Forward {
     static constexpr int64_t kKeptRows = 1024;  // most rows of a prefix whose dropout is drawn ahead
 
     struct Job {
-        const FwdParams &p;
+        const CpuFwdParams &p;
         int64_t blocks;  // of a unit
     };
 
     static void unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const FwdParams &p = job.p;
+        const CpuFwdParams &p = job.p;
         const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(p.L);
         KeptPrefix kept;
         Arena counted = Arena::counting();
@@ -44,11 +44,11 @@ class Forward {
         for (int64_t i = first; i < first + n; ++i) Forward(p, i / blocks, i % blocks, arena, kept).work();
     }
 
-    static void allocate_kept(const FwdParams &p, Arena &arena, KeptPrefix &kept) {
+    static void allocate_kept(const CpuFwdParams &p, Arena &arena, KeptPrefix &kept) {
         if (p.prefix_dropout_p > 0) kept.allocate(arena, max_of<int64_t>(kKeys, min_of(p.P, kKeptRows)), p.D);
     }
 
-    Forward(const FwdParams &p, int64_t bh, int64_t block, Arena arena, KeptPrefix &kept)
+    Forward(const CpuFwdParams &p, int64_t bh, int64_t block, Arena arena, KeptPrefix &kept)
         : p_(p), b_(bh / p.H), h_(bh % p.H), D_((int)p.D), q_(query_block(p.L, block)), arena_(arena), kept_(kept) {
         gain_ = prefix_gain(p.prefix_dropout_p);
         scaled_ = has_float_mask(p) || p.softcap > 0;
@@ -70,16 +70,17 @@ class Forward {
         for (int i = 0; i < kLanes; ++i) row_max_[i] = kMinusInf, own_sum_[i] = prefix_sum_[i] = 0;
         std::memset(acc_, 0, sizeof(float) * D_ * q_.width);
 
-        const Range own = visible_keys(p_, padded_range(p_, b_, h_), q_);
-        const int64_t length = prefix_length(p_, b_), total = length + own.end - own.begin;
+        const int64_t length = prefix_length(p_, b_);
+        const Range own = seen_keys(own_band(p_), padded_range(p_, b_, h_), q_);
+        const Range prefix = seen_keys(prefix_band(p_, length), {0, length}, q_);
+        const int64_t rows = prefix.end - prefix.begin, total = rows + own.end - own.begin;
         const int64_t blocks = (total + kKeys - 1) / kKeys;
         const int64_t per_block = blocks ? ((total + blocks - 1) / blocks + 3) / 4 * 4 : 0;  // blocks of equal size
         for (int64_t done = 0; done < total; done += per_block) {
             const int64_t end = min_of(done + per_block, total);
-            const int64_t p0 = min_of(done, length), p1 = min_of(end, length);
-            const int64_t s0 = own.begin + max_of<int64_t>(done - length, 0),
-                          s1 = own.begin + max_of<int64_t>(end - length, 0);
-            attend(p0, (int)(p1 - p0), s0, (int)(s1 - s0));
+            const int64_t p0 = min_of(done, rows), p1 = min_of(end, rows);
+            const int64_t s0 = max_of<int64_t>(done - rows, 0), s1 = max_of<int64_t>(end - rows, 0);
+            attend(prefix.begin + p0, (int)(p1 - p0), own.begin + s0, (int)(s1 - s0));
         }
         store();
     }
@@ -97,7 +98,7 @@ class Forward {
         const int64_t g = h_ / (p_.H / p_.Hkv);
         const int np_even = (np + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
         const int n = np_even + (ns + Ops::kRowAlign - 1) / Ops::kRowAlign * Ops::kRowAlign;
-        const Strips strips(p_.causal, causal_offset(p_), q_, s0, ns, Ops::kStrip, Ops::kStripAlign);
+        const Strips strips(own_band(p_), q_, s0, ns, Ops::kStrip, Ops::kStripAlign);
         float *own_scores = scores_ + (int64_t)np_even * q_.width;
         float *own_keys = key_copy_ + (int64_t)np * D_, *own_values = value_copy_ + (int64_t)np * D_;
 
@@ -122,6 +123,8 @@ class Forward {
             factor = prefix_factor = 1;
         }
         masker.apply(q_, strips, s0, ns, own_scores);
+        const Band band = prefix_band(p_, prefix_length(p_, b_));
+        Masker::hide(q_, Strips(band, q_, p0, np, Ops::kStrip, Ops::kStripAlign), np, scores_);
         if (np_even > np) hide_row(scores_, np);
         if (n > np_even + ns) hide_row(own_scores, ns);
         const bool drops = p_.dropout_p > 0;
@@ -280,7 +283,7 @@ class Forward {
             narrow(rows_ + (int64_t)i * ld, (Storage *)at(t, b_, h_, q_.l0 + i, Ops::kSize), D_);
     }
 
-    const FwdParams &p_;
+    const CpuFwdParams &p_;
     const int64_t b_, h_;
     const int D_;
     const QueryBlock q_;

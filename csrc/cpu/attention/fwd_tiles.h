@@ -15,7 +15,7 @@ class TileForward {
     static constexpr int64_t kAccBytes = 1 << 18;  // of the outputs of a unit's blocks, where there are several chunks
 
   public:
-    static void run(const FwdParams &p, int threads) {
+    static void run(const CpuFwdParams &p, int threads) {
         if (p.B * p.H * p.L == 0) return;
         PrefixTiles<Storage> prefix(p);
         prefix.pack(threads);
@@ -31,12 +31,12 @@ class TileForward {
 
   private:
     struct Job {
-        const FwdParams &p;
+        const CpuFwdParams &p;
         const PrefixTiles<Storage> &prefix;
         int64_t heads, groups;  // query heads that a unit may hold, and units of them
     };
 
-    static int64_t blocks(const FwdParams &p) { return (p.L + kTileLanes - 1) / kTileLanes; }
+    static int64_t blocks(const CpuFwdParams &p) { return (p.L + kTileLanes - 1) / kTileLanes; }
 
     static void unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
@@ -46,7 +46,7 @@ class TileForward {
     }
 
     TileForward(const Job &job, int64_t unit, Arena arena) : job_(job), p_(job.p), arena_(arena) {
-        const FwdParams &p = p_;
+        const CpuFwdParams &p = p_;
         const int64_t items = job.heads * blocks(p), n = job.groups, head = unit / n * job.heads;
         begin_ = items * (unit % n) / n, end_ = items * (unit % n + 1) / n;
         b_ = head / p.H, h0_ = head % p.H, g_ = h0_ / (p.H / p.Hkv), D_ = (int)p.D;
@@ -75,7 +75,7 @@ class TileForward {
     }
 
     void work() {
-        own_ = padded_range(p_, b_, h0_);
+        own_ = own_keys();
         const int64_t total = length_ + own_.end - own_.begin, chunks = (total + kKeys - 1) / kKeys;
         const int64_t chunk = chunks ? up((total + chunks - 1) / chunks, kGroup) : 0;  // of equal size
         const int64_t items = end_ - begin_;
@@ -96,16 +96,32 @@ class TileForward {
         for (int64_t i = 0; i < items; ++i) store(items_[i]);
     }
 
+    QueryBlock queries_of(int64_t index) const {
+        const int64_t l0 = index % blocks(p_) * kTileLanes;
+        return {l0, (int)min_of<int64_t>(kTileLanes, p_.L - l0), kTileLanes};
+    }
+
+    // Of own keys those that padding leaves, and windows to any of the unit's blocks.
+    Range own_keys() const {
+        const Range all = padded_range(p_, b_, h0_);
+        if (p_.window_left < 0 && p_.window_right < 0) return all;
+        Range seen{all.end, all.begin};
+        for (int64_t i = begin_; i < end_; ++i) {
+            const Range x = seen_keys(own_band(p_), all, queries_of(i));
+            seen = {min_of(seen.begin, x.begin), max_of(seen.end, x.end)};
+        }
+        return {min_of(seen.begin, seen.end), seen.end};
+    }
+
     TileBlock &start(int64_t index, int64_t slot) {
         TileBlock &x = items_[slot];
-        const int64_t l0 = index % blocks(p_) * kTileLanes;
-        const int lanes = (int)min_of<int64_t>(kTileLanes, p_.L - l0);
-        x.h = h0_ + index / blocks(p_), x.q = {l0, lanes, kTileLanes};
-        const Range seen = visible_keys(p_, own_, x.q);
-        x.keys = length_ + seen.end - seen.begin;
+        x.h = h0_ + index / blocks(p_), x.q = queries_of(index);
+        const Range own = seen_keys(own_band(p_), own_, x.q);
+        x.prefix_begin = seen_keys(prefix_band(p_, length_), {0, length_}, x.q).begin;
+        x.own_begin = length_ + own.begin - own_.begin, x.own_end = length_ + own.end - own_.begin;
         x.queries = queries_ + slot * query_words_, x.acc = acc_ + slot * acc_floats_;
         pack_queries(x);
-        fetch_ahead<true>(p_.out, b_, x.h, l0, lanes, D_, 2);
+        fetch_ahead<true>(p_.out, b_, x.h, x.q.l0, x.q.lanes, D_, 2);
         for (int i = 0; i < kTileLanes; ++i) x.pivot[i] = kMinusInf, x.prefix_sum[i] = x.own_sum[i] = 0;
         if (online_) std::memset(x.acc, 0, sizeof(float) * acc_floats_);
         return x;
@@ -145,13 +161,21 @@ class TileForward {
         ColumnTiles<Storage>::pack(joined(p_.prefix_v, p_.v, kDropsPrefixV, copies_), D_, values_);
     }
 
-    // Adds the chunk to a block, some keys after others. Their weights are multiplied with values together, unless a
-    // maximum rises so far that those before are to be scaled.
+    // Adds to a block what it sees of the chunk: of the prefix, then of own keys, in whole groups.
     void attend(TileBlock &x) {
-        const int n = (int)max_of<int64_t>(0, min_of<int64_t>(loaded_, x.keys - first_));
-        bool adds = first_ > 0;
-        int added = 0;
-        for (int r = 0; r < n; r += kRows) {
+        const auto in_chunk = [&](int64_t i) { return (int)max_of<int64_t>(0, min_of<int64_t>(loaded_, i - first_)); };
+        const int p0 = in_chunk(x.prefix_begin) / kGroup * kGroup, p1 = in_chunk(length_);
+        const int s0 = in_chunk(x.own_begin) / kGroup * kGroup, s1 = in_chunk(x.own_end);
+        if (s0 <= p1) return attend(x, p0, s1, first_ > 0);
+        attend(x, p0, p1, first_ > 0);
+        if (s0 < s1) attend(x, s0, s1, true);
+    }
+
+    // Adds rows r0 .. n of the chunk, some keys after others. Their weights are multiplied with values together, unless
+    // a maximum rises so far that those before are to be scaled.
+    void attend(TileBlock &x, int r0, int n, bool adds) {
+        int added = r0;
+        for (int r = r0; r < n; r += kRows) {
             const int rows = min_of(kRows, n - r);
             const int np = (int)max_of<int64_t>(0, min_of<int64_t>(length_ - first_ - r, rows));
             score(x, r, rows);
@@ -201,9 +225,10 @@ class TileForward {
         }
         const int64_t s0 = own_.begin + max_of<int64_t>(first_ + r - length_, 0);
         if (rows > np) {
-            const Strips strips(p_.causal, causal_offset(p_), x.q, s0, rows - np, kTileLanes, 1);
+            const Strips strips(own_band(p_), x.q, s0, rows - np, kTileLanes, 1);
             Masker(p_, b_, x.h, mask_).apply(x.q, strips, s0, rows - np, own_scores);
         }
+        Masker::hide(x.q, Strips(prefix_band(p_, length_), x.q, first_ + r, np, kTileLanes, 1), np, softmax_.scores);
         if (rows % 2)
             for (int i = 0; i < kTileLanes; ++i) softmax_.scores[(int64_t)rows * kTileLanes + i] = kMinusInf;
         if (p_.dropout_p > 0) fill_multipliers(x, first_ + r, np, s0, rows);
@@ -287,7 +312,7 @@ class TileForward {
     }
 
     const Job &job_;
-    const FwdParams &p_;
+    const CpuFwdParams &p_;
     Arena arena_;
     int64_t begin_, end_;  // of the unit's items
     int64_t b_, h0_, g_, length_, slots_;

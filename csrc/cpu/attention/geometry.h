@@ -2,6 +2,7 @@
 // softmax then runs down the lanes, and keys and values are operands that need no packing.
 #pragma once
 #include "api/semantics.h"
+#include "cpu/calls.h"
 #include "cpu/vec.h"
 
 namespace prefixattn {
@@ -51,24 +52,45 @@ inline void fetch_ahead(const Strided &t, int64_t i0, int64_t i1, int64_t j0, in
     }
 }
 
-// Own keys that some query of the block sees.
-inline Range visible_keys(const AttnParams &p, Range padded, const QueryBlock &q) {
-    Range r = padded;
-    if (p.causal) r.end = min_of(r.end, causal_end(p, q.l0 + q.lanes - 1));
-    r.end = max_of(r.begin, r.end);
-    return r;
+// Query l sees keys l + first .. l + last, of those there are.
+struct Band {
+    int64_t first, last;
+};
+constexpr int64_t kFar = INT64_MAX / 4;  // no bound, and no overflow when it is added to
+
+template <class Params>
+Band own_band(const Params &p) {
+    const int64_t offset = causal_offset(p);
+    return {p.window_left < 0 ? -kFar : offset - p.window_left,
+            p.causal             ? offset
+            : p.window_right < 0 ? kFar
+                                 : offset + p.window_right};
+}
+// Of a sample's prefix, by its rows.
+template <class Params>
+Band prefix_band(const Params &p, int64_t length) {
+    return {p.prefix_in_window ? length + causal_offset(p) - p.window_left : -kFar, kFar};
 }
 
-// Own keys s0 .. s0 + n in strips: the first is seen by the whole block, those on the diagonal lack their first `skip`
+// Of the keys in `all`, those that some query of the block sees.
+inline Range seen_keys(Band band, Range all, const QueryBlock &q) {
+    const int64_t end = min_of(all.end, q.l0 + q.lanes + band.last);
+    const int64_t begin = min_of(max_of(all.begin, q.l0 + band.first), max_of(all.begin, end));
+    return {begin, max_of(begin, end)};
+}
+
+// Keys s0 .. s0 + n in strips: the first is seen by the whole block, those on the diagonal lack their first `skip`
 // lanes altogether (and may need single lanes hidden). Where a strip begins depends on its keys alone, not on s0: the
 // order in which a product sums depends on how many lanes it has, and both passes must compute the same score.
 struct Strips {
-    // offset: causal_offset(). strip: its keys. align: strips begin at a multiple of so many rows.
-    Strips(bool causal, int64_t offset, const QueryBlock &q, int64_t s0, int n, int strip, int align)
+    // strip: its keys. align: strips begin at a multiple of so many rows.
+    Strips(Band band, const QueryBlock &q, int64_t s0, int n, int strip, int align)
         : n_(n),
           strip_(strip),
           align_(align),
-          diagonal_(causal ? q.l0 + offset - s0 : n) {}  // row seen by lanes >= row - diagonal
+          width_(q.width),
+          diagonal_(q.l0 + band.last - s0),
+          passed_(q.l0 + band.first - s0) {}
     template <class F>
     void each(F f) const {  // f(first row, rows, lanes to skip)
         for (int r = 0; r < n_;) {
@@ -79,12 +101,16 @@ struct Strips {
             r += rows;
         }
     }
-    int first_hidden_row() const { return (int)max_of<int64_t>(0, min_of<int64_t>(n_, diagonal_ + 1)); }
-    int hidden_lanes(int row) const { return (int)max_of<int64_t>(0, row - diagonal_); }
+    // Lanes that see a row are those from first_lane to end_lane.
+    int first_lane(int row) const { return (int)min_of<int64_t>(width_, max_of<int64_t>(0, row - diagonal_)); }
+    int end_lane(int row) const { return (int)min_of<int64_t>(width_, max_of<int64_t>(0, row - passed_ + 1)); }
+    // Rows whose first lanes do not see them begin here, and those whose last lanes do not end here.
+    int first_diagonal() const { return (int)max_of<int64_t>(0, min_of<int64_t>(n_, diagonal_ + 1)); }
+    int end_passed() const { return (int)max_of<int64_t>(0, min_of<int64_t>(n_, passed_ + width_ - 1)); }
 
   private:
-    int n_, strip_, align_;
-    int64_t diagonal_;
+    int n_, strip_, align_, width_;
+    int64_t diagonal_, passed_;  // lane i sees rows passed_ + i .. diagonal_ + i
 };
 
 }  // namespace PA_ISA

@@ -32,7 +32,7 @@ inline bool multiplies() {
 #endif
 
 template <class Storage, class Dot>
-void fwd_of(const FwdParams &p, int threads) {
+void fwd_of(const CpuFwdParams &p, int threads) {
     if (one_query(p)) return Decode<Storage>::run(p, threads);
     if constexpr (Dot::kTiles)
         TileForward<Storage, Dot>::run(p, threads);
@@ -40,7 +40,7 @@ void fwd_of(const FwdParams &p, int threads) {
         Forward<Storage, Dot>::run(p, threads);
 }
 
-inline void fwd(const FwdParams &p, int threads) {
+inline void fwd(const CpuFwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
             return fwd_of<float, Fp32>(p, threads);
@@ -51,7 +51,7 @@ inline void fwd(const FwdParams &p, int threads) {
     }
 }
 
-inline void bwd(const BwdParams &p, int threads) {
+inline void bwd(const CpuBwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
             return Backward<float, Fp32>::run(p, threads);

@@ -23,7 +23,7 @@ class KeySide {
     float gain = 1;   // what prefix dropout multiplies kept elements by
     KeptPrefix kept;  // and which it keeps
 
-    void allocate(const BwdParams &p, Arena &arena, int keys) {
+    void allocate(const CpuBwdParams &p, Arena &arena, int keys) {
         const bool copies = Ops::kWiden || p.prefix_dropout_p > 0;
         k_copy_ = arena.take<float>(copies ? keys * p.D : 0);
         v_copy_ = arena.take<float>(copies ? keys * p.D : 0);
@@ -37,7 +37,7 @@ class KeySide {
         if (p.prefix_dropout_p > 0) kept.allocate(arena, keys, p.D);
     }
 
-    void load(const BwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_dq) {
+    void load(const CpuBwdParams &p, int64_t b, int64_t g, bool is_prefix, int64_t first, int count, bool with_dq) {
         j0 = first, n = count, prefix = is_prefix;
         const int D = (int)p.D;
         gain = prefix ? prefix_gain(p.prefix_dropout_p) : 1;
@@ -59,7 +59,7 @@ class KeySide {
     }
 
     // Memory rows d0 .. d0 + count in the place of values.
-    void load_memory(const BwdParams &p, int64_t b, int64_t h, int d0, int count) {
+    void load_memory(const CpuBwdParams &p, int64_t b, int64_t h, int d0, int count) {
         j0 = d0, n = count;
         v = Ops::rows(p.memory, memory_row(p, b), h, d0, count, (int)p.D, v_copy_);
         if constexpr (Dot::kTiles) RowTiles<Storage>::pack(joined(v), (int)p.D, value_tiles);

@@ -46,7 +46,24 @@ class Masker {
             padding(q, s0, n, S);
         else if (base_)
             general(q, s0, n, S);
-        if (p_.causal) causal(q, strips, n, S);
+        hide(q, strips, n, S);
+    }
+
+    // Of scores S [n][width] those of queries that do not see the key: too early, or past its window.
+    static void hide(const QueryBlock &q, const Strips &strips, int n, float *S) {
+        for (int r = strips.first_diagonal(); r < n; ++r) {
+            float *row = S + (int64_t)r * q.width;
+            const int hidden = strips.first_lane(r);
+            int i = 0;
+            for (; i + VL <= hidden; i += VL) vstore(row + i, vset(kMinusInf));
+            if (i < hidden) vstore(row + i, vmasked(vload(row + i), vhide_first(hidden - i)));
+        }
+        for (int r = 0; r < strips.end_passed(); ++r) {
+            float *row = S + (int64_t)r * q.width;
+            int i = strips.end_lane(r);
+            for (; i % VL; ++i) row[i] = kMinusInf;
+            for (; i < q.width; i += VL) vstore(row + i, vset(kMinusInf));
+        }
     }
 
   private:
@@ -74,16 +91,6 @@ class Masker {
         std::memset(tile + (int64_t)q.lanes * ld, 0, sizeof(float) * (q.width - q.lanes) * ld);
         transpose(tile, 4 * ld, q.width, n, turned, q.width);
         for (int64_t i = 0; i < (int64_t)n * q.width; i += VL) vstore(S + i, vmasked(vload(S + i), vload(turned + i)));
-    }
-
-    static void causal(const QueryBlock &q, const Strips &strips, int n, float *S) {
-        for (int r = strips.first_hidden_row(); r < n; ++r) {
-            float *row = S + (int64_t)r * q.width;
-            const int hidden = strips.hidden_lanes(r);
-            int i = 0;
-            for (; i + VL <= min_of(hidden, q.width); i += VL) vstore(row + i, vset(kMinusInf));
-            if (i < hidden && i < q.width) vstore(row + i, vmasked(vload(row + i), vhide_first(hidden - i)));
-        }
     }
 
     const AttnParams &p_;

@@ -23,7 +23,7 @@ class QuerySide {
     float *pivot, *weight, *delta;
     float *single;  // [D], the query as floats, where the forward is decode.h's; else null
 
-    void allocate(const BwdParams &p, Arena &arena) {
+    void allocate(const CpuBwdParams &p, Arena &arena) {
         D_ = (int)p.D, Dp_ = Ops::row_floats(D_);
         queries = arena.take<float>(Ops::turned_words(D_) * kLanes);
         douts = arena.take<float>(Ops::turned_words(D_) * kLanes);
@@ -37,7 +37,7 @@ class QuerySide {
         single = one_query(p) ? arena.take<float>(D_) : nullptr;
     }
 
-    void pack(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows) {
+    void pack(const CpuBwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows) {
         if (b == b_new && h == h_new && block == block_new) return;
         b = b_new, h = h_new, block = block_new;
         q = query_block(p.L, block, Ops::kLaneUnit);
@@ -66,7 +66,7 @@ class QuerySide {
     }
 
     // What the gradient of memory rows d0 .. d0 + n reads: those of the queries, transposed, and dout by rows.
-    void pack_for_memory(const BwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows, int d0,
+    void pack_for_memory(const CpuBwdParams &p, int64_t b_new, int64_t h_new, int64_t block_new, float *rows, int d0,
                          int n) {
         b = b_new, h = h_new, block = block_new;
         q = query_block(p.L, block, Ops::kLaneUnit);

