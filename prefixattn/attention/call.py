@@ -32,9 +32,9 @@ class Call(NamedTuple):
     scale: float = 1.0
     phi: str = "elu"
     softcap: float = 0.0  # 0: none
-    # own keys from position - window_left to position + window_right are seen, of query l at l + S - L; -1: all there are
+    # query l, at position l + S - L, sees own keys so far before and behind it; -1: all there are
     window_left: int = -1
-    window_right: int = -1  # -1 too where is_causal
+    window_right: int = -1  # so, too, where is_causal
     prefix_in_window: bool = False  # prefix row i lies at i - its length; False: every query sees it
 
     @property

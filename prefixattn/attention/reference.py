@@ -163,8 +163,8 @@ def _masked(scores: Tensor, call: Call) -> Tensor:
         own = own.masked_fill(key < position - call.window_left, -INF)
         if call.prefix_in_window:
             row = torch.arange(P, device=scores.device)
-            ahead = row - P if lengths is None else (row - lengths[:, None])[:, None, None]  # its position, [B, 1, 1, P]
-            prefix = prefix.masked_fill(ahead < position - call.window_left, -INF)
+            place = row - P if lengths is None else (row - lengths[:, None])[:, None, None]  # [P] or [B, 1, 1, P]
+            prefix = prefix.masked_fill(place < position - call.window_left, -INF)
     if lengths is not None:
         prefix = prefix.masked_fill(_past(lengths, P)[:, None, None], -INF)
     return torch.cat([prefix, own], -1)

@@ -60,7 +60,7 @@ def concat_attention(
         used = (prefix_lengths[prefix_ids] if of_bank else prefix_lengths.expand(B)).tolist()
     for b, n in enumerate(used):
         bias[b, ..., n:P] = -INF
-        distance = torch.arange(S - L, S)[:, None] - torch.arange(-n, S)  # from the used rows and the own keys, [L, n+S]
+        distance = torch.arange(S - L, S)[:, None] - torch.arange(-n, S)  # from used rows and own keys, [L, n+S]
         left, right = (INF if limit < 0 else limit for limit in window_size)
         if not prefix_in_window:
             distance[:, :n] = 0

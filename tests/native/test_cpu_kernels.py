@@ -79,6 +79,16 @@ def test_dropout_on_every_instruction_set(name: str, dtype: str, shape: Shape) -
         assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs, seed), exact(inputs, seed))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", _C.isas())
+def test_windows_on_every_instruction_set(name: str, dtype: str) -> None:
+    """Several blocks of queries and chunks of keys, with a gap between what is seen of the prefix and of own keys."""
+    for more in ({"mask": "B11S", "prefix_in_window": True}, {"causal": True, "prefixes": "bank", "lengths": "T"}):
+        inputs = make_inputs(Shape(2, 4, 2, 330, 340, 300, 32), DTYPES[dtype], window=(37, 21), **more)
+        with isa(name):
+            assert_all_as_accurate(ours(inputs, "cpu"), same_dtype(inputs), exact(inputs))
+
+
 def test_a_cap_is_accurate_at_every_size_of_score() -> None:
     """One key beside a prefix of one whose score is 0, so that lse is log(1 + exp(score))."""
     scores = torch.cat([torch.logspace(-6, 3, 400), -torch.logspace(-6, 3, 400)])
