@@ -1,0 +1,160 @@
+"""A causal window beside what PyTorch offers for one: SDPA with a dense mask, and FlexAttention's blocks.
+
+    python -m bench.attention.windows --out bench/results/windows.json     # S of 1k, 4k and 8k
+    python -m bench.attention.windows --keys 1024 --rounds 3               # a try, which writes nothing
+
+Each way must give the output and the gradients of float64 before it is timed. Masks are made outside the timed call,
+concatenations inside. Times are of the process's processors, in alternation in one process. The same command goes on
+with the lengths that its JSON lacks.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness.command import Refusal, command
+from bench.harness.record import header, kept, write_rows
+from bench.harness.timing import interleave, quantiles
+from prefixattn import prefix_attention
+
+LENGTHS = (1024, 4096, 8192)
+WINDOW = 512  # keys that a query sees, with its own
+B, H, P, D = 1, 4, 10, 64
+PASSES = ("fwd", "fwd+bwd")
+
+Way = Callable[..., Tensor]  # of q, k, v [B, H, S, D] and prefix_k, prefix_v [H, P, D]
+Row = dict[str, Any]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return prefix_attention(q, k, v, prefix_k, prefix_v, is_causal=True, window_size=(WINDOW - 1, -1))
+
+
+def concatenated(own: Tensor, prefix: Tensor) -> Tensor:
+    return torch.cat([prefix.expand(B, -1, -1, -1), own], 2)
+
+
+@cache
+def visible(S: int) -> Tensor:  # [S, P+S]; True attends
+    own = torch.ones(S, S, dtype=torch.bool).tril().triu(1 - WINDOW)
+    return torch.cat([torch.ones(S, P, dtype=torch.bool), own], 1)
+
+
+def dense_mask(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    keys, values = concatenated(k, prefix_k), concatenated(v, prefix_v)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible(q.shape[2]))
+
+
+@cache
+def _flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _blocks(S: int) -> object:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j < P) | ((j - P <= i) & (j - P > i - WINDOW))
+
+    return create_block_mask(seen, None, None, S, P + S, device="cpu")
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about itself
+        return _flex()(q, concatenated(k, prefix_k), concatenated(v, prefix_v), block_mask=_blocks(q.shape[2]))
+
+
+WAYS: dict[str, dict[str, Way]] = {
+    "fwd": {"ours": ours, "dense mask": dense_mask, "flex": flex},
+    "fwd+bwd": {"ours": ours, "dense mask": dense_mask},  # FlexAttention has no backward on a CPU
+}
+
+
+def made(S: int, grad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(B, S, H, D)] * 3 + [(H, P, D)] * 2
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    own = [t.transpose(1, 2) for t in tensors[:3]]  # as models make them
+    return [t.detach().requires_grad_(grad) for t in (*own, *tensors[3:])]
+
+
+def results(way: Way, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    out = way(*inputs)
+    return out.detach(), *(torch.autograd.grad(out, inputs, torch.ones_like(out)) if out.requires_grad else ())
+
+
+def check(S: int, passes: str, way: str) -> float:
+    """The largest error of a way against float64, of the largest number; Refusal if it is no rounding."""
+    right = results(dense_mask, made(S, passes != "fwd", torch.float64))
+    found = results(WAYS[passes][way], made(S, passes != "fwd"))
+    worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True))
+    if not worst < 1e-4:
+        raise Refusal(f"S {S}, {passes}: {way} is {worst:.1e} away from float64; nothing is timed")
+    return worst
+
+
+def measured(S: int, rounds: int) -> list[Row]:
+    rows = []
+    for passes in PASSES:
+        print(f"S {S}, {passes}: checking", flush=True)
+        errors = {way: check(S, passes, way) for way in WAYS[passes]}
+        print(f"S {S}, {passes}: timing", flush=True)
+        inputs = made(S, passes != "fwd")
+        calls = {name: partial(results, way, inputs) for name, way in WAYS[passes].items()}
+        samples = interleave(calls, 0.0, (rounds, rounds), time.process_time)
+        for name, found in samples.items():
+            ms = [round(t, 2) for t in quantiles(found)]
+            rows.append({"S": S, "pass": passes, "way": name, "cpu_ms": ms, "rounds": rounds, "error": errors[name]})
+    return rows
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown: processor milliseconds, and how many times longer than ours the others take."""
+    lines = ["| S | pass | ours | dense mask | FlexAttention |", "|---|---|---|---|---|"]
+    found = {(row["S"], row["pass"], row["way"]): row["cpu_ms"][1] for row in rows}
+    for S in sorted({row["S"] for row in rows}):
+        for passes in PASSES:
+            mine = found[S, passes, "ours"]
+            cells = [f"{mine:.1f} ms"]
+            for way in ("dense mask", "flex"):
+                theirs = found.get((S, passes, way))
+                cells.append("no backward" if theirs is None else f"{theirs:.1f} ms ({theirs / mine:.1f} times)")
+            lines.append(f"| {S:,} | {passes} | {' | '.join(cells)} |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Windows beside dense masks; see the file's head.")
+    parser.add_argument("--keys", type=int, nargs="+", default=LENGTHS, help="S, keys and queries")
+    parser.add_argument("--rounds", type=int, default=9, help="calls of each way that are timed")
+    parser.add_argument("--out", type=Path, help="JSON; default: none")
+    args = parser.parse_args(arguments)
+    if min(args.keys) < 1 or args.rounds < 1:
+        raise Refusal("--keys and --rounds: expected numbers from 1 up")
+    head = header() | {"shape": {"B": B, "H": H, "P": P, "D": D}, "window": WINDOW}
+    rows = [] if args.out is None else kept(args.out, head, ("device", "threads", "torch", "shape", "window"))
+    for S in args.keys:
+        if any(row["S"] == S for row in rows):
+            continue
+        rows += measured(S, args.rounds)
+        if args.out is not None:
+            write_rows(args.out, head | {"rows": rows})
+    print("\n".join(table(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("windows.py", main, "the same command goes on with the lengths that are missing"))
