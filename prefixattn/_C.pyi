@@ -44,18 +44,21 @@ class Attn(TypedDict):
     prefix_dropout_p: float
     seed: _Address | None
 
-class Window(TypedDict):
+class OnCpu(TypedDict):
     window_left: int
     window_right: int
     prefix_in_window: bool
+    cu_seqlens_q: _Address | None
+    cu_seqlens_k: _Address | None
+    total_q: int
 
-class AttnFwd(Attn, Window):
+class AttnFwd(Attn, OnCpu):
     out: _Strided
     attended: _Strided | None
     lse: _Address
     mass: _Address | None
 
-class AttnBwd(Attn, Window):
+class AttnBwd(Attn, OnCpu):
     dout: _Strided
     out: _Strided | None
     lse: _Address

@@ -10,7 +10,11 @@ from prefixattn.attach.combine import combine
 from prefixattn.attach.hf.labelled import labelled_loss
 from prefixattn.attach.plus import PrefixPlus
 from prefixattn.attach.prefix import Prefix
-from prefixattn.attention.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attention.functional import (
+    prefix_attention,
+    prefix_attention_qkvpacked,
+    prefix_attention_varlen,
+)
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.prefixes.factored import FactoredNetwork
@@ -36,6 +40,7 @@ __all__ = [
     "load",
     "prefix_attention",
     "prefix_attention_qkvpacked",
+    "prefix_attention_varlen",
     "reparameterize",
     "timm_attention",
 ]

@@ -1,17 +1,21 @@
-// Calls as the CPU kernels get them: with sliding windows, which device code refuses and does not read.
+// Calls as the CPU kernels get them: with sliding windows and packed sequences, which device code refuses and does not
+// read.
 #pragma once
 #include "api/prefix_attn.h"
 
 namespace prefixattn {
 
-// Query l lies at position l + S - L, own key s at s. -1: all there are on that side; left of all, too, if causal.
 template <class Params>
-struct Windowed : Params {
+struct OnCpu : Params {
+    // Query l lies at position l + S - L, own key s at s. -1: all there are on that side; none behind it, if causal.
     int64_t window_left, window_right;  // how far from its own position a query sees own keys
     bool prefix_in_window;              // prefix row i of a sample lies at i - its length; false: seen by every query
+    // Sequences packed one behind the other: B of them, of at most L queries and S keys. Null: samples of that length.
+    const int64_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], rows where a sequence begins
+    int64_t total_q;                             // rows of a head in lse, dlse and mass
 };
 
-using CpuFwdParams = Windowed<FwdParams>;
-using CpuBwdParams = Windowed<BwdParams>;
+using CpuFwdParams = OnCpu<FwdParams>;
+using CpuBwdParams = OnCpu<BwdParams>;
 
 }  // namespace prefixattn

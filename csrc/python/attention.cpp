@@ -8,20 +8,21 @@ namespace prefixattn {
 namespace {
 
 template <class Call>
-const std::vector<Field<Call>> &window_fields() {
-    static const std::vector<Field<Call>> fields{PA_FIELD(Call, window_left), PA_FIELD(Call, window_right),
-                                                 PA_FIELD(Call, prefix_in_window)};
+const std::vector<Field<Call>> &fields_of_cpu() {
+    static const std::vector<Field<Call>> fields{
+        PA_FIELD(Call, window_left),  PA_FIELD(Call, window_right), PA_FIELD(Call, prefix_in_window),
+        PA_FIELD(Call, cu_seqlens_q), PA_FIELD(Call, cu_seqlens_k), PA_FIELD(Call, total_q)};
     return fields;
 }
 
 void fwd(const py::dict &fields, int threads) {
-    const auto p = read_fwd(fields, window_fields<CpuFwdParams>());
+    const auto p = read_fwd(fields, fields_of_cpu<CpuFwdParams>());
     const py::gil_scoped_release nogil;
     isa_in_use().attention->fwd(p, threads);
 }
 
 void bwd(const py::dict &fields, int threads) {
-    const auto p = read_bwd(fields, window_fields<CpuBwdParams>());
+    const auto p = read_bwd(fields, fields_of_cpu<CpuBwdParams>());
     const py::gil_scoped_release nogil;
     isa_in_use().attention->bwd(p, threads);
 }

@@ -15,6 +15,7 @@ from prefixattn.attention.layout import empty_like_order
 class Call(NamedTuple):
     """A call in the normal form of functional.py: checked, and complete but for what is None."""
 
+    # of packed sequences [1, H, total, D]: then B, L and S are those of the sequences
     q: Tensor  # [B, H, L, D]
     k: Tensor  # [B, Hkv, S, D]
     v: Tensor  # [B, Hkv, S, D]
@@ -25,6 +26,8 @@ class Call(NamedTuple):
     memory: Tensor | None = None  # [1 or T, H, D, D]
     prefix_ids: Tensor | None = None  # int64 [B]: each sample's prefix; None: the only one, or prefix b of sample b
     prefix_lengths: Tensor | None = None  # int64 [B], per sample
+    cu_seqlens_q: Tensor | None = None  # int64 [B + 1], where sequences are packed; rows between are a sequence's
+    cu_seqlens_k: Tensor | None = None  # likewise, of k and v
     seed: Tensor | None = None  # int64 [1], where there is dropout of either kind
     dropout_p: float = 0.0
     prefix_dropout_p: float = 0.0
@@ -36,6 +39,8 @@ class Call(NamedTuple):
     window_left: int = -1
     window_right: int = -1  # so, too, where is_causal
     prefix_in_window: bool = False  # prefix row i lies at i - its length; False: every query sees it
+    max_seqlen_q: int = 0  # no sequence has more, where they are packed
+    max_seqlen_k: int = 0
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

@@ -12,13 +12,14 @@ from prefixattn.attention.native import address, attn_fields, strided
 from prefixattn.attention.sinks import around_bwd, around_fwd
 
 if TYPE_CHECKING:
-    from prefixattn._C import Window
+    from prefixattn._C import Attn, OnCpu
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 # every option of Call that the kernels have
 KNOWN = (
     *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
     *("is_causal", "scale", "phi", "softcap", "window_left", "window_right", "prefix_in_window"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 )
 UNKNOWN = unknown(KNOWN)
 
@@ -48,8 +49,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     attended = empty_like_order(q) if wants.attended else q.new_empty(0)
     call = _readable_call(call)
     _C.prefix_attn_fwd({
-        **attn_fields(_C, DTYPES[call.q.dtype], call),
-        **_window(call),
+        **_fields(call),
         "out": strided(out),
         "attended": strided(attended) if wants.attended else None,
         "lse": lse.data_ptr(),
@@ -67,8 +67,7 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
         out = _readable(out)
     lse, dlse = given.lse.contiguous(), None if dlse is None else dlse.float().contiguous()
     _C.prefix_attn_bwd({
-        **attn_fields(_C, DTYPES[call.q.dtype], call),
-        **_window(call),
+        **_fields(call),
         "dout": strided(dout),
         "out": strided(out) if out.dim() == 4 else None,
         "lse": lse.data_ptr(),
@@ -83,11 +82,18 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
     return grads
 
 
-def _window(call: Call) -> "Window":
-    return {
+def _fields(call: Call) -> "Attn | OnCpu":
+    """What both passes hand over."""
+    fields = attn_fields(_C, DTYPES[call.q.dtype], call)
+    if call.cu_seqlens_q is not None:
+        fields |= {"B": len(call.cu_seqlens_q) - 1, "L": call.max_seqlen_q, "S": call.max_seqlen_k}
+    return fields | {
         "window_left": call.window_left,
         "window_right": call.window_right,
         "prefix_in_window": call.prefix_in_window,
+        "cu_seqlens_q": address(call.cu_seqlens_q),
+        "cu_seqlens_k": address(call.cu_seqlens_k),
+        "total_q": call.q.shape[2],
     }
 
 

@@ -31,10 +31,10 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> Ten
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
 
 
-def keep(seed: Tensor, p: float, shape: tuple[int, int, int, int], kind: int) -> Tensor:
+def keep(seed: Tensor, p: float, shape: tuple[int, int, int, int], kind: int, first: int = 0) -> Tensor:
     """Which elements of [B, H, rows, columns] survive dropout of probability `p`: bool of that shape.
 
-    Element (b, h, row, column) is word `column % 4` of counter (column // 4, row, b * H + h, kind).
+    Element (b, h, row, column) is word `column % 4` of counter (column // 4, row, (first + b) * H + h, kind).
     """
     B, H, rows, columns = shape
     seed = seed.reshape(())
@@ -42,6 +42,6 @@ def keep(seed: Tensor, p: float, shape: tuple[int, int, int, int], kind: int) ->
     def axis(n: int) -> Tensor:
         return torch.arange(n, device=seed.device)
 
-    counter = (axis((columns + 3) // 4), axis(rows)[:, None], axis(B * H)[:, None, None], kind)
+    counter = (axis((columns + 3) // 4), axis(rows)[:, None], axis(B * H)[:, None, None] + first * H, kind)
     words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))  # [B * H, rows, columns / 4, 4]
     return (words.flatten(2)[..., :columns] >= threshold(p)).view(shape)

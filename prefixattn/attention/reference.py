@@ -5,7 +5,7 @@ prefix of each sample (None: row 0 if T is 1, else row b); lengths per sample; `
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from prefixattn.attention import philox
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.attention.layout import empty_like_order, lse_type
+from prefixattn.attention.sequences import parts
 
 INF = float("inf")
 HIDDEN = -1e37  # a mask value from here down hides its key as -inf does: types' least values are written for that
@@ -37,9 +38,27 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
 
 
 def fwd(call: Call, wants: Wants) -> Results:
+    if call.cu_seqlens_q is None:
+        return _fwd(call, wants, 0)
+    q = call.q
+    found = Results(
+        empty_like_order(q),
+        q.new_empty(q.shape[:3], dtype=lse_type(q)),
+        q.new_empty(q.shape[:3] if wants.mass else 0, dtype=torch.float32),
+        empty_like_order(q) if wants.attended else q.new_empty(0),
+    )
+    for i, (sequence, rows, _) in enumerate(_sequences(call)):
+        for whole, part in zip(found, _fwd(sequence, wants, i), strict=True):
+            if part.numel():
+                whole[:, :, rows] = part
+    return found
+
+
+def _fwd(call: Call, wants: Wants, first: int) -> Results:
+    """Of samples, or of a sequence, which are numbered from `first`."""
     q, P = call.q, call.prefix_k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
-        keep_k, keep_v = _prefix_dropout(call)
+        keep_k, keep_v = _prefix_dropout(call, first)
         keys = _virtual(call.k, call.prefix_k, keep_k, call)  # [B, H, P+S, D]
         values = _virtual(call.v, call.prefix_v, keep_v, call)  # [B, H, P+S, D]
         scores = _masked(_capped(_raw_scores(call, keys), call.softcap), call)  # [B, H, L, P+S]
@@ -47,36 +66,66 @@ def fwd(call: Call, wants: Wants) -> Results:
         weights = _weights(scores, lse, call)[..., : scores.shape[-1]]
         mass = weights[..., :P].sum(-1).float() if wants.mass else lse.new_empty(0, dtype=torch.float32)
         if call.dropout_p > 0:
-            weights = weights * _attention_dropout(weights, call)
+            weights = weights * _attention_dropout(weights, call, first)
         attended = weights @ values
         kept = empty_like_order(q).copy_(attended) if wants.attended else q.new_empty(0)
         if call.memory is not None:
-            attended = attended + PHIS[call.phi][0](q.to(attended.dtype)) @ memories(call, attended)
+            attended = attended + of_memory(call, attended.dtype)
         out = empty_like_order(q).copy_(attended)
     return Results(out, lse.to(lse_type(q)), mass, kept)
 
 
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     """The gradients that are wanted. `into`, if given, takes those of q, k and v, which are returned from there."""
-    q, memory = call.q, call.memory
-    T, P = call.prefix_k.shape[0], call.prefix_k.shape[2]
-    into_q, into_k, into_v = into or (None, None, None)
+    own = zip((call.q, call.k, call.v), into or (None, None, None), needs[:3], strict=True)
+    q, k, v = (call.q.new_empty(0) if not need else empty_like_order(t) if at is None else at for t, at, need in own)
+    masks, all_shares = call.q.new_empty(0), []
+    if call.cu_seqlens_q is None:
+        shares = _bwd(call, given, needs, (q, k, v), 0)
+        masks, all_shares = shares.attn_mask, [shares]
+    else:
+        dout, dlse, out, lse = given
+        for i, (sequence, rows, keys) in enumerate(_sequences(call)):
+            dlse_here = None if dlse is None else dlse[:, :, rows]
+            mine = Given(dout[:, :, rows], dlse_here, out[:, :, rows] if out.dim() == 4 else out, lse[:, :, rows])
+            at = (q[:, :, rows] if needs.q else q, k[:, :, keys] if needs.k else k, v[:, :, keys] if needs.v else v)
+            all_shares.append(_bwd(sequence, mine, needs, at, i))
+    sums = {}
+    rows_of = {"prefix_k": call.prefix_ids, "prefix_v": call.prefix_ids, "sinks": None, "memory": call.prefix_ids}
+    for name, ids in rows_of.items():
+        t = getattr(call, name)
+        if not getattr(needs, name) or t is None:
+            sums[name] = call.q.new_empty(0)
+        elif not all_shares:
+            sums[name] = torch.zeros_like(t, memory_format=torch.contiguous_format)
+        else:
+            total, shared = (
+                torch.cat([getattr(part, name) for part in all_shares]),
+                name == "memory" and t.shape[0] == 1,
+            )
+            summed = total.sum(0) if name == "sinks" else _over_batch(total, None if shared else ids, t.shape[0])
+            sums[name] = summed.to(t.dtype)
+    return Grads(q, k, v, attn_mask=masks, **sums)
+
+
+def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grads:
+    """As `_fwd`. Gradients of q, k and v go into `into`; those of what samples share are each sample's, not rounded."""
+    q, memory, P = call.q, call.memory, call.prefix_k.shape[2]
     grads = Grads(*(q.new_empty(0) for _ in needs))
     with torch.autocast(q.device.type, enabled=False):
-        keep_k, keep_v = _prefix_dropout(call)
+        keep_k, keep_v = _prefix_dropout(call, first)
         keys = _virtual(call.k, call.prefix_k, keep_k, call)
         raw = _raw_scores(call, keys)
         weights = _weights(_masked(_capped(raw, call.softcap), call), given.lse, call)
         weights, of_sinks = weights[..., : raw.shape[-1]], weights[..., raw.shape[-1] :]  # [B, H, L, P+S], [B, H, L, 1]
-        kept = _attention_dropout(weights, call) if call.dropout_p > 0 else 1.0
+        kept = _attention_dropout(weights, call, first) if call.dropout_p > 0 else 1.0
         dout = given.dout.to(weights.dtype)
         if needs.v or needs.prefix_v:
             dvalues = _over_group((weights * kept).mT @ dout, call.k.shape[1])  # [B, Hkv, P+S, D]
             if needs.v:
-                grads = grads._replace(v=_written(dvalues[:, :, P:], call.v, into_v))
+                into[2].copy_(dvalues[:, :, P:])
             if needs.prefix_v:
-                total = _over_batch(dvalues[:, :, :P], keep_v, call.prefix_ids, T)
-                grads = grads._replace(prefix_v=total.to(call.prefix_v.dtype))
+                grads = grads._replace(prefix_v=dvalues[:, :, :P] * keep_v)
         if needs.q or needs.k or needs.prefix_k or needs.attn_mask or needs.sinks:
             values = _virtual(call.v, call.prefix_v, keep_v, call)
             dweights = dout @ values.mT * kept  # [B, H, L, P+S]
@@ -84,8 +133,8 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
             delta = (weights * dweights).sum(-1)
             if given.dlse is not None:
                 delta = delta - given.dlse.to(delta.dtype)
-            if needs.sinks and call.sinks is not None:
-                grads = grads._replace(sinks=-(of_sinks[..., 0] * delta).sum((0, 2)).to(call.sinks.dtype))
+            if needs.sinks:
+                grads = grads._replace(sinks=-(of_sinks[..., 0] * delta).sum(2))  # [B, H]
             dscores = weights * (dweights - delta[..., None])
             if needs.attn_mask and (mask := call.attn_mask) is not None:
                 total = dscores[..., P:].sum_to_size(mask.shape)
@@ -96,26 +145,34 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
                 dq = dscores @ keys * call.scale
                 if memory is not None:
                     slope = PHIS[call.phi][1](q.to(dq.dtype))
-                    dq = dq + slope * (dout @ memories(call, dq).mT)
-                grads = grads._replace(q=_written(dq, q, into_q))
+                    dq = dq + slope * (dout @ _memories(call, dq).mT)
+                into[0].copy_(dq)
             if needs.k or needs.prefix_k:
                 # [B, Hkv, P+S, D]
                 dkeys = _over_group(dscores.mT @ q.to(dscores.dtype) * call.scale, call.k.shape[1])
                 if needs.k:
-                    grads = grads._replace(k=_written(dkeys[:, :, P:], call.k, into_k))
+                    into[1].copy_(dkeys[:, :, P:])
                 if needs.prefix_k:
-                    total = _over_batch(dkeys[:, :, :P], keep_k, call.prefix_ids, T)
-                    grads = grads._replace(prefix_k=total.to(call.prefix_k.dtype))
-        if needs.memory and memory is not None:
-            dmemory = PHIS[call.phi][0](q.to(dout.dtype)).mT @ dout  # [B, H, D, D]
-            of_bank = call.prefix_ids if memory.shape[0] > 1 else None
-            grads = grads._replace(memory=_over_batch(dmemory, 1.0, of_bank, memory.shape[0]).to(memory.dtype))
+                    grads = grads._replace(prefix_k=dkeys[:, :, :P] * keep_k)
+        if needs.memory:
+            grads = grads._replace(memory=PHIS[call.phi][0](q.to(dout.dtype)).mT @ dout)  # [B, H, D, D]
     return grads
 
 
-def _written(grad: Tensor, t: Tensor, into: Tensor | None) -> Tensor:
-    """The gradient of `t` in the type of `t`, in the memory of `into` or else in the order of `t`."""
-    return (empty_like_order(t) if into is None else into).copy_(grad)
+def _sequences(call: Call) -> Iterator[tuple[Call, slice, slice]]:
+    """Each packed sequence as a call of one sample, and where its queries and keys are."""
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
+    ids, lengths, memory, T = call.prefix_ids, call.prefix_lengths, call.memory, call.prefix_k.shape[0]
+    for i, (rows, keys) in enumerate(zip(parts(call.cu_seqlens_q), parts(call.cu_seqlens_k), strict=True)):
+        row = slice(i, i + 1) if ids is None and T > 1 else slice(None)
+        yield call._replace(
+            q=call.q[:, :, rows], k=call.k[:, :, keys], v=call.v[:, :, keys],
+            prefix_k=call.prefix_k[row], prefix_v=call.prefix_v[row],
+            memory=memory if memory is None or memory.shape[0] == 1 else memory[row],
+            prefix_ids=None if ids is None else ids[i : i + 1],
+            prefix_lengths=None if lengths is None else lengths[i : i + 1],
+            cu_seqlens_q=None, cu_seqlens_k=None,
+        ), rows, keys  # fmt: skip
 
 
 def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> Tensor:
@@ -132,7 +189,17 @@ def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> T
     return both.repeat_interleave(q.shape[1] // Hkv, 1) if q.shape[1] != Hkv else both
 
 
-def memories(call: Call, like: Tensor) -> Tensor:
+def of_memory(call: Call, dtype: torch.dtype) -> Tensor:
+    """What the memory adds to out, [B, H, L, D]."""
+    assert call.memory is not None
+    if call.cu_seqlens_q is not None and call.memory.shape[0] > 1:
+        parts = [of_memory(sequence, dtype) for sequence, *_ in _sequences(call)]
+        return torch.cat([call.q[:, :, :0].to(dtype), *parts], 2)
+    q = call.q.to(dtype)
+    return PHIS[call.phi][0](q) @ _memories(call, q)
+
+
+def _memories(call: Call, like: Tensor) -> Tensor:
     """Each sample's memory, [B or 1, H, D, D], in the type of `like`."""
     memory, ids = call.memory, call.prefix_ids
     assert memory is not None
@@ -188,20 +255,20 @@ def _weights(scores: Tensor, lse: Tensor, call: Call) -> Tensor:
     return _with_sinks(scores, call).softmax(-1).masked_fill((lse == -INF)[..., None], 0.0)
 
 
-def _prefix_dropout(call: Call) -> tuple[Tensor | float, Tensor | float]:
+def _prefix_dropout(call: Call, first: int) -> tuple[Tensor | float, Tensor | float]:
     """Factors 0 or 1 / (1 - p) for each sample's prefix keys and values, [B, Hkv, P, D], or 1 without dropout."""
     p, seed = call.prefix_dropout_p, call.seed
     if p == 0 or seed is None:
         return 1.0, 1.0
     shape = (call.q.shape[0], *call.prefix_k.shape[1:])
-    keep_k, keep_v = (philox.keep(seed, p, shape, kind) for kind in (philox.PREFIX_K, philox.PREFIX_V))
+    keep_k, keep_v = (philox.keep(seed, p, shape, kind, first) for kind in (philox.PREFIX_K, philox.PREFIX_V))
     return keep_k.to(_precision(call.q)) / (1 - p), keep_v.to(_precision(call.q)) / (1 - p)
 
 
-def _attention_dropout(weights: Tensor, call: Call) -> Tensor:
+def _attention_dropout(weights: Tensor, call: Call, first: int) -> Tensor:
     assert call.seed is not None
     B, H, L, N = weights.shape
-    keep = philox.keep(call.seed, call.dropout_p, (B, H, L, N), philox.ATTENTION)
+    keep = philox.keep(call.seed, call.dropout_p, (B, H, L, N), philox.ATTENTION, first)
     return keep.to(weights.dtype) / (1 - call.dropout_p)
 
 
@@ -210,9 +277,8 @@ def _over_group(grad: Tensor, Hkv: int) -> Tensor:
     return grad.unflatten(1, (Hkv, -1)).sum(2) if grad.shape[1] != Hkv else grad
 
 
-def _over_batch(grad: Tensor, kept: Tensor | float, ids: Tensor | None, T: int) -> Tensor:
+def _over_batch(grad: Tensor, ids: Tensor | None, T: int) -> Tensor:
     """Sums the samples' prefix gradients [B, Hkv, P, D] into the prefixes that they used: [T, Hkv, P, D]."""
-    grad = grad * kept
     if ids is not None:
         total = grad.new_zeros(T, *grad.shape[1:])
         for t in ids.unique().tolist():  # in a fixed order on every device, which index_add_ is not

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated
 from prefixattn.attention.layout import empty_like_order
-from prefixattn.attention.reference import PHIS, memories
+from prefixattn.attention.reference import of_memory
 
 Fwd = Callable[[Call, Wants], Results]
 Bwd = Callable[..., Grads]  # of call, given, needs, and into or not
@@ -46,8 +46,7 @@ def around_fwd(plain: Fwd) -> Fwd:
         attended = out if wants.attended else found.attended
         if memory is not None:
             wide = out.to(torch.promote_types(q.dtype, torch.float32))
-            added = PHIS[call.phi][0](q.to(wide.dtype)) @ memories(call, wide)
-            out = empty_like_order(q).copy_(wide + added)
+            out = empty_like_order(q).copy_(wide + of_memory(call, wide.dtype))
         return Results(out, total, found.mass.mul_(weight) if wants.mass else found.mass, attended)
 
     return fwd

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from prefixattn.attention.functional import _normal_form, prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attention.functional import prefix_attention, prefix_attention_qkvpacked
+from prefixattn.attention.normal_form import normal_form
 from prefixattn.kernels.table import INTERPRETED
 from prefixattn.testing.plain import INF, Roundings, concat_attention
 
@@ -107,11 +108,11 @@ class Inputs:
         arguments: dict[str, Any] = {**self.tensors, **self.options, **options}
         return concat_attention(**arguments)
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
+    def to(self, dtype: torch.dtype) -> Self:
         """The same values in another type, as fresh leaves."""
         tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
         options = dict(self.options)
-        return Inputs(tensors, options, *(None if t is None else t.to(dtype) for t in (self.dout, self.dlse)))
+        return type(self)(tensors, options, *(None if t is None else t.to(dtype) for t in (self.dout, self.dlse)))
 
 
 def make_inputs(
@@ -260,7 +261,7 @@ def objections(backend: str, inputs: Inputs, **options: Any) -> str:
     """Why a backend refuses these inputs and their gradients, in its own words; empty if it does not. Runs nothing."""
     defaults = {name: p.default for name, p in signature(prefix_attention).parameters.items() if name != "return_lse"}
     try:
-        _normal_form(**{**defaults, **inputs.tensors, **inputs.options, **options, "backend": backend})
+        normal_form(**{**defaults, **inputs.tensors, **inputs.options, **options, "backend": backend})
     except NotImplementedError as error:
         return str(error).partition("\n")[2].strip()
     return ""

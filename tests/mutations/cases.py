@@ -39,7 +39,7 @@ MISTAKES = (
     # ops, and what a call means
     Mistake("prefixattn/attention/ops.py", "    ctx.mark_non_differentiable(mass, attended)\n", "    ctx.mark_non_differentiable(attended)\n", REFERENCE + " or mass"),
     Mistake("prefixattn/attention/ops.py", "grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]\n    return *grads", "grads = list(grads)\n    return *grads", "tests/attention/test_prefix_attn.py tests/attention/test_qkvpacked.py -k 'reference and nobody'"),
-    Mistake("prefixattn/attention/functional.py", "        scale = D**-0.5 if D else 1.0\n", "        scale = 1.0\n", REFERENCE),
+    Mistake("prefixattn/attention/normal_form.py", "        scale = D**-0.5 if D else 1.0\n", "        scale = 1.0\n", REFERENCE),
     Mistake("prefixattn/attention/reference.py", "delta = delta - given.dlse.to(delta.dtype)", "delta = delta + given.dlse.to(delta.dtype)", REFERENCE),
     Mistake("prefixattn/attention/reference.py", "total = _over_batch(dkeys[:, :, :P], keep_k,", "total = _over_batch(dkeys[:, :, :P], 1.0,", "tests/attention/test_dropout.py -k reference"),
     Mistake("prefixattn/attention/layout.py", "return torch.float64 if q.dtype in (torch.float32, torch.float64)", "return torch.float64 if q.dtype in (torch.float64,)", "tests/attention/test_accuracy_sums.py tests/attention/test_compile.py -k 'few_queries or opcheck'"),

@@ -20,6 +20,7 @@ LAYERS = """
     optim
     prefixes
     attention.functional reparam.functional
+    attention.normal_form
     attention.ops reparam.ops
     backends
     reparam.guard
@@ -29,7 +30,8 @@ LAYERS = """
     kernels
     reparam.fused_step attention.native attention.sinks
     reparam.moments8 reparam.reference attention.reference
-    attention.call attention.checks attention.philox reparam.call
+    attention.call attention.sequences
+    attention.checks attention.philox attention.windows reparam.call
     attention.layout differentiation trials _C _cuda
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

@@ -63,7 +63,7 @@ class Backward {
     }
 
     // Scratch of a unit; `fused` units also hold dq of a sample's head group and the prefix's gradients.
-    Backward(const CpuBwdParams &p, bool fused, Arena arena) : p_(p), arena_(arena) {
+    Backward(const CpuBwdParams &p, bool fused, Arena arena) : whole_(p), p_(p), arena_(arena) {
         D_ = (int)p.D, Dp_ = (int)padded(p), keys_max_ = chunk_keys(p);
         tile_.allocate(p, arena_, keys_max_);
         keys_.allocate(p, arena_, keys_max_);
@@ -124,8 +124,10 @@ class Backward {
         const CpuBwdParams &p = job.p;
         const int64_t n = chunks(p, p.S), s0 = unit % n * job.keys, g = unit / n % p.Hkv, b = unit / n / p.Hkv;
         with_scratch(job, false, [&](Backward &w) {
-            const int count = (int)min_of<int64_t>(job.keys, p.S - s0);
-            w.keys_.load(p, b, g, false, s0, count, false);
+            w.begin(b);
+            const int count = (int)min_of<int64_t>(job.keys, w.p_.S - s0);
+            if (count <= 0) return;
+            w.keys_.load(w.p_, b, g, false, s0, count, false);
             w.own_chunk(b, g, s0, count, false);
         });
     }
@@ -139,17 +141,22 @@ class Backward {
             const KeySums sums = w.chunk_sums(count, totals_prefix(p));
             sums.clear();
             for (int64_t b = 0; b < p.B; ++b)
-                if (prefix_row(p, b) == t) w.prefix_chunk(b, g, p0, count, sums, false);
+                if (prefix_row(p, b) == t) {
+                    w.begin(b);
+                    w.prefix_chunk(b, g, p0, count, sums, false);
+                }
             w.store_prefix(t, g, p0, count, sums);
         });
     }
 
     static void query_unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const CpuBwdParams &p = job.p;
-        const int64_t blocks = query_blocks(p.L, Ops::kLaneUnit), block = unit % blocks, h = unit / blocks % p.H,
-                      b = unit / blocks / p.H;
+        const int64_t blocks = query_blocks(job.p.L, Ops::kLaneUnit), block = unit % blocks,
+                      h = unit / blocks % job.p.H, b = unit / blocks / job.p.H;
         with_scratch(job, false, [&](Backward &w) {
+            w.begin(b);
+            const CpuBwdParams &p = w.p_;
+            if (block >= query_blocks(p.L, Ops::kLaneUnit)) return;
             Queries &q = w.queries_[0];
             q.pack(p, b, h, block, w.rows_);
             std::memset(w.dq_, 0, sizeof(float) * w.Dp_ * q.q.width);
@@ -177,19 +184,27 @@ class Backward {
             KeySums sums = w.chunk_sums(rows, totals_memory(p));
             sums.dv = nullptr;
             sums.clear();
-            for (int64_t b = 0; b < p.B; ++b)
-                for (int64_t i = 0; memory_row(p, b) == t && i < query_blocks(p.L, Ops::kLaneUnit); ++i) {
-                    q.pack_for_memory(p, b, h, i, w.rows_, (int)d0, rows);
+            for (int64_t b = 0; b < p.B; ++b) {
+                if (memory_row(p, b) != t) continue;
+                w.begin(b);
+                for (int64_t i = 0; i < query_blocks(w.p_.L, Ops::kLaneUnit); ++i) {
+                    q.pack_for_memory(w.p_, b, h, i, w.rows_, (int)d0, rows);
                     with_phi(p.phi, [&](auto phi) { w.tile_.template memory_rows<decltype(phi)>(q, rows, sums.dk); });
                     sums.added();
                 }
+            }
             sums.finish();
             w.store_rows(p.dmemory, t, h, d0, rows, sums.dk, 1);
         });
     }
 
+    void begin(int64_t b) {
+        if (whole_.cu_seqlens_q) p_ = sample_of(whole_, b);
+    }
+
     // One sample of a fused unit.
     void sample(int64_t b, int64_t g) {
+        begin(b);
         const int64_t blocks = tiles(p_);
         fetched_ = 0;
         std::memset(dq_, 0, sizeof(float) * blocks * Dp_ * kLanes);
@@ -270,7 +285,7 @@ class Backward {
     template <class F>
     void all_queries(int64_t b, int64_t g, float *dk, float *dv, bool with_dq, F added) {
         for (int64_t i = 0; i < tiles(p_); ++i) {
-            if (with_dq && next_ < p_.B) fetch_next(g);
+            if (with_dq && next_ < p_.B && !p_.cu_seqlens_q) fetch_next(g);
             float *dq = with_dq ? dq_ + i * Dp_ * kLanes : nullptr;
             if (is_seen(b, i)) tile_.run(p_, packed(b, g, i), keys_, dk, dv, dq);
             added(i);
@@ -326,7 +341,8 @@ class Backward {
             narrow(rows_ + (int64_t)i * ld, (Storage *)at(p_.dq, b, h, q.l0 + i, Ops::kSize), D_);
     }
 
-    const CpuBwdParams &p_;
+    const CpuBwdParams &whole_;
+    CpuBwdParams p_;  // as the sample sees it that is computed
     int D_, Dp_, keys_max_, slots_;
     Arena arena_;
     BwdTile<Storage, Dot> tile_;

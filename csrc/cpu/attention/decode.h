@@ -28,7 +28,9 @@ class Decode {
     };
 
     static void unit(void *context, int64_t unit) {
-        const auto &p = *(const CpuFwdParams *)context;
+        const auto &whole = *(const CpuFwdParams *)context;
+        const CpuFwdParams p = sample_of(whole, unit / whole.Hkv);
+        if (p.L == 0) return;
         const int64_t bytes = Decode(p, unit, Arena::counting()).arena_.used();
         Decode(p, unit, Arena(thread_scratch(bytes))).work();
     }
@@ -135,7 +137,7 @@ class Decode {
 
     void store(int64_t h, Head &x) {
         const float sum = x.sum[0] + x.sum[1], inverse = sum != 0 ? 1 / sum : 0;  // a nan stays one
-        const int64_t row = b_ * p_.H + h;
+        const int64_t row = first_row(p_, b_, h);
         ((Lse<Storage> *)p_.lse)[row] = log_of_sum<Storage>(x.max, sum);
         if (p_.mass) p_.mass[row] = x.sum[1] * inverse;
         for (int d = 0; d < D_; d += VL) vstore(x.acc + d, vload(x.acc + d) * vset(inverse));

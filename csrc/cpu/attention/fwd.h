@@ -33,15 +33,16 @@ class Forward {
 
     static void unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
-        const CpuFwdParams &p = job.p;
-        const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(p.L);
+        const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(job.p.L), bh = first / blocks;
+        const CpuFwdParams p = sample_of(job.p, bh / job.p.H);
+        const int64_t begin = first % blocks, end = min_of(begin + n, query_blocks(p.L));
         KeptPrefix kept;
         Arena counted = Arena::counting();
         allocate_kept(p, counted, kept);
         const int64_t bytes = Forward(p, 0, 0, counted, kept).arena_.used();
         Arena arena(thread_scratch(bytes));
         allocate_kept(p, arena, kept);
-        for (int64_t i = first; i < first + n; ++i) Forward(p, i / blocks, i % blocks, arena, kept).work();
+        for (int64_t i = begin; i < end; ++i) Forward(p, bh, i, arena, kept).work();
     }
 
     static void allocate_kept(const CpuFwdParams &p, Arena &arena, KeptPrefix &kept) {
@@ -241,7 +242,7 @@ class Forward {
     }
 
     void store() {
-        const int64_t row0 = (b_ * p_.H + h_) * p_.L + q_.l0;
+        const int64_t row0 = first_row(p_, b_, h_) + q_.l0;
         float sum[kLanes], inverse[kLanes];
         for (int i = 0; i < q_.width; ++i) {
             sum[i] = prefix_sum_[i] + own_sum_[i];

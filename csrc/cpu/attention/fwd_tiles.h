@@ -40,13 +40,13 @@ class TileForward {
 
     static void unit(void *context, int64_t unit) {
         const Job &job = *(const Job *)context;
+        const CpuFwdParams p = sample_of(job.p, unit / job.groups * job.heads / job.p.H);
         Arena counted = Arena::counting();
-        const int64_t bytes = TileForward(job, unit, counted).arena_.used();
-        TileForward(job, unit, Arena(thread_scratch(bytes))).work();
+        const int64_t bytes = TileForward(job, p, unit, counted).arena_.used();
+        TileForward(job, p, unit, Arena(thread_scratch(bytes))).work();
     }
 
-    TileForward(const Job &job, int64_t unit, Arena arena) : job_(job), p_(job.p), arena_(arena) {
-        const CpuFwdParams &p = p_;
+    TileForward(const Job &job, const CpuFwdParams &p, int64_t unit, Arena arena) : job_(job), p_(p), arena_(arena) {
         const int64_t items = job.heads * blocks(p), n = job.groups, head = unit / n * job.heads;
         begin_ = items * (unit % n) / n, end_ = items * (unit % n + 1) / n;
         b_ = head / p.H, h0_ = head % p.H, g_ = h0_ / (p.H / p.Hkv), D_ = (int)p.D;
@@ -259,7 +259,7 @@ class TileForward {
     }
 
     void store(TileBlock &x) {
-        const int64_t row0 = (b_ * p_.H + x.h) * p_.L + x.q.l0;
+        const int64_t row0 = first_row(p_, b_, x.h) + x.q.l0;
         alignas(64) float sum[kTileLanes], inverse[kTileLanes], lse[kTileLanes];
         for (int i = 0; i < kTileLanes; ++i) {
             sum[i] = x.prefix_sum[i] + x.own_sum[i];

@@ -1,9 +1,7 @@
 // Which queries and keys a piece of work covers. Scores are kept transposed, a key to a row and a query to a lane:
 // softmax then runs down the lanes, and keys and values are operands that need no packing.
 #pragma once
-#include "api/semantics.h"
-#include "cpu/calls.h"
-#include "cpu/vec.h"
+#include "cpu/attention/samples.h"
 
 namespace prefixattn {
 namespace PA_ISA {

@@ -46,7 +46,7 @@ class QuerySide {
         by_rows(p.q, query_copy_, &query_rows, &query_ld);
         turn(p.dout, rows, 0, D_, douts);
         by_rows(p.dout, dout_copy_, &dout_rows, &dout_ld);
-        const int64_t row0 = (b * p.H + h) * p.L + q.l0;
+        const int64_t row0 = first_row(p, b, h) + q.l0;
         const float log_keys = (float)__builtin_log((double)(p.P + p.S));
         const auto *lse = (const Lse<Storage> *)p.lse + row0;
         for (int i = 0; i < q.width; ++i) {
