@@ -1,5 +1,6 @@
 """Packed sequences: what describes them, and what it may be."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def _check_offsets(name: str, t: Tensor, total: int, longest: int) -> None:
         offsets = t.tolist()
         if offsets[0] != 0:
             raise ValueError(f"{name}[0] is {offsets[0]}, expected 0")
-        for i, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for i, (begin, end) in enumerate(pairwise(offsets)):
             if end < begin:
                 raise ValueError(f"{name}[{i + 1}] is {end}, below {name}[{i}], {begin}")
             if end - begin > longest:
@@ -68,5 +69,4 @@ def _check_offsets(name: str, t: Tensor, total: int, longest: int) -> None:
 
 def parts(offsets: Tensor) -> list[slice]:
     """The rows of each sequence."""
-    at = offsets.tolist()
-    return [slice(begin, end) for begin, end in zip(at, at[1:], strict=False)]
+    return [slice(begin, end) for begin, end in pairwise(offsets.tolist())]
