@@ -248,12 +248,12 @@ class PrefixConfig(LayerChoice):
         if not isinstance(values, dict):
             raise ValueError(f"the prefix config is {type(values).__name__}, expected an object with fields")
         known = {field.name for field in fields(cls)}
-        values = ADDED | values
+        values = {**ADDED, **values}
         if set(values) != known:
             unknown, missing = sorted(set(values) - known), sorted(known - set(values))
             raise ValueError(f"the prefix config has unknown fields {unknown} and lacks {missing}")
         return cls(**values)
 
 
-ADDED = {"prefix_in_window": False}  # fields that older files lack
+ADDED: dict[str, Any] = {"prefix_in_window": False}  # fields that older files lack
 _INIT_WORDS = f"{', '.join(map(repr, INITS))}, a text, or token ids"

@@ -118,7 +118,7 @@ def attention_with_prefix(
             "without the prefix: disabled() or detach()"
         )
     call = prefix_call or PLAIN
-    said = read(attention_mask, is_causal, module)
+    said = read(attention_mask, is_causal, module, key.shape[2], kwargs.get("sliding_window"))
     attention_mask = said.visible
     if not torch.compiler.is_compiling() and _watching.calls is not None:
         carried, used = prefix_call is not None, call.has(slot)
@@ -136,8 +136,11 @@ def attention_with_prefix(
     slides = slot in call.prefixes and slot in call.windows
     if slides and said.window[0] < 0:
         window = call.windows[slot]  # type: ignore[index]
-        key, value, said = with_window(key, value, said, window, call.seen, query.shape[2], module)
-        attention_mask = said.visible
+        if said.causal:  # it hides no key yet, but perhaps a part of the prefix
+            said = said._replace(window=(window - 1, -1))
+        else:
+            key, value, said = with_window(key, value, said, window, call.seen, query.shape[2], module)
+            attention_mask = said.visible
     if position_bias is not None:
         attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
     options: dict[str, Any] = {}

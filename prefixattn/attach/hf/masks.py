@@ -1,14 +1,15 @@
 """The masks of Hugging Face models in the smallest form that says them, made for and read by the attention function.
 
-Axes tell what a mask means, n being the keys that it speaks of and False padding among them:
+Axes tell what a mask means, where False is padding among the keys:
 
-- two, `[B, n]`: causal;
-- three, `[B, w, n]`: causal, within a window of w keys, the query's own among them;
+- two, `[B, n]`: causal; keys from n on are unused slots of a static cache;
+- three, `[B, 1, S + w]`: causal, within a window of w keys, the query's own among them;
 - four, as SDPA's: what it holds, no causality besides;
-- five, `[B, 1, 1, w, n]`: a window of w keys to either side, the query's own among them.
+- five, `[B, 1, 1, 1, S + w]`: a window of w keys to either side, the query's own among them.
 
-The axis of w takes no memory. One number expanded to all axes says that there is no padding. Keys from n on are unused
-slots of a static cache; so the last query is the last key, as `prefix_attention` aligns causality and windows.
+w is in a size, since `generate` copies masks, and layers on other devices do. The last w columns mean nothing. One
+number expanded to all axes says that there is no padding. With two or three axes the last query is the last key that is
+there, as `prefix_attention` aligns causality and windows.
 """
 
 from collections.abc import Callable
@@ -27,10 +28,10 @@ from transformers.masking_utils import (
 
 
 class Read(NamedTuple):
-    """What a mask says: which keys are visible (None: all), and what hides keys besides."""
+    """What a mask says."""
 
-    visible: Tensor | None  # with four axes
-    causal: bool
+    visible: Tensor | None  # with four axes; None: all keys
+    causal: bool  # besides
     window: tuple[int, int] = (-1, -1)  # as `window_size` of prefix_attention
 
 
@@ -71,15 +72,15 @@ def smallest_mask(
     attention_mask = _checked(attention_mask, kv_length, kv_offset, q_length, q_offset, mask_function)
     if form is None:
         plain = False
-    elif form.window is not None and form.causal:
-        plain = allow_is_causal_skip and not (on_device and tracing)
+    elif form.window is not None:
+        plain = _says_window(form, q_length, kv_length, q_offset, kv_offset)
+        plain = plain and (allow_is_causal_skip if form.causal else allow_is_bidirectional_skip)
     elif form.causal:
         # a compiled decoding step may not skip a mask, and gets one all the same
         plain = (allow_is_causal_skip or q_length == 1) and not (on_device and q_length > 1 and tracing)
     else:
         plain = allow_is_bidirectional_skip
-    # in the cache of a sliding layer the last token is the last key; in another of an offset that is not known
-    if form is None or not plain or (kv_offset and not (form.causal and form.window)):
+    if form is None or not plain or (kv_offset and form.window is None):
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -110,30 +111,48 @@ def smallest_mask(
         padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, end - kv_offset)
     else:
         padding = attention_mask[:, kv_offset:end]
-    if form.window is None:
+    if form.window is None or end - kv_offset < kv_length:
         return padding if form.causal else padding[:, None, None, :]
-    if form.causal:
-        return padding[:, None].expand(-1, form.window, -1)
-    return padding[:, None, None, None].expand(-1, -1, -1, form.window, -1)
+    wider = end - kv_offset + form.window
+    all_visible = not any(padding.stride())
+    padding = padding[:, :1].expand(-1, wider) if all_visible else nn.functional.pad(padding, (0, form.window))
+    return padding[:, None] if form.causal else padding[:, None, None, None]
 
 
-def read(mask: Tensor | None, is_causal: bool | None, module: nn.Module) -> Read:
-    """What a mask of `smallest_mask` or of transformers says.
+def _says_window(form: _Form, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
+    """Whether a small form says a window: the last query is the last key, or there are no more keys than it shows."""
+    if isinstance(q_offset, Tensor):
+        return False
+    keys = q_offset + q_length - kv_offset
+    if not form.causal:
+        return keys == kv_length and not q_offset
+    return keys == kv_length or (keys <= (form.window or 0) and not kv_offset)
+
+
+def read(mask: Tensor | None, is_causal: bool | None, module: nn.Module, S: int, sliding_window: Any = None) -> Read:
+    """What a mask of `smallest_mask` or of transformers says of S keys.
 
     The mask was made by the function that the model asked for, so it knows. Where a model asked for none, the layer
-    says it, as it says it to transformers' own attention. So does a window: the argument `sliding_window` is what a
-    model tells FlashAttention, and some tell it of layers that see all.
+    says it, as it says it to transformers' own attention. `sliding_window` is what a layer tells FlashAttention; of
+    some it is in the config alone. Some tell it where they see all, so it makes no window but is that of the mask.
     """
     if mask is None:
         return Read(None, bool(getattr(module, "is_causal", False) if is_causal is None else is_causal))
     if mask.ndim == 2:
         return Read(mask[:, None, None, :], True)
+    if mask.ndim == 4:
+        return Read(mask, False)
+    window = mask.shape[-1] - S
+    if sliding_window is None:
+        sliding_window = getattr(getattr(module, "config", None), "sliding_window", None)
+    if sliding_window != window:
+        raise NotImplementedError(
+            f"a {type(module).__name__} has a window of {sliding_window}, and its mask one of {window}; a prefix takes "
+            "layers whose masks have their window"
+        )
     if mask.ndim == 3:
-        return Read(mask[:, :1, None, :], True, (mask.shape[1] - 1, -1))
-    if mask.ndim == 5:
-        side = mask.shape[3] - 1
-        return Read(mask[:, :, :, 0], False, (side, side))
-    return Read(mask, False)
+        return Read(mask[:, :, None, :S], True, (window - 1, -1))
+    return Read(mask[:, 0, :, :, :S], False, (window - 1, window - 1))
 
 
 def with_window(
@@ -192,16 +211,21 @@ def _form(mask_function: Callable[..., Any]) -> _Form | None:
         return _Form(False)
     if getattr(mask_function, "__code__", None) is not _AND:
         return None
-    parts = mask_function.__closure__[0].cell_contents  # type: ignore[attr-defined]
+    parts = _inside(mask_function)
     if len(parts) != 2:
         return None
     overlay, base = parts
     code = getattr(overlay, "__code__", None)
     if code is _WINDOW and base is causal_mask_function:
-        return _Form(True, int(overlay.__closure__[0].cell_contents))
+        return _Form(True, int(_inside(overlay)))
     if code is _BOTH_SIDES and base is bidirectional_mask_function:
-        return _Form(False, int(overlay.__closure__[0].cell_contents) + 1)  # it counts the distance
+        return _Form(False, int(_inside(overlay)) + 1)  # it counts the distance
     return None
+
+
+def _inside(function: Any) -> Any:
+    """What the closure of a mask function holds."""
+    return function.__closure__[0].cell_contents
 
 
 _AND = and_masks(causal_mask_function).__code__
