@@ -125,8 +125,8 @@ class PrefixConfig(LayerChoice):
             in the frozen model become the prefix: the length is then the number of its tokens. share="none" copies
             them, share="deep" fits its network to them. The text "zero" must be given as token ids.
         prefix_in_window: In layers with a sliding window the prefix lies right before the sequence and slides out of
-            sight as tokens do, as PEFT's does; row i of P stands i - P tokens from the first. False: all of it stays in
-            sight of all tokens. Of decoders with such layers.
+            sight as tokens do, as PEFT's does; row i of P stands i - P tokens from the first column, so that padding on
+            the left is between the two. False: all of it stays in sight of all tokens. Of decoders with such layers.
         count: None, or the number T of prefixes in a `PrefixBank`, of which every sample of a batch picks its own by
             `prefix_ids`. They have share="none".
     """

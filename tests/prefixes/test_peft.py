@@ -141,14 +141,15 @@ def test_past_the_window_a_prefix_slides_out_as_pefts_does(tmp_path, name, windo
     prefix = prefixattn.load(model := make(), tmp_path / "theirs")
     prefix.save_pretrained(tmp_path / "ours")
     prefixattn.load(again := make(), tmp_path / "ours")
-    ids, short = token_ids(2, 12), token_ids(2, 3)
-    mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
+    ids, short = token_ids(3, 12), token_ids(2, 3)
+    mask = torch.tensor([[1] * 12, [0] * 3 + [1] * 9, [1] * 8 + [0] * 4])
+    places = {"position_ids": torch.arange(12).repeat(3, 1)}  # PEFT's count padding
     options = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0)
     options["attention_mask"] = torch.ones_like(short)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask).logits[mask == 1]
         for ours in (model, again):
-            torch.testing.assert_close(ours(ids, attention_mask=mask).logits[mask == 1], expected, **CLOSE)
+            torch.testing.assert_close(ours(ids, attention_mask=mask, **places).logits[mask == 1], expected, **CLOSE)
         generated = theirs.generate(input_ids=short, **options)
         assert torch.equal(model.generate(short, **options), generated)
         # PEFT's own generate raises with this cache

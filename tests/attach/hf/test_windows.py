@@ -116,8 +116,10 @@ def test_a_chunk_is_no_window():
     assert made(window, q_length=W + 1, kv_length=W + 1).shape == (2, 1, W + 1 + W)
     # what a model is to rework
     assert made(window, q_length=9, kv_length=9, allow_is_causal_skip=False).shape == (2, 1, 9, 9)
-    # slots of a static cache that the window reaches past, at a place that only the device knows
-    assert made(window, q_length=2, kv_length=20, q_offset=torch.tensor(9)).shape == (2, 1, 2, 20)
+    # unused slots behind more keys than the window's, or at a place that only the device knows
+    assert made(window, q_length=2, kv_length=20, q_offset=9).shape == (2, 1, 2, 20)
+    assert made(window, q_length=2, kv_length=20, q_offset=torch.tensor(1)).shape == (2, 1, 2, 20)
+    assert made(window, q_length=2, kv_length=20, q_offset=1).shape == (2, 3)
 
 
 def test_a_layer_whose_mask_has_another_window_is_refused(monkeypatch):
@@ -168,6 +170,17 @@ def test_a_prefix_that_slides_generates_what_whole_passes_say(name, tokens):
         assert torch.equal(found, beams if "num_beams" in more else greedy), way
     prefix.config = replace(prefix.config, prefix_in_window=False)
     assert not torch.equal(model.generate(ids, **options), greedy)
+
+
+@pytest.mark.parametrize("way", ["cache", "static", "chunked_prefill"])
+def test_padding_that_is_in_the_window_of_a_step_is_hidden(way):
+    model, ids = model_of("mistral"), token_ids(2, L)
+    attach(model)
+    mask = torch.tensor([[1] * L, [0] * 7 + [1] * 2])
+    options = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0)
+    together = model.generate(ids, attention_mask=mask, **options, **WAYS[way])
+    alone = model.generate(ids[1:, 7:], attention_mask=mask[1:, 7:], **options)
+    assert torch.equal(together[1:, L:], alone[:, 2:])
 
 
 # dynamo makes a context for each autograd function in a way that torch itself warns of
