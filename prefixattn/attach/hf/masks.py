@@ -145,7 +145,8 @@ def read(mask: Tensor | None, is_causal: bool | None, module: nn.Module, S: int,
     window = mask.shape[-1] - S
     if sliding_window is None:
         sliding_window = getattr(getattr(module, "config", None), "sliding_window", None)
-    if sliding_window != window:
+    # to both sides masks count the distance, and T5Gemma tells FlashAttention that too (transformers 5.23)
+    if sliding_window != window and not (mask.ndim == 5 and sliding_window == window - 1):
         raise NotImplementedError(
             f"a {type(module).__name__} has a window of {sliding_window}, and its mask one of {window}; a prefix takes "
             "layers whose masks have their window"

@@ -11,7 +11,11 @@ from prefixattn import PrefixBank, PrefixConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import transformers
-from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    chunked_causal_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from prefixattn.attach.hf import interface, masks
 from prefixattn.testing.models import concat_twin, tiny, token_ids
@@ -129,6 +133,11 @@ def test_a_layer_whose_mask_has_another_window_is_refused(monkeypatch):
     for sliding_window in (W + 1, None):
         with pytest.raises(NotImplementedError, match=f"a window of {sliding_window}, and its mask one of {W}"):
             interface.attention_with_prefix(layer, q, q, q, mask, sliding_window=sliding_window)
+    both = made(sliding_window_bidirectional_mask_function(W), q_length=L, kv_length=L)
+    for sliding_window in (W, W + 1):  # a distance, or keys with the query's own among them
+        interface.attention_with_prefix(layer, q, q, q, both, sliding_window=sliding_window)
+    with pytest.raises(NotImplementedError, match=f"a window of {W - 1}, and its mask one of {W + 1}"):
+        interface.attention_with_prefix(layer, q, q, q, both, sliding_window=W - 1)
     # a whole model of such gets explicit masks
     model = model_of("mistral")
     kind = type(model.model.layers[0].self_attn)
