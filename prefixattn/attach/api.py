@@ -73,8 +73,8 @@ def load(model: nn.Module, folder: str | Path) -> Any:
 
     An unfolded prefix can be trained further, and so can a PEFT adapter (PREFIX_TUNING, CARTRIDGE), whose network PEFT
     does not save: it becomes share="none", and rows that a CARTRIDGE freezes are trained like the others. In layers
-    with a sliding window all of the prefix stays in sight, where PEFT's slides out. The model is left as it is if
-    anything is wrong with the files or they do not fit it; nothing is ever unpickled.
+    with a sliding window it slides out of sight as it does in PEFT: its config has prefix_in_window=True. The model is
+    left as it is if anything is wrong with the files or they do not fit it; nothing is ever unpickled.
     """
     adapter = make_adapter(model)
     prefix = read(adapter, folder)

@@ -58,7 +58,7 @@ class PrefixBank(Prefix):
         """A bank of prefixes that exist, as frozen keys and values, attached to `model` as its active prefix.
 
         Each is a prefix on this model or one like it, or a folder that `load` reads. Their lengths may differ; layers,
-        positions and dropout must be the same. `requires_grad_()` lets the bank be trained on.
+        positions, dropout and prefix_in_window must be the same. `requires_grad_()` lets the bank be trained on.
         """
         if not isinstance(prefixes, Sequence) or isinstance(prefixes, str) or not prefixes:
             raise ValueError(f"prefixes is {prefixes!r}, expected a list of prefixes or folders, at least one")
@@ -71,7 +71,14 @@ class PrefixBank(Prefix):
         lengths = torch.tensor([kv.shape[3] for kv in kvs], device=adapter.device)
         given = found[0].config
         config = PrefixConfig(
-            P, "none", given.layers, given.attentions, dropout=given.dropout, positions=given.positions, count=len(rows)
+            P,
+            "none",
+            given.layers,
+            given.attentions,
+            dropout=given.dropout,
+            positions=given.positions,
+            count=len(rows),
+            prefix_in_window=given.prefix_in_window,
         )
         bank = cls(adapter.resolve(config), adapter, PrefixRows(rows, lengths, trainable=False))
         adapter.install(bank)
@@ -92,7 +99,7 @@ class PrefixBank(Prefix):
         adapter = make_adapter(model)
         file = bank_file.find(Path(path))
         config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=True)
-        bank = cls(config, adapter, PrefixRows(rows, lengths, trainable=False))
+        bank = cls(config.resolved(adapter.defaults), adapter, PrefixRows(rows, lengths, trainable=False))
         bank._source = file, torch.zeros(len(rows), dtype=torch.bool)
         adapter.install(bank)
         return bank
@@ -312,6 +319,7 @@ def _check_alike(prefixes: list[Prefix], adapter: Host) -> None:
             ("layers", prefix.slots, first.slots),
             ("positions", prefix.config.positions, first.config.positions),
             ("dropout", prefix.config.dropout, first.config.dropout),
+            ("prefix_in_window", prefix.config.prefix_in_window, first.config.prefix_in_window),
         ):
             if mine != others:
                 raise ValueError(f"prefix {i} has {name} {mine!r}, and prefix 0 {others!r}; expected the same for all")
@@ -332,7 +340,7 @@ def _read(adapter: Host, folder: Path) -> Prefix | PrefixPlus:
     file = folder / bank_file.NAME
     if file.is_file():
         config, rows, lengths = bank_file.read(file, adapter.geometry, mapped=False)
-        return PrefixBank(config, adapter, PrefixRows(rows, lengths))
+        return PrefixBank(config.resolved(adapter.defaults), adapter, PrefixRows(rows, lengths))
     saved, encoder, gate = checkpoint.read(folder, adapter.geometry, adapter.defaults)
     if isinstance(saved, PrefixPlusConfig):
         assert isinstance(encoder, Memories)

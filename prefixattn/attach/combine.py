@@ -28,7 +28,8 @@ def combine(
     Args:
         model: The model that gets it; it becomes the active one of those that are there. The others are left alone.
         prefixes: At least one; attached to `model` or to another of its sizes, or detached. They have the same layers
-            and the same `positions`. Gates are in the keys and values; dropout is not taken over.
+            and the same `positions` and `prefix_in_window`. Gates are in the keys and values; dropout is not
+            taken over.
         how: "concatenate": the rows of all, in each layer one prefix after the other. An order that means nothing to
             attention; but positions="shifted" lets the sequence begin after all rows, further on than each prefix
             learned it, as if all prefixes were tokens read before. "average": the mean of keys and values that stand
@@ -58,6 +59,7 @@ def combine(
         layers=first.config.layers,
         attentions=first.config.attentions,
         positions=first.config.positions,
+        prefix_in_window=first.config.prefix_in_window,
     )
     prefix = Prefix(adapter.resolve(config), adapter, FreePrefix(kv))
     adapter.install(prefix)
@@ -76,11 +78,10 @@ def _check(prefixes: Sequence[Prefix], geometry: Geometry) -> None:
             raise ValueError(f"prefixes[{i}] is of a model {prefix.geometry}, expected {geometry}")
         if prefix.slots != first.slots:
             raise ValueError(f"prefixes[{i}] is in layers {prefix.slots}, expected those of the first, {first.slots}")
-        if prefix.config.positions != first.config.positions:
-            raise ValueError(
-                f"prefixes[{i}] has positions={prefix.config.positions!r}, expected the first's, "
-                f"{first.config.positions!r}"
-            )
+        for name in ("positions", "prefix_in_window"):
+            mine, firsts = getattr(prefix.config, name), getattr(first.config, name)
+            if mine != firsts:
+                raise ValueError(f"prefixes[{i}] has {name}={mine!r}, expected the first's, {firsts!r}")
 
 
 def _shares(prefixes: Sequence[Prefix], how: str, weights: Sequence[float] | None) -> list[float]:

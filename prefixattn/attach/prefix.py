@@ -189,7 +189,7 @@ class Prefix(Attached):
             batch: B, the samples that are to be served together (times the beams).
             prefix_ids: Of a `PrefixBank`, in place of `batch`: int64 [B], prefixes of one length.
             tokens: The most tokens that will follow the prefix in a sample; to be given where layers have a sliding
-                window, out of which a cache slides.
+                window, out of which a cache slides and a prefix slides only with prefix_in_window.
 
         Returns:
             A `DynamicCache`, or an `EncoderDecoderCache`, with keys and values [B, Hkv, P, D] in each layer, in the

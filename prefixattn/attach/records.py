@@ -50,6 +50,8 @@ class PrefixCall(NamedTuple):
     masses: dict[int, Tensor] | None = None  # where the softmax's weight on the prefix is wanted: slot -> [B, H, L]
     shift: int | Tensor = 0  # of the positions in the decoder of an encoder-decoder
     memories: dict[int, Memory] = {}  # noqa: RUF012 # by slot
+    windows: dict[int, int] = {}  # noqa: RUF012 # by slot, of layers out of whose windows the prefix slides: keys
+    seen: int = 0  # tokens before the pass, where it does
 
     def has(self, slot: int | None) -> bool:
         return slot in self.prefixes or slot in self.memories

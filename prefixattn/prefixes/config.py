@@ -22,6 +22,7 @@ class Defaults(NamedTuple):
     init: str = "normal"
     bound: float = 1.0  # of init="uniform"
     shiftable: bool = False  # positions="shifted" is possible where it is not the default
+    slides: bool | None = False  # a decoder's layers have windows that a prefix can slide out of; None: that it cannot
 
     @property
     def can_shift(self) -> bool:
@@ -123,6 +124,9 @@ class PrefixConfig(LayerChoice):
             values; "zero" with share="deep" makes its output zero. Or a text (or its token ids) whose keys and values
             in the frozen model become the prefix: the length is then the number of its tokens. share="none" copies
             them, share="deep" fits its network to them. The text "zero" must be given as token ids.
+        prefix_in_window: In layers with a sliding window the prefix lies right before the sequence and slides out of
+            sight as tokens do, as PEFT's does; row i of P stands i - P tokens from the first column, so that padding on
+            the left is between the two. False: all of it stays in sight of all tokens. Of decoders with such layers.
         count: None, or the number T of prefixes in a `PrefixBank`, of which every sample of a batch picks its own by
             `prefix_ids`. They have share="none".
     """
@@ -139,6 +143,7 @@ class PrefixConfig(LayerChoice):
     positions: str | None = None
     init: str | Sequence[int] = "random"
     count: int | None = None
+    prefix_in_window: bool = False
 
     def __post_init__(self) -> None:
         self._check_length()
@@ -159,8 +164,9 @@ class PrefixConfig(LayerChoice):
         number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
         if not number or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability in [0, 1)")
-        if not isinstance(self.gate, bool):
-            raise ValueError(f"gate is {self.gate!r}, expected True or False")
+        for name in ("gate", "prefix_in_window"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         self.check_layers()
         self.check_attentions()
         self._check_init()
@@ -227,6 +233,11 @@ class PrefixConfig(LayerChoice):
         init = defaults.init if self.init == "random" else self.init
         if self.positions == "shifted" and not defaults.can_shift:
             raise ValueError("positions is 'shifted', but the model has no positions that a prefix could shift")
+        if self.prefix_in_window and not defaults.slides:
+            raise ValueError(
+                "prefix_in_window is True, but the model is no decoder with sliding windows that reach the attention: "
+                "there is nothing that a prefix could slide out of; leave it False"
+            )
         return replace(self, network=network, hidden=hidden, init=init, positions=self.positions or defaults.positions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,10 +248,12 @@ class PrefixConfig(LayerChoice):
         if not isinstance(values, dict):
             raise ValueError(f"the prefix config is {type(values).__name__}, expected an object with fields")
         known = {field.name for field in fields(cls)}
+        values = {**ADDED, **values}
         if set(values) != known:
             unknown, missing = sorted(set(values) - known), sorted(known - set(values))
             raise ValueError(f"the prefix config has unknown fields {unknown} and lacks {missing}")
         return cls(**values)
 
 
+ADDED: dict[str, Any] = {"prefix_in_window": False}  # fields that older files lack
 _INIT_WORDS = f"{', '.join(map(repr, INITS))}, a text, or token ids"

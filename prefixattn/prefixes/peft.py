@@ -1,14 +1,15 @@
 """PEFT's adapters PREFIX_TUNING and CARTRIDGE: a prefix's keys and values in one tensor, and a JSON file.
 
 PEFT hands a decoder the prefix as a cache of P tokens that were seen before. So the sequence's positions start at P,
-and in a layer with a sliding window the prefix slides out of sight of the tokens past it. Here all of a prefix stays in
-sight: for such layers the two are equal as long as P and the sequence together fit into the window.
+and in a layer with a sliding window the prefix slides out of sight of the tokens past it, in training and in
+generation: `prefix_in_window=True`.
 
 Of an encoder-decoder only the decoder's self-attention gets a prefix, and not the layer's own: PEFT 0.21 repeats the L
 layers' pairs of key and value and deals them out in twos, to self-attention and to cross-attention, which drops its
 own. So layer l attends to pair 2l mod L. With an even L, layers l and l + L/2 share one, and the odd ones are unused.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
             f"{path}: PEFT counts a prefix among the positions, and {geometry.model_type} has none that a prefix could "
             "shift; a bias by distance, as T5's, falls on PEFT's prefix too, and here on no prefix"
         )
+    if defaults.slides is None:
+        warnings.warn(
+            f"{path}: {geometry.model_type} has sliding windows, out of which PEFT's prefix slides; the model "
+            "makes its masks itself, and here the prefix stays in sight of all tokens",
+            stacklevel=2,
+        )
     _check_model(path, values, geometry)
     length: Any = values.get("num_virtual_tokens")
     if type(length) is not int or not 1 <= length <= MOST:
@@ -70,7 +77,9 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
     if saving.stamp(folder, (JSON, TENSORS)) != before:
         raise ValueError(f"{folder} was written to while it was read")
     kinds: Any = ("decoder",) if _seq2seq(geometry) else "all"
-    config = PrefixConfig(length=length, share="none", attentions=kinds, positions="shifted").resolved(defaults)
+    config = PrefixConfig(
+        length, "none", attentions=kinds, positions="shifted", prefix_in_window=bool(defaults.slides)
+    ).resolved(defaults)
     pairs = tensors[NAME].view(length, layers, 2, Hkv, D).permute(1, 2, 3, 0, 4)
     return config, pairs[_pairs(geometry)].contiguous()
 

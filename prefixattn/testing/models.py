@@ -144,6 +144,10 @@ def concat_attention(
     if position_bias is not None:
         scores = scores + nn.functional.pad(position_bias, (P, 0))
     mask = nn.functional.pad(attention_mask, (P, 0), value=True)
+    window = getattr(module, "reference_window", None)  # of keys; the prefix lies in it, and there is no cache
+    if window is not None:
+        query, row = torch.arange(mask.shape[2])[:, None], torch.arange(P)
+        mask[..., :P] &= row - P > query - window
     scores = scores.masked_fill(~mask, float("-inf"))
     if s_aux is not None:
         scores = torch.cat([scores, s_aux[:, None, None].expand(*scores.shape[:3], 1)], -1)
@@ -180,6 +184,9 @@ def concat_twin(model: Any, prefix: Prefix) -> Any:
     twin.loss_type = model.loss_type
     concatenate(twin)
     base = getattr(twin, twin.base_model_prefix, twin)
+    if prefix.config.prefix_in_window:
+        for slot, window in adapter.windows.items():
+            base.get_submodule(adapter.sites[slot].path).reference_window = window
     for slot, kv, length in zip(prefix.slots, prefix(), prefix.lengths, strict=True):
         base.get_submodule(adapter.sites[slot].path).reference_prefix = kv[:, :, :length]
     return twin

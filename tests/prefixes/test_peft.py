@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,17 +116,73 @@ def test_rows_are_the_same_numbers_and_the_network_of_peft_is_left_behind(tmp_pa
     assert torch.equal(rows[:, 3 * 32 :], kv[1, 1].transpose(0, 1).reshape(P, 32))
 
 
-def test_past_the_window_peft_loses_the_prefix_and_we_keep_it(tmp_path):
-    theirs, _ = adapted("mistral")
-    theirs.save_pretrained(tmp_path)
-    model, _ = make("mistral")
-    prefixattn.load(model, tmp_path)
-    ids = token_ids(1, 24)
+SLIDING = {
+    "mistral": {},
+    "gemma2": {"tie_word_embeddings": False},
+    "gemma3": {"tie_word_embeddings": False},
+    "gpt_oss": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("window", [7, 3])  # wider and narrower than the prefix
+@pytest.mark.parametrize("name", SLIDING)
+def test_past_the_window_a_prefix_slides_out_as_pefts_does(tmp_path, name, window):
+    def make():
+        return tiny(name, sliding_window=window, **SLIDING[name])
+
+    torch.manual_seed(5)
+    theirs = (
+        peft().get_peft_model(make(), peft().PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    )
     with torch.no_grad():
-        ours, expected = model(ids).logits[0], theirs(input_ids=ids).logits[0]
-    inside = 16 - P
-    torch.testing.assert_close(ours[:inside], expected[:inside], **CLOSE)
-    assert (ours[inside:] - expected[inside:]).abs().amax(1).min() > 1e-3
+        theirs.prompt_encoder.default.embedding.weight.mul_(3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    prefix = prefixattn.load(model := make(), tmp_path / "theirs")
+    prefix.save_pretrained(tmp_path / "ours")
+    prefixattn.load(again := make(), tmp_path / "ours")
+    ids, short = token_ids(3, 12), token_ids(2, 3)
+    mask = torch.tensor([[1] * 12, [0] * 3 + [1] * 9, [1] * 8 + [0] * 4])
+    places = {"position_ids": torch.arange(12).repeat(3, 1)}  # PEFT's count padding
+    options = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0)
+    options["attention_mask"] = torch.ones_like(short)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask).logits[mask == 1]
+        for ours in (model, again):
+            torch.testing.assert_close(ours(ids, attention_mask=mask, **places).logits[mask == 1], expected, **CLOSE)
+        generated = theirs.generate(input_ids=short, **options)
+        assert torch.equal(model.generate(short, **options), generated)
+        # PEFT's own generate raises with this cache
+        assert torch.equal(model.generate(short, cache_implementation="static", **options), generated)
+        prefix.config = replace(prefix.config, prefix_in_window=False)
+        found = model(ids[:1]).logits[0]
+    inside = window - P  # tokens that see all of PEFT's prefix
+    if inside > 0:
+        torch.testing.assert_close(found[:inside], expected[:inside], **CLOSE)
+    assert (found[max(inside, 0) :] - expected[max(inside, 0) : 12]).abs().amax(1).min() > 1e-3
+
+
+def test_an_adapter_is_trained_on_as_peft_trains_it(tmp_path):
+    theirs, _ = adapted("gemma2")
+    theirs.save_pretrained(tmp_path)
+    model, _ = make("gemma2")
+    prefix = prefixattn.load(model, tmp_path)
+    ids = token_ids(2, 20)
+    theirs(input_ids=ids).logits.square().mean().backward()
+    model(ids).logits.square().mean().backward()
+    wanted = theirs.prompt_encoder.default.embedding.weight.grad.view(P, 2, 2, 2, 16).permute(1, 2, 3, 0, 4)
+    torch.testing.assert_close(prefix.encoder.bank.grad, wanted, **CLOSE)
+
+
+@pytest.mark.filterwarnings("error")
+def test_windows_that_no_mask_tells_of_are_warned_of(tmp_path, monkeypatch):
+    from prefixattn.attach.hf import sliding
+
+    adapted("mistral")[0].save_pretrained(tmp_path)
+    monkeypatch.setattr(sliding, "windows", lambda sites: {})
+    with pytest.warns(UserWarning, match="mistral has sliding windows, out of which PEFT's prefix slides"):
+        prefix = prefixattn.load(make("mistral")[0], tmp_path)
+    assert not prefix.config.prefix_in_window
 
 
 # what a model is used for is no part of its prefix

@@ -177,3 +177,13 @@ torch.testing.assert_close(loss, repeated)
 assert model.transformer.wte.weight.grad is not None
 """
     run_page(code + proof, tmp_path, capfd)
+
+
+def test_the_page_on_the_op_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", text("docs/op.md"), flags=re.DOTALL)
+    proof = """
+wide = prefixattn.prefix_attention(q, k, v, prefix_k, prefix_v, is_causal=True, window_size=(8, -1))
+torch.testing.assert_close(stays[:, :, :4], wide[:, :, :4], rtol=1e-5, atol=1e-5)
+assert not torch.allclose(stays[:, :, 4:], wide[:, :, 4:], atol=1e-3)
+"""
+    run_page(code + proof, tmp_path, capfd)

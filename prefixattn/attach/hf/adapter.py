@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixattn.attach.adapter import Adapter
 from prefixattn.attach.base import Attached
-from prefixattn.attach.hf import interface, positions, probe, projections, quantised, reentrant
+from prefixattn.attach.hf import interface, positions, probe, projections, quantised, reentrant, sliding
 from prefixattn.attach.hf.interface import EXPLICIT, NAME, NAMES, PLAIN
 from prefixattn.attach.hf.positions import Positions
 from prefixattn.attach.records import PrefixCall
@@ -69,6 +69,7 @@ class HuggingFaceAdapter(Adapter):
             config.model_type, len(self.sites), first.kv_heads, first.head_dim, width, kinds, first.heads
         )
         self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
+        self.windows = sliding.windows(self.sites) if self.decodes else {}
         if base.main_input_name == "input_ids":
             self.positions = positions.find(base, [site.path for site in self.sites], plain, self.decodes)
         self.defaults = self._defaults(config)
@@ -115,7 +116,8 @@ class HuggingFaceAdapter(Adapter):
             warnings.warn(
                 f"{name} hands its positions on nowhere that a prefix could shift them: 'unshifted'", stacklevel=5
             )
-        return Defaults(positions=where, bound=(3 / self.geometry.width) ** 0.5, shiftable=shiftable)
+        slides = sliding.possible(self.windows, config) if self.decodes else False
+        return Defaults(positions=where, bound=(3 / self.geometry.width) ** 0.5, shiftable=shiftable, slides=slides)
 
     # in and out
 
@@ -326,7 +328,7 @@ class HuggingFaceAdapter(Adapter):
             if isinstance(ids, Tensor) and ids.shape == first.shape[:1]:
                 ids = ids.repeat_interleave(first.shape[1])
         prefix.begin()
-        chosen = prefix.choose(ids, batch, self._dtype(first.device), first.device)
+        chosen = prefix.choose(ids, batch, probe.computing_dtype(self.base, first.device), first.device)
         if not self.base.config.is_encoder_decoder:
             chosen = chosen._replace(shift=self._without_padding(chosen.shift, kwargs))
             if self.decodes and torch.compiler.is_compiling() and not _told(kwargs):
@@ -334,7 +336,7 @@ class HuggingFaceAdapter(Adapter):
                 kwargs["attention_mask"] = first.new_ones(1, 1, dtype=torch.bool).expand(first.shape[:2])
         if torch.is_grad_enabled() and reentrant.needed(self.base):
             chosen = chosen.with_tensors(reentrant.behind(self.base, chosen.tensors(), kwargs))
-        return prefix.call(chosen)
+        return sliding.placed(prefix.call(chosen), prefix.config, self.windows, kwargs)
 
     def _without_padding(self, shift: int | Tensor, kwargs: dict[str, Any]) -> int | Tensor:
         """The shift, less the padding before a sample where positions count it and none are given.
@@ -377,13 +379,6 @@ class HuggingFaceAdapter(Adapter):
                 f"the prefix; expected {self.implementation!r}: call set_attn_implementation before attach, or "
                 "detach() the prefix"
             )
-
-    def _dtype(self, device: torch.device) -> torch.dtype:
-        # torch's question has no answer for meta, and raises
-        if device.type != "meta" and torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        dtype: torch.dtype = self.base.dtype
-        return dtype
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "thread": None, "traced": 0}

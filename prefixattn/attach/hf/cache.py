@@ -1,8 +1,8 @@
 """A prefix as a cache of transformers', for models and engines that begin with one and know no prefix.
 
 Such an engine holds P tokens for seen. So the sequence's positions start at P, every layer has as many rows, and in a
-layer with a sliding window the rows slide out of sight. What differs from that is refused here. Keys in a cache are
-rotated already, and those of a prefix are never rotated: both go to the queries as they are.
+layer with a sliding window the rows slide out of sight (`prefix_in_window`). What differs from that is refused here.
+Keys in a cache are rotated already, and those of a prefix are never rotated: both go to the queries as they are.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from prefixattn.attach.hf import probe
+from prefixattn.attach.hf import probe, sliding
 from prefixattn.attach.hf.adapter import HuggingFaceAdapter
 from prefixattn.attach.records import Host, PrefixCall
 from prefixattn.prefixes import files, saving
@@ -122,12 +122,14 @@ def _check_windows(adapter: HuggingFaceAdapter, config: PrefixConfig, tokens: in
         raise ValueError(f"tokens is {tokens!r}, expected None or an integer from 1")
     if not {"self", "decoder"} & config.counts(adapter.geometry.kinds).keys() or not (found := windows(adapter)):
         return  # the encoder's tokens do not slide
+    if config.prefix_in_window:
+        return
     name, most = type(adapter.base).__name__, found[0] - config.longest
     if tokens is None or tokens > most:
         can = f"at most {most} tokens can follow it" if most > 0 else "no token could follow it"
         raise ValueError(
             f"tokens is {tokens}; {name} has layers with a window of {found[0]}, from which a cache's "
-            f"P={config.longest} rows slide out, and a prefix here does not: {can}, and tokens says how many will"
+            f"P={config.longest} rows slide out, and this prefix does not: {can}, and tokens says how many will"
         )
 
 
@@ -142,6 +144,7 @@ def _try(adapter: HuggingFaceAdapter, config: PrefixConfig, rows: list[_Row], to
         inputs["input_ids"] = inputs["input_ids"][:, :tokens]
     shift = config.longest if config.positions == "shifted" else 0
     ours = PrefixCall({row.slot: (row.key[0], row.value[0]) for row in one}, 0.0, shift=shift)
+    ours = sliding.placed(ours, config, adapter.windows, inputs)
     with adapter.overriding(ours):
         expected, _ = probe.run(whole, inputs)
     trial = probe.Trial(inputs, expected, None, probe.TOLERANCE.get(expected.dtype, probe.HALF))

@@ -7,7 +7,7 @@ checkpointing runs again meets the tensors it met the first time.
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
+from prefixattn.attach.hf.masks import columns_differ, explicit_mask, hides_later, read, smallest_mask, with_window
 from prefixattn.attach.records import LayerPrefix, PrefixCall
 from prefixattn.attention.functional import prefix_attention
 
@@ -39,6 +40,7 @@ class Watched(NamedTuple):
     carried: bool  # the prefixes came along
     used: bool  # and there was one for this layer
     causal: bool
+    window: tuple[int, int] = (-1, -1)
 
 
 class _Watching(threading.local):
@@ -85,114 +87,6 @@ def passes_on(module: nn.Module) -> bool:
 _arguments: dict[type, tuple[tuple[str, ...], bool]] = {}
 
 
-def smallest_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,  # [B, tokens seen]
-    device: torch.device | str = "cpu",
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask of a forward, in the smallest form that says it.
-
-    Two axes: causal. Four: as it is. `[B, n]` and `[B, 1, 1, n]`, bool, are key padding, where keys from n on are
-    unused slots of a static cache; one number expanded to that says that there is no padding. `generate` makes masks
-    ahead of the model's forward and passes them to it, so this function may meet its own result. Anything else (packed
-    sequences, a prompt longer than one token in a compiled static cache, what may not be skipped, as the model may
-    rework it) is the explicit `[B, 1, L, S]` of transformers, which contains causality.
-    """
-    windowed = _within_window(kv_length, kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
-    causal = mask_function is causal_mask_function or windowed
-    tracing = torch.compiler.is_compiling()
-    on_device = isinstance(q_offset, Tensor)
-    attention_mask = _checked(attention_mask, kv_length, kv_offset, q_length, q_offset, mask_function)
-    if causal:
-        # a compiled decoding step may not skip a mask, and gets one all the same
-        plain = (allow_is_causal_skip or q_length == 1) and not (on_device and q_length > 1 and tracing)
-    else:
-        plain = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
-    if not plain or kv_offset:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            device=device,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            **kwargs,
-        )
-    if causal and q_length == 1 and (on_device or not allow_is_causal_skip):
-        # One query, perhaps at a position only the device knows: the filled slots are those up to it.
-        filled = torch.arange(kv_length, device=device)[None] <= q_offset  # [1, S]
-        if attention_mask is None:
-            visible = filled.expand(batch_size, kv_length)
-        else:
-            missing = max(kv_length - attention_mask.shape[-1], 0)
-            visible = filled & nn.functional.pad(attention_mask[:, :kv_length], (0, missing))
-        # a model that may not skip a mask may rework it, and knows four axes
-        return visible if allow_is_causal_skip else visible[:, None, None, :]
-    end = int(q_offset) + q_length if causal else kv_length
-    # Looking for padding would stop a GPU until its queue is empty; there the mask is simply read.
-    looked_at = attention_mask is not None and attention_mask.device.type == "cpu" and not tracing
-    if attention_mask is None or (looked_at and bool(attention_mask[:, :end].all())):
-        padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, end)
-    else:
-        padding = attention_mask[:, :end]
-    return padding if causal else padding[:, None, None, :]
-
-
-def _checked(
-    attention_mask: Tensor | None,
-    kv_length: int,
-    kv_offset: int,
-    q_length: int,
-    q_offset: int | Tensor,
-    mask_function: Callable[..., Any],
-) -> Tensor | None:
-    """The caller's padding `[B, n]`, if it has a column for each token; None if nothing is padded."""
-    if attention_mask is None:
-        return None
-    columns, keys = attention_mask.shape[-1], kv_length + kv_offset  # slots of a cache, filled or not
-    # of bidirectional attention the attention itself knows how many keys there are
-    known = mask_function is not bidirectional_mask_function and not isinstance(q_offset, Tensor)
-    if columns != int(q_offset) + q_length if known else columns > keys:
-        raise ValueError(_columns(columns, int(q_offset) + q_length if known else keys))
-    return attention_mask
-
-
-def _columns(found: int, expected: int) -> str:
-    return (
-        f"attention_mask has {found} columns, expected {expected}: one for each token in the cache and in the input (a "
-        "prefix has none)"
-    )
-
-
-def _explicit_mask(form: Callable[..., Any], **kwargs: Any) -> Tensor | None:
-    """The mask in the form that transformers' own attention `form` gets, never left out."""
-    function = kwargs.get("mask_function", causal_mask_function)
-    offsets = kwargs.get("kv_offset", 0), kwargs["q_length"], kwargs.get("q_offset", 0)
-    mask = _checked(kwargs.get("attention_mask"), kwargs["kv_length"], *offsets, function)
-    never = {"attention_mask": mask, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    made: Tensor | None = form(**{**kwargs, **never})
-    return made
-
-
-def _within_window(
-    kv_length: int, kv_offset: int, local_size: int | None = None, allow_is_causal_skip: bool = True, **_: Any
-) -> bool:
-    """True if a sliding window is all that a mask adds to causality, and hides nothing."""
-    return local_size is not None and allow_is_causal_skip and not kv_offset and kv_length <= local_size
-
-
 def attention_with_prefix(
     module: nn.Module,
     query: Tensor,  # [B, H, L, D]
@@ -224,19 +118,29 @@ def attention_with_prefix(
             "without the prefix: disabled() or detach()"
         )
     call = prefix_call or PLAIN
-    attention_mask, causal = _read(attention_mask, is_causal, module)
+    said = read(attention_mask, is_causal, module, key.shape[2], kwargs.get("sliding_window"))
+    attention_mask = said.visible
     if not torch.compiler.is_compiling() and _watching.calls is not None:
         carried, used = prefix_call is not None, call.has(slot)
         _, H, L, _ = query.shape
-        seen = Watched(module, H, L, key, value, carried, used, causal or _hides_later(attention_mask))
+        causal = said.causal or hides_later(attention_mask)
+        seen = Watched(module, H, L, key, value, carried, used, causal, said.window)
         _watching.calls.append(seen)
     if attention_mask is not None:
         if (columns := attention_mask.shape[-1]) != key.shape[2]:
-            if not causal or columns > key.shape[2]:
-                raise ValueError(_columns(columns, key.shape[2]))
+            if not said.causal or columns > key.shape[2]:
+                raise ValueError(columns_differ(columns, key.shape[2]))
             key, value = key[:, :, :columns], value[:, :, :columns]  # without unused slots of a static cache
         if not any(attention_mask.stride()):
             attention_mask = None  # one number, which says that all are visible
+    slides = slot in call.prefixes and slot in call.windows
+    if slides and said.window[0] < 0:
+        window = call.windows[slot]  # type: ignore[index]
+        if said.causal:  # it hides no key yet, but perhaps a part of the prefix
+            said = said._replace(window=(window - 1, -1))
+        else:
+            key, value, said = with_window(key, value, said, window, call.seen, query.shape[2], module)
+            attention_mask = said.visible
     if position_bias is not None:
         attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
     options: dict[str, Any] = {}
@@ -256,7 +160,9 @@ def attention_with_prefix(
         prefix_v,
         attn_mask=attention_mask,
         dropout_p=dropout,
-        is_causal=causal,
+        is_causal=said.causal,
+        window_size=said.window,
+        prefix_in_window=slides,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         softcap=softcap,
@@ -270,25 +176,6 @@ def attention_with_prefix(
     if memory is not None and not memory.inside:
         out = out + memory.added(query)
     return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
-
-
-def _read(mask: Tensor | None, is_causal: bool | None, module: nn.Module) -> tuple[Tensor | None, bool]:
-    """What a mask says: which keys are visible (None: all), and causality besides.
-
-    The mask was made by the function that the model asked for, so it knows. Where a model asked for none, the layer
-    says it, as it says it to transformers' own attention.
-    """
-    if mask is None:
-        return None, bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    return (mask[:, None, None, :], True) if mask.ndim == 2 else (mask, False)
-
-
-def _hides_later(mask: Tensor | None) -> bool:
-    """Whether an explicit mask hides every later token from an earlier one."""
-    if mask is None or mask.shape[-2] < 2 or mask.shape[-2] != mask.shape[-1] or mask.device.type == "meta":
-        return False
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return not bool(visible.triu(1).any())
 
 
 def _placed(found: LayerPrefix, call: PrefixCall, query: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -320,4 +207,4 @@ AttentionInterface.register(NAME, attention_with_prefix)
 AttentionMaskInterface.register(NAME, smallest_mask)
 for _form, _make in (("sdpa", sdpa_mask), ("eager", eager_mask)):
     AttentionInterface.register(EXPLICIT[_form], attention_with_prefix)
-    AttentionMaskInterface.register(EXPLICIT[_form], partial(_explicit_mask, _make))
+    AttentionMaskInterface.register(EXPLICIT[_form], partial(explicit_mask, _make))

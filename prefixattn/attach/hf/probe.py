@@ -25,6 +25,7 @@ class Site(NamedTuple):
     kv_heads: int
     head_dim: int
     causal: bool
+    window: int | None = None  # keys that a causal layer sees, the query's own among them
 
 
 class Trial(NamedTuple):
@@ -105,6 +106,14 @@ def _ordinary(model: Any) -> list[int]:
     special = {i for v in values for i in (v if isinstance(v, list | tuple) else [v]) if isinstance(i, int)}
     free = [i for i in range(min(tokens, 1000)) if i not in special] or list(range(tokens))
     return [free[(i + 1) * len(free) // (SOURCE + 1) % len(free)] for i in range(SOURCE)]
+
+
+def computing_dtype(model: Any, device: torch.device) -> torch.dtype:
+    # torch's question has no answer for meta, and raises
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    dtype: torch.dtype = model.dtype
+    return dtype
 
 
 def run(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[interface.Watched]]:
@@ -282,7 +291,9 @@ def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
     found: dict[str, list[Site]] = {}
     for call in calls:
         kind = _kind(call, base)
-        site = Site(paths[call.module], kind, call.heads, call.key.shape[1], call.key.shape[3], call.causal)
+        left = call.window[0]
+        window = left + 1 if call.causal and left >= 0 else None
+        site = Site(paths[call.module], kind, call.heads, call.key.shape[1], call.key.shape[3], call.causal, window)
         if all(site.path != known.path for known in found.setdefault(kind, [])):
             found[kind].append(site)
     flat = [site for kind in ("self", "encoder", "decoder", "cross") for site in found.get(kind, [])]

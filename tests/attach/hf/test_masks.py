@@ -7,6 +7,7 @@ import transformers
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.attach.hf import interface
+from prefixattn.attach.hf.masks import Read
 from prefixattn.testing.models import token_ids
 
 TEXT = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -109,7 +110,7 @@ def test_attention_over_another_sequence_is_known_by_its_length():
 def test_a_model_that_computes_something_else_is_refused_and_left(monkeypatch):
     model = build("LlamaModel", TEXT)
     plain = model(token_ids(2, 6))[0]
-    monkeypatch.setattr(interface, "_read", lambda *given: (None, False))  # masks are lost
+    monkeypatch.setattr(interface, "read", lambda *given: Read(None, False))  # masks are lost
     with pytest.raises(NotImplementedError, match="LlamaModel computes something else with the attention"):
         prefixattn.attach(model, FREE)
     torch.testing.assert_close(model(token_ids(2, 6))[0], plain, rtol=0, atol=0)
