@@ -147,7 +147,7 @@ def _try(adapter: HuggingFaceAdapter, config: PrefixConfig, rows: list[_Row], to
     ours = sliding.placed(ours, config, adapter.windows, inputs)
     with adapter.overriding(ours):
         expected, _ = probe.run(whole, inputs)
-    trial = probe.Trial(inputs, expected, None, probe.TOLERANCE.get(expected.dtype, probe.HALF))
+    trial = probe.Trial(inputs, expected, None, probe.tolerance(expected))
     with adapter.disabled():
         try:
             found, _ = probe.run(whole, inputs | {"past_key_values": _filled(adapter, one), "use_cache": True})

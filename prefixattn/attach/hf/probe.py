@@ -171,8 +171,8 @@ def trials(base: Any) -> list[Trial]:
         ) from error
     # the kernels of quantised weights round otherwise from call to call
     quantised = any(not t.is_floating_point() for t in base.parameters())
-    tolerance = HALF if quantised else TOLERANCE.get(out.dtype, HALF)
-    made = [Trial(inputs, out, None, tolerance)]
+    allowed = HALF if quantised else tolerance(out)
+    made = [Trial(inputs, out, None, allowed)]
     if "attention_mask" not in interface.arguments(base) or base.main_input_name != "input_ids":
         return made
     tokens = inputs["input_ids"].expand(2, SOURCE)
@@ -188,7 +188,13 @@ def trials(base: Any) -> list[Trial]:
     except Exception:  # it takes no such mask, and will say so
         return made
     fits = kept is None or out.shape[:2] == kept.shape
-    return [*made, Trial(inputs, out, kept, tolerance)] if fits else made
+    return [*made, Trial(inputs, out, kept, allowed)] if fits else made
+
+
+def tolerance(out: Tensor) -> float:
+    """How far two ways to the same `out` may be apart. Under autocast its type is not what it was computed in."""
+    autocasts = out.device.type != "meta" and torch.is_autocast_enabled(out.device.type) and out.dtype != torch.float64
+    return TOLERANCE.get(torch.get_autocast_dtype(out.device.type) if autocasts else out.dtype, HALF)
 
 
 def differs(trial: Trial, out: Tensor) -> float | None:

@@ -116,7 +116,7 @@ class SharedPrompt:
         whole, _ = probe.run(base, inputs | {"input_ids": tokens})
         with torch.no_grad(), evaluating(base), self(tokens[:, :first]):
             part, _ = probe.run(base, inputs | {"input_ids": tokens[:, first:]})
-        trial = probe.Trial(inputs, whole[:, first:], None, probe.TOLERANCE.get(whole.dtype, probe.HALF))
+        trial = probe.Trial(inputs, whole[:, first:], None, probe.tolerance(whole))
         if (apart := probe.differs(trial, part)) is not None:
             raise NotImplementedError(
                 f"{type(base).__name__} computes something else of tokens behind a shared prompt: its output "

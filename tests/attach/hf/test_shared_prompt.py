@@ -10,6 +10,7 @@ from prefixattn import PrefixConfig
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from prefixattn.attach import attached
+from prefixattn.attach.hf import probe
 from prefixattn.testing.models import DECODERS, VOCABULARY, tiny, token_ids
 
 LENGTHS = (7, 4)  # of the prompts
@@ -114,6 +115,14 @@ def test_half_types_err_no_more_than_the_repeated_batch(family, how):
     for name, truth, theirs, mine in zip(("logits", "gradients"), exact, *found, strict=True):
         bar = 2 * (theirs - truth).norm()
         assert (mine - truth).norm() <= bar, f"{name}: {(mine - truth).norm():.1e}, the bar is {bar:.1e}"
+
+
+def test_what_autocast_rounds_is_not_held_to_the_type_of_the_output():
+    out = torch.zeros(1)
+    strict, half = probe.tolerance(out), probe.tolerance(out.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert probe.tolerance(out) == half > strict
+        assert probe.tolerance(out.double()) < strict
 
 
 def test_a_token_that_only_prompts_have_gets_a_gradient():
