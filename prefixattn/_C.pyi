@@ -44,7 +44,7 @@ class Attn(TypedDict):
     prefix_dropout_p: float
     seed: _Address | None
 
-class OnCpu(TypedDict):
+class AttnOnCpu(Attn):
     window_left: int
     window_right: int
     prefix_in_window: bool
@@ -52,13 +52,13 @@ class OnCpu(TypedDict):
     cu_seqlens_k: _Address | None
     total_q: int
 
-class AttnFwd(Attn, OnCpu):
+class AttnFwd(AttnOnCpu):
     out: _Strided
     attended: _Strided | None
     lse: _Address
     mass: _Address | None
 
-class AttnBwd(Attn, OnCpu):
+class AttnBwd(AttnOnCpu):
     dout: _Strided
     out: _Strided | None
     lse: _Address

@@ -12,7 +12,7 @@ from prefixattn.attention.native import address, attn_fields, strided
 from prefixattn.attention.sinks import around_bwd, around_fwd
 
 if TYPE_CHECKING:
-    from prefixattn._C import Attn, OnCpu
+    from prefixattn._C import AttnOnCpu
 
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.DTYPES.items()}
 # every option of Call that the kernels have
@@ -82,12 +82,13 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
     return grads
 
 
-def _fields(call: Call) -> "Attn | OnCpu":
+def _fields(call: Call) -> "AttnOnCpu":
     """What both passes hand over."""
     fields = attn_fields(_C, DTYPES[call.q.dtype], call)
     if call.cu_seqlens_q is not None:
-        fields |= {"B": len(call.cu_seqlens_q) - 1, "L": call.max_seqlen_q, "S": call.max_seqlen_k}
-    return fields | {
+        fields["B"], fields["L"], fields["S"] = len(call.cu_seqlens_q) - 1, call.max_seqlen_q, call.max_seqlen_k
+    return {
+        **fields,
         "window_left": call.window_left,
         "window_right": call.window_right,
         "prefix_in_window": call.prefix_in_window,

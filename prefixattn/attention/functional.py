@@ -94,7 +94,8 @@ def prefix_attention(
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
-        *(sinks, window_size, prefix_in_window, return_prefix_mass, backend),
+        *(sinks, window_size, prefix_in_window),
+        *(return_prefix_mass, backend),
     )
     results = _asked_for(*_without_softmax(prefix_attn(*form), form, dropout_p), return_lse, return_prefix_mass)
     if not one_sample:
@@ -149,7 +150,8 @@ def prefix_attention_qkvpacked(
         *(dropout_p, is_causal, scale, False),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
-        *(sinks, window_size, prefix_in_window, return_prefix_mass, backend),
+        *(sinks, window_size, prefix_in_window),
+        *(return_prefix_mass, backend),
     )
     out, lse, mass = _without_softmax(prefix_attn_qkvpacked(qkv, *form), form, dropout_p)
     # contiguous as it is, unless qkv's own axes lie in another order
@@ -214,7 +216,8 @@ def prefix_attention_varlen(
         *(dropout_p, is_causal, scale, enable_gqa),
         *(prefix_ids, prefix_lengths, prefix_dropout_p),
         *(memory, phi, softcap),
-        *(sinks, window_size, prefix_in_window, return_prefix_mass, backend),
+        *(sinks, window_size, prefix_in_window),
+        *(return_prefix_mass, backend),
         Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
     )
     out, lse, mass = _without_softmax(prefix_attn(*form), form, dropout_p)

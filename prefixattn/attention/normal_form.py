@@ -84,7 +84,7 @@ def normal_form(
     S, T, P = k.shape[2], prefix_k.shape[0], prefix_k.shape[2]
     if sequences is not None:
         sequences = packing.normal(sequences, q, k)
-        B, L, S = sequences.count, sequences.max_seqlen_q, sequences.max_seqlen_k
+        B, L, S = sequences.number, sequences.max_seqlen_q, sequences.max_seqlen_k
     if prefix_ids is not None:
         check_indices("prefix_ids", prefix_ids, (B,), "[B]", q)
         check_range("prefix_ids", prefix_ids, T - 1, "T", T)
@@ -111,15 +111,14 @@ def normal_form(
     if torch.compiler.is_compiling():
         q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
     q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
-    offsets, most = (None, None), (0, 0)
-    if sequences is not None:
-        offsets, most = sequences[:2], sequences[2:]
     call = Call(
-        q, k, v, prefix_k, prefix_v, attn_mask, sinks, memory, prefix_ids, lengths, *offsets, seed,
+        q, k, v, prefix_k, prefix_v, attn_mask, sinks, memory, prefix_ids, lengths, seed=seed,
         dropout_p=dropout_p, prefix_dropout_p=prefix_dropout_p, is_causal=is_causal, scale=scale, phi=phi,
         softcap=0.0 if softcap is None else softcap,
-        window_left=left, window_right=right, prefix_in_window=in_window, max_seqlen_q=most[0], max_seqlen_k=most[1],
+        window_left=left, window_right=right, prefix_in_window=in_window,
     )  # fmt: skip
+    if sequences is not None:
+        call = call._replace(**sequences._asdict())
     needs = _wanted(call)
     chosen = backends.choose(backend, call, needs)
     return call, Wants(return_prefix_mass, _keeps_attended(memory, needs)), chosen

@@ -21,7 +21,7 @@ class Sequences(NamedTuple):
     max_seqlen_k: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return self.cu_seqlens_q.shape[0] - 1
 
 

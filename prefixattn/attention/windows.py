@@ -1,11 +1,13 @@
 """Sliding windows: what `window_size` of a call may be, and the bounds that backends read."""
 
+from typing import Any
+
 import torch
 
 UNBOUNDED = -1
 
 
-def check(window_size: object, prefix_in_window: object) -> None:
+def check(window_size: Any, prefix_in_window: object) -> None:
     """ValueError for anything but two integers from -1 up, and for a flag that is none."""
     two = isinstance(window_size, (tuple, list)) and len(window_size) == 2
     if not two or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in window_size):

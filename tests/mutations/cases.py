@@ -41,7 +41,7 @@ MISTAKES = (
     Mistake("prefixattn/attention/ops.py", "grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]\n    return *grads", "grads = list(grads)\n    return *grads", "tests/attention/test_prefix_attn.py tests/attention/test_qkvpacked.py -k 'reference and nobody'"),
     Mistake("prefixattn/attention/normal_form.py", "        scale = D**-0.5 if D else 1.0\n", "        scale = 1.0\n", REFERENCE),
     Mistake("prefixattn/attention/reference.py", "delta = delta - given.dlse.to(delta.dtype)", "delta = delta + given.dlse.to(delta.dtype)", REFERENCE),
-    Mistake("prefixattn/attention/reference.py", "total = _over_batch(dkeys[:, :, :P], keep_k,", "total = _over_batch(dkeys[:, :, :P], 1.0,", "tests/attention/test_dropout.py -k reference"),
+    Mistake("prefixattn/attention/reference.py", "prefix_k=dkeys[:, :, :P] * keep_k", "prefix_k=dkeys[:, :, :P]", "tests/attention/test_dropout.py -k reference"),
     Mistake("prefixattn/attention/layout.py", "return torch.float64 if q.dtype in (torch.float32, torch.float64)", "return torch.float64 if q.dtype in (torch.float64,)", "tests/attention/test_accuracy_sums.py tests/attention/test_compile.py -k 'few_queries or opcheck'"),
     Mistake("prefixattn/reparam/reference.py", "    return 1 - z.tanh().square()\n", "    return 1 - z.tanh()\n", "tests/reparam/test_reparam.py -k reference"),
     # attach

@@ -59,10 +59,9 @@ constexpr int64_t kFar = INT64_MAX / 4;  // no bound, and no overflow when it is
 template <class Params>
 Band own_band(const Params &p) {
     const int64_t offset = causal_offset(p);
-    return {p.window_left < 0 ? -kFar : offset - p.window_left,
-            p.causal             ? offset
-            : p.window_right < 0 ? kFar
-                                 : offset + p.window_right};
+    return {p.window_left < 0 ? -kFar : offset - p.window_left, p.causal             ? offset
+                                                                : p.window_right < 0 ? kFar
+                                                                                     : offset + p.window_right};
 }
 // Of a sample's prefix, by its rows.
 template <class Params>

@@ -11,7 +11,7 @@ struct TileBlock {  // of queries
     int64_t h;
     QueryBlock q;
     int64_t prefix_begin, own_begin, own_end;  // virtual keys that it sees begin and end here
-    float *queries, *acc;  // [words of D][32], and out [D][32], transposed
+    float *queries, *acc;                      // [words of D][32], and out [D][32], transposed
     alignas(64) float pivot[kTileLanes], prefix_sum[kTileLanes], own_sum[kTileLanes];
 };
 
