@@ -9,7 +9,6 @@ outside the timed call, concatenations inside. Times are of the process's proces
 """
 
 import argparse
-import random
 import sys
 import time
 import warnings
@@ -29,7 +28,7 @@ from prefixattn import prefix_attention, prefix_attention_varlen
 
 COUNT, SHORTEST, LONGEST = 64, 20, 90
 H, P, D = 12, 5, 64
-LENGTHS = [random.Random(0).randint(SHORTEST, LONGEST) for _ in range(COUNT)]
+LENGTHS = torch.randint(SHORTEST, LONGEST + 1, (COUNT,), generator=torch.Generator().manual_seed(0)).tolist()
 OFFSETS = torch.tensor([0, *LENGTHS]).cumsum(0)
 TOTAL, MOST = int(OFFSETS[-1]), max(LENGTHS)
 SEEN = torch.arange(MOST) < torch.tensor(LENGTHS)[:, None]  # [COUNT, MOST], where there is a token
