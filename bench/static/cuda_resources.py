@@ -6,6 +6,10 @@
     python -m bench.static.cuda_resources --built build/PLATFORM/cuda    # what setup.py compiled
 
 nvcc is found as setup.py finds it; cuobjdump and nvdisasm are Triton's, or on PATH, or of the wheels of those names.
+
+`shared` is what a launch of the kernel asks for, in bytes, by the plan of a call whose size the kernel is for; null: on
+that architecture no call leads to the kernel, as a block has not the shared memory. `blocks` is how many of them a
+multiprocessor holds at once, and `bound` what keeps it from more.
 """
 
 import argparse
@@ -18,18 +22,45 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness.command import NOTHING, command
 from bench.harness.record import write_rows
-from bench.static import kernel_sources
+from bench.static import cuda_counts, kernel_sources
+from bench.static.triton_shapes import TargetShape
 from build_support import cuda
+from prefixattn.attention.cuda import load
 
-REGISTERS = 65536  # of a multiprocessor, on every GPU from sm_80 to sm_100
-THREADS = 2048  # likewise, of those below
-ARCHS = "sm_80", "sm_90", "sm_100"  # sm_86 and sm_89 have the instructions and registers of sm_80
+KIB = 1024
+
+
+class Gpu(NamedTuple):
+    """What a multiprocessor has; from the tables of CUDA's programming guide."""
+
+    processors: int  # of a GPU of that architecture: A100, A6000, L40S, H200, B200
+    shared: int  # bytes, of which each block costs RESERVED beside its own
+    threads: int
+    blocks: int
+
+    @property
+    def offers(self) -> tuple[int, int]:
+        """Shared memory of a block, and processors: what a plan is made by."""
+        return self.shared - RESERVED, self.processors
+
+
+REGISTERS, PARTITIONS = 65536, 4  # of a multiprocessor, on all of these; a warp's registers are those of one partition
+RESERVED = KIB
+GPUS = {
+    "sm_80": Gpu(108, 164 * KIB, 2048, 32),
+    "sm_86": Gpu(84, 100 * KIB, 1536, 16),
+    "sm_89": Gpu(142, 100 * KIB, 1536, 24),
+    "sm_90": Gpu(132, 228 * KIB, 2048, 32),
+    "sm_100": Gpu(148, 228 * KIB, 2048, 32),
+}
+ARCHS = cuda.ARCHS
 UNITS = [f"{p}_{instance}" for p in cuda.PASSES for instance in cuda.INSTANCES]
 # what a kernel lives by, and what it must not have: accesses to its stack
 COUNTED = {"mma": "HMMA", "ldmatrix": "LDSM", "copy_async": "LDGSTS", "exp2": "MUFU.EX2", "spill": "(STL|LDL)"}
@@ -93,17 +124,60 @@ def kernels(cubin: Path, arch: str) -> Iterator[dict[str, Any]]:
     code = dict(re.findall(r"\.text\.(\S+):\n((?:.*\n)*?)(?=\.text\.|\Z)", run(tool("nvdisasm"), "-c", str(cubin))))
     for name, registers, stack in re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+)", used):
         counts = {word: len(re.findall(rf"\s{pattern}\b", code[name])) for word, pattern in COUNTED.items()}
-        block = int(threads[name], 16)
         yield {
-            "arch": arch, "kernel": plain_name(name), "threads": block, "registers": int(registers),
-            "stack": int(stack), "blocks": blocks(int(registers), block), **counts,
+            "arch": arch, "kernel": plain_name(name), "threads": int(threads[name], 16), "registers": int(registers),
+            "stack": int(stack), **counts,
         }  # fmt: skip
 
 
-def blocks(registers: int, threads: int) -> int:
-    """How many a multiprocessor has registers and threads for; shared memory, which a call decides, aside."""
+def occupancy(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a launch, or, where there is none, by registers and threads."""
+    shared = launched(row["kernel"], row["arch"])
+    held, bound = blocks(GPUS[row["arch"]], row["registers"], row["threads"], shared or 0)
+    return {"shared": shared, "blocks": held, "bound": bound}
+
+
+def blocks(gpu: Gpu, registers: int, threads: int, shared: int) -> tuple[int, str]:
+    """How many a multiprocessor holds, and what keeps it from more."""
+    warps = threads // 32
     a_warp = -(-registers * 32 // 256) * 256
-    return min(REGISTERS // (a_warp * threads // 32), THREADS // threads)
+    found = {
+        "registers": REGISTERS // PARTITIONS // a_warp * PARTITIONS // warps,
+        "shared": gpu.shared // (-(-shared // 128) * 128 + RESERVED),
+        "threads": gpu.threads // threads,
+        "blocks": gpu.blocks,
+    }
+    bound = min(found, key=lambda what: found[what])
+    return found[bound], bound
+
+
+@cache
+def module() -> Any:
+    """The kernels on the host machine, which make the plans of calls for GPUs that are not here."""
+    found, reason = load(cuda_counts.library())
+    if found is None:
+        raise RuntimeError(reason)
+    return found
+
+
+def call_for(kernel: str) -> TargetShape:
+    """A call for a kernel by its plain name: as many keys as it holds, or more than any of the short ones holds."""
+    name, _, D, *rest = re.findall(r"\w+", kernel)
+    keys, plain = 627, False
+    if name == "FwdShort":
+        keys, plain = int(rest[0]), rest[1] == "true"
+    elif name == "BwdShort":
+        keys = 207 if rest == ["2"] else 128
+    causal, none = name == "FwdShort" and not plain, (0.0, 0.0)
+    return TargetShape(kernel, 4, 12, 12, keys - 10, 10, int(D), causal, True, none, 0, 0, none, 0)
+
+
+def launched(kernel: str, arch: str) -> int | None:
+    """The shared memory that a launch of a kernel asks for, or None where its call leads to other kernels."""
+    shape, name = call_for(kernel), kernel.partition("<")[0]
+    called = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() + ("_plain" if kernel.endswith("true>") else "")
+    made = cuda_counts.plan(module(), cuda_counts.call_of(shape, shape.B, shape.Hkv, False), GPUS[arch].offers)
+    return next((step["shared_bytes"] for each in made for step in each if step["kernel"] == called), None)
 
 
 def plain_name(mangled: str) -> str:
@@ -131,6 +205,7 @@ def measure(archs: list[str], only: str, built: Path | None) -> list[dict[str, A
             cubins = [cubin for unit in units for cubin in unpacked(unit, built, folder)]
             found = [row for cubin, arch in cubins if arch in archs for row in kernels(cubin, arch)]
     for row in found:
+        row |= occupancy(row)
         print(*row.values(), file=sys.stderr)
     return sorted(found, key=lambda row: (archs.index(row["arch"]), row["kernel"]))
 
