@@ -7,9 +7,9 @@
 
 nvcc is found as setup.py finds it; cuobjdump and nvdisasm are Triton's, or on PATH, or of the wheels of those names.
 
-`shared` is what a launch of the kernel asks for, in bytes, by the plan of a call whose size the kernel is for; null: on
-that architecture no call leads to the kernel, as a block has not the shared memory. `blocks` is how many of them a
-multiprocessor holds at once, and `bound` what keeps it from more.
+`shared` is what a launch of the kernel asks for, in bytes, by the plan of a call with the most keys that lead to it,
+and without a mask; null: on that architecture no call leads to it, as a block has not the shared memory. `blocks` is
+how many of them a multiprocessor holds at once, and `bound` what keeps it from more.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -51,6 +51,7 @@ class Gpu(NamedTuple):
         return self.shared - RESERVED, self.processors
 
 
+LONG = 640  # keys, more than a kernel for short axes takes
 REGISTERS, PARTITIONS = 65536, 4  # of a multiprocessor, on all of these; a warp's registers are those of one partition
 RESERVED = KIB
 GPUS = {
@@ -160,24 +161,29 @@ def module() -> Any:
     return found
 
 
-def call_for(kernel: str) -> TargetShape:
-    """A call for a kernel by its plain name: as many keys as it holds, or more than any of the short ones holds."""
+def calls_for(kernel: str) -> Iterator[TargetShape]:
+    """Calls that may lead to a kernel, by its plain name: to one for short axes with as many keys as it holds first."""
     name, _, D, *rest = re.findall(r"\w+", kernel)
-    keys, plain = 627, False
+    sizes: Sequence[int] = [LONG]
     if name == "FwdShort":
-        keys, plain = int(rest[0]), rest[1] == "true"
-    elif name == "BwdShort":
-        keys = 207 if rest == ["2"] else 128
-    causal, none = name == "FwdShort" and not plain, (0.0, 0.0)
-    return TargetShape(kernel, 4, 12, 12, keys - 10, 10, int(D), causal, True, none, 0, 0, none, 0)
+        sizes = [int(rest[0])]
+    elif name == "BwdShort":  # by its tiles of 128 keys
+        sizes = range(128 * int(rest[0]), 128 * (int(rest[0]) - 1), -16)
+    causal, none = name == "FwdShort" and rest[1] == "false", (0.0, 0.0)
+    for keys in sizes:
+        yield TargetShape(kernel, 4, 12, 12, keys - 10, 10, int(D), causal, True, none, 0, 0, none, 0)
 
 
 def launched(kernel: str, arch: str) -> int | None:
-    """The shared memory that a launch of a kernel asks for, or None where its call leads to other kernels."""
-    shape, name = call_for(kernel), kernel.partition("<")[0]
-    called = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() + ("_plain" if kernel.endswith("true>") else "")
-    made = cuda_counts.plan(module(), cuda_counts.call_of(shape, shape.B, shape.Hkv, False), GPUS[arch].offers)
-    return next((step["shared_bytes"] for each in made for step in each if step["kernel"] == called), None)
+    """The shared memory that a launch of a kernel asks for, or None where no call leads to it."""
+    called = re.sub(r"\B(?=[A-Z])", "_", kernel.partition("<")[0]).lower() + "_plain" * kernel.endswith("true>")
+    for shape in calls_for(kernel):
+        call = cuda_counts.call_of(shape, shape.B, shape.Hkv, filled=False)
+        forward, backward = cuda_counts.plan(module(), call, GPUS[arch].offers)
+        for step in forward + backward:
+            if step["kernel"] == called:
+                return int(step["shared_bytes"])
+    return None
 
 
 def plain_name(mangled: str) -> str:

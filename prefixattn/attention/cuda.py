@@ -180,7 +180,8 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
     """The call as the kernels can read it; a refusal if a tensor of it or of `others` has another type or device."""
     q = call.q
     named = {name: getattr(call, name) for name in _TENSORS} | others
-    types = dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v", *others), (q.dtype,))
+    names = "q", "k", "v", "prefix_k", "prefix_v", *others
+    types: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(names, (q.dtype,))
     types["attn_mask"] = torch.bool, torch.float32, q.dtype
     # an exported program, or parts of it, can be moved or cast after its backend was chosen
     for name, t in named.items():
