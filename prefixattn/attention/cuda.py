@@ -188,9 +188,9 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
         if t is None:
             continue
         if t.device != q.device or t.dtype not in types.get(name, (t.dtype,)) or q.dtype not in DTYPES:
+            expected = "bool, float32 or q's type" if name == "attn_mask" else "bfloat16 or float16 as q"
             raise NotImplementedError(
-                f"the cuda kernels were called with {name} {t.dtype} on {t.device}; "
-                f"expected bfloat16 or float16 as q, on {q.device}"
+                f"the cuda kernels were called with {name} {t.dtype} on {t.device}; expected {expected}, on {q.device}"
             )
     ids, lengths = call.prefix_ids, call.prefix_lengths
     return call._replace(

@@ -13,7 +13,7 @@ from bench.static.cuda_counts import ALL
 from bench.static.cuda_counts import plan as planned
 from prefixattn import backends, prefix_attention_qkvpacked
 from prefixattn.attention import cuda
-from prefixattn.attention.call import Call, Needs
+from prefixattn.attention.call import Call, Needs, Wants
 from prefixattn.attention.native import attn_fields
 from prefixattn.testing.attention import FEATURES, Shape, make_inputs, objections, ours, packed, suited
 from tests.conftest import DEVICE
@@ -57,6 +57,14 @@ def test_the_gradient_of_a_bias_is_refused() -> None:
     inputs = make_inputs(Shape(2, 2, 2, 9, 9, 4, 64), torch.bfloat16, **FEATURES["key_bias"])
     assert "attn_mask needs a gradient (triton has it)" in objections("cuda", inputs)
     assert suited("cuda", inputs)[1] == ""  # of a bias that wants none there is nothing to say
+
+
+def test_a_mask_that_was_cast_since_is_refused() -> None:
+    call = call_of(Shape(1, 1, 1, 9, 9, 4, 64))
+    with pytest.raises(
+        NotImplementedError, match=r"attn_mask torch.float64 on cpu; expected bool, float32 or q's type"
+    ):
+        cuda.fwd(call._replace(attn_mask=torch.zeros(1, 1, 1, 9, dtype=torch.float64)), Wants())
 
 
 def test_softmax_dropout_is_refused() -> None:
