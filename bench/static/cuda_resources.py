@@ -216,6 +216,21 @@ def measure(archs: list[str], only: str, built: Path | None) -> list[dict[str, A
     return sorted(found, key=lambda row: (archs.index(row["arch"]), row["kernel"]))
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Blocks that a multiprocessor holds, with a star where shared memory is what keeps it from more."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = [f"| kernel | warps | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
+    held: dict[str, dict[str, str]] = {}
+    for row in rows:
+        kernel = f"`{re.sub(r'(BF16|FP16), ', '', row['kernel'])}` | {row['threads'] // 32}"
+        words = "-" if row["shared"] is None else f"{row['blocks']}{'*' * (row['bound'] == 'shared')}"
+        of_arch = held.setdefault(kernel, {})
+        if of_arch.setdefault(row["arch"], words) != words:
+            of_arch[row["arch"]] += f", {words}"  # the two types differ
+    lines += [f"| {kernel} | {' | '.join(of_arch[arch] for arch in archs)} |" for kernel, of_arch in held.items()]
+    return "\n".join(lines)
+
+
 def compiler() -> str:
     return cuda.version_of([str(cuda.find_toolkit().nvcc)], -2)
 
@@ -230,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = measure(options.arch or list(ARCHS), options.only, options.built)
+    print(markdown(rows))
     record = {"compiler": compiler(), "sources": kernel_sources.native_digest(), "rows": rows}
     if options.out:
         write_rows(options.out, record)

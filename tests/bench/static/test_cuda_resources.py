@@ -64,14 +64,22 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
 def test_kernels_live_by_tensor_cores_and_matrix_loads() -> None:
     for row in recorded()["rows"]:
         assert row["mma"] and row["ldmatrix"] and row["copy_async"] and row["exp2"], row
-        assert row["blocks"] * row["threads"] >= 256, row  # two warps for each scheduler
+        registers_for, _ = cuda_resources.blocks(cuda_resources.GPUS[row["arch"]], row["registers"], row["threads"], 0)
+        assert registers_for * row["threads"] >= 256, row  # two warps for each scheduler
+        assert row["blocks"] * row["threads"] >= 128 and (row["bound"] == "shared" or row["blocks"] == registers_for)
+
+
+def test_the_documents_show_how_many_blocks_there_are() -> None:
+    shown = (ROOT / "docs" / "kernels" / "cuda.md").read_text(encoding="utf-8")
+    assert cuda_resources.markdown(recorded()["rows"]) in shown
 
 
 def test_what_a_multiprocessor_holds() -> None:
     large, small = cuda_resources.GPUS["sm_80"], cuda_resources.GPUS["sm_86"]
     assert cuda_resources.blocks(large, 168, 128, 53248) == (3, "registers")
     assert cuda_resources.blocks(large, 255, 256, 0) == (1, "registers")
-    assert cuda_resources.blocks(large, 128, 128, 80 * 1024) == (2, "shared")  # each costs 1 KiB beside its own
+    assert cuda_resources.blocks(large, 128, 128, 81 * 1024) == (2, "shared")
+    assert cuda_resources.blocks(large, 128, 128, 82 * 1024) == (1, "shared")  # each costs 1 KiB beside its own
     assert cuda_resources.blocks(small, 128, 128, 80 * 1024) == (1, "shared")
     assert cuda_resources.blocks(small, 32, 512, 0) == (3, "threads")
     assert cuda_resources.blocks(small, 24, 32, 0) == (16, "blocks")
