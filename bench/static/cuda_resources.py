@@ -6,6 +6,10 @@
     python -m bench.static.cuda_resources --built build/PLATFORM/cuda    # what setup.py compiled
 
 nvcc is found as setup.py finds it; cuobjdump and nvdisasm are Triton's, or on PATH, or of the wheels of those names.
+
+`shared` is what a launch of the kernel asks for, in bytes, by the plan of a call with the most keys that lead to it,
+and without a mask; null: on that architecture no call leads to it, as a block has not the shared memory. `blocks` is
+how many of them a multiprocessor holds at once, and `bound` what keeps it from more.
 """
 
 import argparse
@@ -16,20 +20,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness.command import NOTHING, command
 from bench.harness.record import write_rows
-from bench.static import kernel_sources
+from bench.static import cuda_counts, kernel_sources
+from bench.static.triton_shapes import TargetShape
 from build_support import cuda
+from prefixattn.attention.cuda import load
 
-REGISTERS = 65536  # of a multiprocessor, on every GPU from sm_80 to sm_100
-THREADS = 2048  # likewise, of those below
-ARCHS = "sm_80", "sm_90", "sm_100"  # sm_86 and sm_89 have the instructions and registers of sm_80
+KIB = 1024
+
+
+class Gpu(NamedTuple):
+    """What a multiprocessor has; from the tables of CUDA's programming guide."""
+
+    processors: int  # of a GPU of that architecture: A100, A6000, L40S, H200, B200
+    shared: int  # bytes, of which each block costs RESERVED beside its own
+    threads: int
+    blocks: int
+
+    @property
+    def offers(self) -> tuple[int, int]:
+        """Shared memory of a block, and processors: what a plan is made by."""
+        return self.shared - RESERVED, self.processors
+
+
+LONG = 640  # keys, more than a kernel for short axes takes
+REGISTERS, PARTITIONS = 65536, 4  # of a multiprocessor, on all of these; a warp's registers are those of one partition
+RESERVED = KIB
+GPUS = {
+    "sm_80": Gpu(108, 164 * KIB, 2048, 32),
+    "sm_86": Gpu(84, 100 * KIB, 1536, 16),
+    "sm_89": Gpu(142, 100 * KIB, 1536, 24),
+    "sm_90": Gpu(132, 228 * KIB, 2048, 32),
+    "sm_100": Gpu(148, 228 * KIB, 2048, 32),
+}
+ARCHS = cuda.ARCHS
 UNITS = [f"{p}_{instance}" for p in cuda.PASSES for instance in cuda.INSTANCES]
 # what a kernel lives by, and what it must not have: accesses to its stack
 COUNTED = {"mma": "HMMA", "ldmatrix": "LDSM", "copy_async": "LDGSTS", "exp2": "MUFU.EX2", "spill": "(STL|LDL)"}
@@ -93,17 +125,65 @@ def kernels(cubin: Path, arch: str) -> Iterator[dict[str, Any]]:
     code = dict(re.findall(r"\.text\.(\S+):\n((?:.*\n)*?)(?=\.text\.|\Z)", run(tool("nvdisasm"), "-c", str(cubin))))
     for name, registers, stack in re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+)", used):
         counts = {word: len(re.findall(rf"\s{pattern}\b", code[name])) for word, pattern in COUNTED.items()}
-        block = int(threads[name], 16)
         yield {
-            "arch": arch, "kernel": plain_name(name), "threads": block, "registers": int(registers),
-            "stack": int(stack), "blocks": blocks(int(registers), block), **counts,
+            "arch": arch, "kernel": plain_name(name), "threads": int(threads[name], 16), "registers": int(registers),
+            "stack": int(stack), **counts,
         }  # fmt: skip
 
 
-def blocks(registers: int, threads: int) -> int:
-    """How many a multiprocessor has registers and threads for; shared memory, which a call decides, aside."""
+def occupancy(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a launch, or, where there is none, by registers and threads."""
+    shared = launched(row["kernel"], row["arch"])
+    held, bound = blocks(GPUS[row["arch"]], row["registers"], row["threads"], shared or 0)
+    return {"shared": shared, "blocks": held, "bound": bound}
+
+
+def blocks(gpu: Gpu, registers: int, threads: int, shared: int) -> tuple[int, str]:
+    """How many a multiprocessor holds, and what keeps it from more."""
+    warps = threads // 32
     a_warp = -(-registers * 32 // 256) * 256
-    return min(REGISTERS // (a_warp * threads // 32), THREADS // threads)
+    found = {
+        "registers": REGISTERS // PARTITIONS // a_warp * PARTITIONS // warps,
+        "shared": gpu.shared // (-(-shared // 128) * 128 + RESERVED),
+        "threads": gpu.threads // threads,
+        "blocks": gpu.blocks,
+    }
+    bound = min(found, key=lambda what: found[what])
+    return found[bound], bound
+
+
+@cache
+def module() -> Any:
+    """The kernels on the host machine, which make the plans of calls for GPUs that are not here."""
+    found, reason = load(cuda_counts.library())
+    if found is None:
+        raise RuntimeError(reason)
+    return found
+
+
+def calls_for(kernel: str) -> Iterator[TargetShape]:
+    """Calls that may lead to a kernel, by its plain name: to one for short axes with as many keys as it holds first."""
+    name, _, D, *rest = re.findall(r"\w+", kernel)
+    sizes: Sequence[int] = [LONG]
+    if name == "FwdShort":
+        sizes = [int(rest[0])]
+    elif name == "BwdShort":  # by its tiles of 128 keys
+        sizes = range(128 * int(rest[0]), 128 * (int(rest[0]) - 1), -16)
+    causal, none = name == "FwdShort" and rest[1] == "false", (0.0, 0.0)
+    for keys in sizes:
+        yield TargetShape(kernel, 4, 12, 12, keys - 10, 10, int(D), causal, True, none, 0, 0, none, 0)
+
+
+def launched(kernel: str, arch: str) -> int | None:
+    """The shared memory that a launch of a kernel asks for, or None where no call leads to it."""
+    called = re.sub(r"\B(?=[A-Z])", "_", kernel.partition("<")[0]).lower() + "_plain" * kernel.endswith("true>")
+    for shape in calls_for(kernel):
+        call = cuda_counts.call_of(shape, shape.B, shape.Hkv, filled=False)
+        forward, backward = cuda_counts.plan(module(), call, GPUS[arch].offers)
+        for step in forward + backward:
+            if step["kernel"] == called:
+                return int(step["shared_bytes"])
+    return None
 
 
 def plain_name(mangled: str) -> str:
@@ -131,8 +211,24 @@ def measure(archs: list[str], only: str, built: Path | None) -> list[dict[str, A
             cubins = [cubin for unit in units for cubin in unpacked(unit, built, folder)]
             found = [row for cubin, arch in cubins if arch in archs for row in kernels(cubin, arch)]
     for row in found:
+        row |= occupancy(row)
         print(*row.values(), file=sys.stderr)
     return sorted(found, key=lambda row: (archs.index(row["arch"]), row["kernel"]))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Blocks that a multiprocessor holds, with a star where shared memory is what keeps it from more."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = [f"| kernel | warps | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
+    held: dict[str, dict[str, str]] = {}
+    for row in rows:
+        kernel = f"`{re.sub(r'(BF16|FP16), ', '', row['kernel'])}` | {row['threads'] // 32}"
+        words = "-" if row["shared"] is None else f"{row['blocks']}{'*' * (row['bound'] == 'shared')}"
+        of_arch = held.setdefault(kernel, {})
+        if of_arch.setdefault(row["arch"], words) != words:
+            of_arch[row["arch"]] += f", {words}"  # the two types differ
+    lines += [f"| {kernel} | {' | '.join(of_arch[arch] for arch in archs)} |" for kernel, of_arch in held.items()]
+    return "\n".join(lines)
 
 
 def compiler() -> str:
@@ -149,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = measure(options.arch or list(ARCHS), options.only, options.built)
+    print(markdown(rows))
     record = {"compiler": compiler(), "sources": kernel_sources.native_digest(), "rows": rows}
     if options.out:
         write_rows(options.out, record)

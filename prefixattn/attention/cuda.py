@@ -4,7 +4,6 @@ With PREFIXATTN_CUDA_HOST=FILE, the library that `setup.py build_cuda_host` make
 and with every access checked: it is for tests, and it takes tensors on the CPU instead.
 """
 
-import importlib
 import importlib.util
 import json
 import os
@@ -42,7 +41,9 @@ def load(path: str | None) -> tuple[Any, str]:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module, ""
-        return importlib.import_module("prefixattn._cuda"), ""
+        import prefixattn._cuda as _cuda  # not there where it was not built
+
+        return _cuda, ""
     except ModuleNotFoundError:
         return None, "prefixattn._cuda is not built" + _build_failure()
     except (ImportError, OSError) as error:  # there, but the loader refuses it
@@ -75,8 +76,10 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
         reasons.append(f"dtype={q.dtype}; needs bfloat16 or float16 (triton has float32)")
     if q.shape[3] not in HEAD_DIMS:
         reasons.append(f"head_dim={q.shape[3]}; needs 64 or 128 (triton has all up to 256)")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1):
-        reasons.append(f"attn_mask {list(mask.shape)} {mask.dtype}; needs a bool [B, 1, 1, S] (triton has all masks)")
+    if mask is not None and mask.shape[2] != 1:
+        reasons.append(f"attn_mask {list(mask.shape)}; needs one of keys, [B, H, 1, S] (triton has all masks)")
+    if needs.attn_mask:
+        reasons.append("attn_mask needs a gradient (triton has it)")
     # within a head the kernels count elements in 32 bits
     operands = {"q": q, "k": call.k, "v": call.v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v}
     for name, t in operands.items():
@@ -177,13 +180,17 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
     """The call as the kernels can read it; a refusal if a tensor of it or of `others` has another type or device."""
     q = call.q
     named = {name: getattr(call, name) for name in _TENSORS} | others
-    floats = "q", "k", "v", "prefix_k", "prefix_v", *others
+    names = "q", "k", "v", "prefix_k", "prefix_v", *others
+    types: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(names, (q.dtype,))
+    types["attn_mask"] = torch.bool, torch.float32, q.dtype
     # an exported program, or parts of it, can be moved or cast after its backend was chosen
     for name, t in named.items():
-        if t is not None and (t.device != q.device or (name in floats and t.dtype != q.dtype) or q.dtype not in DTYPES):
+        if t is None:
+            continue
+        if t.device != q.device or t.dtype not in types.get(name, (t.dtype,)) or q.dtype not in DTYPES:
+            expected = "bool, float32 or q's type" if name == "attn_mask" else "bfloat16 or float16 as q"
             raise NotImplementedError(
-                f"the cuda kernels were called with {name} {t.dtype} on {t.device}; "
-                f"expected bfloat16 or float16 as q, on {q.device}"
+                f"the cuda kernels were called with {name} {t.dtype} on {t.device}; expected {expected}, on {q.device}"
             )
     ids, lengths = call.prefix_ids, call.prefix_lengths
     return call._replace(

@@ -137,7 +137,7 @@ def test_wheel_holds_the_package_and_nothing_else(archives: tuple[Path, set[str]
     _, wheel, _ = archives
     package = set(map(str, python_files()))
     inside = {name for name in wheel if ".dist-info/" not in name}
-    assert inside - {"prefixattn/py.typed", "prefixattn/_C.pyi"} == package | RECORDS
+    assert inside - {"prefixattn/py.typed", "prefixattn/_C.pyi", "prefixattn/_cuda.pyi"} == package | RECORDS
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
     assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
 

@@ -16,6 +16,7 @@ struct DsTile {
     }
 };
 
+// A [16][16], A[m][k] = tile[row + k][column + m].
 PA_DEVICE void load_a_transposed(uint32_t (&a)[4], const DsTile &tile, int row, int column) {
     hw::ldmatrix_trans(a, tile.piece(row + along_row(), column / kPiece + along_piece()));
 }

@@ -46,10 +46,8 @@ struct Stage {
     static_assert(kThreads % kQueries == 0 && kThreadsARow <= hw::kWarp && kPiecesAThread >= 1, "a row has threads");
 
     hw::Shared at;
-    // of this thread's row, in the step that was asked for last; `given` is delta, or what dlse takes from it
-    float lse, given;
 
-    PA_DEVICE explicit Stage(hw::Shared begin) : at(begin), lse(kMinusInf), given(0.f) {}
+    PA_DEVICE explicit Stage(hw::Shared begin) : at(begin) {}
 
     PA_DEVICE Tile<D> q(int i) const { return {at + i * kOne}; }
     PA_DEVICE Tile<D> dout(int i) const { return {at + (i * kOne + kTile)}; }
@@ -66,8 +64,13 @@ struct Stage {
         }
     };
 
-    // Asks for a step's rows. A barrier since stage i was read, and the commit, are the caller's.
-    PA_DEVICE void ask(const BwdLaunch &p, int i, int b, int h, int l0, bool queries) {
+    // Of [B, H, L]: delta, or what is taken from it, which may be null.
+    PA_DEVICE static const float *given(const BwdLaunch &p) { return kMakesDelta ? p.dlse : p.delta; }
+
+    // Asks for a step's rows, and for lse and what is given where their numbers will be: in registers they would be
+    // kept while the step before is worked on, which needs all there are. A barrier since stage i was read, and the
+    // commit, are the caller's.
+    PA_DEVICE void ask(const BwdLaunch &p, int i, int b, int h, int l0, bool queries) const {
         const Mine mine;
         const int l = l0 + mine.row;
         const bool inside = l < (int)p.L;
@@ -87,22 +90,17 @@ struct Stage {
                 hw::copy_async16(out(i).piece(mine.row, piece), out_row + piece * kPiece, inside);
             }
         }
-        lse = kMinusInf;
-        given = 0.f;
-        if (!inside || mine.piece != 0) return;
-        const int64_t at_row = ((int64_t)b * p.H + h) * p.L + l;
-        lse = hw::load_global((const float *)p.lse + at_row);
-        if constexpr (kMakesDelta) {
-            if (p.dlse) given = hw::load_global(p.dlse + at_row);
-        } else {
-            given = hw::load_global(p.delta + at_row);
-        }
+        if (mine.piece != 0) return;
+        const int64_t at_row = ((int64_t)b * p.H + h) * p.L + from;
+        hw::copy_async4(side(i, 0) + 4 * mine.row, (const float *)p.lse + at_row, inside);
+        if (const float *rows = given(p)) hw::copy_async4(side(i, 1) + 4 * mine.row, rows + at_row, inside);
     }
 
     // Of what this thread asked for last, and has waited for. A query without a key sees none: its weights are 0.
-    PA_DEVICE void prepare(const BwdLaunch &p, int i, const Axis &axis, int b, int h, int l0, bool writes_delta) {
+    PA_DEVICE void prepare(const BwdLaunch &p, int i, const Axis &axis, int b, int h, int l0, bool writes_delta) const {
         const Mine mine;
-        float delta = given;
+        float delta = 0.f;
+        if (mine.piece == 0 && given(p)) delta = hw::load_shared<float>(side(i, 1) + 4 * mine.row);
         if constexpr (kMakesDelta) {
             float sum = 0.f;
             PA_UNROLL
@@ -116,11 +114,12 @@ struct Stage {
             }
             PA_UNROLL
             for (int mask = 1; mask < kThreadsARow; mask *= 2) sum += hw::shuffle_xor(sum, mask);
-            delta = sum - given;
+            delta = sum - delta;
         }
         if (mine.piece != 0) return;
         const int l = l0 + mine.row;
-        const bool some = lse != kMinusInf;
+        const float lse = hw::load_shared<float>(side(i, 0) + 4 * mine.row);
+        const bool some = l < (int)p.L && lse != kMinusInf;
         hw::store_shared(side(i, 0) + 4 * mine.row, some ? lse * kLog2e : 0.f);
         hw::store_shared(side(i, 1) + 4 * mine.row, delta);
         hw::store_shared(side(i, 2) + 4 * mine.row, some ? (uint32_t)hidden_from(axis, l) : 0u);

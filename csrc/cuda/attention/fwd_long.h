@@ -188,10 +188,9 @@ struct FwdLong {
                 RowPieces<D> pieces = load_rows<D>(of.template in<const E>(p.q), p.q.stride2, of.rows);
                 if constexpr (kHold)
                     rows_as_a<D>(q[m], pieces);
-                else
+                else  // the barrier of the ring's first unit comes before they are read
                     store_pieces(shared_rows(), hw::warp() * kWarpRows + m * kStep, pieces);
             }
-            if constexpr (!kHold) hw::sync_warp();
         }
 
         // The scores of a tile; in 16 columns that none of 16 queries sees they are -inf.

@@ -62,11 +62,6 @@ template <int W>
 PA_DEVICE void load_a(uint32_t (&a)[4], const Tile<W> &tile, int row, int column) {
     hw::ldmatrix(a, down(tile, row, column));
 }
-// A [16][16], A[m][k] = tile[row + k][column + m].
-template <int W>
-PA_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile<W> &tile, int row, int column) {
-    hw::ldmatrix_trans(a, along(tile, row, column));
-}
 
 // B [16][8] twice, side by side.
 struct TwoB {

@@ -6,16 +6,14 @@
 
 namespace prefixattn::host {
 
-constexpr uint32_t kCopyBytes = 16;
-
-inline void copy_async16(uint32_t to, const void *from, bool inside, Here here) {
+inline void copy_async(uint32_t to, const void *from, uint32_t bytes, bool inside, Here here) {
     if (inside) {
-        global.check_load(from, kCopyBytes, Load::kPlain, here, "copies");
-        the.counts.copy_bytes += kCopyBytes;
+        global.check_load(from, bytes, Load::kPlain, here, "copies");
+        the.counts.copy_bytes += bytes;
     }
-    shared.write(to, kCopyBytes, *the.lane, here, Cell::kPending);
-    shared.poison(to);
-    the.lane->copies.push_back({to, inside ? from : nullptr, here});
+    shared.write(to, bytes, *the.lane, here, Cell::kPending);
+    shared.poison(to, bytes);
+    the.lane->copies.push_back({to, bytes, inside ? from : nullptr, here});
 }
 
 inline void copy_commit() { the.lane->groups.push_back((uint32_t)the.lane->copies.size()); }
@@ -27,12 +25,12 @@ inline void copy_wait(int pending) {
         const uint32_t end = lane.groups[lane.groups_arrived++];
         for (; lane.copies_arrived < end; ++lane.copies_arrived) {
             const Copy &copy = lane.copies[lane.copies_arrived];
-            unsigned char *to = shared.arrive(copy.to, lane);
+            unsigned char *to = shared.arrive(copy.to, copy.bytes, lane);
             if (copy.from) {
-                global.check_load(copy.from, kCopyBytes, Load::kPlain, copy.here, "copies");
-                std::memcpy(to, copy.from, kCopyBytes);
+                global.check_load(copy.from, copy.bytes, Load::kPlain, copy.here, "copies");
+                std::memcpy(to, copy.from, copy.bytes);
             } else {
-                std::memset(to, 0, kCopyBytes);
+                std::memset(to, 0, copy.bytes);
             }
         }
     }

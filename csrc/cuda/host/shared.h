@@ -54,15 +54,14 @@ class SharedMemory {
         return at_ + at;
     }
 
-    // An asynchronous copy counts as a write of its thread at the wait. Nothing has split its chunk.
-    unsigned char *arrive(uint32_t at, const Lane &lane) {
-        Write &write = chunks_.writes[at / kChunk];
-        const int w = lane.thread / kLanes;
-        write.epoch = the.warps[(size_t)w]->clock.seen[w];
-        write.cell = (uint32_t)Cell::kWritten;
+    // An asynchronous copy counts as a write of its thread at the wait. Nothing has split its chunk, or, if it is of
+    // fewer bytes, made a whole of it again.
+    unsigned char *arrive(uint32_t at, uint32_t bytes, const Lane &lane) {
+        if (bytes == kChunk) land(chunks_.writes[at / kChunk], lane);
+        for (uint32_t b = at; bytes < kChunk && b < at + bytes; b += kUnit) land(units_.writes[b / kUnit], lane);
         return at_ + at;
     }
-    void poison(uint32_t at) { std::memset(at_ + at, kPoison, kChunk); }
+    void poison(uint32_t at, uint32_t bytes) { std::memset(at_ + at, kPoison, bytes); }
 
   private:
     static constexpr uint32_t kUnit = 2, kChunk = 16, kUnits = kChunk / kUnit, kAlign = 128;
@@ -76,6 +75,11 @@ class SharedMemory {
             : epoch(epoch), thread((uint32_t)thread & 1023), cell((uint32_t)cell & 3), site(site) {}
         bool is(Cell other) const { return cell == (uint32_t)other; }
     };
+    static void land(Write &write, const Lane &lane) {
+        const int w = lane.thread / kLanes;
+        write.epoch = the.warps[(size_t)w]->clock.seen[w];
+        write.cell = (uint32_t)Cell::kWritten;
+    }
     struct Read {
         uint32_t epoch;
         uint8_t lane, other;  // which read in that epoch; the same: no other

@@ -61,7 +61,7 @@ inline bool is_before(int thread, uint32_t epoch, int other, const Clock &of_oth
 }
 
 struct Copy {  // an asynchronous one that has not arrived
-    uint32_t to;
+    uint32_t to, bytes;
     const void *from;  // null: zeros
     Here here;
 };

@@ -97,6 +97,11 @@ PA_DEVICE void copy_async16(Shared to, const void *from, bool inside, Here = her
                  "r"(inside ? 16 : 0)
                  : "memory");
 }
+PA_DEVICE void copy_async4(Shared to, const void *from, bool inside, Here = here()) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to.at), "l"(__cvta_generic_to_global(from)),
+                 "r"(inside ? 4 : 0)
+                 : "memory");
+}
 PA_DEVICE void copy_commit(Here = here()) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 PA_DEVICE void copy_wait(Here = here()) {

@@ -77,7 +77,10 @@ PA_DEVICE void store_global(T *to, T value, Here here = hw::here()) {
 }
 
 PA_DEVICE void copy_async16(Shared to, const void *from, bool inside, Here here = hw::here()) {
-    host::copy_async16(to.at, from, inside, here);
+    host::copy_async(to.at, from, 16, inside, here);
+}
+PA_DEVICE void copy_async4(Shared to, const void *from, bool inside, Here here = hw::here()) {
+    host::copy_async(to.at, from, 4, inside, here);
 }
 PA_DEVICE void copy_commit(Here = hw::here()) { host::copy_commit(); }
 template <int kPending>

@@ -109,38 +109,22 @@ void both(const Shape &shape, unsigned needs = 31) {
 
 template <class E, int D>
 void features() {
-    const Shape plain{.B = 3, .H = 2, .Hkv = 2, .L = 37, .S = 37, .T = 1, .P = 10};
-    Shape s = plain;
+    Shape s = kPlain;
     both<E, D>(s);
+    for (const Shape &shape : features_of_both()) both<E, D>(shape);
     s.dlse = true, s.packed = true, s.scale = 0.3f;
     both<E, D>(s);
-    s = plain, s.H = 4, s.causal = true;
-    both<E, D>(s);
-    s = plain, s.L = 50, s.S = 20, s.P = 0, s.causal = true;  // queries without a key
+    s = kPlain, s.L = 50, s.S = 20, s.P = 0, s.causal = true;  // queries without a key
     both<E, D>(s, 7);
-    s = plain, s.L = 5, s.S = 60, s.causal = true;
+    s = kPlain, s.B = 5, s.Hkv = 1, s.T = 4, s.ids = true, s.lengths = true, s.drop = 0.2;
     both<E, D>(s);
-    s = plain, s.lengths = true, s.P = 21;
-    both<E, D>(s);
-    s = plain, s.drop = 0.4, s.lengths = true;
-    both<E, D>(s);
-    s = plain, s.drop = 0.4, s.H = 4, s.mask = 2;
-    both<E, D>(s);
-    s = plain, s.mask = 1, s.nan_hidden = true;
-    both<E, D>(s);
-    s = plain, s.mask = 2, s.H = 4, s.causal = true;
-    both<E, D>(s);
-    s = plain, s.T = 3, s.lengths = true;
-    both<E, D>(s);
-    s = plain, s.B = 5, s.Hkv = 1, s.T = 4, s.ids = true, s.lengths = true, s.drop = 0.2;
-    both<E, D>(s);
-    s = plain, s.B = 2, s.T = 4, s.ids = true;
+    s = kPlain, s.B = 2, s.T = 4, s.ids = true;
     both<E, D>(s);
     for (unsigned needs : {1u, 2u, 4u, 6u, 8u, 16u, 24u, 9u, 25u, 22u}) {
-        check<E, D>(plain, needs, kLarge);
-        check<E, D>(plain, needs, kTiny);
+        check<E, D>(kPlain, needs, kLarge);
+        check<E, D>(kPlain, needs, kTiny);
     }
-    check<E, D>(plain, 24, kLarge, 1);  // of a frozen trunk's first layer
+    check<E, D>(kPlain, 24, kLarge, 1);  // of a frozen trunk's first layer
 }
 
 template <class E>

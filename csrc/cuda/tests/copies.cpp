@@ -114,6 +114,40 @@ void pipeline(const Data &p) {  // three stages in two places
     }
     hw::store_global(p.floats + 2048 + t, sum);
 }
+// Four threads fill one chunk, which the last thread of each four reads as one.
+template <bool waits>
+void four_bytes(const Data &p) {
+    const int t = hw::thread();
+    hw::copy_async4(hw::shared_begin() + 4 * t, t % 4 ? p.floats + t : nullptr, t % 4);
+    hw::copy_commit();
+    if (waits) hw::copy_wait<0>();
+    hw::sync_block();
+    if (t % 4 == 3) {
+        const auto x = hw::load_shared<hw::Floats4>(chunk(t / 4));
+        for (int i = 0; i < 4; ++i) hw::store_global(p.floats + 2048 + t - 3 + i, x.x[i]);
+    }
+}
+void four_bytes_beside(const Data &p) {  // what another copy fills of the chunk is another matter
+    const int t = hw::thread();
+    hw::copy_async4(hw::shared_begin() + 8 * t, p.floats + t, true);
+    hw::store_shared(hw::shared_begin() + (8 * t + 4), 1.f);
+    hw::copy_commit();
+    hw::copy_wait<0>();
+    hw::store_global(p.floats + 2048 + t, hw::load_shared<hw::Floats2>(hw::shared_begin() + 8 * t).x[0]);
+}
+void four_bytes_overwritten(const Data &p) {
+    hw::copy_async4(chunk(hw::thread()), p.floats, true);
+    MARK, hw::store_shared(chunk(hw::thread()), hw::Words4{});
+}
+void four_bytes_read_early(const Data &p) {
+    hw::copy_async4(chunk(hw::thread()), p.floats, true);
+    hw::copy_commit();
+    MARK, hw::load_shared<float>(chunk(hw::thread()));
+}
+void four_bytes_askew(const Data &p) {
+    const auto *from = reinterpret_cast<const char *>(p.floats) + 2;
+    MARK, hw::copy_async4(chunk(hw::thread()), from, true);
+}
 void askew_source(const Data &p) { MARK, hw::copy_async16(chunk(hw::thread()), p.floats + 1, true); }
 
 void outside(const Data &p) {
@@ -173,6 +207,15 @@ void all_threads_fence(const Data &p) {
     hw::store_global(p.floats + 2048 + t, sum);
 }
 
+void four_bytes_are_right() {
+    Memory memory;
+    host::reset_counts();
+    const std::string error = run<64, four_bytes<true>>(0, {}, 4096, memory);
+    CHECK(error.empty() && host::counts().copy_bytes == 48 * 4, "copies of four bytes");
+    for (int t = 0; t < 64; ++t)
+        CHECK(memory.floats[2048 + t] == (t % 4 ? (float)t : 0.f), "thread %d's four bytes", t);
+}
+
 void counts_are_right() {
     Memory memory;
     host::reset_counts();
@@ -201,6 +244,13 @@ int main() {
     FAILS(64, never_waited_for, "ends before it has waited for this asynchronous copy");
     PASSES(64, zeros);
     PASSES(64, pipeline);
+    PASSES(64, four_bytes<true>);
+    FAILS(64, four_bytes<false>, "which an asynchronous copy of thread");
+    PASSES(64, four_bytes_beside);
+    FAILS(64, four_bytes_overwritten, "still fills");
+    FAILS(64, four_bytes_read_early, "still fills");
+    FAILS(64, four_bytes_askew, "copies 4 bytes at global address");
+    four_bytes_are_right();
     FAILS(64, askew_source, "copies 16 bytes at global address");
     FAILS(32, outside, "which is outside of all tensors (byte");
     FAILS(32, copied_from_outside, "which is outside of all tensors");

@@ -120,48 +120,32 @@ void both(const Shape &s, const char *kernel = "fwd_short") {
 
 template <class E, int D>
 void features() {
-    const Shape plain{.B = 3, .H = 2, .Hkv = 2, .L = 37, .S = 37, .T = 1, .P = 10};
-    Shape s = plain;
+    Shape s = kPlain;
     both<E, D>(s);
+    for (const Shape &shape : features_of_both()) both<E, D>(shape);
     s.packed = true, s.scale = 0.3f;
     both<E, D>(s);
-    s = plain, s.scale = -0.2f;
+    s = kPlain, s.scale = -0.2f;
     both<E, D>(s);
-    s = plain, s.scale = 3e9f;  // past what a multiply-add of score and shift can tell apart
+    s = kPlain, s.scale = 3e9f;  // past what a multiply-add of score and shift can tell apart
     both<E, D>(s);
     s.mask = 2;
     both<E, D>(s);
-    s = plain, s.scale = 0.f;
+    s = kPlain, s.scale = 0.f;
     both<E, D>(s);
-    s = plain, s.H = 4, s.causal = true;
+    s = kPlain, s.L = 50, s.S = 20, s.P = 0, s.causal = true;  // queries without a key
     both<E, D>(s);
-    s = plain, s.L = 50, s.S = 20, s.P = 0, s.causal = true;  // queries without a key
+    s = kPlain, s.L = 1, s.S = 70, s.causal = true;
     both<E, D>(s);
-    s = plain, s.L = 5, s.S = 60, s.causal = true;
+    s = kPlain, s.B = 5, s.H = 6, s.T = 4, s.ids = true, s.lengths = true, s.drop = 0.2;
     both<E, D>(s);
-    s = plain, s.L = 1, s.S = 70, s.causal = true;
+    s = kPlain, s.S = 0;
     both<E, D>(s);
-    s = plain, s.lengths = true, s.P = 21;
+    s = kPlain, s.S = 0, s.P = 0;
     both<E, D>(s);
-    s = plain, s.drop = 0.4, s.lengths = true;
+    s = kPlain, s.H = 6, s.L = 9;  // a block's heads have one step of queries each
     both<E, D>(s);
-    s = plain, s.drop = 0.4, s.H = 4, s.mask = 2;
-    both<E, D>(s);
-    s = plain, s.mask = 1, s.nan_hidden = true;
-    both<E, D>(s);
-    s = plain, s.mask = 2, s.H = 4, s.causal = true;
-    both<E, D>(s);
-    s = plain, s.T = 3, s.lengths = true;
-    both<E, D>(s);
-    s = plain, s.B = 5, s.H = 6, s.T = 4, s.ids = true, s.lengths = true, s.drop = 0.2;
-    both<E, D>(s);
-    s = plain, s.S = 0;
-    both<E, D>(s);
-    s = plain, s.S = 0, s.P = 0;
-    both<E, D>(s);
-    s = plain, s.H = 6, s.L = 9;  // a block's heads have one step of queries each
-    both<E, D>(s);
-    s = plain, s.S = 2, s.P = 62;  // a prefix in the last columns
+    s = kPlain, s.S = 2, s.P = 62;  // a prefix in the last columns
     both<E, D>(s);
 }
 

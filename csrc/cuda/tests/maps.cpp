@@ -133,7 +133,7 @@ void put_b(const TwoB &b) {
 }
 
 int at_row, at_column;  // of the load in question
-enum class Which { kA, kATransposed, kB, kBTransposed };
+enum class Which { kA, kB, kBTransposed };
 
 template <int W, Which which, bool lanes>
 void load() {
@@ -144,9 +144,6 @@ void load() {
             Lanes<W>().load_a(a, tile, at_row, at_column);
         else
             load_a(a, tile, at_row, at_column);
-        put_a(a);
-    } else if constexpr (which == Which::kATransposed) {
-        load_a_transposed(a, tile, at_row, at_column);
         put_a(a);
     } else if constexpr (which == Which::kB) {
         put_b(lanes ? Lanes<W>().load_b(tile, at_row, at_column) : load_b(tile, at_row, at_column));
@@ -188,7 +185,6 @@ void print_load(const char *operand, const char *by, int width) {
 template <int W>
 void print_loads() {
     print_load<load<W, Which::kA, false>>("a", "tiles.h", W);
-    print_load<load<W, Which::kATransposed, false>>("a transposed", "tiles.h", W);
     print_load<load<W, Which::kB, false>>("b", "tiles.h", W);
     print_load<load<W, Which::kBTransposed, false>>("b transposed", "tiles.h", W);
     print_load<load<W, Which::kA, true>>("a", "Lanes", W);

@@ -19,6 +19,22 @@ struct Shape {
     int D = 64;
 };
 
+constexpr Shape kPlain{.B = 3, .H = 2, .Hkv = 2, .L = 37, .S = 37, .T = 1, .P = 10};
+
+// What both passes are asked with, beside the plain shape and what one of them has alone.
+inline std::vector<Shape> features_of_both() {
+    std::vector<Shape> s(8, kPlain);
+    s[0].H = 4, s[0].causal = true;
+    s[1].L = 5, s[1].S = 60, s[1].causal = true;
+    s[2].lengths = true, s[2].P = 21;
+    s[3].drop = 0.4, s[3].lengths = true;
+    s[4].drop = 0.4, s[4].H = 4, s[4].mask = 2;
+    s[5].mask = 1, s[5].nan_hidden = true;
+    s[6].mask = 2, s[6].H = 4, s[6].causal = true;
+    s[7].T = 3, s[7].lengths = true;
+    return s;
+}
+
 struct alignas(256) Aligned {
     unsigned char bytes[256];
 };

@@ -17,9 +17,9 @@ inline void watched_store_shared(uint32_t at, const void *value, uint32_t bytes,
     if (watch) watch(Touch::kStore, at, bytes, *the.lane, here);
     store_shared(at, value, bytes, here);
 }
-inline void watched_copy_async16(uint32_t to, const void *from, bool inside, Here here) {
-    if (watch) watch(Touch::kCopy, to, 16, *the.lane, here);
-    copy_async16(to, from, inside, here);
+inline void watched_copy_async(uint32_t to, const void *from, uint32_t bytes, bool inside, Here here) {
+    if (watch) watch(Touch::kCopy, to, bytes, *the.lane, here);
+    copy_async(to, from, bytes, inside, here);
 }
 inline void watched_perform_ldmatrix(Warp &w) {
     const auto *first = static_cast<LdmatrixOperands *>(w.lanes[0].operands);
@@ -33,6 +33,6 @@ inline void watched_perform_ldmatrix(Warp &w) {
 
 #define load_shared watched_load_shared
 #define store_shared watched_store_shared
-#define copy_async16 watched_copy_async16
+#define copy_async watched_copy_async
 #define perform_ldmatrix watched_perform_ldmatrix
 #include "cuda/hw/hw.h"

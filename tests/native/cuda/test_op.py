@@ -27,6 +27,7 @@ from prefixattn.testing.attention import (
     packed,
     parts,
     same_dtype,
+    suited,
 )
 from tests.attention.test_dropout import drawn
 from tests.conftest import DEVICE
@@ -49,9 +50,18 @@ SHAPES = {  # B, H, Hkv, L, S, P, and the head size beside
     "long": (1, 2, 1, 150, 150, 130),
     "long_prefix": (1, 1, 1, 18, 18, 300),
 }
-WITHOUT = "mask", "memory", "softcap"  # what the kernels have not; of masks they have one
-TAKEN = [f for f, options in FEATURES.items() if not any(word in options for word in WITHOUT) or f == "key_padding"]
-TAKEN.append("bank_sample_lengths")  # has key padding too
+OF_KEYS = {  # masks of keys, beside those of FEATURES
+    "one_padding": {"mask": "111S"},
+    "padding_by_head": {"mask": "1H1S", "causal": True},
+    "bias_by_head": {"mask": "BH1S", "mask_dtype": "float32", "lengths": "B"},
+}
+ASKED = FEATURES | OF_KEYS
+WITHOUT = "memory", "softcap"  # what the kernels have not
+TAKEN = [
+    name
+    for name, options in ASKED.items()
+    if not any(word in options for word in WITHOUT) and options.get("mask", "1")[-2:-1] in ("", "1")
+]
 HEAD_DIMS = 64, 128
 SIXTEEN = "bf16", "fp16"
 SEEDS = 1, 2, 3
@@ -80,7 +90,7 @@ def shaped(shape: str, D: int) -> Shape:
 @cache
 def case(shape: str, D: int, feature: str, dtype: str) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
     """Inputs and the two answers to compare with; a mask that wants a gradient is another backend's."""
-    inputs = make_inputs(shaped(shape, D), DTYPES[dtype], **FEATURES[feature])
+    inputs = suited("cuda", make_inputs(shaped(shape, D), DTYPES[dtype], **ASKED[feature]))[0]
     return inputs, same_dtype(inputs), exact(inputs)
 
 

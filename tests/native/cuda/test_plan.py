@@ -1,5 +1,6 @@
 """What backend="cuda" refuses, which kernels a call leads to on GPUs that are not here, what they multiply and move."""
 
+import ast
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -7,17 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from bench.static import cuda_resources
 from bench.static.cuda_counts import ALL
 from bench.static.cuda_counts import plan as planned
 from prefixattn import backends, prefix_attention_qkvpacked
 from prefixattn.attention import cuda
-from prefixattn.attention.call import Call, Needs
+from prefixattn.attention.call import Call, Needs, Wants
+from prefixattn.attention.native import attn_fields
 from prefixattn.testing.attention import FEATURES, Shape, make_inputs, objections, ours, packed, suited
 from tests.conftest import DEVICE
 from tests.cuda_machine import Watched, host_machine
+from tests.support import ROOT
 
 KIB = 1024
-GPUS = {"sm_80": (163 * KIB, 108), "sm_86": (99 * KIB, 84), "sm_90": (227 * KIB, 132)}  # shared memory, processors
+GPUS = {arch: gpu.offers for arch, gpu in cuda_resources.GPUS.items()}  # shared memory, processors
 
 if DEVICE == "cuda":
     pytest.skip("a GPU runs the kernels themselves: tests/native/cuda/test_op.py", allow_module_level=True)
@@ -35,8 +39,7 @@ REFUSED = {
     "head_dim": (torch.bfloat16, {"D": 96}, {}, "head_dim=96; needs 64 or 128"),
     "softcap": (torch.bfloat16, {}, FEATURES["softcap_50"] | {"mask": ""}, "it has no softcap"),
     "memory": (torch.bfloat16, {}, FEATURES["memory"], "it has no memory"),
-    "a mask": (torch.bfloat16, {}, FEATURES["bool_mask"], "needs a bool [B, 1, 1, S]"),
-    "a bias": (torch.bfloat16, {}, FEATURES["key_bias"], "needs a bool [B, 1, 1, S]"),
+    "a mask": (torch.bfloat16, {}, FEATURES["bool_mask"], "needs one of keys, [B, H, 1, S]"),
 }
 
 
@@ -48,6 +51,20 @@ def test_what_it_has_not_it_says(what: str) -> None:
     assert words in said and "triton has" in said
     with pytest.raises(NotImplementedError, match=re.escape(words)):
         inputs.call("cuda")
+
+
+def test_the_gradient_of_a_bias_is_refused() -> None:
+    inputs = make_inputs(Shape(2, 2, 2, 9, 9, 4, 64), torch.bfloat16, **FEATURES["key_bias"])
+    assert "attn_mask needs a gradient (triton has it)" in objections("cuda", inputs)
+    assert suited("cuda", inputs)[1] == ""  # of a bias that wants none there is nothing to say
+
+
+def test_a_mask_that_was_cast_since_is_refused() -> None:
+    call = call_of(Shape(1, 1, 1, 9, 9, 4, 64))
+    with pytest.raises(
+        NotImplementedError, match=r"attn_mask torch.float64 on cpu; expected bool, float32 or q's type"
+    ):
+        cuda.fwd(call._replace(attn_mask=torch.zeros(1, 1, 1, 9, dtype=torch.float64)), Wants())
 
 
 def test_softmax_dropout_is_refused() -> None:
@@ -84,15 +101,41 @@ def test_an_error_of_the_machine_reaches_python(machine: Watched, monkeypatch: p
         inputs.call("cuda")
 
 
+HOSTS = "allow", "counts", "forget_tensors", "reset_counts", "set_device", "set_seed"  # of the host machine alone
+
+
+def test_the_stub_names_what_the_module_has(machine: Watched) -> None:
+    stub = ast.parse((ROOT / "prefixattn" / "_cuda.pyi").read_text(encoding="utf-8")).body
+    functions = {node.name: len(node.args.args) for node in stub if isinstance(node, ast.FunctionDef)}
+    values = {ast.unparse(node.target) for node in stub if isinstance(node, ast.AnnAssign)}
+    records = {
+        node.name: [ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)]
+        for node in stub
+        if isinstance(node, ast.ClassDef)
+    }
+    there = {name: getattr(machine.module, name) for name in dir(machine.module) if not name.startswith("_")}
+    assert functions.keys() | values | set(HOSTS) == there.keys()
+    for name, count in functions.items():
+        assert len(re.findall(r"\barg\d+:", there[name].__doc__)) == count, name
+    fields = attn_fields(machine.module, machine.module.DTYPES["bfloat16"], call_of(PLANNED["vit"][0]))
+    out = {"out": fields["q"], "attended": None, "lse": 1, "mass": None}
+    made = machine.module.fwd_plan({**fields, **out}, *GPUS["sm_90"])
+    assert list(made) == records["Plan"] and list(made["launches"][0]) == records["Launch"]
+
+
 # plans
+
+
+def call_of(shape: Shape, causal: bool = False) -> Call:
+    B, H, Hkv, L, S, P, D = shape
+    row = torch.zeros(D, dtype=torch.bfloat16)
+    q, k, prefix = (row.expand(*size, D) for size in ((B, H, L), (B, Hkv, S), (1, Hkv, P)))
+    return Call(q, k, k, prefix, prefix, is_causal=causal, scale=D**-0.5)
 
 
 def plans(shape: Shape, gpu: str, causal: bool = False, needs: Needs = ALL) -> list[list[dict[str, Any]]]:
     """Launches of a forward and a backward pass."""
-    B, H, Hkv, L, S, P, D = shape
-    row = torch.zeros(D, dtype=torch.bfloat16)
-    q, k, prefix = (row.expand(*size, D) for size in ((B, H, L), (B, Hkv, S), (1, Hkv, P)))
-    return planned(cuda._native, Call(q, k, k, prefix, prefix, is_causal=causal, scale=D**-0.5), GPUS[gpu], needs)
+    return planned(cuda._native, call_of(shape, causal), GPUS[gpu], needs)
 
 
 def names(launches: list[dict[str, Any]]) -> list[str]:
