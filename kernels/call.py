@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prefixattn.attention import call
 from prefixattn.attention.philox import threshold
-from prefixattn.kernels import memory_tiles, tiles
+from prefixattn.kernels import phi_tiles, tiles
 from prefixattn.kernels.arguments import Drops, Features, Layout, MaskStrides, Strides, strides
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
 
@@ -15,12 +15,12 @@ HALF_TYPES = torch.bfloat16, torch.float16
 OWN, PREFIX, SPLIT = tiles.OWN.value, tiles.PREFIX.value, tiles.SPLIT.value
 RAW, NATURAL, EXACT = tiles.RAW.value, tiles.NATURAL.value, tiles.EXACT.value
 NO_MASK, BOOL_MASK, FLOAT_MASK = tiles.NO_MASK.value, tiles.BOOL_MASK.value, tiles.FLOAT_MASK.value
-NO_MEMORY = memory_tiles.NO_MEMORY.value
+NO_MEMORY = phi_tiles.NO_MEMORY.value
 PHIS = {
-    "none": memory_tiles.NONE.value,
-    "elu": memory_tiles.ELU.value,
-    "gelu": memory_tiles.GELU.value,
-    "relu": memory_tiles.RELU.value,
+    "none": phi_tiles.NONE.value,
+    "elu": phi_tiles.ELU.value,
+    "gelu": phi_tiles.GELU.value,
+    "relu": phi_tiles.RELU.value,
 }
 
 
@@ -132,7 +132,7 @@ class Call(call.Call):
 
     def prefixes(self) -> dict[str, Any]:
         return {
-            "HAS_ROWS": self.prefix_ids is not None,
+            "HAS_IDS": self.prefix_ids is not None,
             "PER_SAMPLE": self.prefix_ids is None and self.prefix_k.shape[0] > 1,
             "HAS_LENGTHS": self.prefix_lengths is not None,
             "PREFIX_DROPOUT": self.prefix_dropout_p > 0,
@@ -141,7 +141,7 @@ class Call(call.Call):
     def memories(self) -> dict[str, Any]:
         return {
             "PHI": NO_MEMORY if self.memory is None else PHIS[self.phi],
-            "MEMORY_ROWS": self.memory is not None and self.memory.shape[0] > 1,
+            "MEMORY_PER_PREFIX": self.memory is not None and self.memory.shape[0] > 1,
         }
 
     def readable_memory(self) -> Tensor:

@@ -8,7 +8,7 @@ those of arguments.py; what differs between the tiles of a call stands beside th
 import triton
 import triton.language as tl
 
-from prefixattn.kernels.memory_tiles import NO_MEMORY, add_memory
+from prefixattn.kernels.phi_tiles import NO_MEMORY, add_memory
 from prefixattn.kernels.tiles import (
     ATTENTION,
     EXACT,

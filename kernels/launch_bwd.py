@@ -115,7 +115,7 @@ def _reduce(
     prefix_attn_bwd_reduce[(triton.cdiv(numel, block) * T,)](
         *(*partial, *sums, partial[0] if ids is None else ids),
         *(stride_n, stride_t, count, numel),
-        HAS_ROWS=ids is not None,
+        HAS_IDS=ids is not None,
         NEED_K=wanted[0],
         NEED_V=wanted[1],
         BLOCK=block,
@@ -143,7 +143,7 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     plan = prefix_plan(call)
     tiles = triton.cdiv(P, plan.block_n)
     _, lengths, seed = call.indices()
-    order, starts = _by_row(call, T)
+    order, starts = _by_prefix(call, T)
     samples, used = (B, 1) if call.prefix_ids is None and T == 1 else (1, T)
     if call.prefix_ids is not None:
         samples, used = B, min(T, B)  # all may use one row, or each its own
@@ -179,8 +179,8 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         _reduce(partial, pair, wanted, None, T, each, stride_n=T * each, stride_t=each, count=shares)
 
 
-def _by_row(call: Call, T: int) -> tuple[Tensor, Tensor]:
-    """The samples in the order of their rows of the bank, and where each row's begin; or what is never read."""
+def _by_prefix(call: Call, T: int) -> tuple[Tensor, Tensor]:
+    """The samples in the order of their prefixes, and where those of each begin; or what is never read."""
     if call.prefix_ids is None:
         return call.q, call.q
     order = call.prefix_ids.argsort(stable=True)
@@ -190,9 +190,9 @@ def _by_row(call: Call, T: int) -> tuple[Tensor, Tensor]:
 def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     B, H, _, L, _, _, _, D = call.sizes
     T = dmemory.shape[0]
-    by_row = T > 1 and call.prefix_ids is not None
-    order, starts = _by_row(call, T) if by_row else (call.q, call.q)
-    samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_row else (1, T)
+    by_ids = T > 1 and call.prefix_ids is not None
+    order, starts = _by_prefix(call, T) if by_ids else (call.q, call.q)
+    samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_ids else (1, T)
     half = call.q.dtype in HALF_TYPES or INTERPRETED
     block_m = 64 if half and call.block_d <= 128 else 32 if half or call.block_d <= 64 else 16
     block_n = min(64 if block_m * call.block_d <= 4096 else 32, block_m, call.block_d)  # or it spills
@@ -208,10 +208,10 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
         BLOCK_D=call.block_d,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        HAS_ROWS=by_row,
-        PER_SAMPLE=T > 1 and not by_row,
+        HAS_IDS=by_ids,
+        PER_SAMPLE=T > 1 and not by_ids,
         PHI=call.memories()["PHI"],
-        FOLD=call.exp == EXACT,
+        COMPENSATED=call.exp == EXACT,
         PRECISION=call.numbers()["PRECISION"],
         num_warps=4,
         enable_fp_fusion=True,

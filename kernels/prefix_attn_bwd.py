@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import load_given, load_keys, over_keys, over_queries
-from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
+from prefixattn.kernels.phi_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, head_of, load_rows, prefix_of, store_rows
 
 
@@ -76,7 +76,7 @@ def prefix_attn_bwd_keys(
 
 @triton.jit
 def prefix_attn_bwd_queries(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, dout, lse, delta, dq, dmask,
+    q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, dout, lse, delta, dq, dmask,
     layout, B, H, L, S, P, scale, softcap, drops,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
@@ -93,7 +93,7 @@ def prefix_attn_bwd_queries(
         block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
+    t, length = prefix_of(b, prefix_ids, lengths, P, FEATURES.HAS_IDS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
@@ -118,7 +118,7 @@ def prefix_attn_bwd_queries(
     if NEED_Q:
         dqueries *= scale
         if FEATURES.PHI != NO_MEMORY:
-            own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
+            own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_PER_PREFIX)
             dqueries += memory_dq(
                 head_of(q, layout.q, b, h), layout.q.row, head_of(dout, layout.dout, b, h), layout.dout.row,
                 row, row < L, own_memory, FEATURES, BLOCK_M,

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
-from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, fold_rows, head_of, load_rows, store_rows, whole_rows
+from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, compensated_add, head_of, load_rows, store_rows, whole_rows
 
 
 @triton.jit
 def prefix_attn_bwd_prefix(
     q, prefix_k, prefix_v,
-    order, starts,  # [B], sorts the samples by their row of the bank, and where each row's begin [T + 1]
+    order, starts,  # [B], sorts the samples by their prefix, and where those of each begin [T + 1]
     lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
     layout, B, H, L, P, T, scale, softcap, drops,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -35,7 +35,7 @@ def prefix_attn_bwd_prefix(
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     first_sample, samples = 0, B
-    if FEATURES.HAS_ROWS:
+    if FEATURES.HAS_IDS:
         first_sample = tl.load(starts + t).to(tl.int32)
         samples = tl.load(starts + t + 1).to(tl.int32) - first_sample
     elif FEATURES.PER_SAMPLE:
@@ -51,7 +51,7 @@ def prefix_attn_bwd_prefix(
         for first in range(0, samples, 64):
             i = first + tl.arange(0, 64)
             at = first_sample + i
-            if FEATURES.HAS_ROWS:
+            if FEATURES.HAS_IDS:
                 at = tl.load(order + at, mask=i < samples, other=0)
             longest = tl.maximum(longest, tl.max(tl.load(lengths + at, mask=i < samples, other=0), 0).to(tl.int32))
     axis = (0, P, longest, L)
@@ -68,7 +68,7 @@ def prefix_attn_bwd_prefix(
             row = tile % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
             member, sample = tile // blocks % GROUP, (first_sample + tile // blocks // GROUP).to(tl.int64)
             inside = row < L
-            if FEATURES.HAS_ROWS:
+            if FEATURES.HAS_IDS:
                 sample = tl.load(order + sample)
             head = g * GROUP + member
             kv_head = sample * KV + g
@@ -78,7 +78,7 @@ def prefix_attn_bwd_prefix(
             folded = tl.minimum(folded, count - 1)
             row = folded % L
             sample = (first_sample + folded // L // GROUP).to(tl.int64)  # [M]
-            if FEATURES.HAS_ROWS:
+            if FEATURES.HAS_IDS:
                 sample = tl.load(order + sample)
             head = g * GROUP + folded // L % GROUP  # [M]
             kv_head = t * 0
@@ -120,9 +120,9 @@ def prefix_attn_bwd_prefix(
             added = tile - begin + 1
             if added % RUN == 0:
                 if NEED_K:
-                    dkeys = fold_rows(dprefix_k + base, column, column < P, dkeys, added == RUN, D, BLOCK_D)
+                    dkeys = compensated_add(dprefix_k + base, column, column < P, dkeys, added == RUN, D, BLOCK_D)
                 if NEED_V:
-                    dvalues = fold_rows(dprefix_v + base, column, column < P, dvalues, added == RUN, D, BLOCK_D)
+                    dvalues = compensated_add(dprefix_v + base, column, column < P, dvalues, added == RUN, D, BLOCK_D)
 
     if FEATURES.EXP == EXACT:
         none = last - begin < RUN
@@ -138,8 +138,8 @@ def prefix_attn_bwd_prefix(
 
 @triton.jit
 def prefix_attn_bwd_reduce(
-    partial_k, partial_v, dprefix_k, dprefix_v, rows, stride_n, stride_t, count, numel,
-    HAS_ROWS: tl.constexpr,  # partial n belongs to row rows[n]; otherwise all belong to every row, by stride_t
+    partial_k, partial_v, dprefix_k, dprefix_v, prefix_ids, stride_n, stride_t, count, numel,
+    HAS_IDS: tl.constexpr,  # partial n is of prefix prefix_ids[n]; otherwise all are of every prefix, by stride_t
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """dprefix [T, numel] from `count` partial sums, float32, added in their order; for float32 in float64."""
@@ -151,8 +151,8 @@ def prefix_attn_bwd_reduce(
     for first in range(0, count, SLICES):
         n = first + tl.arange(0, SLICES)
         mine = n < count
-        if HAS_ROWS:
-            mine = mine & (tl.load(rows + n, mask=mine, other=-1) == t)
+        if HAS_IDS:
+            mine = mine & (tl.load(prefix_ids + n, mask=mine, other=-1) == t)
         where = (n.to(tl.int64) * stride_n + t * stride_t)[:, None] + at[None, :]
         inside = mine[:, None] & (at < numel)[None, :]
         if NEED_K:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_given, load_keys, over_keys, over_queries
-from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
+from prefixattn.kernels.phi_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, PREFIX, head_of, load_rows, prefix_of, store_rows
 
 
@@ -77,7 +77,7 @@ def _queries(
 
 @triton.jit
 def prefix_attn_bwd_short(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, dout, lse, dlse, delta,
+    q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, out, dout, lse, dlse, delta,
     dq, dk, dv, partial_k, partial_v,
     layout, H, L, S, P, scale, softcap, drops,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -90,7 +90,7 @@ def prefix_attn_bwd_short(
     BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     KV = H // GROUP
     b, g = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
-    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
+    t, length = prefix_of(b, prefix_ids, lengths, P, FEATURES.HAS_IDS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
@@ -161,7 +161,7 @@ def prefix_attn_bwd_short(
         )  # fmt: skip
         head_bias = (mask + member * layout.mask.head, layout.mask.row, layout.mask.column)
         head_draws = (number, first_head + member, kv_head, drops)
-        own_memory = memory_of(memory, t, g * GROUP + member, H, D, FEATURES.MEMORY_ROWS)
+        own_memory = memory_of(memory, t, g * GROUP + member, H, D, FEATURES.MEMORY_PER_PREFIX)
         for row0 in range(0, L // BLOCK_M * BLOCK_M, BLOCK_M):
             _queries(
                 dq + member * layout.dq.head, layout.dq.row, head_sources, own_memory, keys, values, head_bias, axis,

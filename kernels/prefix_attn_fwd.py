@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
-from prefixattn.kernels.memory_tiles import memory_of
+from prefixattn.kernels.phi_tiles import memory_of
 from prefixattn.kernels.tiles import (
     LOG2E,
     MINUS_INF,
@@ -47,7 +47,7 @@ def _online(
 
 @triton.jit
 def prefix_attn_fwd(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, lse, mass, attended,
+    q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, out, lse, mass, attended,
     part_out, part_top, part_sum,
     layout, B, H, L, S, P, scale, softcap, drops,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,7 +67,7 @@ def prefix_attn_fwd(
         block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
+    t, length = prefix_of(b, prefix_ids, lengths, P, FEATURES.HAS_IDS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
@@ -138,6 +138,6 @@ def prefix_attn_fwd(
         )  # fmt: skip
     acc, top, weight_sum, prefix_sum = state
     target = (head_of(out, layout.out, b, h), layout.out.row, lse, mass)
-    own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
+    own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_PER_PREFIX)
     memory_side = (head_of(q, layout.q, b, h), layout.q.row, own_memory, head_of(attended, layout.out, b, h))
     finish(target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, FEATURES, MASS, KEEP)

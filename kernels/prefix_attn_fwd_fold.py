@@ -28,8 +28,8 @@ from prefixattn.kernels.tiles import (
 @triton.jit
 def prefix_attn_fwd_fold(
     q, prefix_k, prefix_v,
-    order,  # [B], sorts the samples by their row of the bank
-    rows, lengths, seed, part_out, part_top, part_sum,
+    order,  # [B], sorts the samples by their prefix
+    prefix_ids, lengths, seed, part_out, part_top, part_sum,
     layout, B, H, L, P, scale, softcap, drops, part_width,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def prefix_attn_fwd_fold(
     inside = folded < count
     sample = tl.minimum(folded // (GROUP * L), B - 1).to(tl.int64)
     head, row = g * GROUP + folded // L % GROUP, folded % L
-    if FEATURES.HAS_ROWS:
+    if FEATURES.HAS_IDS:
         sample = tl.load(order + sample)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT:
@@ -51,8 +51,8 @@ def prefix_attn_fwd_fold(
     if FEATURES.HAS_LENGTHS:
         end = tl.load(lengths + sample).to(tl.int32)
     used = tl.zeros((BLOCK_M,), tl.int64)
-    if FEATURES.HAS_ROWS:
-        used = tl.load(rows + sample)
+    if FEATURES.HAS_IDS:
+        used = tl.load(prefix_ids + sample)
     queries = load_rows(q, 1, sample * layout.q.sample + head * layout.q.head + row * layout.q.row, inside, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), MINUS_INF, tl.float32)
@@ -93,11 +93,11 @@ def prefix_attn_fwd_fold(
                 spoilt = tl.max((seen & (finite == 0)[None, :]).to(tl.int32), 1)  # [BLOCK_M]
                 acc = tl.where((spoilt == 1)[:, None], float("nan"), acc)
             new_acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision=FEATURES.PRECISION)
-            if FEATURES.HAS_ROWS:  # zero times another row's nan is nan
+            if FEATURES.HAS_IDS:  # zero times the nan of another prefix is nan
                 new_acc = tl.where(mine[:, None], new_acc, acc)
             acc = new_acc
             top = new_top
-        # the next row of the bank that a query of this tile uses
+        # the next prefix of the bank that a query of this tile uses
         t = tl.min(tl.where(inside & (used > t), used, 2**62), 0)
 
     if FEATURES.EXP == RAW:

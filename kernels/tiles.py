@@ -16,7 +16,7 @@ HIDDEN = tl.constexpr(-1e37)  # a mask value from here down hides its key as -in
 MINUS_INF = tl.constexpr(float("-inf"))
 OWN, PREFIX, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the part of the key axis that a tile lies in
 RAW, NATURAL, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see weights
-RUN = tl.constexpr(8)  # tiles whose sums are added in one chain, in float32: see fold_rows
+RUN = tl.constexpr(8)  # tiles whose sums are added in one chain, in float32: see compensated_add
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ATTENTION, PREFIX_K, PREFIX_V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of draws, as in philox.py
 
@@ -222,7 +222,7 @@ def at_most(x, most):
 
 
 @triton.jit
-def fold_rows(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def compensated_add(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Adds `rest` [M, BLOCK_D] to rows of `total`, float32, which hold nothing yet if `first`.
 
     Returns what that rounds away, the rest to go on from: a long sum is kept in two floats, and only one in registers.
@@ -256,11 +256,11 @@ def load_lse(lse, row, inside):
 
 
 @triton.jit
-def prefix_of(b, rows, lengths, P, HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """The row of the prefixes [T, Hkv, P, D] that sample `b` uses, and how much of it."""
+def prefix_of(b, prefix_ids, lengths, P, HAS_IDS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    """Which of the prefixes [T, Hkv, P, D] sample `b` uses, and how much of it."""
     t = b * 0
-    if HAS_ROWS:
-        t = tl.load(rows + b)
+    if HAS_IDS:
+        t = tl.load(prefix_ids + b)
     elif PER_SAMPLE:
         t = b
     length = P
