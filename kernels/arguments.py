@@ -58,6 +58,14 @@ class Drops(NamedTuple):
     prefix_gain: float | None = None
 
 
+class Window(NamedTuple):
+    """Query l, which lies at first + l, sees own keys from its position - left to + right; None: all there are."""
+
+    left: int | None
+    right: int | None
+    first: int
+
+
 class Features(NamedTuple):
     """What is compiled in; the defaults are for a kernel that has no code for it."""
 
@@ -73,5 +81,6 @@ class Features(NamedTuple):
     PER_SAMPLE: bool = False  # each sample has its own
     HAS_LENGTHS: bool = False
     PREFIX_DROPOUT: bool = False
+    PREFIX_IN_WINDOW: bool = False  # a window's left bound hides rows of the prefix too
     PHI: int = NO_MEMORY.value  # or what is done to the queries that meet the memory
     MEMORY_PER_PREFIX: bool = False  # each prefix has a memory of its own

@@ -31,7 +31,8 @@ def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads
         _short(call, given, delta, grads, needs, plan)
         return grads
     prefix = (needs.prefix_k or needs.prefix_v) and P > 0
-    in_prefix_pass = prefix and P <= prefix_plan(call).block_n
+    # whose queries are all queries, unless a window hides the prefix from some
+    in_prefix_pass = prefix and P <= prefix_plan(call).block_n and call.prefix_window is None
     if not in_prefix_pass:
         _delta(call, given, delta)
     if prefix:
@@ -79,7 +80,7 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
         call.layout(
             out=strides(given.out), dout=strides(given.dout), dq=strides(grads.q), dk=strides(dk), dv=strides(dv)
         ),
-        *(H, L, S, P, call.scale, call.cap, call.drops()),
+        *(H, L, S, P, call.scale, call.cap, call.drops(), call.window),
         FEATURES=call.features(),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -163,7 +164,7 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
             out=strides(given.out),
             dout=strides(given.dout),
         ),
-        *(B, H, L, P, T, call.scale, call.cap, call.drops()),
+        *(B, H, L, P, T, call.scale, call.cap, call.drops(), call.prefix_window),
         FEATURES=call.features(masks=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -238,7 +239,7 @@ def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -
             dk=strides(grads.k),
             dv=strides(grads.v),
         ),
-        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False)),
+        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False), call.window),
         FEATURES=call.features(prefixes=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -254,12 +255,14 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     B, H, KV, L, S, _, P, _ = call.sizes
     plan = call.launch("bwd_queries")
     assert plan is not None
-    scores = call.q.new_empty((B, H, L, S) if needs.attn_mask else 0, dtype=torch.float32)
+    # tiles outside a window are not visited
+    make = call.q.new_empty if call.window is None else call.q.new_zeros
+    scores = make((B, H, L, S) if needs.attn_mask else 0, dtype=torch.float32)
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
         *(given.dout, given.lse, delta, grads.q, scores),
         call.layout(dout=strides(given.dout), dq=strides(grads.q)),
-        *(B, H, L, S, P, call.scale, call.cap, call.drops()),
+        *(B, H, L, S, P, call.scale, call.cap, call.drops(), call.window),
         FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,

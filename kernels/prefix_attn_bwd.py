@@ -34,7 +34,7 @@ def prefix_attn_bwd_delta(
 @triton.jit
 def prefix_attn_bwd_keys(
     q, k, v, mask, seed, dout, lse, delta, dk, dv,
-    layout, H, L, S, P, scale, softcap, drops,
+    layout, H, L, S, P, scale, softcap, drops, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def prefix_attn_bwd_keys(
         bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
         draws = (number, head, b * KV + g, drops)
         dkeys, dvalues = over_queries(
-            dkeys, dvalues, key, value, sources, bias, axis, draws, column, first, scale, softcap,
+            dkeys, dvalues, key, value, sources, bias, axis, draws, column, first, scale, softcap, window,
             FEATURES, BLOCK_M, BLOCK_N, 0, FEATURES.CAUSAL, NEED_K, NEED_V, OWN, False,
         )  # fmt: skip
     if NEED_K:
@@ -77,7 +77,7 @@ def prefix_attn_bwd_keys(
 @triton.jit
 def prefix_attn_bwd_queries(
     q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, dout, lse, delta, dq, dmask,
-    layout, B, H, L, S, P, scale, softcap, drops,
+    layout, B, H, L, S, P, scale, softcap, drops, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
     NEED_Q: tl.constexpr,
@@ -112,7 +112,7 @@ def prefix_attn_bwd_queries(
     dqueries = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     dqueries = over_keys(
-        dqueries, given, keys, values, bias, (S, P, S + length, L), draws, dmask, row, row0, scale, softcap,
+        dqueries, given, keys, values, bias, (S, P, S + length, L), draws, dmask, row, row0, scale, softcap, window,
         FEATURES, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, NEED_Q, NEED_MASK,
     )  # fmt: skip
     if NEED_Q:

@@ -145,9 +145,11 @@ def masked(
     S,
     end,
     L,
+    window,  # None where it hides nothing of the tile
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,  # the mask is the same for every query
     CAUSAL: tl.constexpr,
+    PREFIX_IN_WINDOW: tl.constexpr,
     PART: tl.constexpr,
     BOUND: tl.constexpr,
 ):
@@ -173,8 +175,32 @@ def masked(
             if PART == SPLIT:
                 seen = seen | (column >= S)
             score = tl.where(seen, score, MINUS_INF)
+    if window is not None:
+        score = windowed(score, window, row, column, S, end, PREFIX_IN_WINDOW, PART)
     if BOUND:
         score = tl.where(column < end, score, MINUS_INF)
+    return score
+
+
+@triton.jit
+def windowed(score, window, row, column, S, end, PREFIX_IN_WINDOW: tl.constexpr, PART: tl.constexpr):
+    """Scores with -inf where a sliding window hides the key; the right bound never hides a row of the prefix."""
+    position = row + window.first
+    if window.left is not None:
+        at = column
+        if PART == PREFIX:
+            at = column - end
+        elif PART == SPLIT and PREFIX_IN_WINDOW:
+            at = tl.where(column < S, column, column - end)
+        seen = at >= position - window.left
+        if PART == SPLIT and not PREFIX_IN_WINDOW:
+            seen = seen | (column >= S)
+        score = tl.where(seen, score, MINUS_INF)
+    if PART != PREFIX and window.right is not None:
+        seen = column <= position + window.right
+        if PART == SPLIT:
+            seen = seen | (column >= S)
+        score = tl.where(seen, score, MINUS_INF)
     return score
 
 
