@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prefixattn.kernels.memory_tiles import NO_MEMORY
+from prefixattn.kernels.phi_tiles import NO_MEMORY
 from prefixattn.kernels.tiles import NO_MASK
 
 
 class Strides(NamedTuple):
     """Of a tensor whose last axis lies in one piece, in elements."""
 
-    sample: int  # of prefixes: from one row of them to the next
+    sample: int  # of prefixes: from one of them to the next
     head: int
     row: int
 
@@ -58,6 +58,14 @@ class Drops(NamedTuple):
     prefix_gain: float | None = None
 
 
+class Window(NamedTuple):
+    """Query l, which lies at first + l, sees own keys from its position - left to + right; None: all there are."""
+
+    left: int | None
+    right: int | None
+    first: int
+
+
 class Features(NamedTuple):
     """What is compiled in; the defaults are for a kernel that has no code for it."""
 
@@ -69,9 +77,10 @@ class Features(NamedTuple):
     MASK: int = NO_MASK.value
     KEY_MASK: bool = False  # the mask is the same for every query
     CAUSAL: bool = False
-    HAS_ROWS: bool = False  # `rows` [B] names the prefix of each sample
+    HAS_IDS: bool = False  # `prefix_ids` [B] names the prefix of each sample
     PER_SAMPLE: bool = False  # each sample has its own
     HAS_LENGTHS: bool = False
     PREFIX_DROPOUT: bool = False
+    PREFIX_IN_WINDOW: bool = False  # a window's left bound hides rows of the prefix too
     PHI: int = NO_MEMORY.value  # or what is done to the queries that meet the memory
-    MEMORY_ROWS: bool = False  # there is a memory for each row of the prefixes
+    MEMORY_PER_PREFIX: bool = False  # each prefix has a memory of its own

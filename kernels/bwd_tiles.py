@@ -26,6 +26,7 @@ from prefixattn.kernels.tiles import (
     natural_weights,
     weights,
 )  # fmt: skip
+from prefixattn.kernels.window_tiles import key_tiles, masked_tile, prefix_columns, prefix_seen, query_tiles
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def drop_both(key, value, axis, draws, column, BLOCK_D: tl.constexpr, PART: tl.c
 
 @triton.jit
 def pair(
-    dk, dv, key, value, sources, places, bias, axis, draws, row, column, scale, softcap,
+    dk, dv, key, value, sources, places, bias, axis, draws, row, column, scale, softcap, window,
     FEATURES: tl.constexpr, CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +90,8 @@ def pair(
         score, slope = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     score = masked(
-        score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L,
-        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, PART, BOUND,
+        score, mask, stride_ml, stride_ms, row[None, :], column[:, None], S, end, L, window,
+        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, FEATURES.PREFIX_IN_WINDOW, PART, BOUND,
     )  # fmt: skip
     if softcap is not None:
         weight = natural_weights(score, pivot[None, :], rest[None, :], FEATURES.EXP)  # no score is large
@@ -125,7 +126,7 @@ def pair(
 
 @triton.jit
 def over_queries(
-    dk, dv, key, value, sources, bias, axis, draws, column, first, scale, softcap,
+    dk, dv, key, value, sources, bias, axis, draws, column, first, scale, softcap, window,
     FEATURES: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
     QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: as wide as the others, masked
     CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
@@ -137,8 +138,18 @@ def over_queries(
     end = L
     if QUERY_TAIL:
         end = L // BLOCK_M * BLOCK_M
-    start = 0
-    if CAUSAL:
+    start, stop = 0, L
+    if window is not None:
+        span, stop = query_tiles(window, first, W, axis, end, CAUSAL, PART, BLOCK_M)
+        _, _, start, open_end, masked_tiles = span
+        for i in range(0, masked_tiles):
+            row = masked_tile(i, span, BLOCK_M) + tl.arange(0, BLOCK_M)
+            places = (row * stride_ql, row * stride_gl, row, row < L)
+            dk, dv = pair(
+                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, window,
+                FEATURES, CAUSAL, NEED_K, NEED_V, PART, BOUND,
+            )  # fmt: skip
+    elif CAUSAL:
         start = tl.maximum(first - (S - L), 0) // BLOCK_M * BLOCK_M  # the first tile that sees a key
         seen = tl.minimum(tl.maximum(first + W - 1 - (S - L), start), L)  # the first query that sees all keys
         all_seen = tl.minimum(tl.cdiv(seen, BLOCK_M) * BLOCK_M, end)
@@ -146,30 +157,33 @@ def over_queries(
             row = row0 + tl.arange(0, BLOCK_M)
             places = (row * stride_ql, row * stride_gl, row, row < L)
             dk, dv = pair(
-                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
+                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, None,
                 FEATURES, True, NEED_K, NEED_V, PART, BOUND,
             )  # fmt: skip
         start = tl.maximum(start, all_seen)
-    for row0 in range(start, end, BLOCK_M):
+    if window is None:
+        open_end = end
+    for row0 in range(start, open_end, BLOCK_M):
         row = row0 + tl.arange(0, BLOCK_M)
         places = (row * stride_ql, row * stride_gl, row, row < L)
         dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
+            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, None,
             FEATURES, False, NEED_K, NEED_V, PART, BOUND,
         )  # fmt: skip
     if QUERY_TAIL:
         row = end + tl.arange(0, QUERY_TAIL)
         places = (row * stride_ql, row * stride_gl, row, row < L)
-        dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
-            FEATURES, CAUSAL, NEED_K, NEED_V, PART, BOUND,
-        )  # fmt: skip
+        if window is None or stop > end:
+            dk, dv = pair(
+                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, window,
+                FEATURES, CAUSAL, NEED_K, NEED_V, PART, BOUND,
+            )  # fmt: skip
     return dk, dv
 
 
 @triton.jit
 def _columns(
-    dq, given, keys, values, bias, axis, draws, dmask, row, first, scale, softcap,
+    dq, given, keys, values, bias, axis, draws, dmask, row, first, scale, softcap, window,
     FEATURES: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr, NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
     PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +211,8 @@ def _columns(
         score, slope = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     score = masked(
-        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L,
-        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, PART, BOUND,
+        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, window,
+        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, FEATURES.PREFIX_IN_WINDOW, PART, BOUND,
     )  # fmt: skip
     if softcap is not None:
         weight = natural_weights(score, pivot[:, None], rest[:, None], FEATURES.EXP)  # no score is large
@@ -223,7 +237,7 @@ def _columns(
 
 @triton.jit
 def over_keys(
-    dq, given, keys, values, bias, axis, draws, dmask, row, row0, scale, softcap,
+    dq, given, keys, values, bias, axis, draws, dmask, row, row0, scale, softcap, window,
     FEATURES: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
     NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
@@ -231,22 +245,33 @@ def over_keys(
     """dq of M queries, from `row0` on, over every key that one of them sees, in the order of prefix_attn_fwd."""
     S, P, end, L = axis
     own_axis = (S, P, S, L)
-    open_end, own_end = S // BLOCK_N * BLOCK_N, S
-    if FEATURES.CAUSAL:
+    open_first, open_end, own_end = 0, S // BLOCK_N * BLOCK_N, S
+    if window is not None:
+        span = key_tiles(window, row0, M, S, FEATURES.CAUSAL, BLOCK_N)
+        _, _, open_first, open_end, masked_tiles = span
+        for i in range(0, masked_tiles):
+            first = masked_tile(i, span, BLOCK_N)
+            dq = _columns(
+                dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, window,
+                FEATURES, BLOCK_N, FEATURES.CAUSAL, NEED_Q, NEED_MASK, OWN, True,
+            )  # fmt: skip
+    elif FEATURES.CAUSAL:
         hidden = tl.maximum(row0 + S - L + 1, 0)
         open_end = tl.minimum(S, hidden) // BLOCK_N * BLOCK_N
         if not NEED_MASK:  # whose gradient is written everywhere
             own_end = tl.minimum(S, tl.maximum(row0 + M + S - L, 0))
-    for first in range(0, open_end, BLOCK_N):
+    for first in range(open_first, open_end, BLOCK_N):
         dq = _columns(
-            dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap,
+            dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, None,
             FEATURES, BLOCK_N, False, NEED_Q, NEED_MASK, OWN, False,
         )  # fmt: skip
     first_rest = open_end
-    if FEATURES.CAUSAL:
+    if window is not None:
+        first_rest = S
+    elif FEATURES.CAUSAL:
         for first in range(open_end, own_end, BLOCK_N):
             dq = _columns(
-                dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap,
+                dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, None,
                 FEATURES, BLOCK_N, True, NEED_Q, NEED_MASK, OWN, True,
             )  # fmt: skip
         first_rest = S
@@ -255,15 +280,20 @@ def over_keys(
         tail = first_rest
         if REST_LOOP:
             tail += (end - first_rest) // BLOCK_N * BLOCK_N
+    if FEATURES.PREFIX_IN_WINDOW:
+        first_rest = prefix_columns(window, row0, S, end, BLOCK_N)
     if REST_LOOP:
         for first in range(first_rest, tail, BLOCK_N):
             dq = _columns(
                 dq, given, keys, values, bias, axis, draws, dmask, row, first, scale, softcap,
+                window if FEATURES.PREFIX_IN_WINDOW else None,
                 FEATURES, BLOCK_N, False, NEED_Q, NEED_MASK, REST, TAIL == 0,
             )  # fmt: skip
     if TAIL:
-        dq = _columns(
-            dq, given, keys, values, bias, axis, draws, dmask, row, tail, scale, softcap,
-            FEATURES, TAIL, False, NEED_Q, NEED_MASK, REST, True,
-        )  # fmt: skip
+        if not FEATURES.PREFIX_IN_WINDOW or prefix_seen(window, row0):
+            dq = _columns(
+                dq, given, keys, values, bias, axis, draws, dmask, row, tail, scale, softcap,
+                window if FEATURES.PREFIX_IN_WINDOW else None,
+                FEATURES, TAIL, False, NEED_Q, NEED_MASK, REST, True,
+            )  # fmt: skip
     return dq

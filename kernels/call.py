@@ -7,20 +7,20 @@ from torch import Tensor
 
 from prefixattn.attention import call
 from prefixattn.attention.philox import threshold
-from prefixattn.kernels import memory_tiles, tiles
-from prefixattn.kernels.arguments import Drops, Features, Layout, MaskStrides, Strides, strides
+from prefixattn.kernels import phi_tiles, tiles
+from prefixattn.kernels.arguments import Drops, Features, Layout, MaskStrides, Strides, Window, strides
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
 
 HALF_TYPES = torch.bfloat16, torch.float16
 OWN, PREFIX, SPLIT = tiles.OWN.value, tiles.PREFIX.value, tiles.SPLIT.value
 RAW, NATURAL, EXACT = tiles.RAW.value, tiles.NATURAL.value, tiles.EXACT.value
 NO_MASK, BOOL_MASK, FLOAT_MASK = tiles.NO_MASK.value, tiles.BOOL_MASK.value, tiles.FLOAT_MASK.value
-NO_MEMORY = memory_tiles.NO_MEMORY.value
+NO_MEMORY = phi_tiles.NO_MEMORY.value
 PHIS = {
-    "none": memory_tiles.NONE.value,
-    "elu": memory_tiles.ELU.value,
-    "gelu": memory_tiles.GELU.value,
-    "relu": memory_tiles.RELU.value,
+    "none": phi_tiles.NONE.value,
+    "elu": phi_tiles.ELU.value,
+    "gelu": phi_tiles.GELU.value,
+    "relu": phi_tiles.RELU.value,
 }
 
 
@@ -48,6 +48,25 @@ class Call(call.Call):
     def cap(self) -> float | None:
         """None where there is none: to Triton a constant, so that a kernel without a cap has no code for one."""
         return self.softcap or None
+
+    @property
+    def window(self) -> Window | None:
+        """None where there is none, and so is a bound that hides nothing: as of `cap`, a kernel has no code for it."""
+        if self.window_left < 0 and self.window_right < 0:
+            return None
+        _, _, _, L, S, _, P, _ = self.sizes
+        left, right = self.window_left, self.window_right
+        bound_left = 0 <= left < S - 1 + (P if self.prefix_in_window else 0)
+        bound_right = 0 <= right < L - 1
+        if not (bound_left or bound_right):
+            return None
+        return Window(left if bound_left else None, right if bound_right else None, S - L)
+
+    @property
+    def prefix_window(self) -> Window | None:
+        """The window for a kernel of the prefix alone: None if it hides nothing there."""
+        window = self.window if self.prefix_in_window else None
+        return None if window is None or window.left is None else window
 
     @property
     def exp(self) -> int:
@@ -132,16 +151,17 @@ class Call(call.Call):
 
     def prefixes(self) -> dict[str, Any]:
         return {
-            "HAS_ROWS": self.prefix_ids is not None,
+            "HAS_IDS": self.prefix_ids is not None,
             "PER_SAMPLE": self.prefix_ids is None and self.prefix_k.shape[0] > 1,
             "HAS_LENGTHS": self.prefix_lengths is not None,
             "PREFIX_DROPOUT": self.prefix_dropout_p > 0,
+            "PREFIX_IN_WINDOW": self.prefix_window is not None,
         }
 
     def memories(self) -> dict[str, Any]:
         return {
             "PHI": NO_MEMORY if self.memory is None else PHIS[self.phi],
-            "MEMORY_ROWS": self.memory is not None and self.memory.shape[0] > 1,
+            "MEMORY_PER_PREFIX": self.memory is not None and self.memory.shape[0] > 1,
         }
 
     def readable_memory(self) -> Tensor:
@@ -150,12 +170,13 @@ class Call(call.Call):
 
     def rest(self, block_n: int, prefix: bool = True) -> dict[str, Any]:
         """How the columns after the whole tiles of own keys are cut: see prefix_attn_fwd."""
-        own = 0 if self.causal else self.k.shape[2] % block_n
+        windowed = self.window is not None
+        own = 0 if self.causal or windowed else self.k.shape[2] % block_n  # which are in masked tiles of own keys then
         P = self.prefix_k.shape[2] if prefix else 0
         part = OWN if P == 0 else SPLIT if own else PREFIX
         width = own + P
         if self.q.shape[2] == 1 and prefix:  # decoding: one kernel for every S, masked, rather than few products
-            part = SPLIT
+            part = PREFIX if windowed else SPLIT
         # without tensor cores one more kind of tile costs more registers than it saves
         if self.exp == EXACT or self.q.shape[2] == 1:
             loop, tail = True, 0

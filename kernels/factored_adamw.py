@@ -33,7 +33,7 @@ def start(WANT_DH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def factors(
-    dy,  # [P, O], or the part of the bank's gradient, of one network
+    dy,  # [P, O], or the part of dkv, of one network
     h,  # [P, M]
     w,  # [BLOCK_O, BLOCK_M]
     acc,  # [BLOCK_P, BLOCK_M]
@@ -89,7 +89,7 @@ def factored_adamw(
     exp_avg_scale,  # [G, O, blocks], if exp_avg are codes; then BLOCK_M is a whole block, as for exp_avg_sq
     exp_avg_sq_scale,  # [G, O, blocks], if exp_avg_sq are codes
     h,  # [G, P, M]
-    dy,  # [G, P, O], or the bank's gradient
+    dy,  # [G, P, O], or dkv
     part,  # [parts, G, P, M]
     G,
     P,
@@ -160,7 +160,7 @@ def factored_sgd(
     w2,  # [G, O, M]
     buffer,  # [G, O, M], if MOMENTUM
     h,  # [G, P, M]
-    dy,  # [G, P, O], or the bank's gradient
+    dy,  # [G, P, O], or dkv
     part,  # [parts, G, P, M]
     G,
     P,

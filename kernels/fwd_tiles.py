@@ -8,7 +8,7 @@ those of arguments.py; what differs between the tiles of a call stands beside th
 import triton
 import triton.language as tl
 
-from prefixattn.kernels.memory_tiles import NO_MEMORY, add_memory
+from prefixattn.kernels.phi_tiles import NO_MEMORY, add_memory
 from prefixattn.kernels.tiles import (
     ATTENTION,
     EXACT,
@@ -30,7 +30,7 @@ from prefixattn.kernels.tiles import (
 
 @triton.jit
 def scores(
-    queries, keys, bias, axis, draws, row, column, scale, softcap,
+    queries, keys, bias, axis, draws, row, column, scale, softcap, window,
     FEATURES: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of keys, -inf where unseen: [M, W]."""
@@ -51,8 +51,8 @@ def scores(
         score, _ = capped(score, softcap)
     mask, stride_ml, stride_ms = bias
     return masked(
-        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L,
-        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, PART, BOUND,
+        score, mask, stride_ml, stride_ms, row[:, None], column[None, :], S, end, L, window,
+        FEATURES.MASK, FEATURES.KEY_MASK, CAUSAL, FEATURES.PREFIX_IN_WINDOW, PART, BOUND,
     )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads
         _short(call, given, delta, grads, needs, plan)
         return grads
     prefix = (needs.prefix_k or needs.prefix_v) and P > 0
-    in_prefix_pass = prefix and P <= prefix_plan(call).block_n
+    # whose queries are all queries, unless a window hides the prefix from some
+    in_prefix_pass = prefix and P <= prefix_plan(call).block_n and call.prefix_window is None
     if not in_prefix_pass:
         _delta(call, given, delta)
     if prefix:
@@ -79,7 +80,7 @@ def _short(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs, 
         call.layout(
             out=strides(given.out), dout=strides(given.dout), dq=strides(grads.q), dk=strides(dk), dv=strides(dv)
         ),
-        *(H, L, S, P, call.scale, call.cap, call.drops()),
+        *(H, L, S, P, call.scale, call.cap, call.drops(), call.window),
         FEATURES=call.features(),
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
@@ -115,7 +116,7 @@ def _reduce(
     prefix_attn_bwd_reduce[(triton.cdiv(numel, block) * T,)](
         *(*partial, *sums, partial[0] if ids is None else ids),
         *(stride_n, stride_t, count, numel),
-        HAS_ROWS=ids is not None,
+        HAS_IDS=ids is not None,
         NEED_K=wanted[0],
         NEED_V=wanted[1],
         BLOCK=block,
@@ -143,7 +144,7 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     plan = prefix_plan(call)
     tiles = triton.cdiv(P, plan.block_n)
     _, lengths, seed = call.indices()
-    order, starts = _by_row(call, T)
+    order, starts = _by_prefix(call, T)
     samples, used = (B, 1) if call.prefix_ids is None and T == 1 else (1, T)
     if call.prefix_ids is not None:
         samples, used = B, min(T, B)  # all may use one row, or each its own
@@ -163,7 +164,7 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
             out=strides(given.out),
             dout=strides(given.dout),
         ),
-        *(B, H, L, P, T, call.scale, call.cap, call.drops()),
+        *(B, H, L, P, T, call.scale, call.cap, call.drops(), call.prefix_window),
         FEATURES=call.features(masks=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -179,8 +180,8 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         _reduce(partial, pair, wanted, None, T, each, stride_n=T * each, stride_t=each, count=shares)
 
 
-def _by_row(call: Call, T: int) -> tuple[Tensor, Tensor]:
-    """The samples in the order of their rows of the bank, and where each row's begin; or what is never read."""
+def _by_prefix(call: Call, T: int) -> tuple[Tensor, Tensor]:
+    """The samples in the order of their prefixes, and where those of each begin; or what is never read."""
     if call.prefix_ids is None:
         return call.q, call.q
     order = call.prefix_ids.argsort(stable=True)
@@ -190,9 +191,9 @@ def _by_row(call: Call, T: int) -> tuple[Tensor, Tensor]:
 def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     B, H, _, L, _, _, _, D = call.sizes
     T = dmemory.shape[0]
-    by_row = T > 1 and call.prefix_ids is not None
-    order, starts = _by_row(call, T) if by_row else (call.q, call.q)
-    samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_row else (1, T)
+    by_ids = T > 1 and call.prefix_ids is not None
+    order, starts = _by_prefix(call, T) if by_ids else (call.q, call.q)
+    samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_ids else (1, T)
     half = call.q.dtype in HALF_TYPES or INTERPRETED
     block_m = 64 if half and call.block_d <= 128 else 32 if half or call.block_d <= 64 else 16
     block_n = min(64 if block_m * call.block_d <= 4096 else 32, block_m, call.block_d)  # or it spills
@@ -208,10 +209,10 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
         BLOCK_D=call.block_d,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        HAS_ROWS=by_row,
-        PER_SAMPLE=T > 1 and not by_row,
+        HAS_IDS=by_ids,
+        PER_SAMPLE=T > 1 and not by_ids,
         PHI=call.memories()["PHI"],
-        FOLD=call.exp == EXACT,
+        COMPENSATED=call.exp == EXACT,
         PRECISION=call.numbers()["PRECISION"],
         num_warps=4,
         enable_fp_fusion=True,
@@ -238,7 +239,7 @@ def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -
             dk=strides(grads.k),
             dv=strides(grads.v),
         ),
-        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False)),
+        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False), call.window),
         FEATURES=call.features(prefixes=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -254,12 +255,14 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     B, H, KV, L, S, _, P, _ = call.sizes
     plan = call.launch("bwd_queries")
     assert plan is not None
-    scores = call.q.new_empty((B, H, L, S) if needs.attn_mask else 0, dtype=torch.float32)
+    # tiles outside a window are not visited
+    make = call.q.new_empty if call.window is None else call.q.new_zeros
+    scores = make((B, H, L, S) if needs.attn_mask else 0, dtype=torch.float32)
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
         *(given.dout, given.lse, delta, grads.q, scores),
         call.layout(dout=strides(given.dout), dq=strides(grads.q)),
-        *(B, H, L, S, P, call.scale, call.cap, call.drops()),
+        *(B, H, L, S, P, call.scale, call.cap, call.drops(), call.window),
         FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,

@@ -13,6 +13,8 @@ from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
 from prefixattn.kernels.prefix_attn_fwd_short import prefix_attn_fwd_short
 from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, SHORT_KEYS, Launch, processors
 
+# a window changes no plan: each kernel skips tiles in its own loops, and a folded prefix is still read once for all
+
 
 def forward(call: Call, wants: Wants) -> Results:
     B, H, _, L, _, _, _, _ = call.sizes
@@ -47,17 +49,18 @@ def short_plan(call: Call) -> Launch | None:
 
 def _short(call: Call, results: Results, plan: Launch) -> None:
     B, H, KV, L, S, _, P, _ = call.sizes
+    own_alone = call.window is not None and P == 0  # which may hide the last tile, a prefix beside a window does not
     prefix_attn_fwd_short[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
-        *(call.layout(out=strides(results.out)), H, L, S, P, call.scale, call.cap, call.drops()),
+        *(call.layout(out=strides(results.out)), H, L, S, P, call.scale, call.cap, call.drops(), call.window),
         FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         TILES=(S + P) // plan.block_n,
         TAIL=tile_width((S + P) % plan.block_n),
-        OWN_TILES=S // plan.block_n,
-        SPLIT_TILE=S % plan.block_n > 0,
+        OWN_TILES=triton.cdiv(S, plan.block_n) if own_alone else S // plan.block_n,
+        SPLIT_TILE=S % plan.block_n > 0 and not own_alone,
         MASS=results.mass.numel() > 0,
         KEEP=results.attended.numel() > 0,
         **options(plan),
@@ -73,7 +76,7 @@ def _online(call: Call, results: Results, parts: list[Tensor]) -> None:
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
         *(parts or [results.mass] * 3),
-        *(call.layout(out=strides(results.out)), B, H, L, S, P, call.scale, call.cap, call.drops()),
+        *(call.layout(out=strides(results.out)), B, H, L, S, P, call.scale, call.cap, call.drops(), call.window),
         FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -101,7 +104,7 @@ def _fold(call: Call) -> list[Tensor]:
     prefix_attn_fwd_fold[(tiles, KV * parts)](
         *(call.q, call.prefix_k, call.prefix_v, order, ids, lengths, seed, part_out, part_top, part_sum),
         Layout(q=strides(call.q), prefix_k=strides(call.prefix_k), prefix_v=strides(call.prefix_v)),
-        *(B, H, L, P, call.scale, call.cap, call.drops(prefix=False), width),
+        *(B, H, L, P, call.scale, call.cap, call.drops(prefix=False), call.prefix_window, width),
         FEATURES=call.features(masks=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,

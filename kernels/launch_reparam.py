@@ -13,7 +13,7 @@ from prefixattn.kernels import reparam_bwd, reparam_fwd
 from prefixattn.kernels.call import options
 from prefixattn.kernels.factored_adamw import factored_adamw, factored_sgd
 from prefixattn.kernels.reparam_bwd import reparam_dh, reparam_dw2
-from prefixattn.kernels.reparam_fwd import reparam_bank, reparam_hidden
+from prefixattn.kernels.reparam_fwd import reparam_hidden, reparam_kv
 from prefixattn.kernels.table import Launch
 from prefixattn.reparam.call import Call, Form, Results
 
@@ -79,7 +79,7 @@ def forward(call: Call) -> Results:
     x, w1, b1, w2, b2, form, dtype = call
     (G, P, E), (O, M) = x.shape, w2.shape[1:]
     z, h = (x.new_empty(G, P, M) for _ in range(2))
-    bank = x.new_empty((G * form.layers, 2, form.kv_heads, P, form.head_dim), dtype=dtype)
+    kv = x.new_empty((G * form.layers, 2, form.kv_heads, P, form.head_dim), dtype=dtype)
     block_p, block_m = tile(P, 64), 16
     reparam_hidden[(triton.cdiv(P, block_p) * triton.cdiv(M, block_m) * G,)](
         *(x, w1, x if b1 is None else b1, z, h, P, E, M),
@@ -93,8 +93,8 @@ def forward(call: Call) -> Results:
     )
     block_p, block_o = tile(P, 64), 64
     block_k = tile(M, 64 if block_p < 64 else 32)
-    reparam_bank[(triton.cdiv(P, block_p) * triton.cdiv(O, block_o) * G,)](
-        *(h, w2, x if b2 is None else b2, bank, P, O, M, form.kv_heads * form.head_dim),
+    reparam_kv[(triton.cdiv(P, block_p) * triton.cdiv(O, block_o) * G,)](
+        *(h, w2, x if b2 is None else b2, kv, P, O, M, form.kv_heads * form.head_dim),
         D=form.head_dim,
         INTERLEAVED=form.interleaved,
         HAS_BIAS=b2 is not None,
@@ -104,11 +104,11 @@ def forward(call: Call) -> Results:
         PRECISION=precision(M),
         **options(Launch(0, 0, 4, 3)),
     )
-    return Results(bank, z)
+    return Results(kv, z)
 
 
 def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Form | None = None, scale: float = 1.0) -> Tensor:
-    """dh [G, P, M] = scale * dy w2. dy: rows [G, P, O], or with a form the gradient of a bank."""
+    """dh [G, P, M] = scale * dy w2. dy: rows [G, P, O], or with a form dkv."""
     sizes = Sizes(w2.shape[0], P, *w2.shape[1:])
     block_p, block_m = tile(P, 64), tile(sizes.M, 64)
     block_o = 64 if block_p < 64 else 32
@@ -128,14 +128,14 @@ def hidden_gradient(dy: Tensor, w2: Tensor, P: int, form: Form | None = None, sc
     return added(part)
 
 
-def matrix_gradient(dbank: Tensor, h: Tensor, w2: Tensor, form: Form) -> Tensor:
+def matrix_gradient(dkv: Tensor, h: Tensor, w2: Tensor, form: Form) -> Tensor:
     """dw2 [G, O, M]."""
     G, P, M = h.shape
     O = w2.shape[1]
     dw2 = torch.empty_like(w2)
     block_o, block_m = 64, tile(M, 64)
     reparam_dw2[(triton.cdiv(O, block_o) * triton.cdiv(M, block_m) * G,)](
-        *(dbank, h, dw2, P, O, M, form.kv_heads * form.head_dim),
+        *(dkv, h, dw2, P, O, M, form.kv_heads * form.head_dim),
         D=form.head_dim,
         LAYOUT=layout(form),
         BLOCK_P=tile(P, STEP_ROWS),
@@ -153,7 +153,7 @@ def adamw(
     exp_avg_sq: Tensor,  # [G, O, M], numbers or codes
     scales: tuple[Tensor | None, Tensor | None],  # of codes
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    dy: Tensor,  # [G, P, O], or with a form dkv
     form: Form | None,
     numbers: tuple[float, ...],  # factored_adamw's from scale to salt
     want_dh: bool,
@@ -168,7 +168,7 @@ def sgd(
     w: Tensor,  # [G, O, M]
     buffer: Tensor | None,  # [G, O, M]
     h: Tensor,  # [G, P, M]
-    dy: Tensor,  # [G, P, O], or with a form the gradient of a bank
+    dy: Tensor,  # [G, P, O], or with a form dkv
     form: Form | None,
     numbers: tuple[float, ...],  # factored_sgd's from scale to weight_decay
     nesterov: bool,

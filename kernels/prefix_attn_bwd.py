@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import load_given, load_keys, over_keys, over_queries
-from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
+from prefixattn.kernels.phi_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, head_of, load_rows, prefix_of, store_rows
 
 
@@ -34,7 +34,7 @@ def prefix_attn_bwd_delta(
 @triton.jit
 def prefix_attn_bwd_keys(
     q, k, v, mask, seed, dout, lse, delta, dk, dv,
-    layout, H, L, S, P, scale, softcap, drops,
+    layout, H, L, S, P, scale, softcap, drops, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def prefix_attn_bwd_keys(
         bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
         draws = (number, head, b * KV + g, drops)
         dkeys, dvalues = over_queries(
-            dkeys, dvalues, key, value, sources, bias, axis, draws, column, first, scale, softcap,
+            dkeys, dvalues, key, value, sources, bias, axis, draws, column, first, scale, softcap, window,
             FEATURES, BLOCK_M, BLOCK_N, 0, FEATURES.CAUSAL, NEED_K, NEED_V, OWN, False,
         )  # fmt: skip
     if NEED_K:
@@ -76,8 +76,8 @@ def prefix_attn_bwd_keys(
 
 @triton.jit
 def prefix_attn_bwd_queries(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, dout, lse, delta, dq, dmask,
-    layout, B, H, L, S, P, scale, softcap, drops,
+    q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, dout, lse, delta, dq, dmask,
+    layout, B, H, L, S, P, scale, softcap, drops, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
     NEED_Q: tl.constexpr,
@@ -93,7 +93,7 @@ def prefix_attn_bwd_queries(
         block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
+    t, length = prefix_of(b, prefix_ids, lengths, P, FEATURES.HAS_IDS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
@@ -112,13 +112,13 @@ def prefix_attn_bwd_queries(
     dqueries = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     dqueries = over_keys(
-        dqueries, given, keys, values, bias, (S, P, S + length, L), draws, dmask, row, row0, scale, softcap,
+        dqueries, given, keys, values, bias, (S, P, S + length, L), draws, dmask, row, row0, scale, softcap, window,
         FEATURES, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL, NEED_Q, NEED_MASK,
     )  # fmt: skip
     if NEED_Q:
         dqueries *= scale
         if FEATURES.PHI != NO_MEMORY:
-            own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
+            own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_PER_PREFIX)
             dqueries += memory_dq(
                 head_of(q, layout.q, b, h), layout.q.row, head_of(dout, layout.dout, b, h), layout.dout.row,
                 row, row < L, own_memory, FEATURES, BLOCK_M,

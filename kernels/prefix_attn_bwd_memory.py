@@ -7,17 +7,17 @@ whatever sample they are of, as in prefix_attn_bwd_prefix.
 import triton
 import triton.language as tl
 
-from prefixattn.kernels.memory_tiles import load_chunk, phi
-from prefixattn.kernels.tiles import RUN, fold_rows, load_rows, store_rows, whole_rows
+from prefixattn.kernels.phi_tiles import load_chunk, phi
+from prefixattn.kernels.tiles import RUN, compensated_add, load_rows, store_rows, whole_rows
 
 
 @triton.jit
 def prefix_attn_bwd_memory(
     q, order, starts, dout, dmemory, layout, B, H, L, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ROWS: tl.constexpr,  # `order` [B] sorts the samples by their memory, whose samples begin at `starts` [T + 1]
+    HAS_IDS: tl.constexpr,  # `order` [B] sorts the samples by their memory, whose samples begin at `starts` [T + 1]
     PER_SAMPLE: tl.constexpr, PHI: tl.constexpr,
-    FOLD: tl.constexpr,  # dmemory is float32 and its inputs are: see fold_rows
+    COMPENSATED: tl.constexpr,  # dmemory is float32 and its inputs are: see compensated_add
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dmemory [shares, T, H, D, D]."""
@@ -27,7 +27,7 @@ def prefix_attn_bwd_memory(
     t, h = (th // H).to(tl.int64), (th % H).to(tl.int64)
     share, shares = tl.program_id(1), tl.num_programs(1)
     first_sample, samples = 0, B
-    if HAS_ROWS:
+    if HAS_IDS:
         first_sample = tl.load(starts + t).to(tl.int32)
         samples = tl.load(starts + t + 1).to(tl.int32) - first_sample
     elif PER_SAMPLE:
@@ -43,7 +43,7 @@ def prefix_attn_bwd_memory(
         inside = folded < count
         folded = tl.minimum(folded, count - 1)
         sample, row = (first_sample + folded // L).to(tl.int64), folded % L
-        if HAS_ROWS:
+        if HAS_IDS:
             sample = tl.load(order + sample)
         q_at = sample * layout.q.sample + h * layout.q.head + row * layout.q.row
         queries = load_chunk(q, 1, q_at, inside, d, D)
@@ -51,10 +51,10 @@ def prefix_attn_bwd_memory(
         grads = load_rows(dout, 1, dout_at, inside, D, BLOCK_D)
         features = phi(queries.to(tl.float32), PHI).to(grads.dtype)
         acc = tl.dot(tl.trans(features), grads, acc, input_precision=PRECISION)
-        if FOLD:
+        if COMPENSATED:
             added = block - begin + 1
             if added % RUN == 0:
-                acc = fold_rows(base, d, d < D, acc, added == RUN, D, BLOCK_D)
-    if FOLD:
+                acc = compensated_add(base, d, d < D, acc, added == RUN, D, BLOCK_D)
+    if COMPENSATED:
         acc = whole_rows(base, d, d < D, acc, last - begin < RUN, D, BLOCK_D)
     store_rows(base, D, d, d < D, acc, D, BLOCK_D)

@@ -9,15 +9,17 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
-from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, fold_rows, head_of, load_rows, store_rows, whole_rows
+from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, compensated_add, head_of, load_rows, store_rows, whole_rows
+from prefixattn.kernels.window_tiles import NOWHERE
 
 
 @triton.jit
 def prefix_attn_bwd_prefix(
     q, prefix_k, prefix_v,
-    order, starts,  # [B], sorts the samples by their row of the bank, and where each row's begin [T + 1]
+    order, starts,  # [B], sorts the samples by their prefix, and where those of each begin [T + 1]
     lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
     layout, B, H, L, P, T, scale, softcap, drops,
+    window,  # None if it hides nothing of the prefix
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DELTA: tl.constexpr,  # compute delta [B, H, L] here, and write it, instead of reading it
     HAS_DLSE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
@@ -35,25 +37,41 @@ def prefix_attn_bwd_prefix(
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
     first_sample, samples = 0, B
-    if FEATURES.HAS_ROWS:
+    if FEATURES.HAS_IDS:
         first_sample = tl.load(starts + t).to(tl.int32)
         samples = tl.load(starts + t + 1).to(tl.int32) - first_sample
     elif FEATURES.PER_SAMPLE:
         first_sample, samples = t.to(tl.int32), 1
-    blocks = tl.cdiv(L, BLOCK_M)
-    count = samples * GROUP * L  # rows: over samples in order, heads of the group, queries
+    queries = L  # of each sample and head: the first ones, which see the tile
+    blocks = tl.cdiv(queries, BLOCK_M)
+    count = samples * GROUP * queries  # rows: over samples in order, heads of the group, queries
     tiles = tl.cdiv(count, BLOCK_M)
     if FEATURES.PREFIX_DROPOUT:
         tiles = samples * GROUP * blocks  # a tile stays within a sample and a head
+    first_column = tl.program_id(0) % column_tiles * BLOCK_N
+    nearest = tl.minimum(first_column + BLOCK_N - P, 0)  # where the tile ends, at most: row i lies at i - the length
     longest = P  # what lies past the length of every sample must not be read: zero times nan is nan
     if FEATURES.HAS_LENGTHS:
         longest = P * 0
+        nearest = P * 0 - NOWHERE
         for first in range(0, samples, 64):
             i = first + tl.arange(0, 64)
             at = first_sample + i
-            if FEATURES.HAS_ROWS:
+            if FEATURES.HAS_IDS:
                 at = tl.load(order + at, mask=i < samples, other=0)
-            longest = tl.maximum(longest, tl.max(tl.load(lengths + at, mask=i < samples, other=0), 0).to(tl.int32))
+            found = tl.load(lengths + at, mask=i < samples, other=0)
+            longest = tl.maximum(longest, tl.max(found, 0).to(tl.int32))
+            if window is not None:
+                found = found.to(tl.int32)
+                ends = tl.where(found > first_column, tl.minimum(first_column + BLOCK_N - found, 0), -NOWHERE)
+                nearest = tl.maximum(nearest, tl.max(ends, 0))
+    if window is not None:
+        queries = tl.minimum(tl.maximum(nearest + window.left - window.first, 0), L)
+        blocks = tl.cdiv(queries, BLOCK_M)
+        count = samples * GROUP * queries
+        tiles = tl.cdiv(count, BLOCK_M)
+        if FEATURES.PREFIX_DROPOUT:
+            tiles = samples * GROUP * blocks
     axis = (0, P, longest, L)
     keys = (prefix_k, head_of(prefix_k, layout.prefix_k, t, g), layout.prefix_k.row, layout.prefix_k.row)
     values = (prefix_v, head_of(prefix_v, layout.prefix_v, t, g), layout.prefix_v.row, layout.prefix_v.row)
@@ -67,8 +85,8 @@ def prefix_attn_bwd_prefix(
         if FEATURES.PREFIX_DROPOUT:
             row = tile % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
             member, sample = tile // blocks % GROUP, (first_sample + tile // blocks // GROUP).to(tl.int64)
-            inside = row < L
-            if FEATURES.HAS_ROWS:
+            inside = row < queries
+            if FEATURES.HAS_IDS:
                 sample = tl.load(order + sample)
             head = g * GROUP + member
             kv_head = sample * KV + g
@@ -76,11 +94,11 @@ def prefix_attn_bwd_prefix(
             folded = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             inside = folded < count
             folded = tl.minimum(folded, count - 1)
-            row = folded % L
-            sample = (first_sample + folded // L // GROUP).to(tl.int64)  # [M]
-            if FEATURES.HAS_ROWS:
+            row = folded % queries
+            sample = (first_sample + folded // queries // GROUP).to(tl.int64)  # [M]
+            if FEATURES.HAS_IDS:
                 sample = tl.load(order + sample)
-            head = g * GROUP + folded // L % GROUP  # [M]
+            head = g * GROUP + folded // queries % GROUP  # [M]
             kv_head = t * 0
         at = (sample * H + head) * L + row
         dout_at = sample * layout.dout.sample + head * layout.dout.head + row * layout.dout.row
@@ -109,7 +127,7 @@ def prefix_attn_bwd_prefix(
         places = (sample * layout.q.sample + head * layout.q.head + row * layout.q.row, dout_at, at, inside)
         more_k, more_v = pair(
             more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0),
-            (0, P, end, L), draws, row, column, scale, softcap, FEATURES, False, NEED_K, NEED_V, PREFIX, True,
+            (0, P, end, L), draws, row, column, scale, softcap, window, FEATURES, False, NEED_K, NEED_V, PREFIX, True,
         )  # fmt: skip
         if FEATURES.PREFIX_DROPOUT:
             more_k, more_v = drop_both(more_k, more_v, axis, draws, column, BLOCK_D, PREFIX)
@@ -120,9 +138,9 @@ def prefix_attn_bwd_prefix(
             added = tile - begin + 1
             if added % RUN == 0:
                 if NEED_K:
-                    dkeys = fold_rows(dprefix_k + base, column, column < P, dkeys, added == RUN, D, BLOCK_D)
+                    dkeys = compensated_add(dprefix_k + base, column, column < P, dkeys, added == RUN, D, BLOCK_D)
                 if NEED_V:
-                    dvalues = fold_rows(dprefix_v + base, column, column < P, dvalues, added == RUN, D, BLOCK_D)
+                    dvalues = compensated_add(dprefix_v + base, column, column < P, dvalues, added == RUN, D, BLOCK_D)
 
     if FEATURES.EXP == EXACT:
         none = last - begin < RUN
@@ -138,8 +156,8 @@ def prefix_attn_bwd_prefix(
 
 @triton.jit
 def prefix_attn_bwd_reduce(
-    partial_k, partial_v, dprefix_k, dprefix_v, rows, stride_n, stride_t, count, numel,
-    HAS_ROWS: tl.constexpr,  # partial n belongs to row rows[n]; otherwise all belong to every row, by stride_t
+    partial_k, partial_v, dprefix_k, dprefix_v, prefix_ids, stride_n, stride_t, count, numel,
+    HAS_IDS: tl.constexpr,  # partial n is of prefix prefix_ids[n]; otherwise all are of every prefix, by stride_t
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """dprefix [T, numel] from `count` partial sums, float32, added in their order; for float32 in float64."""
@@ -151,8 +169,8 @@ def prefix_attn_bwd_reduce(
     for first in range(0, count, SLICES):
         n = first + tl.arange(0, SLICES)
         mine = n < count
-        if HAS_ROWS:
-            mine = mine & (tl.load(rows + n, mask=mine, other=-1) == t)
+        if HAS_IDS:
+            mine = mine & (tl.load(prefix_ids + n, mask=mine, other=-1) == t)
         where = (n.to(tl.int64) * stride_n + t * stride_t)[:, None] + at[None, :]
         inside = mine[:, None] & (at < numel)[None, :]
         if NEED_K:

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_given, load_keys, over_keys, over_queries
-from prefixattn.kernels.memory_tiles import NO_MEMORY, memory_dq, memory_of
+from prefixattn.kernels.phi_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, PREFIX, head_of, load_rows, prefix_of, store_rows
 
 
 @triton.jit
 def _keys(
-    queries, keys, values, axis, draws, targets, first, scale, softcap,
+    queries, keys, values, axis, draws, targets, first, scale, softcap, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr, QUERY_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr, NEED_OWN: tl.constexpr, NEED_PREFIX: tl.constexpr, PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def _keys(
         head_draws = (number, head + member, kv_head, drops)
         dk, dv = over_queries(
             dk, dv, key, value, head_sources, (mask + member * stride_mh, stride_ml, stride_ms), axis, head_draws,
-            column, first, scale, softcap, FEATURES, BLOCK_M, W, QUERY_TAIL, CAUSAL, True, True, PART, BOUND,
+            column, first, scale, softcap, window, FEATURES, BLOCK_M, W, QUERY_TAIL, CAUSAL, True, True, PART, BOUND,
         )  # fmt: skip
     if FEATURES.PREFIX_DROPOUT and PART != OWN:
         dk, dv = drop_both(dk, dv, axis, draws, column, BLOCK_D, PART)
@@ -55,7 +55,7 @@ def _keys(
 
 @triton.jit
 def _queries(
-    dq, stride_dql, sources, memory, keys, values, bias, axis, draws, row0, scale, softcap,
+    dq, stride_dql, sources, memory, keys, values, bias, axis, draws, row0, scale, softcap, window,
     FEATURES: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +66,7 @@ def _queries(
     given = load_given(sources, row, row < axis[3], D, BLOCK_D)
     acc = over_keys(
         tl.zeros((M, BLOCK_D), tl.float32), given, keys, values, bias, axis, draws, dq, row, row0, scale, softcap,
+        window,
         FEATURES, M, BLOCK_N, REST, REST_LOOP, TAIL, True, False,
     )  # fmt: skip
     acc *= scale
@@ -77,9 +78,9 @@ def _queries(
 
 @triton.jit
 def prefix_attn_bwd_short(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, dout, lse, dlse, delta,
+    q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, out, dout, lse, dlse, delta,
     dq, dk, dv, partial_k, partial_v,
-    layout, H, L, S, P, scale, softcap, drops,
+    layout, H, L, S, P, scale, softcap, drops, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     QUERY_TAIL: tl.constexpr,  # width of the last tile of queries; 0: they fill whole ones
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
@@ -90,7 +91,7 @@ def prefix_attn_bwd_short(
     BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
     KV = H // GROUP
     b, g = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
-    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
+    t, length = prefix_of(b, prefix_ids, lengths, P, FEATURES.HAS_IDS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
@@ -125,15 +126,15 @@ def prefix_attn_bwd_short(
     bias = (mask, layout.mask.row, layout.mask.column)
     queries = (sources, bias, (layout.q.head, layout.dout.head, layout.mask.head, L))
     own_end = S // BLOCK_N * BLOCK_N
-    if FEATURES.CAUSAL:
+    if FEATURES.CAUSAL or window is not None:
         own_end = S
     own_axis, axis = (S, P, S, L), (S, P, S + length, L)
     if NEED_OWN:
         for first in range(0, own_end, BLOCK_N):
             _keys(
-                queries, keys, values, own_axis, draws, targets, first, scale, softcap,
+                queries, keys, values, own_axis, draws, targets, first, scale, softcap, window,
                 FEATURES, GROUP, BLOCK_M, BLOCK_N, QUERY_TAIL, FEATURES.CAUSAL, NEED_OWN, NEED_PREFIX,
-                OWN, FEATURES.CAUSAL,
+                OWN, FEATURES.CAUSAL or window is not None,
             )  # fmt: skip
     if NEED_PREFIX or (NEED_OWN and REST != PREFIX):
         tail = S + P
@@ -145,12 +146,14 @@ def prefix_attn_bwd_short(
             for first in range(own_end, tail, BLOCK_N):
                 _keys(
                     queries, keys, values, axis, draws, targets, first, scale, softcap,
+                    window if FEATURES.PREFIX_IN_WINDOW else None,
                     FEATURES, GROUP, BLOCK_M, BLOCK_N, QUERY_TAIL, False, NEED_OWN, NEED_PREFIX,
                     REST, FEATURES.HAS_LENGTHS or TAIL == 0,
                 )  # fmt: skip
         if TAIL:
             _keys(
                 queries, keys, values, axis, draws, targets, tail, scale, softcap,
+                window if FEATURES.PREFIX_IN_WINDOW else None,
                 FEATURES, GROUP, BLOCK_M, TAIL, QUERY_TAIL, False, NEED_OWN, NEED_PREFIX, REST, True,
             )  # fmt: skip
 
@@ -161,16 +164,16 @@ def prefix_attn_bwd_short(
         )  # fmt: skip
         head_bias = (mask + member * layout.mask.head, layout.mask.row, layout.mask.column)
         head_draws = (number, first_head + member, kv_head, drops)
-        own_memory = memory_of(memory, t, g * GROUP + member, H, D, FEATURES.MEMORY_ROWS)
+        own_memory = memory_of(memory, t, g * GROUP + member, H, D, FEATURES.MEMORY_PER_PREFIX)
         for row0 in range(0, L // BLOCK_M * BLOCK_M, BLOCK_M):
             _queries(
                 dq + member * layout.dq.head, layout.dq.row, head_sources, own_memory, keys, values, head_bias, axis,
-                head_draws, row0, scale, softcap,
+                head_draws, row0, scale, softcap, window,
                 FEATURES, BLOCK_M, BLOCK_N, REST, REST_LOOP, TAIL,
             )  # fmt: skip
         if QUERY_TAIL:
             _queries(
                 dq + member * layout.dq.head, layout.dq.row, head_sources, own_memory, keys, values, head_bias, axis,
-                head_draws, L // BLOCK_M * BLOCK_M, scale, softcap,
+                head_draws, L // BLOCK_M * BLOCK_M, scale, softcap, window,
                 FEATURES, QUERY_TAIL, BLOCK_N, REST, REST_LOOP, TAIL,
             )  # fmt: skip

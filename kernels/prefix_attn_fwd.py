@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
-from prefixattn.kernels.memory_tiles import memory_of
+from prefixattn.kernels.phi_tiles import memory_of
 from prefixattn.kernels.tiles import (
     LOG2E,
     MINUS_INF,
@@ -21,18 +21,19 @@ from prefixattn.kernels.tiles import (
     natural_weights,
     prefix_of,
 )
+from prefixattn.kernels.window_tiles import key_tiles, masked_tile, prefix_columns, prefix_seen
 
 
 @triton.jit
 def _online(
-    state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+    state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, window,
     FEATURES: tl.constexpr, W: tl.constexpr, CAUSAL: tl.constexpr, MASS: tl.constexpr,
     PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (sum of values, largest score, sum of weights, those on the prefix) with W more columns."""
     acc, top, weight_sum, prefix_sum = state
     column = first + tl.arange(0, W)
-    score = scores(queries, keys, bias, axis, draws, row, column, scale, softcap, FEATURES, CAUSAL, PART, BOUND)
+    score = scores(queries, keys, bias, axis, draws, row, column, scale, softcap, window, FEATURES, CAUSAL, PART, BOUND)
     factor = scale * LOG2E
     new_top = tl.maximum(top, tl.max(score, 1))
     pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)  # a query that has met no key: -inf - -inf is nan
@@ -47,9 +48,9 @@ def _online(
 
 @triton.jit
 def prefix_attn_fwd(
-    q, k, v, prefix_k, prefix_v, mask, rows, lengths, seed, memory, out, lse, mass, attended,
+    q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, out, lse, mass, attended,
     part_out, part_top, part_sum,
-    layout, B, H, L, S, P, scale, softcap, drops,
+    layout, B, H, L, S, P, scale, softcap, drops, window,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # what the columns after the tiles of own keys are: OWN, PREFIX or SPLIT
     REST_LOOP: tl.constexpr,  # they may fill whole tiles
@@ -67,7 +68,7 @@ def prefix_attn_fwd(
         block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // GROUP
-    t, length = prefix_of(b, rows, lengths, P, FEATURES.HAS_ROWS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
+    t, length = prefix_of(b, prefix_ids, lengths, P, FEATURES.HAS_IDS, FEATURES.PER_SAMPLE, FEATURES.HAS_LENGTHS)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT or FEATURES.PREFIX_DROPOUT:
         number = tl.load(seed)
@@ -99,22 +100,34 @@ def prefix_attn_fwd(
             top *= 1.0 / scale
     state = (acc, top, weight_sum, prefix_sum)
 
-    open_end, own_end = S // BLOCK_N * BLOCK_N, S  # own columns that all queries of the block see, that some see
-    if FEATURES.CAUSAL:
+    axis = (S, P, S, L)
+    # own columns that all queries of the block see, that some see
+    open_first, open_end, own_end = 0, S // BLOCK_N * BLOCK_N, S
+    if window is not None:
+        span = key_tiles(window, row0, BLOCK_M, S, FEATURES.CAUSAL, BLOCK_N)
+        _, _, open_first, open_end, masked_tiles = span
+        for i in range(0, masked_tiles):
+            first = masked_tile(i, span, BLOCK_N)
+            state = _online(
+                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, window,
+                FEATURES, BLOCK_N, FEATURES.CAUSAL, MASS, OWN, True,
+            )  # fmt: skip
+    elif FEATURES.CAUSAL:
         hidden = tl.maximum(row0 + S - L + 1, 0)  # the first column that the block's first query does not see
         open_end = tl.minimum(S, hidden) // BLOCK_N * BLOCK_N
         own_end = tl.minimum(S, tl.maximum(row0 + BLOCK_M + S - L, 0))
-    axis = (S, P, S, L)
-    for first in range(0, open_end, BLOCK_N):
+    for first in range(open_first, open_end, BLOCK_N):
         state = _online(
-            state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+            state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, None,
             FEATURES, BLOCK_N, False, MASS, OWN, False,
         )  # fmt: skip
     first_rest = open_end
-    if FEATURES.CAUSAL:
+    if window is not None:
+        first_rest = S
+    elif FEATURES.CAUSAL:
         for first in range(open_end, own_end, BLOCK_N):
             state = _online(
-                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, None,
                 FEATURES, BLOCK_N, True, MASS, OWN, True,
             )  # fmt: skip
         first_rest = S
@@ -125,19 +138,25 @@ def prefix_attn_fwd(
         tail = first_rest
         if REST_LOOP:
             tail += (end - first_rest) // BLOCK_N * BLOCK_N
+    if FEATURES.PREFIX_IN_WINDOW:
+        first_rest = prefix_columns(window, row0, S, end, BLOCK_N)
     if REST_LOOP:
         for first in range(first_rest, tail, BLOCK_N):
             state = _online(
                 state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
+                window if FEATURES.PREFIX_IN_WINDOW else None,
                 FEATURES, BLOCK_N, False, MASS, REST, TAIL == 0,
             )  # fmt: skip
-    if TAIL:
-        state = _online(
-            state, queries, keys, values, bias, axis, draws, row, tail, scale, softcap,
-            FEATURES, TAIL, False, MASS, REST, True,
-        )  # fmt: skip
     acc, top, weight_sum, prefix_sum = state
+    if TAIL:
+        if not FEATURES.PREFIX_IN_WINDOW or prefix_seen(window, row0):
+            acc, top, weight_sum, prefix_sum = _online(
+                (acc, top, weight_sum, prefix_sum),
+                queries, keys, values, bias, axis, draws, row, tail, scale, softcap,
+                window if FEATURES.PREFIX_IN_WINDOW else None,
+                FEATURES, TAIL, False, MASS, REST, True,
+            )  # fmt: skip
     target = (head_of(out, layout.out, b, h), layout.out.row, lse, mass)
-    own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_ROWS)
+    own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_PER_PREFIX)
     memory_side = (head_of(q, layout.q, b, h), layout.q.row, own_memory, head_of(attended, layout.out, b, h))
     finish(target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, FEATURES, MASS, KEEP)

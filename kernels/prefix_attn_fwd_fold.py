@@ -23,14 +23,17 @@ from prefixattn.kernels.tiles import (
     load_columns,
     load_rows,
 )  # fmt: skip
+from prefixattn.kernels.window_tiles import NOWHERE
 
 
 @triton.jit
 def prefix_attn_fwd_fold(
     q, prefix_k, prefix_v,
-    order,  # [B], sorts the samples by their row of the bank
-    rows, lengths, seed, part_out, part_top, part_sum,
-    layout, B, H, L, P, scale, softcap, drops, part_width,
+    order,  # [B], sorts the samples by their prefix
+    prefix_ids, lengths, seed, part_out, part_top, part_sum,
+    layout, B, H, L, P, scale, softcap, drops,
+    window,  # None if it hides nothing of the prefix
+    part_width,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = FEATURES.D
@@ -42,7 +45,7 @@ def prefix_attn_fwd_fold(
     inside = folded < count
     sample = tl.minimum(folded // (GROUP * L), B - 1).to(tl.int64)
     head, row = g * GROUP + folded // L % GROUP, folded % L
-    if FEATURES.HAS_ROWS:
+    if FEATURES.HAS_IDS:
         sample = tl.load(order + sample)
     number = tl.zeros((), tl.int64)
     if FEATURES.DROPOUT:
@@ -51,8 +54,12 @@ def prefix_attn_fwd_fold(
     if FEATURES.HAS_LENGTHS:
         end = tl.load(lengths + sample).to(tl.int32)
     used = tl.zeros((BLOCK_M,), tl.int64)
-    if FEATURES.HAS_ROWS:
-        used = tl.load(rows + sample)
+    if FEATURES.HAS_IDS:
+        used = tl.load(prefix_ids + sample)
+    begin = 0
+    if window is not None:
+        begin = tl.maximum(end + row + window.first - window.left, 0)  # the first row that a query sees, [BLOCK_M]
+        begin = tl.where(begin < end, begin, NOWHERE)
     queries = load_rows(q, 1, sample * layout.q.sample + head * layout.q.head + row * layout.q.row, inside, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), MINUS_INF, tl.float32)
@@ -67,7 +74,11 @@ def prefix_attn_fwd_fold(
         own_k, own_v = head_of(prefix_k, layout.prefix_k, t, g), head_of(prefix_v, layout.prefix_v, t, g)
         longest = tl.max(tl.where(mine, end, 0), 0)
         part_end = tl.minimum((part.to(tl.int32) + 1) * part_width, longest)
-        for first in range(part.to(tl.int32) * part_width, part_end, BLOCK_N):
+        part_begin = part.to(tl.int32) * part_width
+        if window is not None:
+            least = tl.min(tl.where(mine, begin, NOWHERE), 0)
+            part_begin += tl.maximum(least - part_begin, 0) // BLOCK_N * BLOCK_N
+        for first in range(part_begin, part_end, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             key = load_columns(own_k, own_k, stride_k, stride_k, column, 0, part_end, D, BLOCK_D, PREFIX, True)
             score = tl.dot(queries, tl.trans(key), input_precision=FEATURES.PRECISION)
@@ -76,6 +87,8 @@ def prefix_attn_fwd_fold(
             if softcap is not None:
                 score, _ = capped(score, softcap)
             seen = mine[:, None] & (column[None, :] < tl.minimum(end, part_end)[:, None])
+            if window is not None:
+                seen = seen & (column[None, :] >= begin[:, None])
             score = tl.where(seen, score, MINUS_INF)
             new_top = tl.maximum(top, tl.max(score, 1))
             pivot = tl.where(new_top == MINUS_INF, 0.0, new_top)
@@ -93,11 +106,11 @@ def prefix_attn_fwd_fold(
                 spoilt = tl.max((seen & (finite == 0)[None, :]).to(tl.int32), 1)  # [BLOCK_M]
                 acc = tl.where((spoilt == 1)[:, None], float("nan"), acc)
             new_acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision=FEATURES.PRECISION)
-            if FEATURES.HAS_ROWS:  # zero times another row's nan is nan
+            if FEATURES.HAS_IDS:  # zero times the nan of another prefix is nan
                 new_acc = tl.where(mine[:, None], new_acc, acc)
             acc = new_acc
             top = new_top
-        # the next row of the bank that a query of this tile uses
+        # the next prefix of the bank that a query of this tile uses
         t = tl.min(tl.where(inside & (used > t), used, 2**62), 0)
 
     if FEATURES.EXP == RAW:

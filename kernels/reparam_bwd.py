@@ -1,6 +1,6 @@
 """The gradients of the second matrix of the network that makes a prefix, and of the hidden rows behind it.
 
-The rows' gradient is read where it lies: as rows [G, P, O] (PLAIN), or as the gradient of the bank.
+The rows' gradient is read where it lies: as rows [G, P, O] (PLAIN), or as dkv, the gradient of all keys and values.
 """
 
 import triton
@@ -23,7 +23,7 @@ def load_dy(dy, p, column, P, end, O, D: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def reparam_dh(
-    dy,  # [G, P, O], or the bank's gradient
+    dy,  # [G, P, O], or dkv
     w2,  # [G, O, M]
     part,  # [parts, G, P, M]
     G,
@@ -61,7 +61,7 @@ def reparam_dh(
 
 @triton.jit
 def reparam_dw2(
-    dy,  # the bank's gradient
+    dy,  # dkv
     h,  # [G, P, M]
     dw2,  # [G, O, M]
     P,

@@ -1,6 +1,6 @@
-"""The network that makes a prefix, forward: its hidden rows, then every row of the bank, for all networks at once.
+"""The network that makes a prefix, forward: its hidden rows, then all keys and values, for all networks at once.
 
-Columns of the second product are counted in the order of the bank, (layer, key or value, head, d): a tile of them is
+Columns of the second product are counted in the order of kv, (layer, key or value, head, d): a tile of them is
 then stored in one piece for each p, and an interleaved matrix, whose keys and values alternate, is only read by other
 rows, each of which lies in one piece either way.
 """
@@ -85,11 +85,11 @@ def reparam_hidden(
 
 
 @triton.jit
-def reparam_bank(
+def reparam_kv(
     h,  # [G, P, M]
     w2,  # [G, O, M]
     b2,  # [G, O]
-    bank,  # [G O / D, P, D]
+    kv,  # [G O / D, P, D]
     P,
     O,
     M,
@@ -102,7 +102,7 @@ def reparam_bank(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """bank = h w2^T + b2 where the attention reads it. Programs that share rows of w2 follow one another."""
+    """kv = h w2^T + b2 where the attention reads it. Programs that share rows of w2 follow one another."""
     p_tiles, o_tiles = tl.cdiv(P, BLOCK_P), tl.cdiv(O, BLOCK_O)
     program = tl.program_id(0)
     p = program % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -121,4 +121,4 @@ def reparam_bank(
         acc += tl.load(b2 + g * O + o, mask=column < O, other=0.0)[:, None]
     where = (column // D * (P * D) + column % D)[:, None] + p[None, :] * D
     inside = (column < O)[:, None] & (p < P)[None, :]
-    tl.store(bank + g * O * P + where, acc.to(bank.dtype.element_ty), mask=inside)
+    tl.store(kv + g * O * P + where, acc.to(kv.dtype.element_ty), mask=inside)

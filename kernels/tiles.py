@@ -16,7 +16,7 @@ HIDDEN = tl.constexpr(-1e37)  # a mask value from here down hides its key as -in
 MINUS_INF = tl.constexpr(float("-inf"))
 OWN, PREFIX, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the part of the key axis that a tile lies in
 RAW, NATURAL, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # see weights
-RUN = tl.constexpr(8)  # tiles whose sums are added in one chain, in float32: see fold_rows
+RUN = tl.constexpr(8)  # tiles whose sums are added in one chain, in float32: see compensated_add
 NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ATTENTION, PREFIX_K, PREFIX_V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of draws, as in philox.py
 
@@ -145,9 +145,11 @@ def masked(
     S,
     end,
     L,
+    window,  # None where it hides nothing of the tile
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,  # the mask is the same for every query
     CAUSAL: tl.constexpr,
+    PREFIX_IN_WINDOW: tl.constexpr,
     PART: tl.constexpr,
     BOUND: tl.constexpr,
 ):
@@ -173,8 +175,32 @@ def masked(
             if PART == SPLIT:
                 seen = seen | (column >= S)
             score = tl.where(seen, score, MINUS_INF)
+    if window is not None:
+        score = windowed(score, window, row, column, S, end, PREFIX_IN_WINDOW, PART)
     if BOUND:
         score = tl.where(column < end, score, MINUS_INF)
+    return score
+
+
+@triton.jit
+def windowed(score, window, row, column, S, end, PREFIX_IN_WINDOW: tl.constexpr, PART: tl.constexpr):
+    """Scores with -inf where a sliding window hides the key; the right bound never hides a row of the prefix."""
+    position = row + window.first
+    if window.left is not None:
+        at = column
+        if PART == PREFIX:
+            at = column - end
+        elif PART == SPLIT and PREFIX_IN_WINDOW:
+            at = tl.where(column < S, column, column - end)
+        seen = at >= position - window.left
+        if PART == SPLIT and not PREFIX_IN_WINDOW:
+            seen = seen | (column >= S)
+        score = tl.where(seen, score, MINUS_INF)
+    if PART != PREFIX and window.right is not None:
+        seen = column <= position + window.right
+        if PART == SPLIT:
+            seen = seen | (column >= S)
+        score = tl.where(seen, score, MINUS_INF)
     return score
 
 
@@ -222,7 +248,7 @@ def at_most(x, most):
 
 
 @triton.jit
-def fold_rows(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def compensated_add(total, row, inside, rest, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Adds `rest` [M, BLOCK_D] to rows of `total`, float32, which hold nothing yet if `first`.
 
     Returns what that rounds away, the rest to go on from: a long sum is kept in two floats, and only one in registers.
@@ -256,11 +282,11 @@ def load_lse(lse, row, inside):
 
 
 @triton.jit
-def prefix_of(b, rows, lengths, P, HAS_ROWS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr):
-    """The row of the prefixes [T, Hkv, P, D] that sample `b` uses, and how much of it."""
+def prefix_of(b, prefix_ids, lengths, P, HAS_IDS: tl.constexpr, PER_SAMPLE: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    """Which of the prefixes [T, Hkv, P, D] sample `b` uses, and how much of it."""
     t = b * 0
-    if HAS_ROWS:
-        t = tl.load(rows + b)
+    if HAS_IDS:
+        t = tl.load(prefix_ids + b)
     elif PER_SAMPLE:
         t = b
     length = P

@@ -98,10 +98,10 @@ def moved(kernel: str, a: SimpleNamespace) -> tuple[int, int]:
         p_tiles, m_tiles, bias = cdiv(a.P, a.BLOCK_P), cdiv(a.M, a.BLOCK_M), size(a.b1) if a.HAS_BIAS else 0
         once = size(a.x, a.w1, a.z, a.h) + bias
         return once, size(a.x) * m_tiles + (size(a.w1) + bias) * p_tiles + size(a.z, a.h)
-    if kernel == "reparam_bank":
+    if kernel == "reparam_kv":
         p_tiles, o_tiles, bias = cdiv(a.P, a.BLOCK_P), cdiv(a.O, a.BLOCK_O), size(a.b2) if a.HAS_BIAS else 0
-        once = size(a.h, a.w2, a.bank) + bias
-        return once, size(a.h) * o_tiles + (size(a.w2) + bias) * p_tiles + size(a.bank)
+        once = size(a.h, a.w2, a.kv) + bias
+        return once, size(a.h) * o_tiles + (size(a.w2) + bias) * p_tiles + size(a.kv)
     if kernel == "factored_adamw":
         scales = [t for t in (a.exp_avg_scale, a.exp_avg_sq_scale) if t is not a.w2]
         state = 2 * size(a.w2, a.exp_avg, a.exp_avg_sq, *scales) + size(a.part)

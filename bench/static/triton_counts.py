@@ -30,6 +30,17 @@ from bench.harness.command import NOTHING, command
 from bench.harness.record import write
 from bench.static.stand import Stand
 from bench.static.triton_shapes import SHAPES, TargetShape
+from bench.static.triton_windows import (
+    bytes_of_keys,
+    covered,
+    fold_tiles,
+    keys_of,
+    prefix_queries,
+    queries_of,
+    query_tiles,
+    short_tiles,
+    windowed,
+)
 from prefixattn.attention.call import Given, Needs, Wants
 from prefixattn.attention.layout import unpacked
 from prefixattn.kernels import launch_bwd, launch_fwd, table
@@ -65,6 +76,8 @@ def over_keys(a: SimpleNamespace, row0: int, M: int, rest: bool = True, everywhe
 
     `rest` False: own keys only. `everywhere`: causality hides no tile, as where the mask's gradient is written.
     """
+    if windowed(a):
+        return sum(width for tiles in keys_of(a, (row0, M), rest) for _, width in tiles)
     open_end, own_end = a.S // a.BLOCK_N * a.BLOCK_N, a.S
     if a.CAUSAL:
         hidden = max(row0 + a.S - a.L + 1, 0)
@@ -87,8 +100,11 @@ def over_keys(a: SimpleNamespace, row0: int, M: int, rest: bool = True, everywhe
     return tiles * a.BLOCK_N + a.TAIL
 
 
-def over_queries(a: SimpleNamespace, first: int, W: int, query_tail: int, causal: bool) -> int:
+def over_queries(a: SimpleNamespace, first: int, W: int, query_tail: int, causal: bool, prefix: bool = False) -> int:
     """Queries of one head that W keys from `first` on go over: over_queries of bwd_tiles.py."""
+    if windowed(a):
+        keys = (first - a.S if prefix else first, W)
+        return sum(width for _, width in queries_of(a, keys, query_tail, prefix))
     end, start, tiles = a.L // a.BLOCK_M * a.BLOCK_M if query_tail else a.L, 0, 0
     if causal:
         start = max(first - (a.S - a.L), 0) // a.BLOCK_M * a.BLOCK_M
@@ -101,6 +117,14 @@ def over_queries(a: SimpleNamespace, first: int, W: int, query_tail: int, causal
 
 def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def keys_read(a: SimpleNamespace, rest: bool = True) -> int:
+    """Bytes of keys and values that blocks of queries read."""
+    own, prefix = size(a.k, a.v), size(a.prefix_k, a.prefix_v) if rest else 0
+    if not windowed(a):
+        return own + prefix
+    return bytes_of_keys(a, (keys_of(a, tile, rest) for tile in query_tiles(a, 0)), own, prefix)
 
 
 def _seed(a: SimpleNamespace) -> int:
@@ -122,23 +146,30 @@ def both(first: Count, second: Count) -> Count:
 def fwd(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     heads = grid[0] // cdiv(a.L, a.BLOCK_M)
     columns = sum(over_keys(a, row0, a.BLOCK_M, rest=not a.PARTS) for row0 in range(0, a.L, a.BLOCK_M))
-    prefix = (a.part_out, a.part_top, a.part_sum) if a.PARTS else (a.prefix_k, a.prefix_v)
+    parts = (a.part_out, a.part_top, a.part_sum) if a.PARTS else ()
     written = size(a.out, a.lse) + (size(a.mass) if a.MASS else 0)
-    softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, size(a.q, a.k, a.v, *prefix) + _seed(a), written)
+    read = size(a.q, *parts) + keys_read(a, rest=not a.PARTS) + _seed(a)
+    softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, read, written)
     return both(softmax, memory(a, grid[0] * a.BLOCK_M))
 
 
 def fwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     heads = grid[0] // cdiv(a.L, a.BLOCK_M)
     tiles, columns = (a.S + a.P) // a.BLOCK_N, 0
-    for row0 in range(0, a.L, a.BLOCK_M):
+    keys = size(a.k, a.v, a.prefix_k, a.prefix_v)
+    visited = [short_tiles(a, tile) for tile in query_tiles(a, 0)] if windowed(a) else []
+    if visited:
+        columns = sum(own + rows for tiles in visited for (_, own), (_, rows) in tiles)
+        pairs = [([own], [rows]) for tiles in visited for own, rows in tiles]
+        keys = bytes_of_keys(a, pairs, size(a.k, a.v), size(a.prefix_k, a.prefix_v))
+    for row0 in range(0, 0 if visited else a.L, a.BLOCK_M):
         seen_end = row0 + a.BLOCK_M + a.S - a.L
         for i in range(tiles + (a.TAIL > 0)):
             own = (i + 1) * a.BLOCK_N <= a.S
             if not (a.CAUSAL and own) or seen_end > i * a.BLOCK_N:
                 columns += a.BLOCK_N if i < tiles else a.TAIL
     written = size(a.out, a.lse) + (size(a.mass) if a.MASS else 0)
-    read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v) + _seed(a)
+    read = size(a.q) + keys + _seed(a)
     softmax = Count(heads * columns * 4 * a.BLOCK_M * a.BLOCK_D, read, written)
     return both(softmax, memory(a, grid[0] * a.BLOCK_M))
 
@@ -147,8 +178,13 @@ def fwd_fold(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     parts = len(a.part_out)
     ends = [(part * a.part_width, min((part + 1) * a.part_width, a.P)) for part in range(parts)]
     tiles = sum(len(range(first, end, a.BLOCK_N)) for first, end in ends)
-    flops = prod(grid) // parts * tiles * 4 * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
-    return Count(flops, size(a.q, a.prefix_k, a.prefix_v) + _seed(a), size(a.part_out, a.part_top, a.part_sum))
+    keys, tiles = size(a.prefix_k, a.prefix_v), tiles * grid[0]
+    if windowed(a):
+        visited = [fold_tiles(a, block, *part) for block in range(grid[0]) for part in ends]
+        tiles = sum(map(len, visited))
+        keys = keys // a.P * covered({tile for of_block in visited for tile in of_block}, a.P)
+    flops = grid[1] // parts * tiles * 4 * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
+    return Count(flops, size(a.q) + keys + _seed(a), size(a.part_out, a.part_top, a.part_sum))
 
 
 def bwd_delta(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
@@ -162,6 +198,9 @@ def bwd_keys(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     flops = grid[0] // tiles * a.GROUP * rows * products * 2 * a.BLOCK_N * a.BLOCK_D
     # causal queries ahead of the first key are not read, whole tiles of them
     ahead = max(a.L - a.S, 0) // a.BLOCK_M * a.BLOCK_M if a.CAUSAL else 0
+    if windowed(a):
+        seen = {q for tile in range(tiles) for q in queries_of(a, (tile * a.BLOCK_N, a.BLOCK_N), 0)}
+        ahead = a.L - covered(seen, a.L)
     by_query = size(a.q, a.dout, a.lse) + (size(a.delta) if a.NEED_K else 0)
     read = by_query * (a.L - ahead) // a.L + size(a.k, a.v) + _seed(a)
     return Count(flops, read, (size(a.dk) if a.NEED_K else 0) + (size(a.dv) if a.NEED_V else 0))
@@ -171,24 +210,28 @@ def bwd_queries(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     heads = grid[0] // cdiv(a.L, a.BLOCK_M)
     columns = sum(over_keys(a, row0, a.BLOCK_M, everywhere=a.NEED_MASK) for row0 in range(0, a.L, a.BLOCK_M))
     flops = heads * columns * (2 + a.NEED_Q) * 2 * a.BLOCK_M * a.BLOCK_D
-    read = size(a.q, a.k, a.v, a.prefix_k, a.prefix_v, a.dout, a.lse, a.delta) + _seed(a)
+    read = size(a.q, a.dout, a.lse, a.delta) + keys_read(a) + _seed(a)
     softmax = Count(flops, read, (size(a.dq) if a.NEED_Q else 0) + (size(a.dmask) if a.NEED_MASK else 0))
     return both(softmax, memory(a, grid[0] * a.BLOCK_M)) if a.NEED_Q else softmax
 
 
 def bwd_prefix(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
     samples, shares = 1 if a.PER_SAMPLE else a.B, grid[-1]
-    tiles = cdiv(samples * a.GROUP * a.L, a.BLOCK_M)
-    if a.PREFIX_DROPOUT:
-        tiles = samples * a.GROUP * cdiv(a.L, a.BLOCK_M)
-    each = cdiv(tiles, shares)
-    done = sum(len(range(share * each, min((share + 1) * each, tiles))) for share in range(shares))
+    columns, queries = range(0, a.P, a.BLOCK_N), [a.L]
+    if windowed(a):
+        queries = [prefix_queries(a, (first, a.BLOCK_N)) for first in columns]
+    done = 0
+    for n in queries:
+        tiles = samples * a.GROUP * cdiv(n, a.BLOCK_M) if a.PREFIX_DROPOUT else cdiv(samples * a.GROUP * n, a.BLOCK_M)
+        each = cdiv(tiles, shares)
+        done += sum(len(range(share * each, min((share + 1) * each, tiles))) for share in range(shares))
     products = 1 + a.NEED_V + 2 * a.NEED_K
-    flops = prod(grid[:-1]) * done * products * 2 * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
-    read = size(a.q, a.prefix_k, a.prefix_v, a.dout, a.lse) + _seed(a)
+    flops = prod(grid[:-1]) // len(queries) * done * products * 2 * a.BLOCK_M * a.BLOCK_N * a.BLOCK_D
+    by_query = size(a.q, a.dout, a.lse) + (size(a.delta) if a.NEED_K and not a.DELTA else 0)
+    read = by_query * max(queries) // a.L + size(a.prefix_k, a.prefix_v) + _seed(a)
     written = (size(a.dprefix_k) if a.NEED_K else 0) + (size(a.dprefix_v) if a.NEED_V else 0)
     if not a.DELTA:
-        return Count(flops, read + (size(a.delta) if a.NEED_K else 0), written)
+        return Count(flops, read, written)
     return Count(flops, read + size(a.out) + (size(a.dlse) if a.HAS_DLSE else 0), written + size(a.delta))
 
 
@@ -206,7 +249,7 @@ def bwd_reduce(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
 
 
 def bwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
-    own_end = a.S if a.CAUSAL else a.S // a.BLOCK_N * a.BLOCK_N
+    own_end = a.S if a.CAUSAL or windowed(a) else a.S // a.BLOCK_N * a.BLOCK_N
     pairs = 0  # elements of the tiles of scores, for one head: in the pass over keys, then in that over queries
     if a.NEED_OWN:
         for first in range(0, own_end, a.BLOCK_N):
@@ -219,8 +262,8 @@ def bwd_short(a: SimpleNamespace, grid: tuple[int, ...]) -> Count:
                 tail += (a.S + a.P - own_end) // a.BLOCK_N * a.BLOCK_N
         if a.REST_LOOP:
             for first in range(own_end, tail, a.BLOCK_N):
-                pairs += a.BLOCK_N * over_queries(a, first, a.BLOCK_N, a.QUERY_TAIL, False)
-        pairs += a.TAIL * over_queries(a, tail, a.TAIL, a.QUERY_TAIL, False) if a.TAIL else 0
+                pairs += a.BLOCK_N * over_queries(a, first, a.BLOCK_N, a.QUERY_TAIL, False, prefix=True)
+        pairs += a.TAIL * over_queries(a, tail, a.TAIL, a.QUERY_TAIL, False, prefix=True) if a.TAIL else 0
     whole = a.L // a.BLOCK_M * a.BLOCK_M
     again = sum(a.BLOCK_M * over_keys(a, row0, a.BLOCK_M) for row0 in range(0, whole, a.BLOCK_M))
     again += a.QUERY_TAIL * over_keys(a, whole, a.QUERY_TAIL) if a.QUERY_TAIL else 0
@@ -240,7 +283,7 @@ COUNTS: dict[str, Callable[[SimpleNamespace, tuple[int, ...]], Count]] = {
 def count(launched: Launched) -> Count:
     """What one launch issues; refuses the features whose loops or bytes depend on what tensors hold."""
     a = launched.args
-    refused = [name for name in ("MASK", "HAS_ROWS", "HAS_LENGTHS") if getattr(a, name, 0)]
+    refused = [name for name in ("MASK", "HAS_IDS", "HAS_LENGTHS") if getattr(a, name, 0)]
     if refused:
         raise ValueError(f"{launched.kernel} with {', '.join(refused)} is not counted")
     return COUNTS[launched.kernel](a, launched.grid)

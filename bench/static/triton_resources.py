@@ -51,6 +51,8 @@ class Case(NamedTuple):
     backward: bool = True
     memory: str = ""  # its phi
     softcap: float | None = None
+    window: tuple[int, int] = (-1, -1)  # left, right
+    prefix_in_window: bool = False
     features: bool = False  # a float mask that wants a gradient, a bank, ragged prefixes, both dropouts
 
 
@@ -69,15 +71,21 @@ CASES = {
     "softcap_short": Case(128, 128, 20, True, heads=2, softcap=50.0),  # Gemma 2's cap and groups
     "softcap": Case(512, 512, 30, True, heads=2, softcap=50.0),
     "softcap_fold": Case(1, 512, 2048, True, heads=2, backward=False, softcap=50.0),
+    "window_short": Case(128, 128, 20, True, window=(31, -1), prefix_in_window=True),
+    "window": Case(1024, 1024, 200, True, heads=2, window=(255, -1)),  # Mistral's
+    "window_both": Case(577, 577, 50, False, window=(64, 64)),
+    "window_prefix": Case(1024, 1024, 200, True, window=(255, -1), prefix_in_window=True),  # PEFT's prefix in a cache
+    "window_fold": Case(1, 512, 2048, True, backward=False, window=(1024, -1), prefix_in_window=True),
 }
+_WINDOWS = "window", "window_both", "window_prefix", "window_fold"
 _CAPPED = "softcap_short", "softcap", "softcap_fold"
 # (type, head size): which of them. float32 past 128 is not here: on FMA units alone nothing keeps that in registers
 COMPILED = {
     ("bf16", 64): tuple(CASES),
     ("bf16", 80): ("features",),
-    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory", *_CAPPED),
-    ("bf16", 256): ("long", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold"),
-    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold"),
+    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory", *_CAPPED, *_WINDOWS),
+    ("bf16", 256): ("long", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold", *_WINDOWS),
+    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold", *_WINDOWS),
     ("fp32", 128): ("short", "long_causal", "grouped", "fold"),
 }
 
@@ -125,7 +133,8 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
     memory = torch.randn(1, H, D, D, device=device).to(dtype) if case.memory else None
     return Call(
         q[:, :, : case.L], k, v, prefix, prefix, memory=memory, is_causal=case.is_causal, scale=D**-0.5,
-        phi=case.memory or "none", softcap=case.softcap or 0.0, **features,
+        phi=case.memory or "none", softcap=case.softcap or 0.0, window_left=case.window[0], window_right=case.window[1],
+        prefix_in_window=case.prefix_in_window, **features,
     )  # fmt: skip
 
 

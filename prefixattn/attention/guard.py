@@ -20,6 +20,7 @@ TRIALS = {
 }
 TRIALS |= {kind + triton.MEMORY: sizes for kind, sizes in TRIALS.items()}
 TRIALS |= {kind + triton.SOFTCAP: sizes for kind, sizes in TRIALS.items()}
+TRIALS |= {kind + triton.WINDOW: sizes for kind, sizes in TRIALS.items()}
 _HEADS = 2
 
 Case = tuple[str, torch.device, torch.dtype, int]  # kind, device, type, head size
@@ -81,7 +82,13 @@ def _run(kind: str, device: torch.device, dtype: torch.dtype, D: int) -> Pairs:
     memory = None
     if with_memory:
         memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
-    call = Call(q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap)
+    window_left = -1
+    if triton.WINDOW in kind:  # some queries see all their keys and some of the prefix, others neither
+        window_left = S + P // 2 if "fold" in kind else S // 2
+    call = Call(
+        q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap,
+        window_left=window_left, prefix_in_window=window_left >= 0,
+    )  # fmt: skip
     right = reference.fwd(call, wants)
     if kind.startswith("fwd"):
         found, expected = triton.fwd(call, wants)._asdict(), right._asdict()

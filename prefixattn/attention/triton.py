@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
-MEMORY, SOFTCAP = "_memory", "_softcap"  # how the kinds end that have one compiled in, in this order
+MEMORY, SOFTCAP, WINDOW = "_memory", "_softcap", "_window"  # how the kinds end that have one compiled in, in this order
 INSTALLED = find_spec("triton") is not None
 # every option of Call that the kernels have
 KNOWN = (
     *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
-    *("is_causal", "scale", "phi", "softcap"),
+    *("is_causal", "scale", "phi", "softcap", "window_left", "window_right", "prefix_in_window"),
 )
 UNKNOWN = unknown(KNOWN)
 
@@ -101,8 +101,9 @@ def kind_of_backward(call: Call, needs: Needs) -> str:
     return ("bwd" if short_plan(readable, needs) is None else "bwd_short") + _compiled_in(readable)
 
 
-def _compiled_in(call: Call) -> str:
-    return (MEMORY if call.memory is not None else "") + (SOFTCAP if call.softcap else "")
+def _compiled_in(call: "KernelCall") -> str:
+    memory, softcap = MEMORY if call.memory is not None else "", SOFTCAP if call.softcap else ""
+    return memory + softcap + (WINDOW if call.window is not None else "")
 
 
 def least_batch(device: torch.device, heads: int) -> int:

@@ -72,7 +72,7 @@ def test_tanh_is_accurate_everywhere() -> None:
 def test_a_call_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows, layers and networks at once."""
     launched = []
-    for name in ("reparam_hidden", "reparam_bank"):
+    for name in ("reparam_hidden", "reparam_kv"):
         kernel = getattr(launch_reparam, name)
 
         class Recorded:
@@ -85,7 +85,7 @@ def test_a_call_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(launch_reparam, name, Recorded(name, kernel))
     triton.fwd(detached(make_inputs("three_networks")))
-    assert launched == ["reparam_hidden", "reparam_bank"]
+    assert launched == ["reparam_hidden", "reparam_kv"]
 
 
 def test_the_same_bits_again() -> None:

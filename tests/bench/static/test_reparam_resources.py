@@ -25,7 +25,7 @@ from tests.support import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 ARCHS = "sm_80", "sm_90", "sm_100"  # sm_86 has the instructions of sm_80; its memory is a test below
-KERNELS = {"reparam_hidden", "reparam_bank", "reparam_dh", "reparam_dw2", "factored_adamw", "factored_sgd"}
+KERNELS = {"reparam_hidden", "reparam_kv", "reparam_dh", "reparam_dw2", "factored_adamw", "factored_sgd"}
 
 
 def compiled_for(arch: str, folder: Path, only: str = "") -> list[dict[str, Any]]:

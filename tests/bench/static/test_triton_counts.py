@@ -21,6 +21,7 @@ from prefixattn.kernels.call import Call
 from prefixattn.kernels.launch_bwd import backward
 from prefixattn.kernels.launch_fwd import forward
 from prefixattn.kernels.table import Launch
+from tests.grids import covered
 from tests.support import ROOT
 
 RECORD = ROOT / "bench" / "results" / "triton_counts.json"
@@ -36,6 +37,8 @@ class Case(NamedTuple):
     P: int
     D: int
     causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    prefix_in_window: bool = False
 
 
 class Issued:
@@ -104,7 +107,7 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         phi: str = "",  # of a memory, if there is one
         processors: int = 4,
     ) -> list[str]:
-        B, H, KV, L, S, P, D, causal = case
+        B, H, KV, L, S, P, D, causal, (left, right), prefix_in_window = case
         q, dout = (torch.randn(B, H, L, D).to(dtype) for _ in range(2))
         k, v = (torch.randn(B, S, KV, D).to(dtype).transpose(1, 2) for _ in range(2))
         prefix_k, prefix_v = (torch.randn(B if per_sample else 1, KV, P, D).to(dtype) for _ in range(2))
@@ -113,6 +116,7 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         call = Call(
             q, k, v, prefix_k, prefix_v, memory=memory, seed=seed, dropout_p=dropout[0], prefix_dropout_p=dropout[1],
             is_causal=causal, scale=D**-0.5, phi=phi or "none",
+            window_left=left, window_right=right, prefix_in_window=prefix_in_window,
         )  # fmt: skip
         names: list[str] = []
 
@@ -190,10 +194,50 @@ def test_other_tiles(compare: Run, monkeypatch: pytest.MonkeyPatch, tile: Launch
         compare(Case(2, 2, 1, L, S, P, 16, causal), processors=2)
 
 
+WINDOWS = {
+    "causal": Case(1, 2, 1, 70, 70, 20, 16, True, (17, -1)),
+    "left": Case(1, 1, 1, 70, 70, 5, 16, False, (33, -1)),
+    "right": Case(1, 1, 1, 70, 70, 40, 16, False, (-1, 17)),
+    "both": Case(1, 1, 1, 80, 80, 17, 16, False, (31, 16)),
+    "of_one": Case(1, 1, 1, 70, 70, 0, 16, True, (0, -1)),
+    "wide": Case(1, 1, 1, 70, 70, 20, 16, True, (60, -1)),
+    "prefix": Case(1, 2, 1, 70, 70, 50, 16, True, (40, -1), True),
+    "prefix_right": Case(1, 1, 1, 70, 70, 40, 16, False, (50, 3), True),
+    "prefix_wide": Case(1, 1, 1, 64, 64, 64, 16, True, (100, -1), True),
+    "more_keys": Case(1, 1, 1, 30, 100, 20, 16, False, (40, 5), True),
+    "more_keys_far": Case(1, 1, 1, 30, 100, 20, 16, True, (75, -1), True),
+    "more_queries": Case(1, 1, 1, 100, 30, 20, 16, False, (9, 7), True),
+    "more_queries_causal": Case(1, 1, 1, 100, 30, 40, 16, True, (9, -1), True),
+    "one_query": Case(1, 1, 1, 1, 100, 40, 16, True, (37, -1)),
+    "no_keys": Case(1, 1, 1, 40, 0, 40, 16, True, (5, -1), True),
+}
+TILES = {"16x32": Launch(16, 32, 4, 1), "32x16": Launch(32, 16, 4, 1)}
+
+
+@interpreted
+@pytest.mark.parametrize("tile, kernels, name", covered(TILES, ["long", "short"], WINDOWS))
+def test_tiles_outside_a_window_are_not_visited(
+    compare: Run, monkeypatch: pytest.MonkeyPatch, tile: str, kernels: str, name: str
+) -> None:
+    """The counts are of the tiles that hold a pair of a query and a key that it sees, and of no other."""
+    if kernels == "long":
+        long_kernels(monkeypatch)
+    table.trial = {name.removeprefix("prefix_attn_"): TILES[tile] for name in (*COUNTS, "fwd_medium")}
+    names = compare(WINDOWS[name], processors=1)
+    assert ("bwd_short" in names) == (kernels == "short")
+
+
 @interpreted
 @pytest.mark.parametrize("group", [1, 2])
 def test_fold(compare: Run, group: int) -> None:
     assert "fwd_fold" in compare(Case(5, 2 * group, 2, 3, 70, 300, 32, True))
+
+
+@interpreted
+@pytest.mark.parametrize("left", [20, 69, 170, 320], ids=str)
+def test_fold_with_a_window(compare: Run, left: int) -> None:
+    """Up to all of the prefix, none of it, some, and all but its first rows for the last queries."""
+    assert "fwd_fold" in compare(Case(9, 4, 2, 3, 70, 300, 16, True, (left, -1), True), processors=20)
 
 
 @interpreted

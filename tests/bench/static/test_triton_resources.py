@@ -102,7 +102,8 @@ def spilled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # bytes a thread. A memory: dq's two sums and phi's derivative are alive at once, after the loops over keys. A softcap:
 # at head size 128 scores in natural units, which a float mask needs as well; the next in float32 on sm_80 only, and
-# the prefix's gradient, whose sum is in two floats, in float32 on sm_90 and sm_100. float32 on sm_80: lse in two floats
+# the prefix's gradient, whose sum is in two floats, in float32 on sm_90 and sm_100. float32 on sm_80: lse in two
+# floats. A window: its bounds beside every query of a tile, on sm_80 only
 SPILLED = {
     "grouped": {"prefix_attn_bwd_keys": 16},
     "memory": {
@@ -115,6 +116,11 @@ SPILLED = {
         "prefix_attn_fwd_short": 48,
         "prefix_attn_fwd_fold": 16,
         "prefix_attn_bwd_prefix": 32,
+    },
+    "window": {
+        "prefix_attn_fwd_fold": 8,
+        "prefix_attn_bwd_prefix": 16,
+        "prefix_attn_bwd_keys": 8,
     },
 }
 

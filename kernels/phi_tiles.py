@@ -37,9 +37,9 @@ def times_slope(x, grad, PHI: tl.constexpr):
 
 
 @triton.jit
-def memory_of(memory, t, h, H, D: tl.constexpr, MEMORY_ROWS: tl.constexpr):
-    """Base of the memory [D, D] of head h, for samples that use row t of the prefixes."""
-    if MEMORY_ROWS:
+def memory_of(memory, t, h, H, D: tl.constexpr, MEMORY_PER_PREFIX: tl.constexpr):
+    """Base of the memory [D, D] of head h, for samples that use prefix t."""
+    if MEMORY_PER_PREFIX:
         return memory + (t * H + h) * D * D
     return memory + h * D * D
 
