@@ -56,7 +56,7 @@ OF_KEYS = {  # masks of keys, beside those of FEATURES
     "bias_by_head": {"mask": "BH1S", "mask_dtype": "float32", "lengths": "B"},
 }
 ASKED = FEATURES | OF_KEYS
-WITHOUT = "memory", "softcap"  # what the kernels have not
+WITHOUT = "memory", "softcap", "window"  # what the kernels have not
 TAKEN = [
     name
     for name, options in ASKED.items()
