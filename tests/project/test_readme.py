@@ -98,6 +98,16 @@ def test_the_shared_prompts_table_is_the_records() -> None:
     assert f"has {result['group']} completions of {result['new']} tokens" in shown
 
 
+def test_the_tables_of_windows_and_packing_are_the_records() -> None:
+    from bench.attention import packed, windows
+
+    for module, name in ((windows, "windows"), (packed, "packed")):
+        result, shown = record(f"bench/results/{name}.json", "docs/benchmarks.md")
+        for line in module.table(result["rows"]):
+            assert line in shown
+        assert result["tree"] == "clean"
+
+
 def test_gpu_tables_are_the_records() -> None:
     """`python -m bench.attention.plot_gpu RECORD` prints the table."""
     results = ROOT / "bench" / "results"
