@@ -135,8 +135,8 @@ def attention_with_prefix(
             if not said.causal or columns > key.shape[2]:
                 raise ValueError(columns_differ(columns, key.shape[2]))
             key, value = key[:, :, :columns], value[:, :, :columns]  # without unused slots of a static cache
-        if not any(attention_mask.stride()):
-            attention_mask = None  # one number, which says that all are visible
+        if not any(attention_mask.stride()) or (call.packed is not None and small):
+            attention_mask = None  # one number, which says that all are visible; and packed sequences have no padding
     slides = slot in call.prefixes and slot in call.windows
     if slides and said.window[0] < 0:
         window = call.windows[slot]  # type: ignore[index]

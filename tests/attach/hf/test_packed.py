@@ -228,3 +228,92 @@ def test_an_encoder_decoder_refuses_them():
     del options["position_ids"]
     with pytest.raises(NotImplementedError, match=r"cu_seq_lens_q describes .* BartModel .*; pad them"):
         model(**options, decoder_input_ids=options["input_ids"])
+
+
+def labelled(way):
+    """The collator's batch with labels, and the same padded."""
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=way == "flash", return_tensors="pt")
+    ids, there = padded()
+    return dict(collate([{"input_ids": t} for t in sequences()])), {
+        "input_ids": ids,
+        "attention_mask": there.long(),
+        "labels": ids.masked_fill(~there, -100),
+    }
+
+
+@pytest.mark.parametrize("way", PACKINGS)
+def test_labelled_loss(way, calls):
+    model = model_of("gemma2")
+    prefix = attach(model)
+    batch, rows = labelled(way)
+    assert batch["labels"][0, 0] == -100
+    expected, plain = prefixattn.labelled_loss(model, **rows), model(**batch, use_cache=False).loss
+    calls.clear()
+    found = prefixattn.labelled_loss(model, **batch)
+    assert len(calls) == 2
+    grads = [torch.autograd.grad(loss, prefix.encoder.bank)[0] for loss in (expected, plain, found)]
+    for loss, grad in ((expected, grads[0]), (plain, grads[1])):
+        torch.testing.assert_close(found, loss, **CLOSE)
+        torch.testing.assert_close(grads[2], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("way", PACKINGS)
+def test_a_trainer_with_the_flattening_collator(way, calls, tmp_path):
+    made = []
+    for packs in (True, False):
+        model = tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        prefix = attach(model)
+        before = prefix().detach()
+        collate = DataCollatorWithFlattening(return_flash_attn_kwargs=way == "flash")
+        if not packs:
+            collate = lambda _: labelled(way)[1]  # noqa: E731
+        options = dict(
+            max_steps=2, per_device_train_batch_size=4, learning_rate=0.1, optim="sgd", report_to=[], use_cpu=True
+        )
+        args = transformers.TrainingArguments(tmp_path / way, **options, save_strategy="no", disable_tqdm=True)
+        data = [{"input_ids": ids.tolist()} for ids in sequences()]
+        calls.clear()
+        prefixattn.PrefixTrainer(model, args, train_dataset=data, data_collator=collate).train()
+        assert bool(calls) == packs and (prefix() - before).abs().max() > 0.01
+        made.append(prefix().detach())
+    torch.testing.assert_close(made[0], made[1], rtol=1e-3, atol=1e-3)
+
+
+def test_completions_of_shared_prompts_may_be_packed(only_packed):
+    model = model_of("llama")
+    prompts, there = token_ids(2, 5, seed=9), torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    groups, (ids, mask) = torch.tensor([1, 0, 0, 1]), padded()
+    shared = prefixattn.SharedPrompt(model)
+    with shared(prompts, there):
+        expected = model(ids, attention_mask=mask.long(), prefix_ids=groups).logits[mask]
+        only_packed()
+        found = model(**packed(), prefix_ids=groups).logits[0]
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+# dynamo makes a context for each autograd function in a way that torch itself warns of
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_code_packs_by_the_arguments_of_flash_attention(only_packed):
+    torch._dynamo.reset()
+    model = tiny("llama", num_hidden_layers=1)
+    prefix = attach(model)
+    expected = model(**packed()).logits
+    wanted = torch.autograd.grad(expected.square().sum(), prefix.encoder.bank)[0]
+    only_packed()
+    found = torch.compile(model, fullgraph=True, backend="eager")(**packed("flash")).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
+    grad = torch.autograd.grad(found.square().sum(), prefix.encoder.bank)[0]
+    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers(reentrant, only_packed):
+    model = model_of("llama")
+    prefix = attach(model)
+    wanted = torch.autograd.grad(model(**packed()).logits.square().sum(), prefix.encoder.bank)[0]
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.train()
+    only_packed()
+    model(**packed()).logits.square().sum().backward()
+    torch.testing.assert_close(prefix.encoder.bank.grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
