@@ -263,7 +263,7 @@ def test_a_trainer_with_the_flattening_collator(way, calls, tmp_path):
     for packs in (True, False):
         model = tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         prefix = attach(model)
-        before = prefix().detach()
+        before = prefix().detach().clone()
         collate = DataCollatorWithFlattening(return_flash_attn_kwargs=way == "flash")
         if not packs:
             collate = lambda _: labelled(way)[1]  # noqa: E731
