@@ -12,6 +12,7 @@ import transformers
 from transformers import DataCollatorWithFlattening
 
 from prefixattn.attach.hf import interface, masks
+from prefixattn.attach.hf.packed import announced
 from prefixattn.testing.models import concat_twin, tiny, token_ids
 
 P, W = 4, 5
@@ -53,7 +54,7 @@ def padded():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The arguments by name of each call of prefix_attention_varlen; there are no other calls and no explicit masks."""
+    """The arguments by name of each call of prefix_attention_varlen."""
     found, op = [], interface.prefix_attention_varlen
 
     def noted(*tensors, **options):
@@ -88,7 +89,9 @@ def test_logits_and_gradients_are_those_of_the_padded_sequences(name, way, slide
     expected = model(ids, attention_mask=there.long()).logits[there]
     wanted = torch.autograd.grad(expected.square().sum(), prefix.encoder.bank)[0]
     only_packed()
-    found = model(**packed(way)).logits[0]
+    out = model(**packed(way))
+    found = out.logits[0]
+    assert out.past_key_values is None
     torch.testing.assert_close(found, expected, **CLOSE)
     grad = torch.autograd.grad(found.square().sum(), prefix.encoder.bank)[0]
     torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
@@ -217,6 +220,7 @@ def test_refusals(case):
     options = dict(options)
     with pytest.raises(error, match=words):
         model(**packed(options.pop("way")) | options)
+    assert not announced()
     # what was refused is forgotten
     assert model(token_ids(2, 5), attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1] * 5])).logits.isfinite().all()
 
@@ -315,5 +319,6 @@ def test_checkpointed_layers(reentrant, only_packed):
     enable({"use_reentrant": reentrant})
     model.train()
     only_packed()
-    model(**packed()).logits.square().sum().backward()
+    batch = packed() | {"use_cache": None}  # with checkpoints a model makes no cache
+    model(**batch).logits.square().sum().backward()
     torch.testing.assert_close(prefix.encoder.bank.grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
