@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from prefixattn.attention.sequences import Sequences
 from prefixattn.prefixes.config import Defaults
 from prefixattn.prefixes.networks import Geometry
 from prefixattn.prefixes.plus import Memory
@@ -52,6 +53,7 @@ class PrefixCall(NamedTuple):
     memories: dict[int, Memory] = {}  # noqa: RUF012 # by slot
     windows: dict[int, int] = {}  # noqa: RUF012 # by slot, of layers out of whose windows the prefix slides: keys
     seen: int = 0  # tokens before the pass, where it does
+    packed: Sequences | None = None  # of a pass whose rows, behind one another, hold several; each has its prefix
 
     def has(self, slot: int | None) -> bool:
         return slot in self.prefixes or slot in self.memories

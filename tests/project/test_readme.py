@@ -190,10 +190,18 @@ assert model.transformer.wte.weight.grad is not None
 
 
 def test_the_page_on_the_op_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", text("docs/op.md"), flags=re.DOTALL)
+    code, packed = re.findall(r"```python\n(.*?)```", text("docs/op.md"), flags=re.DOTALL)
     proof = """
 wide = prefixattn.prefix_attention(q, k, v, prefix_k, prefix_v, is_causal=True, window_size=(8, -1))
 torch.testing.assert_close(stays[:, :, :4], wide[:, :, :4], rtol=1e-5, atol=1e-5)
 assert not torch.allclose(stays[:, :, 4:], wide[:, :, 4:], atol=1e-3)
 """
+    run_page(code + proof + packed, tmp_path, capfd)
+
+
+def test_packed_sequences_in_models_run_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    section = text("docs/models.md").split("## Packed sequences")[1].split("\n## ")[0]
+    [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    proof = "assert all(p.grad is not None and p.grad.any() for p in prefix.parameters())"
     run_page(code + proof, tmp_path, capfd)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefixattn.attach.adapter import Adapter
 from prefixattn.attach.base import Attached
-from prefixattn.attach.hf import interface, positions, probe, projections, quantised, reentrant, sliding
+from prefixattn.attach.hf import interface, packed, positions, probe, projections, quantised, reentrant, sliding
 from prefixattn.attach.hf.interface import EXPLICIT, NAME, NAMES, PLAIN
 from prefixattn.attach.hf.positions import Positions
 from prefixattn.attach.records import PrefixCall
@@ -52,6 +52,7 @@ class HuggingFaceAdapter(Adapter):
         model, base = self.model, self.base
         plain = probe.trials(base)
         calls = self._tried(plain)
+        self.small_masks = all(call.small for call in calls)
         self.sites = probe.sites(base, calls)
         self.paths = [p for p in self.paths if not p or any(f"{s.path}.".startswith(f"{p}.") for s in self.sites)]
         with self.entered(), self.overriding(PLAIN):
@@ -286,6 +287,7 @@ class HuggingFaceAdapter(Adapter):
             if call is not None:
                 kwargs["prefix_call"] = call
         self._set_shift(0 if call is None else self._shift(stack, call, kwargs))
+        packed.announce(call is not None and call.packed is not None)
         if call is not None and self.positions.argument and stack is self.base:
             found = positions.given(kwargs, next(kwargs[n] for n in _INPUTS if kwargs.get(n) is not None))
             kwargs["position_ids"] = positions.shifted(found, call.shift, self.max_positions)
@@ -293,6 +295,7 @@ class HuggingFaceAdapter(Adapter):
 
     def after_forward(self, stack: Any, args: Any, out: Any) -> None:
         self._set_shift(0)
+        packed.announce(False)
 
     def _shift(self, stack: Any, call: PrefixCall, kwargs: dict[str, Any]) -> int | Tensor:
         """Of the positions in a part of the model; an encoder and a decoder have each their own padding."""
@@ -322,13 +325,12 @@ class HuggingFaceAdapter(Adapter):
             return PLAIN  # of an input that is missing the model itself speaks
         if kwargs.get("output_attentions"):
             raise NotImplementedError("output_attentions: attention with a prefix never makes its weights")
-        batch = first.shape[0]
-        if first.ndim == 3 and not first.is_floating_point():  # samples, choices, tokens
-            batch *= first.shape[1]
-            if isinstance(ids, Tensor) and ids.shape == first.shape[:1]:
-                ids = ids.repeat_interleave(first.shape[1])
+        takes = interface.arguments(self.base)
+        sequences = packed.found(self.base, takes, kwargs, first, self.small_masks, self.decodes)
+        batch, ids = packed.samples(first, ids, sequences)
         prefix.begin()
         chosen = prefix.choose(ids, batch, probe.computing_dtype(self.base, first.device), first.device)
+        chosen = chosen._replace(shift=packed.of_tokens(chosen.shift, sequences, first))
         if not self.base.config.is_encoder_decoder:
             chosen = chosen._replace(shift=self._without_padding(chosen.shift, kwargs))
             if self.decodes and torch.compiler.is_compiling() and not _told(kwargs):
@@ -336,7 +338,8 @@ class HuggingFaceAdapter(Adapter):
                 kwargs["attention_mask"] = first.new_ones(1, 1, dtype=torch.bool).expand(first.shape[:2])
         if torch.is_grad_enabled() and reentrant.needed(self.base):
             chosen = chosen.with_tensors(reentrant.behind(self.base, chosen.tensors(), kwargs))
-        return sliding.placed(prefix.call(chosen), prefix.config, self.windows, kwargs)
+        call = prefix.call(chosen)._replace(packed=sequences)
+        return sliding.placed(call, prefix.config, self.windows, kwargs)
 
     def _without_padding(self, shift: int | Tensor, kwargs: dict[str, Any]) -> int | Tensor:
         """The shift, less the padding before a sample where positions count it and none are given.

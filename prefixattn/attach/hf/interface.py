@@ -18,8 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from prefixattn.attach.hf.masks import columns_differ, explicit_mask, hides_later, read, smallest_mask, with_window
+from prefixattn.attach.hf.packed import packed_rows
 from prefixattn.attach.records import LayerPrefix, PrefixCall
-from prefixattn.attention.functional import prefix_attention
+from prefixattn.attention.functional import prefix_attention, prefix_attention_varlen
+from prefixattn.attention.sequences import Sequences
 
 NAME = "prefixattn"  # with masks in their smallest form
 EXPLICIT = {
@@ -41,6 +43,7 @@ class Watched(NamedTuple):
     used: bool  # and there was one for this layer
     causal: bool
     window: tuple[int, int] = (-1, -1)
+    small: bool = True  # no mask, or one without a row for each query
 
 
 class _Watching(threading.local):
@@ -119,20 +122,21 @@ def attention_with_prefix(
         )
     call = prefix_call or PLAIN
     said = read(attention_mask, is_causal, module, key.shape[2], kwargs.get("sliding_window"))
+    small = attention_mask is None or attention_mask.ndim != 4 or attention_mask.shape[2] == 1
     attention_mask = said.visible
     if not torch.compiler.is_compiling() and _watching.calls is not None:
         carried, used = prefix_call is not None, call.has(slot)
         _, H, L, _ = query.shape
         causal = said.causal or hides_later(attention_mask)
-        seen = Watched(module, H, L, key, value, carried, used, causal, said.window)
+        seen = Watched(module, H, L, key, value, carried, used, causal, said.window, small)
         _watching.calls.append(seen)
     if attention_mask is not None:
         if (columns := attention_mask.shape[-1]) != key.shape[2]:
             if not said.causal or columns > key.shape[2]:
                 raise ValueError(columns_differ(columns, key.shape[2]))
             key, value = key[:, :, :columns], value[:, :, :columns]  # without unused slots of a static cache
-        if not any(attention_mask.stride()):
-            attention_mask = None  # one number, which says that all are visible
+        if not any(attention_mask.stride()) or (call.packed is not None and small):
+            attention_mask = None  # one number, which says that all are visible; and packed sequences have no padding
     slides = slot in call.prefixes and slot in call.windows
     if slides and said.window[0] < 0:
         window = call.windows[slot]  # type: ignore[index]
@@ -152,30 +156,55 @@ def attention_with_prefix(
     if memory is not None and memory.inside:
         options |= {"memory": memory.matrix.to(query.dtype), "phi": memory.phi}
     want_mass = call.masses is not None and found is not None
-    out = prefix_attention(
-        query,
-        key,
-        value,
-        prefix_k,
-        prefix_v,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=said.causal,
-        window_size=said.window,
-        prefix_in_window=slides,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        softcap=softcap,
-        sinks=None if s_aux is None else s_aux.to(query.dtype),
-        return_prefix_mass=want_mass,
-        **options,
-    )
+    options |= {
+        "dropout_p": dropout,
+        "is_causal": said.causal,
+        "window_size": said.window,
+        "prefix_in_window": slides,
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "softcap": softcap,
+        "sinks": None if s_aux is None else s_aux.to(query.dtype),
+        "return_prefix_mass": want_mass,
+    }
+    if call.packed is not None and attention_mask is None:
+        out = _of_sequences(query, key, value, prefix_k, prefix_v, call.packed, options)
+    else:
+        if call.packed is not None:
+            _check_one_for_all(module, prefix_k, options)
+        out = prefix_attention(query, key, value, prefix_k, prefix_v, attn_mask=attention_mask, **options)
     if want_mass:
         out, call.masses[slot] = out  # type: ignore[index]
     assert isinstance(out, Tensor)
     if memory is not None and not memory.inside:
         out = out + memory.added(query)
     return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
+
+
+def _of_sequences(
+    query: Tensor, key: Tensor, value: Tensor, prefix_k: Tensor, prefix_v: Tensor, packed: Sequences, options: Any
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention of packed sequences, with the axes of the rows that they lie in."""
+    B, H, L, D = query.shape
+    made = prefix_attention_varlen(
+        *(packed_rows(query), packed_rows(key), packed_rows(value), prefix_k, prefix_v),
+        *(packed.cu_seqlens_q.to(query.device), packed.cu_seqlens_k.to(query.device)),
+        *(packed.max_seqlen_q, packed.max_seqlen_k),
+        **options,
+    )
+    if isinstance(made, Tensor):
+        return made.view(B, L, H, D).transpose(1, 2)
+    out, mass = made  # [B * L, H, D], [H, B * L]
+    return out.view(B, L, H, D).transpose(1, 2), mass.view(H, B, L).transpose(0, 1)
+
+
+def _check_one_for_all(module: nn.Module, prefix_k: Tensor, options: dict[str, Any]) -> None:
+    """NotImplementedError if packed sequences under a mask of the model's own have a prefix each."""
+    if prefix_k.dim() == 4 or options.get("prefix_ids") is not None or options.get("prefix_lengths") is not None:
+        raise NotImplementedError(
+            f"a {type(module).__name__} got a mask of its own for packed sequences, which does not say whose a token "
+            "is; pad the sequences, or use one prefix for all"
+        )
 
 
 def _placed(found: LayerPrefix, call: PrefixCall, query: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

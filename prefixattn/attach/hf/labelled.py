@@ -1,5 +1,6 @@
 """`labelled_loss`: a language model's loss without logits where no label is."""
 
+import inspect
 import threading
 from typing import Any
 
@@ -51,6 +52,8 @@ def labelled_loss(
         raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}; expected int64 [B, S]")
     if plain.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         inputs["decoder_input_ids"] = _decoder_input_ids(plain, labels)
+    if "use_cache" in inspect.signature(plain.forward).parameters:
+        inputs.setdefault("use_cache", False)  # nothing reads it, and with one transformers packs no sequences
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shifted else labels
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
 

@@ -26,6 +26,8 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from prefixattn.attach.hf import packed
+
 
 class Read(NamedTuple):
     """What a mask says."""
@@ -58,13 +60,17 @@ def smallest_mask(
     """The mask of a forward, in the smallest form that says it.
 
     `generate` makes masks ahead of the model's forward and passes them to it, so this function may meet its own result.
-    What has no small form (packed sequences, a chunk, a prompt longer than one token in a compiled static cache, what
+    What has no small form (a chunk, a prompt longer than one token in a compiled static cache, what
     may not be skipped, as the model may rework it) is the explicit `[B, 1, L, S]` of transformers, which contains
-    causality and the window.
+    causality and the window. Where the layers get packed sequences, the form is that of one of them.
     """
     if attention_mask is not None and attention_mask.ndim == 3:
         return attention_mask
     form = _form(mask_function)
+    if packed.announced():
+        form = _of_a_sequence(mask_function)
+        # transformers lets none be skipped that packs; a model that reworks its masks is not told of packed sequences
+        allow_is_causal_skip = form is not None
     if form is None and _within_chunk(kv_length, kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs):
         form = _Form(True)
     tracing = torch.compiler.is_compiling()
@@ -222,6 +228,18 @@ def _form(mask_function: Callable[..., Any]) -> _Form | None:
     if code is _BOTH_SIDES and base is bidirectional_mask_function:
         return _Form(False, int(_inside(overlay)) + 1)  # it counts the distance
     return None
+
+
+def _of_a_sequence(mask_function: Callable[..., Any]) -> _Form | None:
+    """What a mask function says of each of several packed sequences, or None if it has no small form."""
+    base = packed.without_packing(mask_function)
+    form = _form(mask_function if base is None else base)  # gpt-oss tells its masks no positions (transformers 5.23)
+    if form is None and base is None:
+        raise NotImplementedError(
+            "the batch is of packed sequences, and a mask of the model's is neither causal nor a window and does not "
+            "say where they begin; pad the sequences"
+        )
+    return form
 
 
 def _inside(function: Any) -> Any:

@@ -95,20 +95,6 @@ def test_logits_and_gradients_are_those_of_explicit_keys_and_masks(name, padding
     assert all(given is None if not padding else given.shape == (2, 1, 1, L) for *_, given in calls)
 
 
-def test_packed_sequences_keep_their_explicit_mask(calls):
-    model, ids = model_of("mistral"), token_ids(1, L)
-    prefix = attach(model)
-    places = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])
-    calls.clear()
-    found = model(ids, position_ids=places, use_cache=False).logits
-    assert {(size, given.shape) for size, _, given in calls} == {((-1, -1), (1, 1, L, L))}
-    twin = concat_twin(model, prefix)
-    torch.testing.assert_close(found, twin(ids, position_ids=places, use_cache=False).logits, **CLOSE)
-    attach(model, prefix_in_window=True)
-    with pytest.raises(NotImplementedError, match=r"a mask of its own for 9 tokens \(packed .*prefix_in_window=False"):
-        model(ids, position_ids=places, use_cache=False)
-
-
 def made(function, **sizes):
     return masks.smallest_mask(batch_size=2, mask_function=function, local_size=W, **sizes)
 
