@@ -243,3 +243,10 @@ def test_a_cache_serves_a_prefix_that_slides_for_any_number_of_tokens(name):
     with torch.no_grad():
         expected, served = model(ids).logits, model_of(name)(ids, past_key_values=prefix.to_cache(2)).logits
     torch.testing.assert_close(served, expected, **CLOSE)
+
+
+def test_a_mask_of_the_caller_does_not_say_where_a_prefix_that_slides_lies():
+    model, ids = model_of("mistral"), token_ids(1, L)
+    attach(model, prefix_in_window=True)
+    with pytest.raises(NotImplementedError, match=r"a mask of its own for 9 tokens \(packed .*prefix_in_window=False"):
+        model(ids, attention_mask=torch.ones(1, 1, L, L, dtype=torch.bool).tril())
