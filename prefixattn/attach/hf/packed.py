@@ -120,11 +120,11 @@ def _makes_cache(base: Any, takes: tuple[str, ...], kwargs: dict[str, Any]) -> b
 def samples(first: Tensor, ids: Any, sequences: Sequences | None) -> tuple[int, Any]:
     """How many there are that have a prefix each, and the `prefix_ids` of them that the caller gave."""
     if sequences is not None:
-        if isinstance(ids, Tensor) and ids.shape != (sequences.count,):
+        if isinstance(ids, Tensor) and ids.shape != (sequences.number,):
             raise ValueError(
-                f"prefix_ids has shape {list(ids.shape)}, expected [{sequences.count}], one for each packed sequence"
+                f"prefix_ids has shape {list(ids.shape)}, expected [{sequences.number}], one for each packed sequence"
             )
-        return sequences.count, ids
+        return sequences.number, ids
     batch = first.shape[0]
     if first.ndim == 3 and not first.is_floating_point():  # samples, choices, tokens
         batch *= first.shape[1]
