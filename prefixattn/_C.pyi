@@ -44,7 +44,7 @@ class Attn(TypedDict):
     prefix_dropout_p: float
     seed: _Address | None
 
-class AttnOnCpu(Attn):
+class OnCpu(TypedDict):
     window_left: int
     window_right: int
     prefix_in_window: bool
@@ -52,13 +52,15 @@ class AttnOnCpu(Attn):
     cu_seqlens_k: _Address | None
     total_q: int
 
-class AttnFwd(AttnOnCpu):
+class AttnOnCpu(Attn, OnCpu): ...
+
+class AttnFwd(Attn):
     out: _Strided
     attended: _Strided | None
     lse: _Address
     mass: _Address | None
 
-class AttnBwd(AttnOnCpu):
+class AttnBwd(Attn):
     dout: _Strided
     out: _Strided | None
     lse: _Address
@@ -70,8 +72,11 @@ class AttnBwd(AttnOnCpu):
     dprefix_v: _Strided | None
     dmemory: _Strided | None
 
-def prefix_attn_fwd(fields: AttnFwd, threads: int) -> None: ...
-def prefix_attn_bwd(fields: AttnBwd, threads: int) -> None: ...
+class AttnFwdOnCpu(AttnFwd, OnCpu): ...
+class AttnBwdOnCpu(AttnBwd, OnCpu): ...
+
+def prefix_attn_fwd(fields: AttnFwdOnCpu, threads: int) -> None: ...
+def prefix_attn_bwd(fields: AttnBwdOnCpu, threads: int) -> None: ...
 
 class ReparamSizes(TypedDict):
     G: int
