@@ -82,7 +82,7 @@ FEATURES = {
     "window_causal": {"window": (20, -1), "causal": True, "layout": "packed"},  # Mistral
     "window_right": {"window": (-1, 3), "mask": "BHLS", "mask_dtype": "float", "softcap": 0.7},
     "window_prefix": {"window": (9, 0), "prefix_in_window": True, "prefixes": "bank", "lengths": "T"},  # PEFT's
-    "window_prefix_sinks": {"window": (3, 4), "prefix_in_window": True, "sinks": "float", "memory": "shared"},
+    "window_prefix_memory": {"window": (3, 4), "prefix_in_window": True, "memory": "shared"},
     "sinks_float32": {"sinks": "float32", "mask": "BHLS", "blind": True, "prefixes": "bank", "lengths": "T"},
 }
 
