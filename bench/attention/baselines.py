@@ -120,10 +120,13 @@ def make_inputs(
 
 def concatenated(x: BenchInputs) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, P+S, D]."""
-    B = x.q.shape[0]
     prefixes = (x.prefix_k, x.prefix_v) if x.ids is None else (x.prefix_k[x.ids], x.prefix_v[x.ids])
-    k, v = (torch.cat([p.expand(B, -1, -1, -1), own], 2) for p, own in zip(prefixes, (x.k, x.v), strict=True))
+    k, v = (joined(prefix, own) for prefix, own in zip(prefixes, (x.k, x.v), strict=True))
     return k, v
+
+
+def joined(prefix: Tensor, own: Tensor) -> Tensor:  # [Hkv, P, D] or one a sample, [B, Hkv, S, D]
+    return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], 2)
 
 
 @cache
@@ -177,12 +180,12 @@ def sdpa_no_prefix(x: BenchInputs, shape: BenchShape) -> Tensor:
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex(dynamic: bool) -> Callable[..., Tensor]:
     import torch._inductor.config
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._inductor.config.compile_threads = 1  # no pool of compilers that goes on running beside the clock
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=dynamic)
 
 
 @cache
@@ -195,9 +198,14 @@ def _flex_block_mask(L: int, P: int) -> object:
 
 def flex_concat(x: BenchInputs, shape: BenchShape) -> Tensor:
     mask = _flex_block_mask(shape.L, shape.P) if shape.causal else None
+    return flex(x.q, *concatenated(x), mask, dynamic=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, blocks: object, dynamic: bool = False) -> Tensor:
+    """FlexAttention; `dynamic`: one compilation for all sizes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's, about itself
-        return _compiled_flex()(x.q, *concatenated(x), block_mask=mask)
+        return _compiled_flex(dynamic)(q, k, v, block_mask=blocks)
 
 
 class Baseline(NamedTuple):

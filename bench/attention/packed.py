@@ -11,7 +11,6 @@ outside the timed call, concatenations inside. Times are of the process's proces
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.attention.baselines import flex, joined
 from bench.harness.command import Refusal, command
 from bench.harness.record import header, write_rows
 from bench.harness.timing import interleave, quantiles
@@ -52,20 +52,8 @@ def _visible() -> Tensor:  # [COUNT, 1, MOST, P+MOST]; True attends
     return F.pad(own, (P, 0), value=True)
 
 
-def _concatenated(own: Tensor, prefix: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], 2)
-
-
 def sdpa(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    keys, values = _concatenated(k, prefix_k), _concatenated(v, prefix_v)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=_visible())
-
-
-@cache
-def _flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+    return F.scaled_dot_product_attention(q, joined(prefix_k, k), joined(prefix_v, v), attn_mask=_visible())
 
 
 @cache
@@ -81,16 +69,12 @@ def _documents() -> object:
     return create_block_mask(seen, None, None, TOTAL, P + TOTAL, device="cpu")
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:  # q [TOTAL, H, D]
-    one = [t.transpose(0, 1)[None] for t in (q, k, v)]
-    keys, values = _concatenated(one[1], prefix_k), _concatenated(one[2], prefix_v)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's, about itself
-        out = _flex()(one[0], keys, values, block_mask=_documents())
-    return out[0].transpose(0, 1)
+def documents(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:  # q [TOTAL, H, D]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return flex(q, joined(prefix_k, k), joined(prefix_v, v), _documents())[0].transpose(0, 1)
 
 
-PACKED: dict[str, Way] = {"packed": ours, "document mask": flex}
+PACKED: dict[str, Way] = {"packed": ours, "document mask": documents}
 PADDED: dict[str, Way] = {"padded": padded, "SDPA": sdpa}
 WAYS = {
     "fwd": {**PACKED, **PADDED},

@@ -11,7 +11,6 @@ with the lengths that its JSON lacks.
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.attention.baselines import flex, joined
 from bench.harness.command import Refusal, command
 from bench.harness.record import header, kept, write_rows
 from bench.harness.timing import interleave, quantiles
@@ -39,10 +39,6 @@ def ours(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) ->
     return prefix_attention(q, k, v, prefix_k, prefix_v, is_causal=True, window_size=(WINDOW - 1, -1))
 
 
-def concatenated(own: Tensor, prefix: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(B, -1, -1, -1), own], 2)
-
-
 @cache
 def visible(S: int) -> Tensor:  # [S, P+S]; True attends
     own = torch.ones(S, S, dtype=torch.bool).tril().triu(1 - WINDOW)
@@ -50,15 +46,7 @@ def visible(S: int) -> Tensor:  # [S, P+S]; True attends
 
 
 def dense_mask(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    keys, values = concatenated(k, prefix_k), concatenated(v, prefix_v)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible(q.shape[2]))
-
-
-@cache
-def _flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+    return F.scaled_dot_product_attention(q, joined(prefix_k, k), joined(prefix_v, v), attn_mask=visible(q.shape[2]))
 
 
 @cache
@@ -71,14 +59,12 @@ def _blocks(S: int) -> object:
     return create_block_mask(seen, None, None, S, P + S, device="cpu")
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's, about itself
-        return _flex()(q, concatenated(k, prefix_k), concatenated(v, prefix_v), block_mask=_blocks(q.shape[2]))
+def blocks(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    return flex(q, joined(prefix_k, k), joined(prefix_v, v), _blocks(q.shape[2]))
 
 
 WAYS: dict[str, dict[str, Way]] = {
-    "fwd": {"ours": ours, "dense mask": dense_mask, "flex": flex},
+    "fwd": {"ours": ours, "dense mask": dense_mask, "flex": blocks},
     "fwd+bwd": {"ours": ours, "dense mask": dense_mask},  # FlexAttention has no backward on a CPU
 }
 

@@ -1,5 +1,5 @@
 // The records of prefix_attention for Python: a dict of the members of FwdParams or BwdParams, which every module of
-// ours reads. Shapes were checked by whoever called the op (functional.py), types and devices by the backend.
+// ours reads. Shapes were checked by whoever called the op (normal_form.py), types and devices by the backend.
 #pragma once
 #include <pybind11/pybind11.h>
 

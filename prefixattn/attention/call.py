@@ -13,7 +13,7 @@ from prefixattn.attention.layout import empty_like_order
 
 
 class Call(NamedTuple):
-    """A call in the normal form of functional.py: checked, and complete but for what is None."""
+    """A call in the normal form of normal_form.py: checked, and complete but for what is None."""
 
     # of packed sequences [1, H, total, D]: then B, L and S are those of the sequences
     q: Tensor  # [B, H, L, D]

@@ -1,6 +1,6 @@
 """The definition of prefix attention in plain PyTorch, forward and backward; a backend for every type and shape.
 
-Calls are in the normal form of functional.py, which call.py spells: prefixes [T, Hkv, P, D]; `prefix_ids` names the
+Calls are in the normal form of normal_form.py, which call.py spells: prefixes [T, Hkv, P, D]; `prefix_ids` names the
 prefix of each sample (None: row 0 if T is 1, else row b); lengths per sample; `attn_mask` 4-D, each axis full or 1.
 """
 

@@ -19,12 +19,15 @@ UNMASKED = {
 
 
 def accepted(backend: str, *args: Any, **options: Any) -> Packed:
+    """Inputs for a backend that runs here; of those Triton alone does not take packed sequences."""
     inputs = packed_sequences(*args, **options)
     try:
         with torch.no_grad():
             inputs.call(backend)
     except NotImplementedError as refusal:
-        pytest.skip(str(refusal).partition("\n")[2].strip())
+        words = str(refusal).partition("\n")[2].strip()
+        assert backend == "triton" or "it has no" not in words
+        pytest.skip(words)
     return inputs
 
 
@@ -32,7 +35,7 @@ def accepted(backend: str, *args: Any, **options: Any) -> Packed:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_lengths(backend: str, dtype: str, lengths: str) -> None:
     inputs = accepted(backend, lengths, DTYPES[dtype], causal=lengths != "one", prefixes="per_sample")
-    assert_all_as_accurate(ours(inputs, backend), same(inputs), exact(inputs))
+    assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
 @pytest.mark.parametrize("feature", UNMASKED)
@@ -40,11 +43,7 @@ def test_features(backend: str, feature: str) -> None:
     for i, lengths in enumerate(("training", "ragged")):
         dtype = (torch.bfloat16, torch.float32)[(i + len(feature)) % 2]
         inputs = accepted(backend, lengths, dtype, **UNMASKED[feature])
-        assert_all_as_accurate(ours(inputs, backend), same(inputs), exact(inputs))
-
-
-def same(inputs: Packed) -> dict[str, torch.Tensor]:
-    return same_dtype(inputs)
+        assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
 def test_many_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,12 +53,12 @@ def test_many_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(0, 2, 1, 0, 0, 140, 32)
     for options in ({"causal": True}, {"window": (40, 7), "prefix_in_window": True}):
         inputs = accepted(backend, "long", torch.float32, shape, **options)
-        assert_all_as_accurate(ours(inputs, backend), same(inputs), exact(inputs))
+        assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
 def test_no_sequence(backend: str) -> None:
-    inputs = packed_sequences("none", causal=True)
-    found = ours(inputs, backend) if backend != "triton" else ours(accepted(backend, "none", causal=True), backend)
+    inputs = accepted(backend, "none", causal=True)
+    found = ours(inputs, backend)
     assert found["out"].shape == (0, 4, 16) and found["lse"].shape == (4, 0)
     assert found["dprefix_k"].shape == inputs.tensors["prefix_k"].shape and not found["dprefix_k"].any()
 

@@ -120,6 +120,14 @@ def test_what_a_window_hides_of_a_prefix_stays_hidden(backend: str, options: dic
     assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
 
 
+def test_a_sink_beside_a_window(backend: str) -> None:
+    """In float32: that of 16 bits has a rounded out, and is asked of sinks alone."""
+    options = {"window": (3, 4), "prefix_in_window": True, "sinks": "float", "memory": "shared"}
+    for shape in ("ragged", "tile_past", "few_queries"):
+        inputs = accepted(backend, make_inputs(shape, **options))
+        assert_all_as_accurate(ours(inputs, backend), same_dtype(inputs), exact(inputs))
+
+
 def test_dropout_drops_what_it_drops_without_a_window(backend: str) -> None:
     inputs = accepted(backend, make_inputs("tile_past", causal=True, window=(30, -1), prefix_in_window=True))
     options = {"dropout_p": 0.3, "prefix_dropout_p": 0.2}

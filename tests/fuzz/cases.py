@@ -124,6 +124,11 @@ class _Maker:
         if "memory" not in tensors and random.Random(f"sinks {self.number}").random() < 0.1:
             self.words.append("sinks")
             tensors["sinks"] = (2 * self.normal(H)).to(dtype)
+        own = random.Random(f"window {self.number}")
+        if own.random() < 0.15:
+            options["window_size"] = own.choice((-1, 0, 1, 7, own.randint(0, 300))), own.choice((-1, -1, 0, 1, 20))
+            options["prefix_in_window"] = own.random() < 0.5
+            self.words.append(f"window{options['window_size']}" + "-with-prefix" * options["prefix_in_window"])
         seed = None
         if self.chance(0.08, "dropout"):
             options["dropout_p"], seed = draw.choice((0.1, 0.5)), self.number

@@ -98,8 +98,8 @@ def _rows(case: Case, prefix: Tensor) -> Tensor:
 
 
 def _used(case: Case, row: Tensor) -> Tensor:
-    """Which rows of its prefix a sample sees, [B, 1, 1, 1, P]."""
-    B, P = case.sizes["B"], case.sizes["P"]
+    """Which rows of its prefix a sample's queries see, [B, 1, 1, L or 1, P]."""
+    B, P, L, S = (case.sizes[name] for name in "BPLS")
     lengths = case.options.get("prefix_lengths")
     if lengths is None:
         length = torch.full((B,), P)
@@ -107,7 +107,12 @@ def _used(case: Case, row: Tensor) -> Tensor:
         length = lengths[row]
     else:
         length = lengths.expand(B)
-    return (torch.arange(P) < length[:, None])[:, None, None, None]
+    seen = (torch.arange(P) < length[:, None])[:, None, None, None]
+    left, _ = case.options.get("window_size", (-1, -1))
+    if left >= 0 and case.options["prefix_in_window"]:
+        place = torch.arange(P) - length[:, None]  # [B, P]
+        seen = seen & (place[:, None, None, None] >= torch.arange(S - L, S)[:, None] - left)
+    return seen
 
 
 def _masked(case: Case, t: dict[str, Tensor], own: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +127,12 @@ def _masked(case: Case, t: dict[str, Tensor], own: Tensor) -> tuple[Tensor, Tens
         seen, added = seen & ~hides, added + t["attn_mask"].masked_fill(hides, 0.0)
     if case.options["is_causal"]:
         seen = seen & (torch.arange(S) <= torch.arange(L)[:, None] + (S - L))
+    ahead = torch.arange(S) - torch.arange(S - L, S)[:, None]  # how far a key is ahead of a query
+    left, right = case.options.get("window_size", (-1, -1))
+    if left >= 0:
+        seen = seen & (ahead >= -left)
+    if right >= 0:
+        seen = seen & (ahead <= right)
     return own + added.reshape(own.shape), seen.reshape(own.shape)
 
 

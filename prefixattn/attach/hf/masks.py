@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import (
-    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
@@ -216,17 +215,17 @@ def _form(mask_function: Callable[..., Any]) -> _Form | None:
         return _Form(True)
     if mask_function is bidirectional_mask_function:
         return _Form(False)
-    if getattr(mask_function, "__code__", None) is not _AND:
+    if getattr(mask_function, "__code__", None) is not packed.AND:
         return None
-    parts = _inside(mask_function)
+    parts = packed.inside(mask_function)
     if len(parts) != 2:
         return None
     overlay, base = parts
     code = getattr(overlay, "__code__", None)
     if code is _WINDOW and base is causal_mask_function:
-        return _Form(True, int(_inside(overlay)))
+        return _Form(True, int(packed.inside(overlay)))
     if code is _BOTH_SIDES and base is bidirectional_mask_function:
-        return _Form(False, int(_inside(overlay)) + 1)  # it counts the distance
+        return _Form(False, int(packed.inside(overlay)) + 1)  # it counts the distance
     return None
 
 
@@ -242,12 +241,6 @@ def _of_a_sequence(mask_function: Callable[..., Any]) -> _Form | None:
     return form
 
 
-def _inside(function: Any) -> Any:
-    """What the closure of a mask function holds."""
-    return function.__closure__[0].cell_contents
-
-
-_AND = and_masks(causal_mask_function).__code__
 _WINDOW = sliding_window_overlay(1).__code__
 _BOTH_SIDES = sliding_window_bidirectional_overlay(1).__code__
 

@@ -149,9 +149,9 @@ def packed_rows(t: Tensor) -> Tensor:
 
 def without_packing(mask_function: Callable[..., Any]) -> Callable[..., Any] | None:
     """What a mask function says besides that sequences are packed, or None if it does not say that."""
-    if getattr(mask_function, "__code__", None) is not _AND:
+    if getattr(mask_function, "__code__", None) is not AND:
         return None
-    parts = list(_inside(mask_function))
+    parts = list(inside(mask_function))
     if len(parts) != 2:
         return None
     others = [part for part in parts if getattr(part, "__code__", None) is not _PACKED]
@@ -165,12 +165,13 @@ def without_packing(mask_function: Callable[..., Any]) -> Callable[..., Any] | N
     return made
 
 
-def _inside(function: Any) -> Any:
+def inside(function: Any) -> Any:
+    """What the closure of a mask function holds."""
     return function.__closure__[0].cell_contents
 
 
 _NONE: Any = None
-_AND = and_masks(causal_mask_function).__code__
+AND = and_masks(causal_mask_function).__code__
 _PACKED = packed_sequence_mask_function(_NONE).__code__
 _remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # not in every version of transformers
 _REMAPPED = None if _remap is None else _remap(causal_mask_function, _NONE).__code__
