@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
 from bench.paper.language.data import Pair
 from bench.paper.runs import Refusal
@@ -55,8 +56,19 @@ def prompt_ids(tokenizer: Any, sources: Sequence[str]) -> list[list[int]]:
 
 def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
     """input_ids and labels [B, S], padded on the right; labels[b, s] belongs to its id (shift them to predict)."""
-    labels = [[IGNORED] * sample.target + sample.ids[sample.target :] for sample in samples]
-    return {"input_ids": _padded([sample.ids for sample in samples], pad), "labels": _padded(labels, IGNORED)}
+    ids, labels = [sample.ids for sample in samples], [_labels(sample) for sample in samples]
+    return {"input_ids": _padded(ids, pad), "labels": _padded(labels, IGNORED)}
+
+
+def collate_packed(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """input_ids, position_ids and labels [1, total]: the sequences behind one another, and nothing between them."""
+    rows = [{"input_ids": sample.ids, "labels": _labels(sample)} for sample in samples]
+    batch: dict[str, Tensor] = DataCollatorWithFlattening()(rows)
+    return batch
+
+
+def _labels(sample: Sample) -> list[int]:
+    return [IGNORED] * sample.target + sample.ids[sample.target :]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from bench.paper.language.backbones import Backbone
 from bench.paper.runs import Refusal
 
 WORD = "summarize"  # of the published No-share runs, whose number of tokens becomes P
-Batch = dict[str, Tensor]  # input_ids and labels, both [B, S]; of an encoder-decoder the attention_mask too
+# input_ids and labels, both [B, S]; of packed sequences the position_ids, of an encoder-decoder the attention_mask too
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Tuned:
     def __init__(self, backbone: Backbone, choices: Choices) -> None:
         self.backbone, self.choices = backbone, choices
         self.cached = not backbone.seq2seq  # a prompt's cache may stand for the prompt
+        self.packs = not backbone.seq2seq  # a batch may be packed sequences
         self.model: Any = backbone.model.requires_grad_(False).eval()
         self.added = nn.ModuleDict()
         self.length = 0  # positions of the model that it takes
@@ -143,7 +145,7 @@ class Original(Tuned):
     def __init__(self, backbone: Backbone, choices: Choices) -> None:
         causal("original", backbone)
         super().__init__(backbone, choices)
-        self.cached = False
+        self.cached = self.packs = False
         self.model.set_attn_implementation("eager")
         self.added["prefix"] = self.prefix = OriginalPrefix(self.model, choices.length, choices.hidden)
         self.length = choices.length
@@ -172,7 +174,7 @@ class Wrapped(Tuned):
 
         causal("PEFT's prefix and prompt tuning", backbone)
         super().__init__(backbone, choices)
-        self.cached = False
+        self.cached = self.packs = False
         self.length = choices.length
         self.model = get_peft_model(self.model, config).eval()
 

@@ -2,6 +2,7 @@
 
 "floor" is the frozen model, trained down to a vector at its input embeddings: what a step costs without any prefix. It
 computes logits at every position, as PEFT and the published way do, and "deep-logits"; "deep" at labelled ones only.
+"deep-packed" is "deep" with the sequences of a batch behind one another, not padded.
 Every round takes the next batch with each method, every other round backwards, so that what the machine does besides
 falls on all alike; ratios are of one round. Memory is what step_rss.py measures.
 """
@@ -27,8 +28,8 @@ from bench.paper.language.train import Loop, Run, Settings, drawn
 from bench.paper.runs import Refusal, provenance
 from bench.paper.sweeps.tables import Entry, Table, measure, words
 
-FLOOR, EVERYWHERE = "floor", "deep-logits"
-USUAL = ("deep", EVERYWHERE, "peft", "original")  # of a causal model
+FLOOR, EVERYWHERE, PACKED = "floor", "deep-logits", "deep-packed"
+USUAL = ("deep", PACKED, EVERYWHERE, "peft", "original")  # of a causal model
 BATCHES = 16  # that are drawn; a round more begins again
 TYPES = {False: "float32", True: "bfloat16"}
 Found = dict[str, Any]
@@ -52,8 +53,9 @@ class Steps:
 
     def __init__(self, settings: Settings, method: str) -> None:
         floor = method == FLOOR
-        own = {FLOOR: "frozen", EVERYWHERE: "deep"}.get(method, method)
-        self.run = Run(replace(settings, method=own, labelled=method == own))
+        own = {FLOOR: "frozen", EVERYWHERE: "deep", PACKED: "deep"}.get(method, method)
+        labelled, packed = method in (own, PACKED), method == PACKED
+        self.run = Run(replace(settings, method=own, labelled=labelled, packed=packed))
         if floor:
             self.run.tuned = Floor(self.run)
         pairs = drawn(self.run.task.train.pairs(), BATCHES * settings.batch * settings.accumulation)
@@ -78,7 +80,7 @@ def compare(settings: Settings, methods: Sequence[str], rounds: int, types: Sequ
     Raises:
         Refusal: a loss that is not finite, or whatever a method says of the model.
     """
-    known = [*(name for name in METHODS if name != "frozen"), EVERYWHERE]
+    known = [*(name for name in METHODS if name != "frozen"), EVERYWHERE, PACKED]
     for name in methods:
         if name not in known:
             raise Refusal(f"no steps of {name!r}; there are {', '.join(known)}")

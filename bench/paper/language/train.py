@@ -72,6 +72,7 @@ class Settings(settings_of_runs.Settings):
     epochs: int = 5
     subset: int = 0  # training pairs, drawn with the first seed of all; 0: all
     batch: int = 10
+    packed: bool = False  # the sequences of a batch behind one another, without padding
     accumulation: int = 1  # batches for one step of the optimizer
     warmup: int = 0  # steps
     clip: float = 1.0
@@ -131,6 +132,8 @@ class Run:
         choices = Choices(**{name: value for name, value in asdict(settings).items() if name in names})
         self.tuned = tune(settings.method, self.backbone, settings.seed, choices)
         self.tuned.added.to(self.device)
+        if settings.packed and not self.tuned.packs:
+            raise Refusal(f"packed and {settings.method} on {settings.backbone}: it takes padded batches only")
         if settings.bf16 and settings.method != "simple":  # whose vectors go through the projections in float32
             cast_once(self.backbone.model)
         if settings.checkpointing:
@@ -152,9 +155,13 @@ class Run:
             return encode.causal(self.backbone.tokenizer, pairs, self.limit)
         return encode.seq2seq(self.backbone.tokenizer, pairs, self.settings.source_limit, self.settings.target_limit)
 
-    def collated(self, samples: Sequence[Any]) -> dict[str, Tensor]:
-        collate: Any = encode.collate_seq2seq if self.backbone.seq2seq else encode.collate
-        batch: dict[str, Tensor] = collate(samples, self.pad)
+    def collated(self, samples: Sequence[Any], packed: bool = False) -> dict[str, Tensor]:
+        if packed:
+            batch = encode.collate_packed(samples)
+        elif self.backbone.seq2seq:
+            batch = encode.collate_seq2seq(samples, self.pad)
+        else:
+            batch = encode.collate(samples, self.pad)
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def loss(self, batch: dict[str, Tensor], past: Any = None) -> Tensor:
@@ -181,7 +188,7 @@ class Run:
     def batches(self, part: shared_prompts.Group | Sequence[Any]) -> Iterator[tuple[dict[str, Tensor], Any]]:
         """Of a group with the cache of their prompts."""
         if not isinstance(part, shared_prompts.Group):
-            yield self.collated(part), None
+            yield self.collated(part, self.settings.packed), None
             return
         with self.autocast():
             ids = torch.tensor(part.ids, device=self.device)
@@ -266,11 +273,11 @@ class Loop:
         batches = [rows[at : at + settings.batch] for at in range(0, len(rows), settings.batch)]
         of = len(rows)
         if settings.objective == "mean":
-            of = sum(self.run.tokens(self.run.collated(batch)["labels"]) for batch in batches)
+            of = sum(self.run.tokens(self.run.collated(batch, settings.packed)["labels"]) for batch in batches)
         total = 0.0
         for batch in batches:
             mine = ranks.part(batch)
-            loss = self.run.loss(self.run.collated(mine or batch[:1])) / of
+            loss = self.run.loss(self.run.collated(mine or batch[:1], settings.packed)) / of
             if not mine:  # every process goes backward as often
                 loss = loss * 0.0
             total += ranks.summed(float(loss.detach()))[0]

@@ -92,6 +92,15 @@ def test_ids_are_those_of_the_originals_string_as_a_whole(
         assert sample.ids[-spaces - 1 :] == [SPACE] * spaces + [EOS]
 
 
+def test_packed_sequences_follow_one_another_with_positions_of_their_own(gpt2: Any) -> None:
+    samples = encode.causal(gpt2, [("name : A", "A."), ("name : B | area : riverside", "B is by the river.")])
+    batch = encode.collate_packed(samples)
+    assert batch["input_ids"].tolist() == [samples[0].ids + samples[1].ids]
+    assert batch["labels"].tolist() == [labelled(samples[0]) + labelled(samples[1])]
+    assert batch["position_ids"].tolist() == [[*range(len(samples[0].ids)), *range(len(samples[1].ids))]]
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+
+
 def test_the_prompt_of_a_record_begins_its_training_sequence(gpt2: Any) -> None:
     part = webnlg.read(data_path("webnlg", "test.json").parent, "test")
     prompts = encode.prompt_ids(gpt2, [prompt.source for prompt in part.prompts()])

@@ -257,7 +257,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFIXATTN_DATA", "generated")
-        return times.compare(settings, ("deep", "deep-logits", "original"), 3, types=(False,))
+        return times.compare(settings, ("deep", "deep-packed", "deep-logits", "original"), 3, types=(False,))
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers and PEFT warn of while models are made
@@ -265,11 +265,11 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_methods_alternate_on_the_same_batches(timed: dict[str, Any]) -> None:
     assert set(timed["types"]) == {"float32"}
     for ways in timed["types"].values():
-        assert list(ways) == ["floor", "deep", "deep-logits", "original"]
+        assert list(ways) == ["floor", "deep", "deep-packed", "deep-logits", "original"]
         assert all(len(way["ms"]) == 3 and min(way["ms"]) > 0 and way["step_mib"] > 0 for way in ways.values())
         assert ways["floor"]["trained_mib"] < ways["deep"]["trained_mib"]
     ways = timed["types"]["float32"]
-    for name in ("deep-logits", "original"):
+    for name in ("deep-packed", "deep-logits", "original"):
         assert ways["deep"]["first_loss"] == pytest.approx(ways[name]["first_loss"], rel=1e-5)
     assert ways["deep"]["first_loss"] != pytest.approx(ways["floor"]["first_loss"], rel=1e-4)
     told = timed["settings"]

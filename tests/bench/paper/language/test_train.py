@@ -70,6 +70,38 @@ def test_what_is_of_causal_models_refuses_bart(name: str, folders: dict[str, Pat
         train.work(config(name, folders["bart"]), tmp_path)
 
 
+PACKS = [name for name in METHODS if name not in ("frozen", "original", "peft", "prompt")]
+
+
+@pytest.mark.parametrize("family, method", [*(("llama", name) for name in PACKS), ("gpt2", "deep"), ("gpt2", "none")])
+def test_packed_batches_train_as_padded_ones(
+    family: str, method: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and norms of gradients in all steps and on dev, and no place of a batch is padding."""
+    given = config(method, folders[family], epochs=3, objective="mean", accumulation=2, batch=2, phase="search")
+    padded = train.work(given, tmp_path / "padded")
+    seen, collated = [], train.Run.collated
+
+    def watched(self: train.Run, samples: Any, packed: bool = False) -> Any:
+        batch = collated(self, samples, packed)
+        seen.append(batch["input_ids"].shape == (1, sum(map(encode.tokens, samples))))
+        return batch
+
+    monkeypatch.setattr(train.Run, "collated", watched)
+    packed = train.work({**given, "packed": True}, tmp_path / "packed")
+    assert seen and all(seen)
+    assert packed["dev_loss"] == pytest.approx(padded["dev_loss"], rel=1e-5)
+    for name in ("losses", "norms"):
+        assert [at for at, _ in packed[name]] == [1, 2, 3, 4, 5, 6]
+        assert [one for _, one in packed[name]] == pytest.approx([one for _, one in padded[name]], rel=1e-4), name
+
+
+@pytest.mark.parametrize("family, method", [("gpt2", "original"), ("gpt2", "peft"), ("llama", "prompt"), ("bart", "deep")])
+def test_what_takes_no_packed_batches_says_so(family: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=f"packed and {method} on .*: it takes padded batches only"):
+        train.work(config(method, folders[family], packed=True), tmp_path)
+
+
 # PEFT's embedding is narrower in a model with fewer key than query heads, and starts from other numbers
 @pytest.mark.parametrize("family, others", [("gpt2", ("original", "peft")), ("llama", ("original",))])
 def test_ours_and_the_published_way_are_one_function(

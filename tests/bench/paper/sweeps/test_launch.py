@@ -5,7 +5,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -219,6 +219,12 @@ def test_submitit_takes_up_the_run_of_a_killed_job(place: Place) -> None:
     assert place.calls() == {0: 2, 1: 1}
 
 
+def signal_once_begun(place: Place, number: int) -> None:
+    """Sends this process a signal when a run of `place` is at work, and never later: nobody might take it then."""
+    until(lambda: bool(place.calls()))
+    os.kill(os.getpid(), number)
+
+
 def test_a_job_whose_time_is_up_leaves_its_run_to_the_next(place: Place) -> None:
     run, other = place.runs({"until": "never"}, {})
     job = launchers.Job(str(place.ledger.folder), "sweep_work:work", tuple(place.paths), "cpu", "a launch")
@@ -230,7 +236,7 @@ def test_a_job_whose_time_is_up_leaves_its_run_to_the_next(place: Place) -> None
     numbers = (signal.SIGUSR2, signal.SIGTERM)
     before = [signal.signal(number, of_submitit) for number in numbers]
     try:
-        Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        Thread(target=signal_once_begun, args=(place, signal.SIGUSR2), daemon=True).start()
         assert launchers.from_afar(vars(job), [(run.name, run.config), (other.name, other.config)]) == ""
         assert signal.getsignal(signal.SIGTERM) is not of_submitit
     finally:
