@@ -78,7 +78,8 @@ class SharedPrompt:
 
         Raises:
             ValueError: wrong shapes or types; padding between tokens; or, from a pass inside, a prompt and a completion
-                that together do not fit into a sliding window of the model's.
+                that together do not fit into a sliding window of the model's, where a learned prefix stands before the
+                prompts that stays in sight.
             NotImplementedError: reentrant gradient checkpoints, whose layers hand no gradient to the prompts; a bank, a
                 Prefix-Tuning+ or a prefix that is not the same in all layers on the model.
         """
@@ -94,10 +95,11 @@ class SharedPrompt:
             if not adapter.prefixes:
                 stack.enter_context(adapter.entered())
             made = _keys_and_values(adapter, aligned)
-            if found := windows(adapter):
+            slides = _slides(adapter, learned)
+            if (found := windows(adapter)) and not slides:
                 check = _Window(type(adapter.base).__name__, found[0], int(lengths.max()))
                 stack.callback(adapter.base.register_forward_pre_hook(check, with_kwargs=True).remove)
-            stack.enter_context(adapter.lent(_Prompts(adapter, made, lengths, learned)))
+            stack.enter_context(adapter.lent(_Prompts(adapter, made, lengths, learned, slides)))
             yield
 
     def _here(self) -> HuggingFaceAdapter:
@@ -109,9 +111,8 @@ class SharedPrompt:
     def _try(self) -> None:
         """Runs some tokens as a whole and in two parts; NotImplementedError if the model makes two things of them."""
         adapter = self._here()
-        _learned(adapter)
         base, inputs = adapter.base, probe.example(adapter.base)
-        most = min([probe.SOURCE, *windows(adapter)])
+        most = probe.SOURCE if _slides(adapter, _learned(adapter)) else min([probe.SOURCE, *windows(adapter)])
         tokens, first = inputs["input_ids"][:, :most], most // 2
         whole, _ = probe.run(base, inputs | {"input_ids": tokens})
         with torch.no_grad(), evaluating(base), self(tokens[:, :first]):
@@ -128,9 +129,15 @@ class _Prompts(Attached):
     """What a model attends to inside: its learned prefix, if it has one, and then the prompts."""
 
     def __init__(
-        self, adapter: HuggingFaceAdapter, rows: list[LayerPrefix], lengths: Tensor, learned: Prefix | None
+        self,
+        adapter: HuggingFaceAdapter,
+        rows: list[LayerPrefix],
+        lengths: Tensor,
+        learned: Prefix | None,
+        slides: bool,  # out of layers' windows
     ) -> None:
-        super().__init__(PrefixConfig(length=rows[0][0].shape[2], share="none"), adapter, nn.Identity())
+        config = PrefixConfig(length=rows[0][0].shape[2], share="none", prefix_in_window=slides)
+        super().__init__(config, adapter, nn.Identity())
         self.rows = rows  # [T, Hkv, P, D] in each layer
         self.lengths = self.shift = lengths
         if learned is None:
@@ -166,8 +173,9 @@ class _Window:
         if self.prompt + seen + tokens > self.window:
             raise ValueError(
                 f"{self.name} has layers with a window of {self.window} tokens, but the longest prompt has "
-                f"{self.prompt} and the completions {seen + tokens}: part of a shared prompt cannot slide out of "
-                "sight; shorten them or repeat the prompt"
+                f"{self.prompt} and the completions {seen + tokens}: a prompt cannot slide out of sight behind a "
+                "learned prefix that stays; shorten them, repeat the prompt, or attach the prefix with "
+                "prefix_in_window=True"
             )
 
 
@@ -194,6 +202,11 @@ def _learned(adapter: HuggingFaceAdapter) -> Prefix | None:
             "it into evaluation mode"
         )
     return prefix
+
+
+def _slides(adapter: HuggingFaceAdapter, learned: Prefix | None) -> bool:
+    """Whether prompts slide out of layers' windows as tokens do: not behind rows that every token sees."""
+    return bool(adapter.windows) and (learned is None or learned.config.prefix_in_window)
 
 
 def _aligned(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ GROUPS = torch.tensor([0, 1, 1, 0, 0])
 AFTER = (5, 3, 5, 1, 4)  # tokens of the completions
 # PEFT asks
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-SIZES = {name: {"sliding_window": 16} for name in ("mistral", "gemma2", "gemma3", "gpt_oss")}
+# within a completion the prompts slide out of sight
+SIZES = {name: {"sliding_window": 4} for name in ("mistral", "gemma2", "gemma3", "gpt_oss")}
 
 
 def make(family):
@@ -264,7 +265,18 @@ def test_without_gradients_nothing_is_kept_for_them():
 def test_a_learned_prefix_stands_before_the_prompts_and_learns_from_both_passes(positions):
     model = make("llama").double()
     shared = prefixattn.SharedPrompt(model)  # which was made before the model had a prefix
-    prefix = prefixattn.attach(model, PrefixConfig(length=3, hidden=8, positions=positions))
+    check_a_learned_prefix(model, shared, PrefixConfig(length=3, hidden=8, positions=positions))
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_learned_prefix_slides_out_of_windows_ahead_of_the_prompts(family):
+    model = make(family).double()
+    shared = prefixattn.SharedPrompt(model)
+    check_a_learned_prefix(model, shared, PrefixConfig(length=3, hidden=8, prefix_in_window=True))
+
+
+def check_a_learned_prefix(model, shared, config):
+    prefix = prefixattn.attach(model, config)
     prefix.double()
     trained = list(prefix.parameters())
     exact = measured(model, repeated(model), trained)
