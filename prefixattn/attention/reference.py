@@ -133,7 +133,7 @@ def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grad
             delta = (weights * dweights).sum(-1)
             if given.dlse is not None:
                 delta = delta - given.dlse.to(delta.dtype)
-            if needs.sinks:
+            if needs.sinks and call.sinks is not None:
                 grads = grads._replace(sinks=-(of_sinks[..., 0] * delta).sum(2))  # [B, H]
             dscores = weights * (dweights - delta[..., None])
             if needs.attn_mask and (mask := call.attn_mask) is not None:
