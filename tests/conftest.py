@@ -12,7 +12,7 @@ else:
 
 from prefixattn import backends
 from prefixattn.reparam import functional as reparam
-from prefixattn.testing.attention import round_products_once
+from prefixattn.testing import interpreter
 
 DEVICE = os.environ.get("PREFIXATTN_TEST_DEVICE", "cpu")
 # PREFIXATTN_TEST_ISA=amx_plain runs the CPU kernels of that instruction set in all tests that name no other
@@ -20,7 +20,7 @@ if ISA := os.environ.get("PREFIXATTN_TEST_ISA"):
     from prefixattn import _C
 
     _C.set_isa(ISA)
-round_products_once()
+interpreter.prepare()
 torch.set_default_device(DEVICE)
 
 

@@ -54,6 +54,10 @@ def by_backend(dtypes: dict[str, Sequence[str]], *axes: Iterable[Any]) -> list[A
     ]
 
 
+def without(dtypes: dict[str, Sequence[str]], *backends: str) -> dict[str, Sequence[str]]:
+    return {name: of for name, of in dtypes.items() if name not in backends}
+
+
 def turns(names: Sequence[Any], *cases: Iterable[Any]) -> list[Any]:
     """(name, *case) for each case of a product: with one of the names in turn, with the others by `make test-all`."""
     kept = list(product(*cases))

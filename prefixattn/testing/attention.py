@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from inspect import signature
 from typing import Any, NamedTuple, Self
 
@@ -281,24 +280,6 @@ def known_from_float32(backend: str, dtype: torch.dtype) -> str:
     if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         return "triton: interpreted, bfloat16 is float32 inside; test_shapes has both"
     return ""
-
-
-def round_products_once() -> None:
-    """Triton's interpreter multiplies tiles in float64 from here on.
-
-    Else its float32 products are numpy's, whose sums err up to three times as much as those of torch's BLAS: neither
-    what a GPU does nor what plain PyTorch is measured by here. The tests ask what the kernels do with the products.
-    """
-    if not INTERPRETED or find_spec("triton") is None:
-        return
-    import numpy as np
-    from triton.runtime import interpreter
-
-    def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any, **___: Any) -> Any:
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
-        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def rms(t: Tensor) -> float:

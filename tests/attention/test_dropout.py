@@ -15,7 +15,7 @@ from prefixattn.testing.attention import (
     same_dtype,
     suited,
 )
-from tests.grids import DTYPES, FEWER_TYPES, by_backend
+from tests.grids import DTYPES, FEWER_TYPES, by_backend, without
 
 WORD = 0xFFFFFFFF
 
@@ -76,7 +76,9 @@ def drawn(seed: int) -> torch.Tensor:
 
 
 P = {"attention": (0.2, 0.0), "prefix": (0.0, 0.3), "both": (0.1, 0.4)}
-DROPPED = by_backend(FEWER_TYPES, P, ["plain", "grouped_causal", "bank", "blocks_of_queries", "softcap"])
+SMALL = ["plain", "grouped_causal", "bank", "softcap"]
+DROPPED = by_backend(without(FEWER_TYPES, "triton"), P, [*SMALL, "blocks_of_queries"])  # those are of the CPU kernels
+DROPPED += by_backend({"triton": FEWER_TYPES["triton"]}, P, SMALL)
 
 
 @pytest.mark.parametrize("backend, dtype, p, feature", DROPPED, indirect=["backend"])

@@ -26,7 +26,7 @@ def main() -> int:
     options = parser.parse_args()
     if "triton" in options.backends:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
-    from prefixattn.testing.attention import round_products_once
+    from prefixattn.testing import interpreter
 
     if options.calls < 1:
         parser.error(f"--calls is {options.calls}, expected 1 or more")
@@ -35,7 +35,7 @@ def main() -> int:
     for name in options.backends:  # where none answers, a run would never end
         if reasons := backends.here()[name]:
             parser.error(f"{name} does not run here: {'; '.join(reasons)}")
-    round_products_once()
+    interpreter.prepare()
     if options.case is not None:
         return one(options.case, options.backends)
     return many(options)

@@ -64,10 +64,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+TYPED = [(window, dtype) for window in WINDOWS for dtype in ("fp32", "fp16")]
+# each feature in both kinds of kernels, and the windows and types in turn, well mixed
+MANY = [
+    pytest.param(*case.values[0], *case.values[1:], marks=case.marks)
+    for case in turns([TYPED[5 * i % len(TYPED)] for i in range(len(TYPED))], ["short", "long"], OTHERS)
+]
+
+
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(
-    "kernels, dtype, window, other", covered(["short", "long"], ["fp32", "fp16"], WINDOWS, OTHERS), indirect=["kernels"]
-)
+@pytest.mark.parametrize("window, dtype, kernels, other", MANY, indirect=["kernels"])
 def test_many_tiles_with_each_feature(window: str, other: str, dtype: str, kernels: str) -> None:
     size, prefix_in_window = WINDOWS[window]
     options = {**OTHERS[other], "window": size, "prefix_in_window": prefix_in_window}

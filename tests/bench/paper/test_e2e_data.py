@@ -4,17 +4,14 @@ import hashlib
 import http.client
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from bench.paper import e2e_data
+from bench.paper import e2e_data, nlg
 from bench.paper.runs import Refusal
 from tests.support import ROOT
 
-NLG = ROOT / "bench" / "paper" / "nlg.py"
 ROW = '"name[The Vaults], eatType[pub]",The Vaults is a pub.\n'
 
 
@@ -184,14 +181,16 @@ def write_folder(folder: Path, test: str | None) -> None:
         ("mr,ref\n" + ROW + "nonsense,text\n", "testset_w_refs.csv, row 2 (line 3): the record does not parse"),
     ],
 )
-def test_the_command_line_refuses_in_one_line_and_writes_nothing(test: str | None, words: str, tmp_path: Path) -> None:
+def test_the_command_line_refuses_in_one_line_and_writes_nothing(
+    test: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="the runs need transformers")
     write_folder(tmp_path / "data", test)
-    command = [sys.executable, str(NLG), "--suite", "demo", "--model", "small", "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--data", str(tmp_path / "data")], capture_output=True, text=True)
-    assert done.returncode == 1
-    [told] = [line for line in done.stderr.splitlines() if line.startswith(("nlg.py", "Traceback"))]
-    assert words in told
-    assert done.stdout == ""
+    told = ["--suite", "demo", "--model", "small", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
+    assert nlg.main(told) == 1
+    out, errors = capsys.readouterr()
+    [line] = [line for line in errors.splitlines() if line.startswith("nlg.py")]
+    assert words in line and out == ""
     assert not (tmp_path / "out").exists()
 
 

@@ -81,16 +81,16 @@ def test_from_training_to_report(done: tuple[Path, subprocess.CompletedProcess[s
     assert {path.name for path in folder.iterdir()} >= {"runs.md", "runs.html", "runs.png"}
 
 
-def test_again_nothing_is_repeated(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_again_nothing_is_repeated(done: tuple[Path, subprocess.CompletedProcess[str]], here: Here) -> None:
     folder, ran = done
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.json")}
-    again = vision("--grid", str(folder / "grid.toml"), "--out", str(folder / "runs"))
-    assert again.returncode == 0 and again.stdout == ran.stdout
+    words = ("--grid", str(folder / "grid.toml"), "--out", str(folder / "runs"))
+    status, out, _ = here(*words)
+    assert status == 0 and out == ran.stdout
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.json")} == before
-    shown = vision("status", "--grid", str(folder / "grid.toml"), "--out", str(folder / "runs"))
-    assert shown.stdout.split("\n")[1].split() == ["shortest/digits", "6", "0", "0", "0"]
-    report = vision("report", "--grid", str(folder / "grid.toml"), "--out", str(folder / "runs"))
-    assert report.stdout in ran.stdout
+    _, shown, _ = here("status", *words)
+    assert shown.split("\n")[1].split() == ["shortest/digits", "6", "0", "0", "0"]
+    assert here("report", *words)[1] in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_check_counts_what_is_there(tmp_path: Path, here: Here) -> None:
     assert status == 1 and "0 of 5 sets are whole" in out
 
 
+@pytest.mark.slow  # test_from_training_to_report has one task and two methods of it
 def test_the_tiny_suite_from_training_to_report(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
     ran = vision("--suite", "tiny", "--out", str(tmp_path / "tiny"), "--workers", "2")
