@@ -1,7 +1,11 @@
 """What several test files need."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,16 @@ def accepted_network(backend: str, inputs: reparam.NetInputs) -> reparam.NetInpu
     if words := reparam.objections(backend, inputs):
         pytest.skip(words)
     return inputs
+
+
+@cache
+def path_without_java() -> str:
+    """A PATH of git alone: METEOR takes ten seconds of a processor to start, and is tested by itself."""
+    folder = Path(tempfile.mkdtemp(prefix="prefixattn-path-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if git := shutil.which("git"):
+        (folder / "git").symlink_to(git)
+    return str(folder)
 
 
 @contextmanager

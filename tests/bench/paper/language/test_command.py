@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers", reason="the runs need transformers")
 from bench.paper import nlg as nlg_command
 from bench.paper.language.testing import made_model
-from tests.support import ROOT
+from tests.support import ROOT, path_without_java
 
 GRID = """
 name = "shortest"
@@ -41,7 +41,8 @@ FILES = {"train": "trainset", "dev": "devset", "test": "testset_w_refs"}
 def nlg(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFIXATTN_")}
     command = (sys.executable, "-W", "ignore", str(ROOT / "bench" / "paper" / "nlg.py"), *words)
-    return subprocess.run(command, capture_output=True, text=True, env=environment | variables)
+    environment |= {"PATH": path_without_java(), **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 Here = Callable[..., tuple[int, str, str]]
@@ -52,6 +53,7 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     """The same within this process, which has its imports: status, output, errors."""
     for name in [name for name in os.environ if name.startswith("PREFIXATTN_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", path_without_java())
 
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()

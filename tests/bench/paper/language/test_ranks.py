@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers", reason="the runs need transformers")
 pytest.importorskip("peft", reason="LoRA is PEFT's")
 from bench.paper.language.testing import made_model
-from tests.support import ROOT
+from tests.support import ROOT, path_without_java
 
 GRID = """
 name = "together"
@@ -111,7 +111,7 @@ def launched(made: Path, out: str, *python: str) -> subprocess.CompletedProcess[
         (made / "data" / "e2e" / f"{part}.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
     return subprocess.run(
         (*command, "--out", str(made / out)), capture_output=True, text=True, timeout=600,
-        env={**variables, "OMP_NUM_THREADS": "1"},
+        env={**variables, "OMP_NUM_THREADS": "1", "PATH": path_without_java()},
     )  # fmt: skip
 
 
