@@ -1,14 +1,12 @@
 """The README's quick starts and the scripts in examples/ run as they are written, each in a process of its own."""
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.project import scripts
 from tests.support import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -37,15 +35,6 @@ assert not torch.allclose(alone, model(ids[1:2], prefix_ids=torch.tensor([1])).l
 }
 
 
-def run(folder: Path, *command: str) -> str:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        (sys.executable, "-W", "ignore", *command), cwd=folder, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def libraries(code: str) -> None:
     for name in ("transformers", "timm"):
         if re.search(rf"^(import|from) .*\b{name}\b", code, flags=re.MULTILINE) and find_spec(name) is None:
@@ -59,7 +48,7 @@ def test_every_quick_start_has_a_proof() -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_quick_start_runs_as_written(name: str, tmp_path: Path) -> None:
     libraries(BLOCKS[name])
-    assert run(tmp_path, "-c", f"{BLOCKS[name]}\n{PROOFS[name]}\nprint('ran')").endswith("ran\n")
+    assert scripts.run(f"{BLOCKS[name]}\n{PROOFS[name]}\nprint('ran')", tmp_path).endswith("ran\n")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
@@ -67,7 +56,7 @@ def test_an_example_is_short_runs_and_trains(path: Path, tmp_path: Path) -> None
     code = path.read_text(encoding="utf-8")
     assert len(code.splitlines()) <= 40
     libraries(code)
-    said = run(tmp_path, str(path))
+    said = scripts.run(path, tmp_path)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", said)]
     assert said and (not losses or losses[-1] < losses[0]), said
     rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", said)]  # of samples: means of three steps

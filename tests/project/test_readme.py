@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from bench.attention import plot, plot_gpu
 from bench.models import plot as plot_models
 from bench.paper import moments
 from bench.reparam import plot as plot_reparam
+from tests.project import scripts
 from tests.support import ROOT
 
 
@@ -131,7 +130,7 @@ def test_the_models_tables_are_the_records() -> None:
             assert line in shown
 
 
-def test_the_lines_for_timm_run_as_written(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_lines_for_timm_run_as_written() -> None:
     """In a process of its own, with a step between them; timm and torchvision are what `make build` installs."""
     section = text("docs/models.md").split("## timm's vision transformers")[1]
     first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
@@ -149,21 +148,16 @@ for _ in range(3):
 assert losses[2] < losses[0], losses
 """
     after = "\nassert torch.isfinite(model(images)).all() and ema.module is not prefix\nprint('ran')\n"
-    done = subprocess.run((sys.executable, "-W", "ignore", "-c", first + step + second + after), cwd=ROOT / "tests")
-    assert done.returncode == 0, capfd.readouterr().err
-    assert "ran" in capfd.readouterr().out
+    assert "ran" in scripts.run(first + step + second + after, ROOT / "tests")
 
 
-def run_page(code: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def run_page(code: str, folder: Path) -> None:
     """In a process of its own, in `folder`, with the small GPT-2 of the repository."""
     code = code.replace("bench/paper/backbone", str(ROOT / "bench/paper/backbone")) + "\nprint('ran')\n"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run((sys.executable, "-W", "ignore", "-c", code), cwd=folder, env=env)
-    assert done.returncode == 0, capfd.readouterr().err
-    assert capfd.readouterr().out.endswith("ran\n")
+    assert scripts.run(code, folder).endswith("ran\n")
 
 
-def test_the_page_on_serving_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_serving_runs_as_written(tmp_path: Path) -> None:
     for library in ("transformers", "safetensors"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     first, second = re.findall(r"```python\n(.*?)```", text("docs/serving.md"), flags=re.DOTALL)
@@ -171,10 +165,10 @@ def test_the_page_on_serving_runs_as_written(tmp_path: Path, capfd: pytest.Captu
 assert torch.equal(text, model.generate(ids, attention_mask=mask[:, 5:], do_sample=False))
 assert torch.equal(again, text[:1]) and text.shape[1] > 8
 """
-    run_page(first + second + proof, tmp_path, capfd)
+    run_page(first + second + proof, tmp_path)
 
 
-def test_the_page_on_prompts_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_prompts_runs_as_written(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     [code] = re.findall(r"```python\n(.*?)```", text("docs/prompts.md"), flags=re.DOTALL)
     proof = """
@@ -186,22 +180,22 @@ repeated = model(whole, attention_mask=mask, position_ids=positions, labels=want
 torch.testing.assert_close(loss, repeated)
 assert model.transformer.wte.weight.grad is not None
 """
-    run_page(code + proof, tmp_path, capfd)
+    run_page(code + proof, tmp_path)
 
 
-def test_the_page_on_the_op_runs_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_the_op_runs_as_written(tmp_path: Path) -> None:
     code, packed = re.findall(r"```python\n(.*?)```", text("docs/op.md"), flags=re.DOTALL)
     proof = """
 wide = prefixattn.prefix_attention(q, k, v, prefix_k, prefix_v, is_causal=True, window_size=(8, -1))
 torch.testing.assert_close(stays[:, :, :4], wide[:, :, :4], rtol=1e-5, atol=1e-5)
 assert not torch.allclose(stays[:, :, 4:], wide[:, :, 4:], atol=1e-3)
 """
-    run_page(code + proof + packed, tmp_path, capfd)
+    run_page(code + proof + packed, tmp_path)
 
 
-def test_packed_sequences_in_models_run_as_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_packed_sequences_in_models_run_as_written(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     section = text("docs/models.md").split("## Packed sequences")[1].split("\n## ")[0]
     [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     proof = "assert all(p.grad is not None and p.grad.any() for p in prefix.parameters())"
-    run_page(code + proof, tmp_path, capfd)
+    run_page(code + proof, tmp_path)
