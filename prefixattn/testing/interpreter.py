@@ -32,13 +32,13 @@ def _round_products_once() -> None:
 def _patch_once() -> None:
     """The functions of Triton's language are replaced once for a launch.
 
-    Triton 3.4 to 3.9 replace them again in each function that a kernel calls: two fifths of a test's time. 3.9 puts them
+    Triton 3.4 to 3.9 replace them again in each function that a kernel calls, in two fifths of the time. 3.9 puts them
     back at the end of a launch; 3.4 leaves them.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch, patched = interpreter._patch_lang, set()
+    patch, patched = interpreter._patch_lang, set[int]()
 
     class Nothing:
         def restore(self) -> None:
@@ -52,7 +52,12 @@ def _patch_once() -> None:
         patched.update(langs)
         if scope is not None:
             restore = scope.restore
-            scope.restore = lambda: (restore(), patched.clear())
+
+            def restore_and_forget() -> None:
+                restore()
+                patched.clear()
+
+            scope.restore = restore_and_forget
         return scope
 
     interpreter._patch_lang = once

@@ -96,8 +96,12 @@ def test_packed_batches_train_as_padded_ones(
         assert [one for _, one in packed[name]] == pytest.approx([one for _, one in padded[name]], rel=1e-4), name
 
 
-@pytest.mark.parametrize("family, method", [("gpt2", "original"), ("gpt2", "peft"), ("llama", "prompt"), ("bart", "deep")])
-def test_what_takes_no_packed_batches_says_so(family: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "family, method", [("gpt2", "original"), ("gpt2", "peft"), ("llama", "prompt"), ("bart", "deep")]
+)
+def test_what_takes_no_packed_batches_says_so(
+    family: str, method: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(Refusal, match=f"packed and {method} on .*: it takes padded batches only"):
         train.work(config(method, folders[family], packed=True), tmp_path)
 
