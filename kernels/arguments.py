@@ -14,14 +14,17 @@ from prefixattn.kernels.tiles import NO_MASK
 class Strides(NamedTuple):
     """Of a tensor whose last axis lies in one piece, in elements."""
 
-    sample: int  # of prefixes: from one of them to the next
+    sample: int  # of prefixes: from one of them to the next; of packed sequences: from a row to the next
     head: int
     row: int
 
 
-def strides(t: Tensor) -> Strides:
+def strides(t: Tensor, packed: bool = False) -> Strides:
     """What nobody wants may have fewer axes."""
-    return Strides(*t.stride()[:3]) if t.dim() == 4 else Strides(0, 0, 0)
+    if t.dim() != 4:
+        return Strides(0, 0, 0)
+    sample, head, row, _ = t.stride()
+    return Strides(row if packed else sample, head, row)
 
 
 class MaskStrides(NamedTuple):
@@ -63,7 +66,22 @@ class Window(NamedTuple):
 
     left: int | None
     right: int | None
-    first: int
+    first: int  # of packed sequences 0: each has its own, which a kernel takes from its lengths
+
+
+class Packed(NamedTuple):
+    """Where sequences lie that are packed one behind the other; the sizes beside it are the longest one's."""
+
+    queries: Tensor  # int64 [B + 1]: the rows between two are a sequence's
+    keys: Tensor  # likewise
+    total: int  # queries of all
+
+
+class Rows(NamedTuple):
+    """The queries of packed sequences as one axis, with the sequences in some order."""
+
+    bounds: Tensor  # int64 [B + 1], as Packed.queries, in that order
+    owners: Tensor  # int64 [total]: the place in that order of each query's sequence
 
 
 class Features(NamedTuple):

@@ -240,6 +240,7 @@ def over_keys(
     dq, given, keys, values, bias, axis, draws, dmask, row, row0, scale, softcap, window,
     FEATURES: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr, REST_LOOP: tl.constexpr, TAIL: tl.constexpr,  # as in prefix_attn_fwd
+    PACKED: tl.constexpr,  # own keys end in masked tiles, as under causality
     NEED_Q: tl.constexpr, NEED_MASK: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries, from `row0` on, over every key that one of them sees, in the order of prefix_attn_fwd."""
@@ -268,11 +269,11 @@ def over_keys(
     first_rest = open_end
     if window is not None:
         first_rest = S
-    elif FEATURES.CAUSAL:
+    elif FEATURES.CAUSAL or PACKED:
         for first in range(open_end, own_end, BLOCK_N):
             dq = _columns(
                 dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, None,
-                FEATURES, BLOCK_N, True, NEED_Q, NEED_MASK, OWN, True,
+                FEATURES, BLOCK_N, FEATURES.CAUSAL, NEED_Q, NEED_MASK, OWN, True,
             )  # fmt: skip
         first_rest = S
     tail = end

@@ -8,7 +8,7 @@ from torch import Tensor
 from prefixattn.attention import call
 from prefixattn.attention.philox import threshold
 from prefixattn.kernels import phi_tiles, tiles
-from prefixattn.kernels.arguments import Drops, Features, Layout, MaskStrides, Strides, Window, strides
+from prefixattn.kernels.arguments import Drops, Features, Layout, MaskStrides, Packed, Strides, Window, strides
 from prefixattn.kernels.table import INTERPRETED, Launch, choose
 
 HALF_TYPES = torch.bfloat16, torch.float16
@@ -35,14 +35,24 @@ class Call(call.Call):
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
-        """B, H, Hkv, L, S, T, P, D."""
+        """B, H, Hkv, L, S, T, P, D; of packed sequences their number and the longest one's."""
         B, H, L, D = self.q.shape
         T, KV, P, _ = self.prefix_k.shape
-        return B, H, KV, L, self.k.shape[2], T, P, D
+        S = self.k.shape[2]
+        if self.cu_seqlens_q is not None:
+            B, L, S = len(self.cu_seqlens_q) - 1, min(L, self.max_seqlen_q), min(S, self.max_seqlen_k)
+        return B, H, KV, L, S, T, P, D
+
+    @property
+    def packed(self) -> Packed | None:
+        """None where samples have an axis of their own: as of `cap`, a kernel has no code for sequences then."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return None
+        return Packed(self.cu_seqlens_q, self.cu_seqlens_k, self.q.shape[2])
 
     @property
     def causal(self) -> bool:
-        return self.is_causal and self.q.shape[2] > 1  # a single query, aligned bottom-right, sees every key
+        return self.is_causal and self.sizes[3] > 1  # a single query, aligned bottom-right, sees every key
 
     @property
     def cap(self) -> float | None:
@@ -60,7 +70,8 @@ class Call(call.Call):
         bound_right = 0 <= right < L - 1
         if not (bound_left or bound_right):
             return None
-        return Window(left if bound_left else None, right if bound_right else None, S - L)
+        first = S - L if self.packed is None else 0
+        return Window(left if bound_left else None, right if bound_right else None, first)
 
     @property
     def prefix_window(self) -> Window | None:
@@ -106,8 +117,13 @@ class Call(call.Call):
         dv: Strides | None = None,
     ) -> Layout:
         """With the operands and the mask."""
-        q, k, v, prefix_k, prefix_v = map(strides, self.operands)
+        q, k, v = map(self.strides, (self.q, self.k, self.v))
+        prefix_k, prefix_v = strides(self.prefix_k), strides(self.prefix_v)
         return Layout(q, k, v, prefix_k, prefix_v, self.mask_strides(), out, dout, dq, dk, dv)
+
+    def strides(self, t: Tensor) -> Strides:
+        """Of q, k, v and what lies as they do."""
+        return strides(t, packed=self.packed is not None)
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, lengths and seed, or what is never read."""
@@ -170,15 +186,16 @@ class Call(call.Call):
 
     def rest(self, block_n: int, prefix: bool = True) -> dict[str, Any]:
         """How the columns after the whole tiles of own keys are cut: see prefix_attn_fwd."""
-        windowed = self.window is not None
-        own = 0 if self.causal or windowed else self.k.shape[2] % block_n  # which are in masked tiles of own keys then
+        one_query = self.sizes[3] == 1
+        apart = self.window is not None or self.packed is not None
+        own = 0 if self.causal or apart else self.k.shape[2] % block_n  # which are in masked tiles of own keys then
         P = self.prefix_k.shape[2] if prefix else 0
         part = OWN if P == 0 else SPLIT if own else PREFIX
         width = own + P
-        if self.q.shape[2] == 1 and prefix:  # decoding: one kernel for every S, masked, rather than few products
-            part = PREFIX if windowed else SPLIT
+        if one_query and prefix:  # decoding: one kernel for every S, masked, rather than few products
+            part = PREFIX if apart else SPLIT
         # without tensor cores one more kind of tile costs more registers than it saves
-        if self.exp == EXACT or self.q.shape[2] == 1:
+        if self.exp == EXACT or one_query:
             loop, tail = True, 0
         elif width <= block_n:
             loop, tail = False, width

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Given, Grads, Into, Needs, allocated
 from prefixattn.attention.layout import empty_like_order
-from prefixattn.kernels.arguments import Layout, strides
+from prefixattn.kernels.arguments import Layout, Rows, strides
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
@@ -25,8 +25,8 @@ def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads
         _memory(call, given, grads.memory)
     if not needs.softmax:
         return grads
-    B, H, _, L, S, _, P, _ = call.sizes
-    delta = call.q.new_empty((B, H, L), dtype=torch.float32)
+    _, _, _, _, S, _, P, _ = call.sizes
+    delta = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     if (plan := short_plan(call, needs)) is not None:
         _short(call, given, delta, grads, needs, plan)
         return grads
@@ -49,7 +49,7 @@ def short_plan(call: Call, needs: Needs) -> Launch | None:
     B, _, KV, L, S, _, P, _ = call.sizes
     others = needs.k or needs.v or needs.prefix_k or needs.prefix_v
     most_wanted = needs.q and others and not needs.attn_mask
-    if not most_wanted or max(S + P, L) > HEAD_KEYS or B * KV < processors(call.q.device):
+    if call.packed is not None or not most_wanted or max(S + P, L) > HEAD_KEYS or B * KV < processors(call.q.device):
         return None
     return call.launch("bwd_short")
 
@@ -126,7 +126,7 @@ def _reduce(
 
 
 def _delta(call: Call, given: Given, delta: Tensor) -> None:
-    B, H, _, L, _, _, _, D = call.sizes
+    B, H, L, D = call.q.shape  # packed sequences are one sample: each row has a delta of its own
     block = max(16, min(64, 4096 // call.block_d))
     prefix_attn_bwd_delta[(triton.cdiv(L, block) * B * H,)](
         *(given.out, given.dout, _dlse(given), delta),
@@ -144,12 +144,13 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     plan = prefix_plan(call)
     tiles = triton.cdiv(P, plan.block_n)
     _, lengths, seed = call.indices()
-    order, starts = _by_prefix(call, T)
+    order, starts = (call.q, call.q) if call.prefix_ids is None else _by_prefix(call.prefix_ids, T)
     samples, used = (B, 1) if call.prefix_ids is None and T == 1 else (1, T)
     if call.prefix_ids is not None:
         samples, used = B, min(T, B)  # all may use one row, or each its own
+    rows = call.q.shape[2] if call.packed is not None and samples == B else samples * L
     # enough programs for the GPU, but none with less than a few tiles of queries
-    most = triton.cdiv(samples * (H // KV) * L, 4 * plan.block_m)
+    most = triton.cdiv(rows * (H // KV), 4 * plan.block_m)
     shares = max(1, min(most, triton.cdiv(4 * processors(call.q.device), tiles * used * KV)))
     partial = (grads.prefix_k, grads.prefix_v)
     if shares > 1:
@@ -158,13 +159,14 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         *(call.q, call.prefix_k, call.prefix_v, order, starts, lengths, seed),
         *(given.out, given.dout, given.lse, _dlse(given), delta, *partial),
         Layout(
-            q=strides(call.q),
+            q=call.strides(call.q),
             prefix_k=strides(call.prefix_k),
             prefix_v=strides(call.prefix_v),
-            out=strides(given.out),
-            dout=strides(given.dout),
+            out=call.strides(given.out),
+            dout=call.strides(given.dout),
         ),
-        *(B, H, L, P, T, call.scale, call.cap, call.drops(), call.prefix_window),
+        *(B, H, L, P, T, call.scale, call.cap, call.drops()),
+        *(call.prefix_window, call.packed, _rows(call, order)),
         FEATURES=call.features(masks=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -180,19 +182,38 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
         _reduce(partial, pair, wanted, None, T, each, stride_n=T * each, stride_t=each, count=shares)
 
 
-def _by_prefix(call: Call, T: int) -> tuple[Tensor, Tensor]:
-    """The samples in the order of their prefixes, and where those of each begin; or what is never read."""
-    if call.prefix_ids is None:
-        return call.q, call.q
-    order = call.prefix_ids.argsort(stable=True)
-    return order, torch.searchsorted(call.prefix_ids[order], torch.arange(T + 1, device=call.q.device))
+def _by_prefix(ids: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """The samples in the order of their prefixes, and where those of each begin."""
+    order = ids.argsort(stable=True)
+    return order, torch.searchsorted(ids[order], torch.arange(T + 1, device=ids.device))
+
+
+def _rows(call: Call, order: Tensor) -> Rows | None:
+    """Of packed sequences, in the order of their prefixes; None where prefix_attn_bwd_prefix has tiles by sequence."""
+    packed = call.packed
+    if packed is None or call.prefix_dropout_p > 0 or call.prefix_window is not None:
+        return None
+    bounds = packed.queries
+    if call.prefix_ids is not None:
+        bounds = torch.cat([bounds[:1], bounds.diff()[order].cumsum(0)])
+    return Rows(bounds, _owners(bounds, packed.total))
+
+
+def _owners(bounds: Tensor, total: int) -> Tensor:
+    """Between which two of the bounds each of so many rows lies."""
+    return torch.searchsorted(bounds[1:], torch.arange(total, device=bounds.device), right=True)
 
 
 def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     B, H, _, L, _, _, _, D = call.sizes
-    T = dmemory.shape[0]
-    by_ids = T > 1 and call.prefix_ids is not None
-    order, starts = _by_prefix(call, T) if by_ids else (call.q, call.q)
+    T, packed = dmemory.shape[0], call.packed
+    ids = call.prefix_ids if T > 1 else None
+    if packed is not None and T == 1:  # all are one sample
+        B, L = 1, packed.total
+    elif packed is not None:  # each row is one
+        owners = _owners(packed.queries, packed.total)
+        B, L, ids = packed.total, 1, owners if ids is None else ids[owners]
+    by_ids, (order, starts) = ids is not None, (call.q, call.q) if ids is None else _by_prefix(ids, T)
     samples, used = (B, 1) if T == 1 else (B, min(T, B)) if by_ids else (1, T)
     half = call.q.dtype in HALF_TYPES or INTERPRETED
     block_m = 64 if half and call.block_d <= 128 else 32 if half or call.block_d <= 64 else 16
@@ -204,7 +225,7 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     partial = dmemory if shares == 1 else call.q.new_empty((shares, T, H, D, D), dtype=torch.float32)
     prefix_attn_bwd_memory[(tiles * T * H, shares)](
         *(call.q, order, starts, given.dout, partial),
-        *(Layout(q=strides(call.q), dout=strides(given.dout)), B, H, L, T),
+        *(Layout(q=call.strides(call.q), dout=call.strides(given.dout)), B, H, L, T),
         D=D,
         BLOCK_D=call.block_d,
         BLOCK_M=block_m,
@@ -231,15 +252,15 @@ def _keys(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs) -
         *(call.q, call.k, call.v, call.readable_mask(), call.indices()[2], given.dout, given.lse, delta),
         *(grads.k, grads.v),
         Layout(
-            q=strides(call.q),
-            k=strides(call.k),
-            v=strides(call.v),
+            q=call.strides(call.q),
+            k=call.strides(call.k),
+            v=call.strides(call.v),
             mask=call.mask_strides(),
-            dout=strides(given.dout),
-            dk=strides(grads.k),
-            dv=strides(grads.v),
+            dout=call.strides(given.dout),
+            dk=call.strides(grads.k),
+            dv=call.strides(grads.v),
         ),
-        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False), call.window),
+        *(H, L, S, P, call.scale, call.cap, call.drops(prefix=False), call.window, call.packed),
         FEATURES=call.features(prefixes=False, memory=False),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,
@@ -261,8 +282,8 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),
         *(given.dout, given.lse, delta, grads.q, scores),
-        call.layout(dout=strides(given.dout), dq=strides(grads.q)),
-        *(B, H, L, S, P, call.scale, call.cap, call.drops(), call.window),
+        call.layout(dout=call.strides(given.dout), dq=call.strides(grads.q)),
+        *(B, H, L, S, P, call.scale, call.cap, call.drops(), call.window, call.packed),
         FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,

@@ -17,10 +17,10 @@ from prefixattn.kernels.table import FOLD_PREFIX, FOLD_QUERIES, MEDIUM_QUERIES, 
 
 
 def forward(call: Call, wants: Wants) -> Results:
-    B, H, _, L, _, _, _, _ = call.sizes
+    rows = call.q.shape[:3]
     out = empty_like_order(call.q)
-    lse = call.q.new_empty((B, H, L), dtype=lse_type(call.q))
-    mass = call.q.new_empty((B, H, L) if wants.mass else 0, dtype=torch.float32)
+    lse = call.q.new_empty(rows, dtype=lse_type(call.q))
+    mass = call.q.new_empty(rows if wants.mass else 0, dtype=torch.float32)
     results = Results(out, lse, mass, torch.empty_like(out) if wants.attended else call.q.new_empty(0))
     if out.numel() == 0:
         return results
@@ -38,13 +38,13 @@ def folds(call: Call) -> bool:
     B, H, KV, L, _, T, P, _ = call.sizes
     shared = T == 1 or call.prefix_ids is not None
     few = L * (H // KV) <= FOLD_QUERIES and B * (H // KV) > 1
-    return shared and few and P >= FOLD_PREFIX and call.prefix_dropout_p == 0
+    return shared and few and P >= FOLD_PREFIX and call.prefix_dropout_p == 0 and call.packed is None
 
 
 def short_plan(call: Call) -> Launch | None:
     _, _, _, L, S, _, P, _ = call.sizes
     # decoding meets every S; a kernel that is compiled for few of them would keep compiling
-    return call.launch("fwd_short") if S + P <= SHORT_KEYS and L > 1 else None
+    return call.launch("fwd_short") if S + P <= SHORT_KEYS and L > 1 and call.packed is None else None
 
 
 def _short(call: Call, results: Results, plan: Launch) -> None:
@@ -76,7 +76,8 @@ def _online(call: Call, results: Results, parts: list[Tensor]) -> None:
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
         *(parts or [results.mass] * 3),
-        *(call.layout(out=strides(results.out)), B, H, L, S, P, call.scale, call.cap, call.drops(), call.window),
+        *(call.layout(out=call.strides(results.out)), B, H, L, S, P, call.scale, call.cap, call.drops()),
+        *(call.window, call.packed),
         FEATURES=call.features(),
         GROUP=H // KV,
         BLOCK_M=plan.block_m,

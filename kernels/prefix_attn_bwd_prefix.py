@@ -3,12 +3,16 @@
 A program is one tile of one prefix's keys of one head, and a share of the queries that see them. The queries of all
 samples are the rows of one tile after another, so that neither short samples nor ends of samples waste rows; only
 prefix dropout, which gives each sample keys of its own, keeps the tiles of samples apart.
+
+So it is with packed sequences, whose queries are one axis, in the order of their prefixes. Prefix dropout, and a window
+that hides the prefix from later queries, need tiles by sequence: there each is as long as the longest.
 """
 
 import triton
 import triton.language as tl
 
 from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
+from prefixattn.kernels.sequences import aligned, sequence
 from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, compensated_add, head_of, load_rows, store_rows, whole_rows
 from prefixattn.kernels.window_tiles import NOWHERE
 
@@ -20,6 +24,8 @@ def prefix_attn_bwd_prefix(
     lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
     layout, B, H, L, P, T, scale, softcap, drops,
     window,  # None if it hides nothing of the prefix
+    packed,
+    rows,  # None: tiles by sequence
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DELTA: tl.constexpr,  # compute delta [B, H, L] here, and write it, instead of reading it
     HAS_DLSE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
@@ -27,6 +33,7 @@ def prefix_attn_bwd_prefix(
     """dprefix_k, dprefix_v [shares, T, Hkv, P, D]."""
     D: tl.constexpr = FEATURES.D
     BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
+    LEADS: tl.constexpr = packed is not None and window is not None  # each sequence has a position of query 0
     KV = H // GROUP
     column_tiles = tl.cdiv(P, BLOCK_N)
     column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -48,10 +55,14 @@ def prefix_attn_bwd_prefix(
     tiles = tl.cdiv(count, BLOCK_M)
     if FEATURES.PREFIX_DROPOUT:
         tiles = samples * GROUP * blocks  # a tile stays within a sample and a head
+    if rows is not None:
+        first_place = tl.load(rows.bounds + first_sample)
+        count = (tl.load(rows.bounds + first_sample + samples) - first_place).to(tl.int32) * GROUP
+        tiles = tl.cdiv(count, BLOCK_M)
     first_column = tl.program_id(0) % column_tiles * BLOCK_N
     nearest = tl.minimum(first_column + BLOCK_N - P, 0)  # where the tile ends, at most: row i lies at i - the length
     longest = P  # what lies past the length of every sample must not be read: zero times nan is nan
-    if FEATURES.HAS_LENGTHS:
+    if FEATURES.HAS_LENGTHS or LEADS:
         longest = P * 0
         nearest = P * 0 - NOWHERE
         for first in range(0, samples, 64):
@@ -59,11 +70,21 @@ def prefix_attn_bwd_prefix(
             at = first_sample + i
             if FEATURES.HAS_IDS:
                 at = tl.load(order + at, mask=i < samples, other=0)
-            found = tl.load(lengths + at, mask=i < samples, other=0)
+            if FEATURES.HAS_LENGTHS:
+                found = tl.load(lengths + at, mask=i < samples, other=0)
+            else:
+                found = tl.where(i < samples, P, 0)
             longest = tl.maximum(longest, tl.max(found, 0).to(tl.int32))
             if window is not None:
                 found = found.to(tl.int32)
-                ends = tl.where(found > first_column, tl.minimum(first_column + BLOCK_N - found, 0), -NOWHERE)
+                some = found > first_column
+                ends = tl.minimum(first_column + BLOCK_N - found, 0)
+                if LEADS:
+                    at = tl.where(i < samples, at, 0)
+                    _, own_queries = sequence(packed.queries, at)
+                    _, own_keys = sequence(packed.keys, at)
+                    ends -= own_keys - own_queries
+                ends = tl.where(some, ends, -NOWHERE)
                 nearest = tl.maximum(nearest, tl.max(ends, 0))
     if window is not None:
         queries = tl.minimum(tl.maximum(nearest + window.left - window.first, 0), L)
@@ -90,6 +111,17 @@ def prefix_attn_bwd_prefix(
                 sample = tl.load(order + sample)
             head = g * GROUP + member
             kv_head = sample * KV + g
+        elif rows is not None:
+            folded = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside = folded < count
+            folded = tl.minimum(folded, count - 1)
+            place = first_place + folded // GROUP
+            sample = tl.load(rows.owners + place)  # [M]
+            row = (place - tl.load(rows.bounds + sample)).to(tl.int32)
+            if FEATURES.HAS_IDS:
+                sample = tl.load(order + sample)
+            head = g * GROUP + folded % GROUP  # [M]
+            kv_head = t * 0
         else:
             folded = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             inside = folded < count
@@ -100,10 +132,16 @@ def prefix_attn_bwd_prefix(
                 sample = tl.load(order + sample)
             head = g * GROUP + folded // queries % GROUP  # [M]
             kv_head = t * 0
+        start = sample
         at = (sample * H + head) * L + row
-        dout_at = sample * layout.dout.sample + head * layout.dout.head + row * layout.dout.row
+        if packed is not None:
+            start, own_queries = sequence(packed.queries, sample)
+            if rows is None:
+                inside = inside & (row < own_queries)
+            at = head * packed.total + start + row
+        dout_at = start * layout.dout.sample + head * layout.dout.head + row * layout.dout.row
         if DELTA:
-            out_at = sample * layout.out.sample + head * layout.out.head + row * layout.out.row
+            out_at = start * layout.out.sample + head * layout.out.head + row * layout.out.row
             result = load_rows(out, 1, out_at, inside, D, BLOCK_D).to(tl.float32)
             taken = tl.sum(result * load_rows(dout, 1, dout_at, inside, D, BLOCK_D).to(tl.float32), 1)
             if HAS_DLSE:
@@ -124,10 +162,17 @@ def prefix_attn_bwd_prefix(
             if not FEATURES.PREFIX_DROPOUT:
                 length = length[None, :]
             end = length
-        places = (sample * layout.q.sample + head * layout.q.head + row * layout.q.row, dout_at, at, inside)
+        seen_from = window
+        if LEADS:
+            _, own_keys = sequence(packed.keys, sample)
+            if not FEATURES.PREFIX_DROPOUT:
+                own_queries, own_keys = own_queries[None, :], own_keys[None, :]
+            seen_from = aligned(window, own_queries, own_keys)
+        places = (start * layout.q.sample + head * layout.q.head + row * layout.q.row, dout_at, at, inside)
         more_k, more_v = pair(
             more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0),
-            (0, P, end, L), draws, row, column, scale, softcap, window, FEATURES, False, NEED_K, NEED_V, PREFIX, True,
+            (0, P, end, L), draws, row, column, scale, softcap, seen_from,
+            FEATURES, False, NEED_K, NEED_V, PREFIX, True,
         )  # fmt: skip
         if FEATURES.PREFIX_DROPOUT:
             more_k, more_v = drop_both(more_k, more_v, axis, draws, column, BLOCK_D, PREFIX)

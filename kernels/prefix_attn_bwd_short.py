@@ -67,7 +67,7 @@ def _queries(
     acc = over_keys(
         tl.zeros((M, BLOCK_D), tl.float32), given, keys, values, bias, axis, draws, dq, row, row0, scale, softcap,
         window,
-        FEATURES, M, BLOCK_N, REST, REST_LOOP, TAIL, True, False,
+        FEATURES, M, BLOCK_N, REST, REST_LOOP, TAIL, False, True, False,
     )  # fmt: skip
     acc *= scale
     if FEATURES.PHI != NO_MEMORY:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.phi_tiles import memory_of
+from prefixattn.kernels.sequences import aligned, first_of_head, sequence
 from prefixattn.kernels.tiles import (
     LOG2E,
     MINUS_INF,
@@ -50,7 +51,7 @@ def _online(
 def prefix_attn_fwd(
     q, k, v, prefix_k, prefix_v, mask, prefix_ids, lengths, seed, memory, out, lse, mass, attended,
     part_out, part_top, part_sum,
-    layout, B, H, L, S, P, scale, softcap, drops, window,
+    layout, B, H, L, S, P, scale, softcap, drops, window, packed,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # what the columns after the tiles of own keys are: OWN, PREFIX or SPLIT
     REST_LOOP: tl.constexpr,  # they may fill whole tiles
@@ -74,10 +75,20 @@ def prefix_attn_fwd(
         number = tl.load(seed)
     head, kv_head = b * H + h, b * (H // GROUP) + g
     row0 = block * BLOCK_M
+    at_q, at_k = b, b
+    if packed is not None:
+        at_q, L = sequence(packed.queries, b)
+        at_k, S = sequence(packed.keys, b)
+        if row0 >= L:
+            return
+        if window is not None:
+            window = aligned(window, L, S)
     row = row0 + tl.arange(0, BLOCK_M)
-    queries = load_rows(head_of(q, layout.q, b, h), layout.q.row, row, row < L, D, BLOCK_D)
-    keys = (head_of(k, layout.k, b, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
-    values = (head_of(v, layout.v, b, g), head_of(prefix_v, layout.prefix_v, t, g), layout.v.row, layout.prefix_v.row)
+    queries = load_rows(head_of(q, layout.q, at_q, h), layout.q.row, row, row < L, D, BLOCK_D)
+    keys = (head_of(k, layout.k, at_k, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
+    values = (
+        head_of(v, layout.v, at_k, g), head_of(prefix_v, layout.prefix_v, t, g), layout.v.row, layout.prefix_v.row,
+    )  # fmt: skip
     bias = (head_of(mask, layout.mask, b, h), layout.mask.row, layout.mask.column)
     draws = (number, head, kv_head, drops)
 
@@ -124,11 +135,11 @@ def prefix_attn_fwd(
     first_rest = open_end
     if window is not None:
         first_rest = S
-    elif FEATURES.CAUSAL:
+    elif FEATURES.CAUSAL or packed is not None:  # how many of a sequence's keys fill no tile, no launch knows
         for first in range(open_end, own_end, BLOCK_N):
             state = _online(
                 state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, None,
-                FEATURES, BLOCK_N, True, MASS, OWN, True,
+                FEATURES, BLOCK_N, FEATURES.CAUSAL, MASS, OWN, True,
             )  # fmt: skip
         first_rest = S
     end = S if PARTS else S + length
@@ -156,7 +167,8 @@ def prefix_attn_fwd(
                 window if FEATURES.PREFIX_IN_WINDOW else None,
                 FEATURES, TAIL, False, MASS, REST, True,
             )  # fmt: skip
-    target = (head_of(out, layout.out, b, h), layout.out.row, lse, mass)
+    target = (head_of(out, layout.out, at_q, h), layout.out.row, lse, mass)
     own_memory = memory_of(memory, t, h, H, D, FEATURES.MEMORY_PER_PREFIX)
-    memory_side = (head_of(q, layout.q, b, h), layout.q.row, own_memory, head_of(attended, layout.out, b, h))
-    finish(target, memory_side, acc, top, weight_sum, prefix_sum, row, L, head * L, scale, FEATURES, MASS, KEEP)
+    memory_side = (head_of(q, layout.q, at_q, h), layout.q.row, own_memory, head_of(attended, layout.out, at_q, h))
+    at = first_of_head(packed, head, h, at_q, L)
+    finish(target, memory_side, acc, top, weight_sum, prefix_sum, row, L, at, scale, FEATURES, MASS, KEEP)

@@ -283,7 +283,7 @@ COUNTS: dict[str, Callable[[SimpleNamespace, tuple[int, ...]], Count]] = {
 def count(launched: Launched) -> Count:
     """What one launch issues; refuses the features whose loops or bytes depend on what tensors hold."""
     a = launched.args
-    refused = [name for name in ("MASK", "HAS_IDS", "HAS_LENGTHS") if getattr(a, name, 0)]
+    refused = [name for name in ("MASK", "HAS_IDS", "HAS_LENGTHS", "packed") if getattr(a, name, 0)]
     if refused:
         raise ValueError(f"{launched.kernel} with {', '.join(refused)} is not counted")
     return COUNTS[launched.kernel](a, launched.grid)

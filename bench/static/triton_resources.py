@@ -53,7 +53,8 @@ class Case(NamedTuple):
     softcap: float | None = None
     window: tuple[int, int] = (-1, -1)  # left, right
     prefix_in_window: bool = False
-    features: bool = False  # a float mask that wants a gradient, a bank, ragged prefixes, both dropouts
+    packed: bool = False  # sequences of L queries and S keys, one behind the other
+    features: bool = False  # a float mask that wants a gradient, or packed none; a bank, ragged prefixes, both dropouts
 
 
 # every kernel in every regime of launch_fwd.py and launch_bwd.py, at the shapes of the papers
@@ -76,16 +77,21 @@ CASES = {
     "window_both": Case(577, 577, 50, False, window=(64, 64)),
     "window_prefix": Case(1024, 1024, 200, True, window=(255, -1), prefix_in_window=True),  # PEFT's prefix in a cache
     "window_fold": Case(1, 512, 2048, True, backward=False, window=(1024, -1), prefix_in_window=True),
+    "packed": Case(64, 64, 10, False, packed=True),
+    "packed_causal": Case(512, 512, 30, True, heads=4, packed=True),
+    "packed_window": Case(1024, 1024, 200, True, window=(255, -1), prefix_in_window=True, packed=True),
+    "features_packed": Case(300, 300, 300, True, heads=2, memory="gelu", packed=True, features=True),
 }
 _WINDOWS = "window", "window_both", "window_prefix", "window_fold"
+_PACKED = "packed", "packed_causal"
 _CAPPED = "softcap_short", "softcap", "softcap_fold"
 # (type, head size): which of them. float32 past 128 is not here: on FMA units alone nothing keeps that in registers
 COMPILED = {
     ("bf16", 64): tuple(CASES),
     ("bf16", 80): ("features",),
-    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory", *_CAPPED, *_WINDOWS),
+    ("bf16", 128): ("short", "long_causal", "grouped", "fold", "memory_short", "memory", *_CAPPED, *_WINDOWS, *_PACKED),
     ("bf16", 256): ("long", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold", *_WINDOWS),
-    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold", *_WINDOWS),
+    ("fp32", 64): ("short", "long_causal", "grouped", "fold", "memory", "softcap", "softcap_fold", *_WINDOWS, *_PACKED),
     ("fp32", 128): ("short", "long_causal", "grouped", "fold"),
 }
 
@@ -127,12 +133,19 @@ def operands(case: Case, D: int, dtype: torch.dtype, batch: int = 8, device: str
         index = torch.zeros(batch, dtype=torch.int64, device=device)
         prefix = prefix.expand(3, -1, -1, -1).contiguous()
         features = {
-            "attn_mask": q.new_zeros(batch, H, case.L, case.S), "prefix_ids": index,
+            "attn_mask": None if case.packed else q.new_zeros(batch, H, case.L, case.S), "prefix_ids": index,
             "prefix_lengths": index + case.P // 2, "seed": index[:1], "dropout_p": 0.1, "prefix_dropout_p": 0.1,
         }  # fmt: skip
+    if case.packed:
+        q, k, v = (t.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for t in (q, k, v))
+        for x, n in (("q", case.L), ("k", case.S)):
+            features[f"cu_seqlens_{x}"] = torch.arange(batch + 1, device=device) * n
+            features[f"max_seqlen_{x}"] = n
+    else:
+        q = q[:, :, : case.L]
     memory = torch.randn(1, H, D, D, device=device).to(dtype) if case.memory else None
     return Call(
-        q[:, :, : case.L], k, v, prefix, prefix, memory=memory, is_causal=case.is_causal, scale=D**-0.5,
+        q, k, v, prefix, prefix, memory=memory, is_causal=case.is_causal, scale=D**-0.5,
         phi=case.memory or "none", softcap=case.softcap or 0.0, window_left=case.window[0], window_right=case.window[1],
         prefix_in_window=case.prefix_in_window, **features,
     )  # fmt: skip
@@ -155,7 +168,8 @@ def launched(case: Case, D: int, dtype: torch.dtype, only: str = "", device: str
         out, lse, *_ = forward(call, Wants(attended=case.memory != ""))
         if case.backward:
             # the gradient of a mask keeps a head from the short kernel
-            needs = ALL._replace(attn_mask=case.features and case.is_causal, memory=case.memory != "")
+            mask = call.attn_mask is not None and case.is_causal
+            needs = ALL._replace(attn_mask=mask, memory=case.memory != "")
             backward(call, Given(out, lse if case.features else None, out, lse), needs, None)
     finally:
         JITFunction.run = run

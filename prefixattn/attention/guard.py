@@ -4,6 +4,8 @@ Each kind of kernel is tried at its first use for a device, a type and a head si
 call's own features do not compile, the reference takes over for the rest of the process, with a warning.
 """
 
+from typing import Any
+
 import torch
 
 from prefixattn.attention import reference, triton
@@ -21,6 +23,10 @@ TRIALS = {
 TRIALS |= {kind + triton.MEMORY: sizes for kind, sizes in TRIALS.items()}
 TRIALS |= {kind + triton.SOFTCAP: sizes for kind, sizes in TRIALS.items()}
 TRIALS |= {kind + triton.WINDOW: sizes for kind, sizes in TRIALS.items()}
+# packed sequences have the kernels of long samples; the numbers are the longest one's
+TRIALS |= {
+    kind + triton.PACKED: (1, 37, 140, 20) for kind in TRIALS if not any(of in kind for of in ("_short", "_fold"))
+}
 _HEADS = 2
 
 Case = tuple[str, torch.device, torch.dtype, int]  # kind, device, type, head size
@@ -74,6 +80,15 @@ def _run(kind: str, device: torch.device, dtype: torch.dtype, D: int) -> Pairs:
     wants = Wants(mass=True, attended=with_memory)
     needs = Needs(q=True, k=True, v=True, prefix_k=True, prefix_v=True, memory=with_memory)
     B = B or triton.least_batch(device, _HEADS)
+    window_left = -1
+    if triton.WINDOW in kind:  # some queries see all their keys and some of the prefix, others neither
+        window_left = S + P // 2 if "fold" in kind else S // 2
+    packing: dict[str, Any] = {}
+    if triton.PACKED in kind:
+        each = [(0, 0), (L, S), (0, S // 2), (L // 2, L // 4)]  # no query, then more queries than keys
+        queries, keys = torch.tensor(each, device=device).cumsum(0).T.contiguous()
+        packing = {"cu_seqlens_q": queries, "cu_seqlens_k": keys, "max_seqlen_q": L, "max_seqlen_k": S}
+        B, L, S = 1, *map(sum, zip(*each, strict=True))
     generator = torch.Generator("cpu").manual_seed(0)
     sizes = [(B, _HEADS, L, D), (B, _HEADS, S, D), (B, _HEADS, S, D), (1, _HEADS, P, D), (1, _HEADS, P, D)]
     q, k, v, prefix_k, prefix_v, dout = (
@@ -82,12 +97,9 @@ def _run(kind: str, device: torch.device, dtype: torch.dtype, D: int) -> Pairs:
     memory = None
     if with_memory:
         memory = torch.randn((1, _HEADS, D, D), generator=generator, device="cpu").to(device, dtype)
-    window_left = -1
-    if triton.WINDOW in kind:  # some queries see all their keys and some of the prefix, others neither
-        window_left = S + P // 2 if "fold" in kind else S // 2
     call = Call(
         q, k, v, prefix_k, prefix_v, memory=memory, is_causal=True, scale=D**-0.5, softcap=softcap,
-        window_left=window_left, prefix_in_window=window_left >= 0,
+        window_left=window_left, prefix_in_window=window_left >= 0, **packing,
     )  # fmt: skip
     right = reference.fwd(call, wants)
     if kind.startswith("fwd"):

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 LAST = 2**31 - 1
-MEMORY, SOFTCAP, WINDOW = "_memory", "_softcap", "_window"  # how the kinds end that have one compiled in, in this order
+# how the kinds end that have one compiled in, in this order
+MEMORY, SOFTCAP, WINDOW, PACKED = "_memory", "_softcap", "_window", "_packed"
 INSTALLED = find_spec("triton") is not None
 # every option of Call that the kernels have
 KNOWN = (
     *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
     *("is_causal", "scale", "phi", "softcap", "window_left", "window_right", "prefix_in_window"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 )
 UNKNOWN = unknown(KNOWN)
 
@@ -46,6 +48,12 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
             reasons.append(f"{name} {list(t.shape)} spans more than 2**31 elements between the rows of one head")
     if (rows_of_q := q.shape[0] * q.shape[1] * q.shape[2]) > LAST:
         reasons.append(f"q has {rows_of_q} rows; needs fewer than 2**31")
+    if call.cu_seqlens_q is not None:
+        # grids have as many programs for each sequence as the longest one needs
+        n, longest = len(call.cu_seqlens_q) - 1, max(call.max_seqlen_q, call.max_seqlen_k)
+        longest = min(longest, max(q.shape[2], call.k.shape[2]))
+        if (rows := n * q.shape[1] * longest) > LAST:
+            reasons.append(f"sequences as long as the longest have {rows} rows; needs fewer than 2**31")
     return reasons
 
 
@@ -103,7 +111,8 @@ def kind_of_backward(call: Call, needs: Needs) -> str:
 
 def _compiled_in(call: "KernelCall") -> str:
     memory, softcap = MEMORY if call.memory is not None else "", SOFTCAP if call.softcap else ""
-    return memory + softcap + (WINDOW if call.window is not None else "")
+    window, packed = WINDOW if call.window is not None else "", PACKED if call.packed is not None else ""
+    return memory + softcap + window + packed
 
 
 def least_batch(device: torch.device, heads: int) -> int:
@@ -117,6 +126,7 @@ def _readable_call(call: Call) -> "KernelCall":
     from prefixattn.kernels.call import Call as KernelCall
 
     mask, memory, ids, lengths = call.attn_mask, call.memory, call.prefix_ids, call.prefix_lengths
+    queries, keys = call.cu_seqlens_q, call.cu_seqlens_k
     return KernelCall(*call)._replace(
         q=_readable(call.q), k=_readable(call.k), v=_readable(call.v),
         prefix_k=_readable(call.prefix_k), prefix_v=_readable(call.prefix_v),
@@ -124,6 +134,8 @@ def _readable_call(call: Call) -> "KernelCall":
         memory=None if memory is None else _emulated(memory).contiguous(),
         prefix_ids=None if ids is None else ids.contiguous(),
         prefix_lengths=None if lengths is None else lengths.contiguous(),
+        cu_seqlens_q=None if queries is None else queries.contiguous(),
+        cu_seqlens_k=None if keys is None else keys.contiguous(),
     )  # fmt: skip
 
 

@@ -55,10 +55,13 @@ def _dims(own: dict[str, Any], name: str) -> int:
 
 
 def packed_sequences(
-    sizes: str, dtype: torch.dtype = torch.float32, shape: Shape | None = None, **options: Any
+    sizes: str | tuple[list[int], list[int] | None],  # of LENGTHS, or like them
+    dtype: torch.dtype = torch.float32,
+    shape: Shape | None = None,
+    **options: Any,
 ) -> Packed:
-    """Inputs as `make_inputs` makes them, its numbers of samples, queries and keys those of LENGTHS[sizes]."""
-    own, others = LENGTHS[sizes]
+    """Inputs as `make_inputs` makes them, but for the numbers of samples, queries and keys."""
+    own, others = LENGTHS[sizes] if isinstance(sizes, str) else sizes
     keys = own if others is None else others
     H, Hkv, P, D = (4, 2, 9, 16) if shape is None else (shape.H, shape.Hkv, shape.P, shape.D)
     n, total_q, total_k = len(own), sum(own), sum(keys)

@@ -65,8 +65,8 @@ def test_the_kernels_agree(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("processors", [4, 7])
-def test_a_trial_runs_the_kernel_that_it_is_for(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size of the GPU."""
+def test_a_trial_asks_for_the_kernel_that_it_is_for(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the GPU. What the kernels then compute is the test's above."""
     for module in (launch_fwd, launch_bwd, table):
         monkeypatch.setattr(module, "processors", lambda device: processors)
     asked: list[str] = []

@@ -284,13 +284,20 @@ def test_the_gradient_of_a_memory_is_shared_out(compare: Run) -> None:
     assert compare(Case(2, 1, 1, 600, 2, 0, 16), needs, phi="elu") == ["fwd_short", "bwd_memory", "bwd_reduce"]
 
 
-def test_what_is_not_counted_is_refused() -> None:
-    lengths = torch.empty(64, dtype=torch.int64, device="meta")
-    call = triton_counts.operands(SHAPES[0])._replace(prefix_lengths=lengths)
+OFFSETS = torch.empty(2, dtype=torch.int64, device="meta")
+NOT_COUNTED: dict[str, dict[str, Any]] = {
+    "fwd_short with HAS_LENGTHS": {"prefix_lengths": torch.empty(64, dtype=torch.int64, device="meta")},
+    "fwd with packed": {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, "max_seqlen_q": 197, "max_seqlen_k": 197},
+}
+
+
+@pytest.mark.parametrize("words", NOT_COUNTED)
+def test_what_is_not_counted_is_refused(words: str) -> None:
+    call = triton_counts.operands(SHAPES[0])._replace(**NOT_COUNTED[words])
     found: list[Launched] = []
     with intercepted(lambda launched, _: found.append(launched), processors=4):
         forward(call, Wants())
-    with pytest.raises(ValueError, match="fwd_short with HAS_LENGTHS is not counted"):
+    with pytest.raises(ValueError, match=f"{words} is not counted"):
         count(found[0])
 
 
