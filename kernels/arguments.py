@@ -62,11 +62,15 @@ class Drops(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Query l, which lies at first + l, sees own keys from its position - left to + right; None: all there are."""
+    """Query l, which lies at first + l, sees own keys from its position - left to + right; None: all there are.
 
-    left: int | None
-    right: int | None
-    first: int  # of packed sequences 0: each has its own, which a kernel takes from its lengths
+    Without a `first` there is no window. None in its place would do, but Triton 3.4 cannot ask a tuple that holds None
+    whether it is None itself.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    first: int | None = None  # of packed sequences 0: each has its own, which a kernel takes from its lengths
 
 
 class Packed(NamedTuple):

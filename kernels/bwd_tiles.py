@@ -7,6 +7,7 @@ Arguments that go together are tuples, as in fwd_tiles.py; `sources` and `given`
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.arguments import Window
 from prefixattn.kernels.tiles import (
     ATTENTION,
     LOG2E,
@@ -139,7 +140,7 @@ def over_queries(
     if QUERY_TAIL:
         end = L // BLOCK_M * BLOCK_M
     start, stop = 0, L
-    if window is not None:
+    if window.first is not None:
         span, stop = query_tiles(window, first, W, axis, end, CAUSAL, PART, BLOCK_M)
         _, _, start, open_end, masked_tiles = span
         for i in range(0, masked_tiles):
@@ -157,23 +158,23 @@ def over_queries(
             row = row0 + tl.arange(0, BLOCK_M)
             places = (row * stride_ql, row * stride_gl, row, row < L)
             dk, dv = pair(
-                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, None,
-                FEATURES, True, NEED_K, NEED_V, PART, BOUND,
+                dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap,
+                Window(None, None, None), FEATURES, True, NEED_K, NEED_V, PART, BOUND,
             )  # fmt: skip
         start = tl.maximum(start, all_seen)
-    if window is None:
+    if window.first is None:
         open_end = end
     for row0 in range(start, open_end, BLOCK_M):
         row = row0 + tl.arange(0, BLOCK_M)
         places = (row * stride_ql, row * stride_gl, row, row < L)
         dk, dv = pair(
-            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, None,
+            dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, Window(None, None, None),
             FEATURES, False, NEED_K, NEED_V, PART, BOUND,
         )  # fmt: skip
     if QUERY_TAIL:
         row = end + tl.arange(0, QUERY_TAIL)
         places = (row * stride_ql, row * stride_gl, row, row < L)
-        if window is None or stop > end:
+        if window.first is None or stop > end:
             dk, dv = pair(
                 dk, dv, key, value, bases, places, bias, axis, draws, row, column, scale, softcap, window,
                 FEATURES, CAUSAL, NEED_K, NEED_V, PART, BOUND,
@@ -247,7 +248,7 @@ def over_keys(
     S, P, end, L = axis
     own_axis = (S, P, S, L)
     open_first, open_end, own_end = 0, S // BLOCK_N * BLOCK_N, S
-    if window is not None:
+    if window.first is not None:
         span = key_tiles(window, row0, M, S, FEATURES.CAUSAL, BLOCK_N)
         _, _, open_first, open_end, masked_tiles = span
         for i in range(0, masked_tiles):
@@ -263,17 +264,17 @@ def over_keys(
             own_end = tl.minimum(S, tl.maximum(row0 + M + S - L, 0))
     for first in range(open_first, open_end, BLOCK_N):
         dq = _columns(
-            dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, None,
+            dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, Window(None, None, None),
             FEATURES, BLOCK_N, False, NEED_Q, NEED_MASK, OWN, False,
         )  # fmt: skip
     first_rest = open_end
-    if window is not None:
+    if window.first is not None:
         first_rest = S
     elif FEATURES.CAUSAL or PACKED:
         for first in range(open_end, own_end, BLOCK_N):
             dq = _columns(
-                dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap, None,
-                FEATURES, BLOCK_N, FEATURES.CAUSAL, NEED_Q, NEED_MASK, OWN, True,
+                dq, given, keys, values, bias, own_axis, draws, dmask, row, first, scale, softcap,
+                Window(None, None, None), FEATURES, BLOCK_N, FEATURES.CAUSAL, NEED_Q, NEED_MASK, OWN, True,
             )  # fmt: skip
         first_rest = S
     tail = end
@@ -287,14 +288,14 @@ def over_keys(
         for first in range(first_rest, tail, BLOCK_N):
             dq = _columns(
                 dq, given, keys, values, bias, axis, draws, dmask, row, first, scale, softcap,
-                window if FEATURES.PREFIX_IN_WINDOW else None,
+                window if FEATURES.PREFIX_IN_WINDOW else Window(None, None, None),
                 FEATURES, BLOCK_N, False, NEED_Q, NEED_MASK, REST, TAIL == 0,
             )  # fmt: skip
     if TAIL:
         if not FEATURES.PREFIX_IN_WINDOW or prefix_seen(window, row0):
             dq = _columns(
                 dq, given, keys, values, bias, axis, draws, dmask, row, tail, scale, softcap,
-                window if FEATURES.PREFIX_IN_WINDOW else None,
+                window if FEATURES.PREFIX_IN_WINDOW else Window(None, None, None),
                 FEATURES, TAIL, False, NEED_Q, NEED_MASK, REST, True,
             )  # fmt: skip
     return dq

@@ -60,24 +60,24 @@ class Call(call.Call):
         return self.softcap or None
 
     @property
-    def window(self) -> Window | None:
-        """None where there is none, and so is a bound that hides nothing: as of `cap`, a kernel has no code for it."""
+    def window(self) -> Window:
+        """A bound that hides nothing is None, and so are all without one: as of `cap`, a kernel has no code for it."""
         if self.window_left < 0 and self.window_right < 0:
-            return None
+            return Window()
         _, _, _, L, S, _, P, _ = self.sizes
         left, right = self.window_left, self.window_right
         bound_left = 0 <= left < S - 1 + (P if self.prefix_in_window else 0)
         bound_right = 0 <= right < L - 1
         if not (bound_left or bound_right):
-            return None
+            return Window()
         first = S - L if self.packed is None else 0
         return Window(left if bound_left else None, right if bound_right else None, first)
 
     @property
-    def prefix_window(self) -> Window | None:
-        """The window for a kernel of the prefix alone: None if it hides nothing there."""
-        window = self.window if self.prefix_in_window else None
-        return None if window is None or window.left is None else window
+    def prefix_window(self) -> Window:
+        """The window for a kernel of the prefix alone: none if it hides nothing there."""
+        window = self.window if self.prefix_in_window else Window()
+        return Window() if window.left is None else window
 
     @property
     def exp(self) -> int:
@@ -171,7 +171,7 @@ class Call(call.Call):
             "PER_SAMPLE": self.prefix_ids is None and self.prefix_k.shape[0] > 1,
             "HAS_LENGTHS": self.prefix_lengths is not None,
             "PREFIX_DROPOUT": self.prefix_dropout_p > 0,
-            "PREFIX_IN_WINDOW": self.prefix_window is not None,
+            "PREFIX_IN_WINDOW": self.prefix_window != Window(),
         }
 
     def memories(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Call(call.Call):
     def rest(self, block_n: int, prefix: bool = True) -> dict[str, Any]:
         """How the columns after the whole tiles of own keys are cut: see prefix_attn_fwd."""
         one_query = self.sizes[3] == 1
-        apart = self.window is not None or self.packed is not None
+        apart = self.window != Window() or self.packed is not None
         own = 0 if self.causal or apart else self.k.shape[2] % block_n  # which are in masked tiles of own keys then
         P = self.prefix_k.shape[2] if prefix else 0
         part = OWN if P == 0 else SPLIT if own else PREFIX

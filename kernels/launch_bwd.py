@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Given, Grads, Into, Needs, allocated
 from prefixattn.attention.layout import empty_like_order
-from prefixattn.kernels.arguments import Layout, Rows, strides
+from prefixattn.kernels.arguments import Layout, Rows, Window, strides
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
 from prefixattn.kernels.prefix_attn_bwd import prefix_attn_bwd_delta, prefix_attn_bwd_keys, prefix_attn_bwd_queries
 from prefixattn.kernels.prefix_attn_bwd_memory import prefix_attn_bwd_memory
@@ -32,7 +32,7 @@ def backward(call: Call, given: Given, needs: Needs, into: Into | None) -> Grads
         return grads
     prefix = (needs.prefix_k or needs.prefix_v) and P > 0
     # whose queries are all queries, unless a window hides the prefix from some
-    in_prefix_pass = prefix and P <= prefix_plan(call).block_n and call.prefix_window is None
+    in_prefix_pass = prefix and P <= prefix_plan(call).block_n and call.prefix_window == Window()
     if not in_prefix_pass:
         _delta(call, given, delta)
     if prefix:
@@ -191,7 +191,7 @@ def _by_prefix(ids: Tensor, T: int) -> tuple[Tensor, Tensor]:
 def _rows(call: Call, order: Tensor) -> Rows | None:
     """Of packed sequences, in the order of their prefixes; None where prefix_attn_bwd_prefix has tiles by sequence."""
     packed = call.packed
-    if packed is None or call.prefix_dropout_p > 0 or call.prefix_window is not None:
+    if packed is None or call.prefix_dropout_p > 0 or call.prefix_window != Window():
         return None
     bounds = packed.queries
     if call.prefix_ids is not None:
@@ -277,7 +277,7 @@ def _queries(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs
     plan = call.launch("bwd_queries")
     assert plan is not None
     # tiles outside a window are not visited
-    make = call.q.new_empty if call.window is None else call.q.new_zeros
+    make = call.q.new_empty if call.window == Window() else call.q.new_zeros
     scores = make((B, H, L, S) if needs.attn_mask else 0, dtype=torch.float32)
     prefix_attn_bwd_queries[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory()),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefixattn.attention.call import Results, Wants
 from prefixattn.attention.layout import empty_like_order, lse_type
-from prefixattn.kernels.arguments import Layout, strides
+from prefixattn.kernels.arguments import Layout, Window, strides
 from prefixattn.kernels.call import Call, options, tile_width
 from prefixattn.kernels.prefix_attn_fwd import prefix_attn_fwd
 from prefixattn.kernels.prefix_attn_fwd_fold import prefix_attn_fwd_fold
@@ -49,7 +49,7 @@ def short_plan(call: Call) -> Launch | None:
 
 def _short(call: Call, results: Results, plan: Launch) -> None:
     B, H, KV, L, S, _, P, _ = call.sizes
-    own_alone = call.window is not None and P == 0  # which may hide the last tile, a prefix beside a window does not
+    own_alone = call.window != Window() and P == 0  # which may hide the last tile, a prefix beside a window does not
     prefix_attn_fwd_short[(triton.cdiv(L, plan.block_m) * B * H,)](
         *(*call.operands, call.readable_mask(), *call.indices(), call.readable_memory(), *results),
         *(call.layout(out=strides(results.out)), H, L, S, P, call.scale, call.cap, call.drops(), call.window),

@@ -6,9 +6,10 @@ Weights are recomputed from lse. Every sum runs in a fixed order: there are no a
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.arguments import Window
 from prefixattn.kernels.bwd_tiles import load_given, load_keys, over_keys, over_queries
 from prefixattn.kernels.phi_tiles import NO_MEMORY, memory_dq, memory_of
-from prefixattn.kernels.sequences import aligned, first_of_head, sequence
+from prefixattn.kernels.sequences import first_of_head, sequence
 from prefixattn.kernels.tiles import OWN, head_of, load_rows, prefix_of, store_rows
 
 
@@ -56,8 +57,8 @@ def prefix_attn_bwd_keys(
         at_k, S = sequence(packed.keys, b)
         if first >= S:
             return
-        if window is not None:
-            window = aligned(window, L, S)
+        if window.first is not None:
+            window = Window(window.left, window.right, S - L)
     column = first + tl.arange(0, BLOCK_N)
     axis = (S, P, S, L)
     keys = (head_of(k, layout.k, at_k, g), k, layout.k.row, layout.k.row)
@@ -115,8 +116,8 @@ def prefix_attn_bwd_queries(
         at_k, S = sequence(packed.keys, b)
         if row0 >= L:
             return
-        if window is not None:
-            window = aligned(window, L, S)
+        if window.first is not None:
+            window = Window(window.left, window.right, S - L)
     row = row0 + tl.arange(0, BLOCK_M)
     sources = (
         head_of(q, layout.q, at_q, h), head_of(dout, layout.dout, at_q, h),

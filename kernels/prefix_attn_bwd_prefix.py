@@ -11,8 +11,9 @@ that hides the prefix from later queries, need tiles by sequence: there each is 
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.arguments import Window
 from prefixattn.kernels.bwd_tiles import drop_both, load_keys, pair
-from prefixattn.kernels.sequences import aligned, sequence
+from prefixattn.kernels.sequences import sequence
 from prefixattn.kernels.tiles import EXACT, PREFIX, RUN, compensated_add, head_of, load_rows, store_rows, whole_rows
 from prefixattn.kernels.window_tiles import NOWHERE
 
@@ -23,7 +24,7 @@ def prefix_attn_bwd_prefix(
     order, starts,  # [B], sorts the samples by their prefix, and where those of each begin [T + 1]
     lengths, seed, out, dout, lse, dlse, delta, dprefix_k, dprefix_v,
     layout, B, H, L, P, T, scale, softcap, drops,
-    window,  # None if it hides nothing of the prefix
+    window,  # no window if it hides nothing of the prefix
     packed,
     rows,  # None: tiles by sequence
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -33,7 +34,7 @@ def prefix_attn_bwd_prefix(
     """dprefix_k, dprefix_v [shares, T, Hkv, P, D]."""
     D: tl.constexpr = FEATURES.D
     BLOCK_D: tl.constexpr = FEATURES.BLOCK_D
-    LEADS: tl.constexpr = packed is not None and window is not None  # each sequence has a position of query 0
+    LEADS: tl.constexpr = packed is not None and window.first is not None  # each sequence has a position of query 0
     KV = H // GROUP
     column_tiles = tl.cdiv(P, BLOCK_N)
     column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,7 +76,7 @@ def prefix_attn_bwd_prefix(
             else:
                 found = tl.where(i < samples, P, 0)
             longest = tl.maximum(longest, tl.max(found, 0).to(tl.int32))
-            if window is not None:
+            if window.first is not None:
                 found = found.to(tl.int32)
                 some = found > first_column
                 ends = tl.minimum(first_column + BLOCK_N - found, 0)
@@ -86,7 +87,7 @@ def prefix_attn_bwd_prefix(
                     ends -= own_keys - own_queries
                 ends = tl.where(some, ends, -NOWHERE)
                 nearest = tl.maximum(nearest, tl.max(ends, 0))
-    if window is not None:
+    if window.first is not None:
         queries = tl.minimum(tl.maximum(nearest + window.left - window.first, 0), L)
         blocks = tl.cdiv(queries, BLOCK_M)
         count = samples * GROUP * queries
@@ -167,7 +168,7 @@ def prefix_attn_bwd_prefix(
             _, own_keys = sequence(packed.keys, sample)
             if not FEATURES.PREFIX_DROPOUT:
                 own_queries, own_keys = own_queries[None, :], own_keys[None, :]
-            seen_from = aligned(window, own_queries, own_keys)
+            seen_from = Window(window.left, window.right, own_keys - own_queries)
         places = (start * layout.q.sample + head * layout.q.head + row * layout.q.row, dout_at, at, inside)
         more_k, more_v = pair(
             more_k, more_v, seen_key, seen_value, (q, dout, lse, delta), places, (q, 0, 0),

@@ -8,6 +8,7 @@ Keeping dq of all queries in registers would save two of seven products, but spi
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.arguments import Window
 from prefixattn.kernels.bwd_tiles import drop_both, load_given, load_keys, over_keys, over_queries
 from prefixattn.kernels.phi_tiles import NO_MEMORY, memory_dq, memory_of
 from prefixattn.kernels.tiles import OWN, PREFIX, head_of, load_rows, prefix_of, store_rows
@@ -126,7 +127,7 @@ def prefix_attn_bwd_short(
     bias = (mask, layout.mask.row, layout.mask.column)
     queries = (sources, bias, (layout.q.head, layout.dout.head, layout.mask.head, L))
     own_end = S // BLOCK_N * BLOCK_N
-    if FEATURES.CAUSAL or window is not None:
+    if FEATURES.CAUSAL or window.first is not None:
         own_end = S
     own_axis, axis = (S, P, S, L), (S, P, S + length, L)
     if NEED_OWN:
@@ -134,7 +135,7 @@ def prefix_attn_bwd_short(
             _keys(
                 queries, keys, values, own_axis, draws, targets, first, scale, softcap, window,
                 FEATURES, GROUP, BLOCK_M, BLOCK_N, QUERY_TAIL, FEATURES.CAUSAL, NEED_OWN, NEED_PREFIX,
-                OWN, FEATURES.CAUSAL or window is not None,
+                OWN, FEATURES.CAUSAL or window.first is not None,
             )  # fmt: skip
     if NEED_PREFIX or (NEED_OWN and REST != PREFIX):
         tail = S + P
@@ -146,14 +147,14 @@ def prefix_attn_bwd_short(
             for first in range(own_end, tail, BLOCK_N):
                 _keys(
                     queries, keys, values, axis, draws, targets, first, scale, softcap,
-                    window if FEATURES.PREFIX_IN_WINDOW else None,
+                    window if FEATURES.PREFIX_IN_WINDOW else Window(None, None, None),
                     FEATURES, GROUP, BLOCK_M, BLOCK_N, QUERY_TAIL, False, NEED_OWN, NEED_PREFIX,
                     REST, FEATURES.HAS_LENGTHS or TAIL == 0,
                 )  # fmt: skip
         if TAIL:
             _keys(
                 queries, keys, values, axis, draws, targets, tail, scale, softcap,
-                window if FEATURES.PREFIX_IN_WINDOW else None,
+                window if FEATURES.PREFIX_IN_WINDOW else Window(None, None, None),
                 FEATURES, GROUP, BLOCK_M, TAIL, QUERY_TAIL, False, NEED_OWN, NEED_PREFIX, REST, True,
             )  # fmt: skip
 

@@ -7,9 +7,10 @@ fill no tile, and the prefix. The last tile is only as wide as what is left.
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.arguments import Window
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.phi_tiles import memory_of
-from prefixattn.kernels.sequences import aligned, first_of_head, sequence
+from prefixattn.kernels.sequences import first_of_head, sequence
 from prefixattn.kernels.tiles import (
     LOG2E,
     MINUS_INF,
@@ -81,8 +82,8 @@ def prefix_attn_fwd(
         at_k, S = sequence(packed.keys, b)
         if row0 >= L:
             return
-        if window is not None:
-            window = aligned(window, L, S)
+        if window.first is not None:
+            window = Window(window.left, window.right, S - L)
     row = row0 + tl.arange(0, BLOCK_M)
     queries = load_rows(head_of(q, layout.q, at_q, h), layout.q.row, row, row < L, D, BLOCK_D)
     keys = (head_of(k, layout.k, at_k, g), head_of(prefix_k, layout.prefix_k, t, g), layout.k.row, layout.prefix_k.row)
@@ -114,7 +115,7 @@ def prefix_attn_fwd(
     axis = (S, P, S, L)
     # own columns that all queries of the block see, that some see
     open_first, open_end, own_end = 0, S // BLOCK_N * BLOCK_N, S
-    if window is not None:
+    if window.first is not None:
         span = key_tiles(window, row0, BLOCK_M, S, FEATURES.CAUSAL, BLOCK_N)
         _, _, open_first, open_end, masked_tiles = span
         for i in range(0, masked_tiles):
@@ -129,16 +130,16 @@ def prefix_attn_fwd(
         own_end = tl.minimum(S, tl.maximum(row0 + BLOCK_M + S - L, 0))
     for first in range(open_first, open_end, BLOCK_N):
         state = _online(
-            state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, None,
+            state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, Window(None, None, None),
             FEATURES, BLOCK_N, False, MASS, OWN, False,
         )  # fmt: skip
     first_rest = open_end
-    if window is not None:
+    if window.first is not None:
         first_rest = S
     elif FEATURES.CAUSAL or packed is not None:  # how many of a sequence's keys fill no tile, no launch knows
         for first in range(open_end, own_end, BLOCK_N):
             state = _online(
-                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, None,
+                state, queries, keys, values, bias, axis, draws, row, first, scale, softcap, Window(None, None, None),
                 FEATURES, BLOCK_N, FEATURES.CAUSAL, MASS, OWN, True,
             )  # fmt: skip
         first_rest = S
@@ -155,7 +156,7 @@ def prefix_attn_fwd(
         for first in range(first_rest, tail, BLOCK_N):
             state = _online(
                 state, queries, keys, values, bias, axis, draws, row, first, scale, softcap,
-                window if FEATURES.PREFIX_IN_WINDOW else None,
+                window if FEATURES.PREFIX_IN_WINDOW else Window(None, None, None),
                 FEATURES, BLOCK_N, False, MASS, REST, TAIL == 0,
             )  # fmt: skip
     acc, top, weight_sum, prefix_sum = state
@@ -164,7 +165,7 @@ def prefix_attn_fwd(
             acc, top, weight_sum, prefix_sum = _online(
                 (acc, top, weight_sum, prefix_sum),
                 queries, keys, values, bias, axis, draws, row, tail, scale, softcap,
-                window if FEATURES.PREFIX_IN_WINDOW else None,
+                window if FEATURES.PREFIX_IN_WINDOW else Window(None, None, None),
                 FEATURES, TAIL, False, MASS, REST, True,
             )  # fmt: skip
     target = (head_of(out, layout.out, at_q, h), layout.out.row, lse, mass)

@@ -32,7 +32,7 @@ def prefix_attn_fwd_fold(
     order,  # [B], sorts the samples by their prefix
     prefix_ids, lengths, seed, part_out, part_top, part_sum,
     layout, B, H, L, P, scale, softcap, drops,
-    window,  # None if it hides nothing of the prefix
+    window,  # no window if it hides nothing of the prefix
     part_width,
     FEATURES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def prefix_attn_fwd_fold(
     if FEATURES.HAS_IDS:
         used = tl.load(prefix_ids + sample)
     begin = 0
-    if window is not None:
+    if window.first is not None:
         begin = tl.maximum(end + row + window.first - window.left, 0)  # the first row that a query sees, [BLOCK_M]
         begin = tl.where(begin < end, begin, NOWHERE)
     queries = load_rows(q, 1, sample * layout.q.sample + head * layout.q.head + row * layout.q.row, inside, D, BLOCK_D)
@@ -75,7 +75,7 @@ def prefix_attn_fwd_fold(
         longest = tl.max(tl.where(mine, end, 0), 0)
         part_end = tl.minimum((part.to(tl.int32) + 1) * part_width, longest)
         part_begin = part.to(tl.int32) * part_width
-        if window is not None:
+        if window.first is not None:
             least = tl.min(tl.where(mine, begin, NOWHERE), 0)
             part_begin += tl.maximum(least - part_begin, 0) // BLOCK_N * BLOCK_N
         for first in range(part_begin, part_end, BLOCK_N):
@@ -87,7 +87,7 @@ def prefix_attn_fwd_fold(
             if softcap is not None:
                 score, _ = capped(score, softcap)
             seen = mine[:, None] & (column[None, :] < tl.minimum(end, part_end)[:, None])
-            if window is not None:
+            if window.first is not None:
                 seen = seen & (column[None, :] >= begin[:, None])
             score = tl.where(seen, score, MINUS_INF)
             new_top = tl.maximum(top, tl.max(score, 1))

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.arguments import Window
 from prefixattn.kernels.fwd_tiles import add_values, finish, prefix_share, scores
 from prefixattn.kernels.phi_tiles import memory_of
 from prefixattn.kernels.tiles import LOG2E, MINUS_INF, OWN, PREFIX, SPLIT, below_top, head_of, load_rows, prefix_of
@@ -30,7 +31,7 @@ def _span(window, row0, M: tl.constexpr, axis, CAUSAL: tl.constexpr, PREFIX_IN_W
 def _meets(span, window, FIRST: tl.constexpr, W: tl.constexpr, PART: tl.constexpr):
     """Whether a query of the block sees anything of a tile."""
     seen_begin, seen_end, prefix_begin = span
-    if window is None:
+    if window.first is None:
         return seen_end > FIRST
     if PART == PREFIX:
         return prefix_begin < FIRST + W
@@ -47,7 +48,7 @@ def _tile_scores(
     PART: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     column = FIRST + tl.arange(0, W)
-    if (PART == OWN and (FEATURES.CAUSAL or window is not None)) or FEATURES.PREFIX_IN_WINDOW:
+    if (PART == OWN and (FEATURES.CAUSAL or window.first is not None)) or FEATURES.PREFIX_IN_WINDOW:
         score = tl.full((M, W), MINUS_INF, tl.float32)
         if _meets(span, window, FIRST, W, PART):
             score = scores(
@@ -57,8 +58,8 @@ def _tile_scores(
         return score
     else:
         return scores(
-            queries, keys, bias, axis, draws, row, column, scale, softcap, window if PART == SPLIT else None,
-            FEATURES, FEATURES.CAUSAL, PART, BOUND,
+            queries, keys, bias, axis, draws, row, column, scale, softcap,
+            window if PART == SPLIT else Window(None, None, None), FEATURES, FEATURES.CAUSAL, PART, BOUND,
         )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def _tile_values(
     weight_sum += tl.sum(weight, 1)
     if MASS:
         prefix_sum += prefix_share(weight, column, axis, PART)
-    if (PART == OWN and (FEATURES.CAUSAL or window is not None)) or FEATURES.PREFIX_IN_WINDOW:
+    if (PART == OWN and (FEATURES.CAUSAL or window.first is not None)) or FEATURES.PREFIX_IN_WINDOW:
         if _meets(span, window, FIRST, W, PART):
             acc = add_values(acc, weight, values, axis, draws, row, column, FEATURES, PART, BOUND)
     else:
@@ -115,7 +116,7 @@ def prefix_attn_fwd_short(
 
     seen_end = row0 + BLOCK_M + S - L  # under causality, own columns from here on are seen by no query of the block
     span = (seen_end, seen_end, seen_end)  # without a window only the second counts
-    if window is not None:
+    if window.first is not None:
         span = _span(window, row0, BLOCK_M, axis, FEATURES.CAUSAL, FEATURES.PREFIX_IN_WINDOW)
     found = ()
     top = tl.full((BLOCK_M,), MINUS_INF, tl.float32)

@@ -6,8 +6,6 @@ A packed sequence is known by its first row, and its tensors' `sample` stride is
 import triton
 import triton.language as tl
 
-from prefixattn.kernels.arguments import Window
-
 
 @triton.jit
 def sequence(offsets, b):
@@ -23,9 +21,3 @@ def first_of_head(packed, head, h, first, L):
     if packed is not None:
         at = h * packed.total + first
     return at
-
-
-@triton.jit
-def aligned(window, L, S):
-    """A window of sequences of L queries and S keys, whose last ones lie at one position."""
-    return Window(window.left, window.right, S - L)

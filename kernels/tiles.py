@@ -145,7 +145,7 @@ def masked(
     S,
     end,
     L,
-    window,  # None where it hides nothing of the tile
+    window,  # no window where it hides nothing of the tile
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,  # the mask is the same for every query
     CAUSAL: tl.constexpr,
@@ -175,7 +175,7 @@ def masked(
             if PART == SPLIT:
                 seen = seen | (column >= S)
             score = tl.where(seen, score, MINUS_INF)
-    if window is not None:
+    if window.first is not None:
         score = windowed(score, window, row, column, S, end, PREFIX_IN_WINDOW, PART)
     if BOUND:
         score = tl.where(column < end, score, MINUS_INF)

@@ -10,7 +10,8 @@ Tile = tuple[int, int]  # its first column or query, and its width
 
 
 def windowed(a: SimpleNamespace) -> bool:
-    return getattr(a, "window", None) is not None
+    window = getattr(a, "window", None)
+    return window is not None and window.first is not None
 
 
 def meets(a: SimpleNamespace, queries: Tile, keys: Tile, prefix: bool = False) -> bool:

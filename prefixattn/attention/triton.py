@@ -111,7 +111,7 @@ def kind_of_backward(call: Call, needs: Needs) -> str:
 
 def _compiled_in(call: "KernelCall") -> str:
     memory, softcap = MEMORY if call.memory is not None else "", SOFTCAP if call.softcap else ""
-    window, packed = WINDOW if call.window is not None else "", PACKED if call.packed is not None else ""
+    window, packed = WINDOW if call.window.first is not None else "", PACKED if call.packed is not None else ""
     return memory + softcap + window + packed
 
 
