@@ -6,7 +6,7 @@ call's own features do not compile, the reference takes over for the rest of the
 
 import torch
 
-from prefixattn.attention import reference, triton
+from prefixattn.attention import reference, triton, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.trials import Pairs, Trials, device_name
 
@@ -33,6 +33,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
+@widths.around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     case = _case(triton.kind_of_forward(call), call)
     if trials.trusted(case):
@@ -43,6 +44,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     return reference.fwd(call, wants)
 
 
+@widths.around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     case = _case(triton.kind_of_backward(call, needs), call)
     if trials.trusted(case):

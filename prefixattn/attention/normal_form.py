@@ -69,7 +69,7 @@ def normal_form(
     q, k, v = _one_batch(q, k, v)
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if memory is not None:
-        memory = _normal_memory(memory, prefix_k, q)
+        memory = _normal_memory(memory, prefix_k, q, v.shape[3])
     if sinks is not None:
         check_sinks(sinks, q)
     if not isinstance(phi, str) or phi not in PHIS:
@@ -176,10 +176,13 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
     B, H, _, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
     require_shape("k", k, B=B, Hkv=Hkv, S=S, D=D)
-    require_shape("v", v, B=B, Hkv=Hkv, S=S, D=D)
+    Dv = v.shape[3] if v.dim() == 4 else D
+    require_shape("v", v, B=B, Hkv=Hkv, S=S, Dv=Dv)
+    if Dv == 0 and D:
+        raise ValueError(f"v has shape {list(v.shape)}, expected [B={B}, Hkv={Hkv}, S={S}, Dv] with Dv from 1")
     several = {"T": prefix_k.shape[0]} if prefix_k.dim() == 4 else {}
     require_shape("prefix_k", prefix_k, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
-    require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
+    require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], Dv=Dv)
     if H != Hkv:
         if not enable_gqa:
             raise ValueError(f"q has H={H} heads and k has Hkv={Hkv}; expected as many, or enable_gqa=True")
@@ -194,12 +197,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
             raise ValueError(f"{name} is on {t.device}, expected {device} as q")
 
 
-def _normal_memory(memory: Tensor, prefix_k: Tensor, q: Tensor) -> Tensor:
-    """[1, H, D, D], or [T, H, D, D] with the T of the prefixes."""
+def _normal_memory(memory: Tensor, prefix_k: Tensor, q: Tensor, Dv: int) -> Tensor:
+    """[1, H, D, Dv], or [T, H, D, Dv] with the T of the prefixes."""
     H, D = q.shape[1], q.shape[3]
     rows = (prefix_k.shape[0],) if memory.dim() == 4 and prefix_k.dim() == 4 else ()
-    if memory.shape != (*rows, H, D, D):
-        spelled = "".join(f"T={T}, " for T in rows) + f"H={H}, D={D}, D={D}"
+    if memory.shape != (*rows, H, D, Dv):
+        spelled = "".join(f"T={T}, " for T in rows) + f"H={H}, D={D}, Dv={Dv}"
         raise ValueError(f"memory has shape {list(memory.shape)}, expected [{spelled}]")
     if memory.dtype != q.dtype:
         raise ValueError(f"memory is {memory.dtype}, expected {q.dtype} as q")
