@@ -6,7 +6,7 @@ from torch import Tensor
 from prefixattn.attention.call import Call, Wants
 from prefixattn.attention.checks import check_flags, check_float, check_tensor
 from prefixattn.attention.layout import unit_stride, unpacked
-from prefixattn.attention.normal_form import autocast, autocasts, normal_form
+from prefixattn.attention.normal_form import anew, autocast, autocasts, normal_form
 from prefixattn.attention.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.attention.sequences import Sequences
 
@@ -148,6 +148,8 @@ def prefix_attention_qkvpacked(
     if autocasts(qkv):
         (qkv,) = autocast(qkv)
     qkv = unit_stride(qkv)
+    if torch.compiler.is_compiling():
+        (qkv,) = anew(qkv)
     form = normal_form(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),

@@ -109,7 +109,8 @@ def normal_form(
         seed = torch.randint(2**62, (1,), device=q.device)
 
     if torch.compiler.is_compiling():
-        q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
+        q, k, v, prefix_k, prefix_v, memory = anew(q, k, v, prefix_k, prefix_v, memory)
+        attn_mask, sinks = anew(attn_mask, sinks)
     q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
     call = Call(
         q, k, v, prefix_k, prefix_v, attn_mask, sinks, memory, prefix_ids, lengths, seed=seed,
@@ -135,12 +136,13 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors]
 
 
-def _distinct(*tensors: Any) -> list[Any]:
-    """Views in place of what came before: Dynamo gives no autograd.Function the same tensor twice."""
-    return [
-        t.view_as(t) if t is not None and any([t is earlier for earlier in tensors[:i]]) else t
-        for i, t in enumerate(tensors)
-    ]
+def anew(*tensors: Any) -> list[Any]:
+    """A view of each, for Dynamo: it gives no autograd.Function the same tensor twice.
+
+    And of a tensor that was filled in place, as DeepSeek's keys are, it takes requires_grad for what it was before, so
+    that the gradient would be lost (torch 2.15).
+    """
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def _wanted(call: Call) -> Needs:
