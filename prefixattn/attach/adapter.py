@@ -55,7 +55,7 @@ class Adapter:
         raise NotImplementedError
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
-        """Keys and values `[2, Hkv, P, D]` that the frozen layer makes of `vectors` `[P, E]`, its norm included."""
+        """A layer's kv (prefixes/networks.py) that the frozen layer makes of `vectors` `[P, E]`, its norm included."""
         raise NotImplementedError
 
     def projection_parameters(self, slot: int) -> Iterable[Tensor]:
@@ -63,7 +63,7 @@ class Adapter:
         raise NotImplementedError
 
     def activations(self, ids: list[int]) -> Tensor:
-        """Keys and values `[layers, 2, Hkv, n, D]` of the n tokens `ids` in the frozen model."""
+        """The kv of all layers, of the n tokens `ids` in the frozen model."""
         raise NotImplementedError
 
     def switch(self, on: bool) -> None:

@@ -113,7 +113,7 @@ class PrefixBank(Prefix):
         return True
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All keys and values, `[T, N, 2, Hkv, P, D]`: a view, if not asked for another type."""
+        """All keys and values, `[T, N, 2, Hkv, P, D]` (see `Prefix.forward`): a view, if not asked for another type."""
         rows: Tensor = self.encoder()
         return rows if dtype is None else rows.to(dtype)
 
@@ -180,7 +180,7 @@ class PrefixBank(Prefix):
             ids = ids.to(device)
             self._check_finite(ids)
             lengths = self.encoder.lengths
-            return Chosen(_by_layer(self.encoder().detach()), self._shift(lengths, ids), ids, lengths)
+            return Chosen(self._geometry.by_layer(self.encoder().detach(), 1), self._shift(lengths, ids), ids, lengths)
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._gathered(ids, dtype, device)
         key = (dtype, device, steps(), weight.data_ptr(), weight._version, self.encoder.lengths._version)
@@ -213,7 +213,7 @@ class PrefixBank(Prefix):
         found = self.encoder.lookup(named, sparse).to(device=device, dtype=dtype)
         shift = self._shift(self.encoder.lengths, ids)
         return Chosen(
-            _by_layer(found),
+            self._geometry.by_layer(found, 1),
             shift if isinstance(shift, int) else shift.to(device),
             None if prefix_ids is None else prefix_ids.to(device),
             self.encoder.lengths[named].to(device),
@@ -281,12 +281,7 @@ class PrefixBank(Prefix):
         return {**super().__getstate__(), "_brought": None}
 
 
-def _by_layer(rows: Tensor) -> list[LayerPrefix]:  # [T, N, 2, Hkv, P, D]
-    tensors = rows.flatten(1, 2).unbind(1)
-    return list(zip(tensors[0::2], tensors[1::2], strict=True))
-
-
-def _padded(bank: Tensor, P: int) -> Tensor:  # [N, 2, Hkv, n, D] -> [N, 2, Hkv, P, D]
+def _padded(bank: Tensor, P: int) -> Tensor:  # kv of n rows -> kv of P rows
     return nn.functional.pad(bank, (0, 0, 0, P - bank.shape[3]))
 
 

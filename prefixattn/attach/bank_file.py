@@ -4,7 +4,6 @@ There is no digest: to look at one would read the whole file, and so would a sea
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ PIECE = 2**20  # lengths looked at together
 
 
 def save(folder: Path, config: PrefixConfig, geometry: Geometry, rows: Tensor, lengths: Tensor) -> None:
-    """Writes rows [T, N, 2, Hkv, P, D] and lengths [T], in the place of a bank or a prefix that is there.
+    """Writes rows [T, *kv] and lengths [T], in the place of a bank or a prefix that is there.
 
     A process that dies meanwhile leaves what was there before.
     """
@@ -30,7 +29,7 @@ def save(folder: Path, config: PrefixConfig, geometry: Geometry, rows: Tensor, l
         "format": FORMAT,
         "version": VERSION,
         "config": json.dumps(config.to_dict()),
-        "model": json.dumps(asdict(geometry)),
+        "model": json.dumps(geometry.to_dict()),
     }
     chunks = files.tensor_chunks({"rows": rows, "lengths": lengths}, metadata)
     with saving.saver(folder) as saver:
@@ -64,7 +63,7 @@ def _read(path: Path, geometry: Geometry, mapped: bool) -> tuple[PrefixConfig, T
     if names != ["lengths", "rows"]:
         raise ValueError(f"{path} holds tensors {files.shown(names)}, expected ['lengths', 'rows']")
     slots, T, P = config.slots(geometry.kinds), config.count, config.longest
-    shapes = {"rows": [T, len(slots), 2, geometry.kv_heads, P, geometry.head_dim], "lengths": [T]}
+    shapes = {"rows": [T, *geometry.kv_shape(len(slots), P)], "lengths": [T]}
     for name, shape in shapes.items():
         if header.shapes[name] != shape:
             raise ValueError(f"{path} holds {name} {files.shown(header.shapes[name])}, expected {files.shown(shape)}")

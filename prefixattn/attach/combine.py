@@ -111,9 +111,9 @@ def _alike(kvs: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _concatenated(prefixes: Sequence[Prefix], kvs: list[Tensor], longest: int) -> Tensor:
-    """[N, 2, Hkv, P, D], zero past a layer's own rows."""
-    N, _, Hkv, _, D = kvs[0].shape
-    out = kvs[0].new_zeros(N, 2, Hkv, longest, D)
+    """The kv, zero past a layer's own rows."""
+    N, pair, Hkv, _, D = kvs[0].shape
+    out = kvs[0].new_zeros(N, pair, Hkv, longest, D)
     for slot in range(N):
         rows = torch.cat([kv[slot, :, :, : p.lengths[slot]] for p, kv in zip(prefixes, kvs, strict=True)], 2)
         out[slot, :, :, : rows.shape[2]] = rows

@@ -16,7 +16,7 @@ def initialise(encoder: nn.Module, config: PrefixConfig, bound: float, activatio
 
     Args:
         bound: Of init="uniform".
-        activations: Keys and values [N, 2, Hkv, P, D] of a text, if init is one.
+        activations: Keys and values of a text, as kv in networks.py,, if init is one.
     """
     if activations is not None:
         if isinstance(encoder, FreePrefix):

@@ -43,7 +43,10 @@ class Prefix(Attached):
         return isinstance(self.encoder, FreePrefix) and self.gate is None
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Keys and values, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`."""
+        """Keys and values, `[N, 2, Hkv, P, D]`, in the parameters' own type or in `dtype`.
+
+        Where values have another width Dv than keys, `[N, 1, Hkv, P, D + Dv]`: of each row its key, then its value.
+        """
         # The network is small beside the model and its output is what will be kept: it runs in its own type.
         device_type = next(self.encoder.parameters()).device.type
         # there is no autocast on meta to switch off, and torch raises
@@ -97,8 +100,7 @@ class Prefix(Attached):
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         kv = self(dtype).to(device)
-        tensors = kv.flatten(0, 1).unbind(0)
-        pairs = list(zip(tensors[0::2], tensors[1::2], strict=True))
+        pairs = self._geometry.by_layer(kv)
         if isinstance(self.config.length, int):
             return pairs
         return [(k[:, :n], v[:, :n]) for (k, v), n in zip(pairs, self.lengths, strict=True)]
@@ -106,7 +108,7 @@ class Prefix(Attached):
     def num_parameters(self, kept: bool = False) -> int:
         """Parameters being trained; with `kept`, the numbers that must be kept to use the prefix afterwards."""
         if kept:
-            return sum(self.lengths) * 2 * self._geometry.kv_heads * self._geometry.head_dim
+            return sum(self.lengths) * self._geometry.kv_heads * (self._geometry.head_dim + self._geometry.value_dim)
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def fold(self) -> "Prefix":
@@ -221,7 +223,7 @@ class Prefix(Attached):
         cache.export(Path(folder), self._attached(), config, rows, tokens)
 
     def _served(self, batch: int, ids: Tensor | None) -> tuple[PrefixConfig, Tensor]:
-        """The keys and values that a cache holds, [B, N, 2, Hkv, P, D], and the config of such a prefix."""
+        """The keys and values that a cache holds, [B, *kv], and the config of such a prefix."""
         self._refuse_uncached()
         self._refuse_ids(ids)
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:

@@ -18,12 +18,12 @@ class Call(NamedTuple):
     # of packed sequences [1, H, total, D]: then B, L and S are those of the sequences
     q: Tensor  # [B, H, L, D]
     k: Tensor  # [B, Hkv, S, D]
-    v: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, Dv]
     prefix_k: Tensor  # [T, Hkv, P, D]
-    prefix_v: Tensor  # [T, Hkv, P, D]
+    prefix_v: Tensor  # [T, Hkv, P, Dv]
     attn_mask: Tensor | None = None  # [B or 1, H or 1, L or 1, S or 1]
     sinks: Tensor | None = None  # [H]
-    memory: Tensor | None = None  # [1 or T, H, D, D]
+    memory: Tensor | None = None  # [1 or T, H, D, Dv]
     prefix_ids: Tensor | None = None  # int64 [B]: each sample's prefix; None: the only one, or prefix b of sample b
     prefix_lengths: Tensor | None = None  # int64 [B], per sample
     cu_seqlens_q: Tensor | None = None  # int64 [B + 1], where sequences are packed; rows between are a sequence's
@@ -92,18 +92,18 @@ class Wants(NamedTuple):
 class Results(NamedTuple):
     """Of a forward pass; what was not wanted is empty [0]."""
 
-    out: Tensor  # [B, H, L, D]
+    out: Tensor  # [B, H, L, Dv]
     lse: Tensor  # [B, H, L], natural log, of layout.lse_type
     mass: Tensor  # the softmax weight on the prefix [B, H, L], float32
-    attended: Tensor  # out without the memory's part [B, H, L, D]
+    attended: Tensor  # out without the memory's part [B, H, L, Dv]
 
 
 class Given(NamedTuple):
     """What a backward pass is given beside the call: what arrived, and what the forward pass left."""
 
-    dout: Tensor  # [B, H, L, D]
+    dout: Tensor  # [B, H, L, Dv]
     dlse: Tensor | None  # [B, H, L]
-    out: Tensor  # [B, H, L, D]; with a memory what was `attended`, or empty if no gradient but the memory's is wanted
+    out: Tensor  # [B, H, L, Dv]; with a memory what was `attended`, or empty if no gradient but the memory's is wanted
     lse: Tensor  # [B, H, L]
 
 

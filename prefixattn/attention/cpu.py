@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import prefixattn._C as _C
+from prefixattn.attention import sinks, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.attention.native import address, attn_fields, strided
-from prefixattn.attention.sinks import around_bwd, around_fwd
 
 if TYPE_CHECKING:
     from prefixattn._C import AttnOnCpu
@@ -30,7 +30,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
         reasons.append(f"q is on {q.device.type}; needs cpu")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
-    D = q.shape[3]
+    D = widths.wider(call)
     if D % _C.HEAD_DIM_STEP or not 0 < D <= _C.MAX_HEAD_DIM:
         reasons.append(f"head_dim={D}; needs a multiple of {_C.HEAD_DIM_STEP} up to {_C.MAX_HEAD_DIM}")
     if mask is not None and mask.dtype not in (torch.bool, q.dtype, torch.float32):
@@ -40,7 +40,8 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
-@around_fwd
+@widths.around_fwd
+@sinks.around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     q = call.q
     out = empty_like_order(q)
@@ -58,7 +59,8 @@ def fwd(call: Call, wants: Wants) -> Results:
     return Results(out, lse, mass, attended)
 
 
-@around_bwd
+@widths.around_bwd
+@sinks.around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     grads = allocated(call, needs, into)
     call = _readable_call(call, dout=given.dout, out=given.out)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixattn.attention import sinks, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
 from prefixattn.attention.layout import empty_like_order
 from prefixattn.attention.native import address, attn_fields, strided
-from prefixattn.attention.sinks import around_bwd, around_fwd
 
 DTYPES = torch.bfloat16, torch.float16
 HEAD_DIMS = 64, 128
@@ -74,8 +74,9 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
         reasons.append(f"q is on a GPU of sm_{major}{minor}; needs sm_80 or later")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs bfloat16 or float16 (triton has float32)")
-    if q.shape[3] not in HEAD_DIMS:
-        reasons.append(f"head_dim={q.shape[3]}; needs 64 or 128 (triton has all up to 256)")
+    D = widths.wider(call)
+    if D not in HEAD_DIMS:
+        reasons.append(f"head_dim={D}; needs 64 or 128 (triton has all up to 256)")
     if mask is not None and mask.shape[2] != 1:
         reasons.append(f"attn_mask {list(mask.shape)}; needs one of keys, [B, H, 1, S] (triton has all masks)")
     if needs.attn_mask:
@@ -83,12 +84,13 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     # within a head the kernels count elements in 32 bits
     operands = {"q": q, "k": call.k, "v": call.v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v}
     for name, t in operands.items():
-        if max(t.stride(2), 3 * t.shape[1] * t.shape[3]) >= LARGEST_ROW_STRIDE or t.shape[2] > LAST:
+        if max(t.stride(2), 3 * t.shape[1] * D) >= LARGEST_ROW_STRIDE or t.shape[2] > LAST:
             reasons.append(f"{name} {list(t.shape)} has rows 2**30 elements apart, or 2**31 of them (triton has them)")
     return reasons
 
 
-@around_fwd
+@widths.around_fwd
+@sinks.around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     q = call.q
     out = empty_like_order(q)
@@ -108,7 +110,8 @@ def fwd(call: Call, wants: Wants) -> Results:
     return results
 
 
-@around_bwd
+@widths.around_bwd
+@sinks.around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     q, grads = call.q, allocated(call, needs, into)
     if _sees_nothing(call):

@@ -6,7 +6,7 @@ from torch import Tensor
 from prefixattn.attention.call import Call, Wants
 from prefixattn.attention.checks import check_flags, check_float, check_tensor
 from prefixattn.attention.layout import unit_stride, unpacked
-from prefixattn.attention.normal_form import autocast, autocasts, normal_form
+from prefixattn.attention.normal_form import anew, autocast, autocasts, normal_form
 from prefixattn.attention.ops import prefix_attn, prefix_attn_qkvpacked
 from prefixattn.attention.sequences import Sequences
 
@@ -14,9 +14,9 @@ from prefixattn.attention.sequences import Sequences
 def prefix_attention(
     q: Tensor,  # [B, H, L, D], or without B in q, k and v
     k: Tensor,  # [B, Hkv, S, D]
-    v: Tensor,  # [B, Hkv, S, D]
+    v: Tensor,  # [B, Hkv, S, Dv]
     prefix_k: Tensor,  # [Hkv, P, D] shared | [B, Hkv, P, D] one per sample | [T, Hkv, P, D] a bank, with prefix_ids
-    prefix_v: Tensor,  # as prefix_k
+    prefix_v: Tensor,  # as prefix_k, with Dv for D
     attn_mask: Tensor | None = None,  # broadcastable to [B, H, L, S]
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -26,7 +26,7 @@ def prefix_attention(
     prefix_ids: Tensor | None = None,  # int64 [B]
     prefix_lengths: Tensor | None = None,  # int64 [T] or [B]
     prefix_dropout_p: float = 0.0,
-    memory: Tensor | None = None,  # [H, D, D] shared | [B, H, D, D] or, with prefix_ids, [T, H, D, D]
+    memory: Tensor | None = None,  # [H, D, Dv] shared | [B, H, D, Dv] or, with prefix_ids, [T, H, D, Dv]
     phi: str = "elu",
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [H]
@@ -35,16 +35,19 @@ def prefix_attention(
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, ...]:  # [B, H, L, D], then lse and mass [B, H, L] if asked for
+) -> Tensor | tuple[Tensor, ...]:  # [B, H, L, Dv], then lse and mass [B, H, L] if asked for
     """Attention over the keys and, ahead of them, a learned prefix that every query sees.
 
     Equal to ``scaled_dot_product_attention(q, cat(prefix_k, k), cat(prefix_v, v))`` without the two copies and
     without expanding the prefix over the batch.
 
     q, k and v have one number of samples, or some of them one sample for all; without that axis the results lack it
-    too. v has the width D of q and k. Hidden keys (by a mask, by causality, past prefix_lengths) have the weight zero
-    and never reach lse and mass, whatever they hold. But zero times nan or inf is nan, as in SDPA: what a mask or
-    causality hides should be finite, or out and the gradients may not be. Rows past prefix_lengths may hold anything.
+    too. Hidden keys (by a mask, by causality, past prefix_lengths) have the weight zero and never reach lse and mass,
+    whatever they hold. But zero times nan or inf is nan, as in SDPA: what a mask or causality hides should be finite,
+    or out and the gradients may not be. Rows past prefix_lengths may hold anything.
+
+    Values may have another width than keys: v, prefix_v and out have Dv where q, k and prefix_k have D. The kernels
+    have one width: they read copies of the narrower tensors that zeros make as wide as the others.
 
     Args:
         attn_mask: As in SDPA (bool: True attends; float: added, in the type of q or float32), for the own keys only.
@@ -145,6 +148,8 @@ def prefix_attention_qkvpacked(
     if autocasts(qkv):
         (qkv,) = autocast(qkv)
     qkv = unit_stride(qkv)
+    if torch.compiler.is_compiling():
+        (qkv,) = anew(qkv)
     form = normal_form(
         *(*unpacked(qkv), prefix_k, prefix_v, attn_mask),
         *(dropout_p, is_causal, scale, False),
@@ -161,9 +166,9 @@ def prefix_attention_qkvpacked(
 def prefix_attention_varlen(
     q: Tensor,  # [total_q, H, D]
     k: Tensor,  # [total_k, Hkv, D]
-    v: Tensor,  # [total_k, Hkv, D]
+    v: Tensor,  # [total_k, Hkv, Dv]
     prefix_k: Tensor,  # [Hkv, P, D] shared | [n, Hkv, P, D] one per sequence | [T, Hkv, P, D] a bank, with prefix_ids
-    prefix_v: Tensor,  # as prefix_k
+    prefix_v: Tensor,  # as prefix_k, with Dv for D
     cu_seqlens_q: Tensor,  # int32 or int64 [n + 1]
     cu_seqlens_k: Tensor,  # likewise
     max_seqlen_q: int,
@@ -176,7 +181,7 @@ def prefix_attention_varlen(
     prefix_ids: Tensor | None = None,  # int64 [n]
     prefix_lengths: Tensor | None = None,  # int64 [T] or [n]
     prefix_dropout_p: float = 0.0,
-    memory: Tensor | None = None,  # [H, D, D] shared | [n, H, D, D] or, with prefix_ids, [T, H, D, D]
+    memory: Tensor | None = None,  # [H, D, Dv] shared | [n, H, D, Dv] or, with prefix_ids, [T, H, D, Dv]
     phi: str = "elu",
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [H]
@@ -185,7 +190,7 @@ def prefix_attention_varlen(
     return_lse: bool = False,
     return_prefix_mass: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, ...]:  # [total_q, H, D], then lse and mass [H, total_q] if asked for
+) -> Tensor | tuple[Tensor, ...]:  # [total_q, H, Dv], then lse and mass [H, total_q] if asked for
     """prefix_attention for n sequences of different length, packed one behind the other: none is padded.
 
     Each sequence attends to its own keys and to its prefix, as if it were alone: causality and windows are aligned at
@@ -206,10 +211,10 @@ def prefix_attention_varlen(
         NotImplementedError: No backend, or not the one named, takes the call: why each cannot.
     """
     check_flags(is_causal, enable_gqa, return_lse, return_prefix_mass)
-    for name, t, heads in (("q", q, "total_q, H"), ("k", k, "total_k, Hkv"), ("v", v, "total_k, Hkv")):
+    for name, t, axes in (("q", q, "total_q, H, D"), ("k", k, "total_k, Hkv, D"), ("v", v, "total_k, Hkv, Dv")):
         check_tensor(name, t)
         if t.dim() != 3:
-            raise ValueError(f"{name} has shape {list(t.shape)}, expected [{heads}, D]")
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected [{axes}]")
     q, k, v = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     form = normal_form(
         *(q, k, v, prefix_k, prefix_v, None),

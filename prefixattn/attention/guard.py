@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefixattn.attention import reference, triton
+from prefixattn.attention import reference, triton, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.trials import Pairs, Trials, device_name
 
@@ -39,6 +39,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
+@widths.around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     case = _case(triton.kind_of_forward(call), call)
     if trials.trusted(case):
@@ -49,6 +50,7 @@ def fwd(call: Call, wants: Wants) -> Results:
     return reference.fwd(call, wants)
 
 
+@widths.around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     case = _case(triton.kind_of_backward(call, needs), call)
     if trials.trusted(case):

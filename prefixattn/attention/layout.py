@@ -4,13 +4,17 @@ import torch
 from torch import Tensor
 
 
-def empty_like_order(t: Tensor) -> Tensor:  # t [B, H, L, D]
+def empty_like_order(t: Tensor, width: int | None = None) -> Tensor:  # t [B, H, L, D]
     """An empty dense tensor of `t`'s shape, its axes in `t`'s memory order: [B, H, L, D] or [B, L, H, D].
+
+    With a `width` that is its last axis.
 
     A model that views its packed projection as `x.view(B, L, H, D).transpose(1, 2)` undoes the transpose on the
     output; keeping the order makes that free.
     """
     B, H, L, D = t.shape
+    if width is not None:
+        D = width
     if t.stride(1) < t.stride(2):
         return torch.empty((B, L, H, D), dtype=t.dtype, device=t.device).transpose(1, 2)
     return torch.empty((B, H, L, D), dtype=t.dtype, device=t.device)

@@ -69,7 +69,7 @@ def normal_form(
     q, k, v = _one_batch(q, k, v)
     _check_shapes(q, k, v, prefix_k, prefix_v, enable_gqa)
     if memory is not None:
-        memory = _normal_memory(memory, prefix_k, q)
+        memory = _normal_memory(memory, prefix_k, q, v.shape[3])
     if sinks is not None:
         check_sinks(sinks, q)
     if not isinstance(phi, str) or phi not in PHIS:
@@ -109,7 +109,8 @@ def normal_form(
         seed = torch.randint(2**62, (1,), device=q.device)
 
     if torch.compiler.is_compiling():
-        q, k, v, prefix_k, prefix_v, memory = _distinct(q, k, v, prefix_k, prefix_v, memory)
+        q, k, v, prefix_k, prefix_v, memory = anew(q, k, v, prefix_k, prefix_v, memory)
+        attn_mask, sinks = anew(attn_mask, sinks)
     q, k, v, prefix_k, prefix_v = map(unit_stride, (q, k, v, prefix_k, prefix_v))
     call = Call(
         q, k, v, prefix_k, prefix_v, attn_mask, sinks, memory, prefix_ids, lengths, seed=seed,
@@ -135,12 +136,13 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors]
 
 
-def _distinct(*tensors: Any) -> list[Any]:
-    """Views in place of what came before: Dynamo gives no autograd.Function the same tensor twice."""
-    return [
-        t.view_as(t) if t is not None and any([t is earlier for earlier in tensors[:i]]) else t
-        for i, t in enumerate(tensors)
-    ]
+def anew(*tensors: Any) -> list[Any]:
+    """A view of each, for Dynamo: it gives no autograd.Function the same tensor twice.
+
+    And of a tensor that was filled in place, as DeepSeek's keys are, it takes requires_grad for what it was before, so
+    that the gradient would be lost (torch 2.15).
+    """
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def _wanted(call: Call) -> Needs:
@@ -176,10 +178,13 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
     B, H, _, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
     require_shape("k", k, B=B, Hkv=Hkv, S=S, D=D)
-    require_shape("v", v, B=B, Hkv=Hkv, S=S, D=D)
+    Dv = v.shape[3] if v.dim() == 4 else D
+    require_shape("v", v, B=B, Hkv=Hkv, S=S, Dv=Dv)
+    if Dv == 0 and D:
+        raise ValueError(f"v has shape {list(v.shape)}, expected [B={B}, Hkv={Hkv}, S={S}, Dv] with Dv from 1")
     several = {"T": prefix_k.shape[0]} if prefix_k.dim() == 4 else {}
     require_shape("prefix_k", prefix_k, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
-    require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], D=D)
+    require_shape("prefix_v", prefix_v, **several, Hkv=Hkv, P=prefix_k.shape[-2], Dv=Dv)
     if H != Hkv:
         if not enable_gqa:
             raise ValueError(f"q has H={H} heads and k has Hkv={Hkv}; expected as many, or enable_gqa=True")
@@ -194,12 +199,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: T
             raise ValueError(f"{name} is on {t.device}, expected {device} as q")
 
 
-def _normal_memory(memory: Tensor, prefix_k: Tensor, q: Tensor) -> Tensor:
-    """[1, H, D, D], or [T, H, D, D] with the T of the prefixes."""
+def _normal_memory(memory: Tensor, prefix_k: Tensor, q: Tensor, Dv: int) -> Tensor:
+    """[1, H, D, Dv], or [T, H, D, Dv] with the T of the prefixes."""
     H, D = q.shape[1], q.shape[3]
     rows = (prefix_k.shape[0],) if memory.dim() == 4 and prefix_k.dim() == 4 else ()
-    if memory.shape != (*rows, H, D, D):
-        spelled = "".join(f"T={T}, " for T in rows) + f"H={H}, D={D}, D={D}"
+    if memory.shape != (*rows, H, D, Dv):
+        spelled = "".join(f"T={T}, " for T in rows) + f"H={H}, D={D}, Dv={Dv}"
         raise ValueError(f"memory has shape {list(memory.shape)}, expected [{spelled}]")
     if memory.dtype != q.dtype:
         raise ValueError(f"memory is {memory.dtype}, expected {q.dtype} as q")

@@ -97,10 +97,10 @@ def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...
 
 def _fwd_fake(*args: Any) -> Results:
     call, wants = _of_forward(args)
-    q = call.q
+    q, Dv = call.q, call.v.shape[3]
     lse = q.new_empty(q.shape[:3], dtype=lse_type(q))
     mass = q.new_empty(q.shape[:3] if wants.mass else 0, dtype=torch.float32)
-    return Results(empty_like_order(q), lse, mass, empty_like_order(q) if wants.attended else q.new_empty(0))
+    return Results(empty_like_order(q, Dv), lse, mass, empty_like_order(q, Dv) if wants.attended else q.new_empty(0))
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -40,12 +40,12 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
 def fwd(call: Call, wants: Wants) -> Results:
     if call.cu_seqlens_q is None:
         return _fwd(call, wants, 0)
-    q = call.q
+    q, Dv = call.q, call.v.shape[3]
     found = Results(
-        empty_like_order(q),
+        empty_like_order(q, Dv),
         q.new_empty(q.shape[:3], dtype=lse_type(q)),
         q.new_empty(q.shape[:3] if wants.mass else 0, dtype=torch.float32),
-        empty_like_order(q) if wants.attended else q.new_empty(0),
+        empty_like_order(q, Dv) if wants.attended else q.new_empty(0),
     )
     for i, (sequence, rows, _) in enumerate(_sequences(call)):
         for whole, part in zip(found, _fwd(sequence, wants, i), strict=True):
@@ -56,11 +56,11 @@ def fwd(call: Call, wants: Wants) -> Results:
 
 def _fwd(call: Call, wants: Wants, first: int) -> Results:
     """Of samples, or of a sequence, which are numbered from `first`."""
-    q, P = call.q, call.prefix_k.shape[2]
+    q, P, Dv = call.q, call.prefix_k.shape[2], call.v.shape[3]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(call, first)
         keys = _virtual(call.k, call.prefix_k, keep_k, call)  # [B, H, P+S, D]
-        values = _virtual(call.v, call.prefix_v, keep_v, call)  # [B, H, P+S, D]
+        values = _virtual(call.v, call.prefix_v, keep_v, call)  # [B, H, P+S, Dv]
         scores = _masked(_capped(_raw_scores(call, keys), call.softcap), call)  # [B, H, L, P+S]
         lse = _with_sinks(scores, call).logsumexp(-1)  # [B, H, L]
         weights = _weights(scores, lse, call)[..., : scores.shape[-1]]
@@ -68,10 +68,10 @@ def _fwd(call: Call, wants: Wants, first: int) -> Results:
         if call.dropout_p > 0:
             weights = weights * _attention_dropout(weights, call, first)
         attended = weights @ values
-        kept = empty_like_order(q).copy_(attended) if wants.attended else q.new_empty(0)
+        kept = empty_like_order(q, Dv).copy_(attended) if wants.attended else q.new_empty(0)
         if call.memory is not None:
             attended = attended + of_memory(call, attended.dtype)
-        out = empty_like_order(q).copy_(attended)
+        out = empty_like_order(q, Dv).copy_(attended)
     return Results(out, lse.to(lse_type(q)), mass, kept)
 
 
@@ -121,7 +121,7 @@ def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grad
         kept = _attention_dropout(weights, call, first) if call.dropout_p > 0 else 1.0
         dout = given.dout.to(weights.dtype)
         if needs.v or needs.prefix_v:
-            dvalues = _over_group((weights * kept).mT @ dout, call.k.shape[1])  # [B, Hkv, P+S, D]
+            dvalues = _over_group((weights * kept).mT @ dout, call.k.shape[1])  # [B, Hkv, P+S, Dv]
             if needs.v:
                 into[2].copy_(dvalues[:, :, P:])
             if needs.prefix_v:
@@ -155,7 +155,7 @@ def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grad
                 if needs.prefix_k:
                     grads = grads._replace(prefix_k=dkeys[:, :, :P] * keep_k)
         if needs.memory:
-            grads = grads._replace(memory=PHIS[call.phi][0](q.to(dout.dtype)).mT @ dout)  # [B, H, D, D]
+            grads = grads._replace(memory=PHIS[call.phi][0](q.to(dout.dtype)).mT @ dout)  # [B, H, D, Dv]
     return grads
 
 
@@ -176,9 +176,9 @@ def _sequences(call: Call) -> Iterator[tuple[Call, slice, slice]]:
 
 
 def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> Tensor:
-    """The keys or values that the queries see, prefix first: [B, H, P+S, D] in the type of the scores.
+    """The keys or values that the queries see, prefix first: [B, H, P+S, D or Dv] in the type of the scores.
 
-    own [B, Hkv, S, D], prefix [T, Hkv, P, D].
+    own [B, Hkv, S, D or Dv], prefix [T, Hkv, P, D or Dv].
     """
     q, ids, lengths = call.q, call.prefix_ids, call.prefix_lengths
     B, Hkv, _, _ = own.shape
@@ -190,7 +190,7 @@ def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> T
 
 
 def of_memory(call: Call, dtype: torch.dtype) -> Tensor:
-    """What the memory adds to out, [B, H, L, D]."""
+    """What the memory adds to out, [B, H, L, Dv]."""
     assert call.memory is not None
     if call.cu_seqlens_q is not None and call.memory.shape[0] > 1:
         parts = [of_memory(sequence, dtype) for sequence, *_ in _sequences(call)]
@@ -200,7 +200,7 @@ def of_memory(call: Call, dtype: torch.dtype) -> Tensor:
 
 
 def _memories(call: Call, like: Tensor) -> Tensor:
-    """Each sample's memory, [B or 1, H, D, D], in the type of `like`."""
+    """Each sample's memory, [B or 1, H, D, Dv], in the type of `like`."""
     memory, ids = call.memory, call.prefix_ids
     assert memory is not None
     return (memory if ids is None or memory.shape[0] == 1 else memory[ids]).to(like.dtype)
@@ -256,12 +256,14 @@ def _weights(scores: Tensor, lse: Tensor, call: Call) -> Tensor:
 
 
 def _prefix_dropout(call: Call, first: int) -> tuple[Tensor | float, Tensor | float]:
-    """Factors 0 or 1 / (1 - p) for each sample's prefix keys and values, [B, Hkv, P, D], or 1 without dropout."""
+    """Factors 0 or 1 / (1 - p) for prefix keys [B, Hkv, P, D] and values [B, Hkv, P, Dv], or 1 without dropout."""
     p, seed = call.prefix_dropout_p, call.seed
     if p == 0 or seed is None:
         return 1.0, 1.0
-    shape = (call.q.shape[0], *call.prefix_k.shape[1:])
-    keep_k, keep_v = (philox.keep(seed, p, shape, kind, first) for kind in (philox.PREFIX_K, philox.PREFIX_V))
+    keep_k, keep_v = (
+        philox.keep(seed, p, (call.q.shape[0], *t.shape[1:]), kind, first)
+        for t, kind in ((call.prefix_k, philox.PREFIX_K), (call.prefix_v, philox.PREFIX_V))
+    )
     return keep_k.to(_precision(call.q)) / (1 - p), keep_v.to(_precision(call.q)) / (1 - p)
 
 

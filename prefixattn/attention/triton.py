@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prefixattn.attention import sinks, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, refused, unknown
 from prefixattn.attention.layout import lse_type, unit_stride
-from prefixattn.attention.sinks import around_bwd, around_fwd
 from prefixattn.kernels.table import INTERPRETED
 
 if TYPE_CHECKING:
@@ -39,12 +39,13 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
         reasons.append(f"q is on {q.device.type}; needs cuda (or cpu with TRITON_INTERPRET=1)")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype={q.dtype}; needs float32, bfloat16 or float16")
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        reasons.append(f"head_dim={q.shape[3]}; needs 1 to {MAX_HEAD_DIM}")
+    D = widths.wider(call)
+    if not 1 <= D <= MAX_HEAD_DIM:
+        reasons.append(f"head_dim={D}; needs 1 to {MAX_HEAD_DIM}")
     # within a head the kernels count in 32 bits; the gradient of a packed projection has the longest rows
     operands = {"q": q, "k": call.k, "v": call.v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v}
     for name, t in operands.items():
-        if max((t.shape[2] - 1) * t.stride(2), 3 * t.shape[1] * t.shape[2] * t.shape[3]) > LAST:
+        if max((t.shape[2] - 1) * t.stride(2), 3 * t.shape[1] * t.shape[2] * D) > LAST:
             reasons.append(f"{name} {list(t.shape)} spans more than 2**31 elements between the rows of one head")
     if (rows_of_q := q.shape[0] * q.shape[1] * q.shape[2]) > LAST:
         reasons.append(f"q has {rows_of_q} rows; needs fewer than 2**31")
@@ -57,7 +58,8 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
     return reasons
 
 
-@around_fwd
+@widths.around_fwd
+@sinks.around_fwd
 def fwd(call: Call, wants: Wants) -> Results:
     from prefixattn.kernels.launch_fwd import forward
 
@@ -69,7 +71,8 @@ def fwd(call: Call, wants: Wants) -> Results:
     )
 
 
-@around_bwd
+@widths.around_bwd
+@sinks.around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     from prefixattn.kernels.launch_bwd import backward
 

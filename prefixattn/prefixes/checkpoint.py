@@ -1,7 +1,6 @@
 """Prefixes on disk: a JSON file that names a safetensors file. Nothing is ever unpickled."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def save(folder: Path, config: Config, geometry: Geometry, tensors: dict[str, Te
             "version": VERSION,
             "method": METHODS[isinstance(config, PrefixPlusConfig)],
             "config": config.to_dict(),
-            "model": asdict(geometry),
+            "model": geometry.to_dict(),
             "folded": folded,
             "weights": weights,
             "sha256": digest,
@@ -114,7 +113,7 @@ def _read(folder: Path, geometry: Geometry, defaults: Defaults) -> Read:
     with torch.device("meta"):  # no memory, and no random numbers drawn
         encoder = make_encoder(config, geometry)
         if values["folded"]:
-            encoder = FreePrefix(torch.empty(len(slots), 2, geometry.kv_heads, config.longest, geometry.head_dim))
+            encoder = FreePrefix(torch.empty(geometry.kv_shape(len(slots), config.longest)))
     gated = {"gate": [len(slots)]} if config.gate and not values["folded"] else {}
     tensors = files.read_tensors(weights, _shapes(encoder) | gated, digest)
     gate = tensors.pop("gate") if gated else None
@@ -158,7 +157,9 @@ def _check_fields(path: Path, values: dict[str, Any]) -> None:
 
 
 def check_geometry(path: Path, saved: Any, geometry: Geometry) -> None:
-    here = asdict(geometry)
+    here = geometry.to_dict()
+    if isinstance(saved, dict) and ("value_dim" in saved) != ("value_dim" in here):  # one of them has one width
+        here, saved = ({**sizes, "value_dim": sizes.get("value_dim", sizes.get("head_dim"))} for sizes in (here, saved))
     if not isinstance(saved, dict) or set(saved) != set(here):
         raise ValueError(f"{path} describes the model as {files.shown(saved)}, expected the fields {', '.join(here)}")
     differing = [

@@ -1,11 +1,12 @@
 """Modules that make prefixes.
 
-*kv* is a model's prefix, `[N, 2, Hkv, P, D]`: N the layers that have one, and key before value.
+*kv* is a model's prefix, `[N, 2, Hkv, P, D]`: N the layers that have one, and key before value. Where a model's values
+have another width than its keys it is `[N, 1, Hkv, P, D + Dv]`: of each row of a head, key before value.
 """
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from prefixattn.reparam.call import Call, Form, Needs
 from prefixattn.reparam.functional import kv_and_z, kv_onto, reparameterize
 from prefixattn.reparam.reference import ACTIVATIONS, hidden_bwd, kv_view
 
-Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> [2, Hkv, P, D]
+Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> its kv, without N
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,57 @@ class Geometry:
     kinds: dict[str, int] = field(default_factory=dict)  # kind of attention -> its layers; of one kind {"self": layers}
 
     heads: int = 0  # H; 0: as many as Hkv
+    value_dim: int = 0  # Dv; 0: as wide as keys
 
     def __post_init__(self) -> None:
         if not self.kinds:
             self.kinds["self"] = self.layers
         if not self.heads:
             object.__setattr__(self, "heads", self.kv_heads)
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
+
+    @property
+    def two_widths(self) -> bool:
+        return self.value_dim != self.head_dim
+
+    def kv_shape(self, layers: int, length: int) -> tuple[int, int, int, int, int]:
+        """Of kv, `layers` of its layers and `length` rows."""
+        if self.two_widths:
+            return layers, 1, self.kv_heads, length, self.head_dim + self.value_dim
+        return layers, 2, self.kv_heads, length, self.head_dim
+
+    def joined(self, key: Tensor, value: Tensor) -> Tensor:
+        """A layer's kv, without N, of its key [Hkv, P, D] and value [Hkv, P, Dv]."""
+        return torch.cat([key, value], -1)[None] if self.two_widths else torch.stack([key, value])
+
+    def by_layer(self, kv: Tensor, axis: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Key and value of each layer, views without the axes [N, 2 or 1], of which N is at `axis`."""
+        if self.two_widths:
+            key, value = kv.squeeze(axis + 1).split((self.head_dim, self.value_dim), -1)
+            return list(zip(key.unbind(axis), value.unbind(axis), strict=True))
+        tensors = kv.flatten(axis, axis + 1).unbind(axis)
+        return list(zip(tensors[0::2], tensors[1::2], strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For files; those of one width say nothing of values."""
+        return {name: value for name, value in asdict(self).items() if name != "value_dim" or self.two_widths}
+
+    @property
+    def of_network(self) -> tuple[int, int]:
+        """Heads and width of what a network makes twice for each layer: of two widths it is half of the heads, whole.
+
+        NotImplementedError if their number is odd.
+        """
+        if not self.two_widths:
+            return self.kv_heads, self.head_dim
+        half, odd = divmod(self.kv_heads, 2)
+        if odd:
+            raise NotImplementedError(
+                f"share='deep' with keys of width {self.head_dim}, values of width {self.value_dim} and "
+                f"Hkv={self.kv_heads} key heads; it takes an even number of heads there, and share='none' any"
+            )
+        return half, self.head_dim + self.value_dim
 
 
 class _Rows(nn.Module):
@@ -91,14 +137,16 @@ class DeepShare(FactoredNetwork):
         activation: str = "tanh",
         fused: bool = True,
     ) -> None:
-        super().__init__(layers, geometry.kv_heads, geometry.head_dim, interleaved, activation)
+        heads, width = geometry.of_network
+        super().__init__(layers, heads, width, interleaved, activation)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected {', '.join(map(repr, ACTIVATIONS))}")
         if not isinstance(networks, int) or networks < 1:
             raise ValueError(f"networks is {networks!r}, expected an integer from 1")
         self.networks = networks
         self.fused = fused
-        outputs = layers * 2 * geometry.kv_heads * geometry.head_dim
+        self.two_widths = geometry.two_widths
+        outputs = layers * 2 * heads * width
         self.embedding: Any
         self.down: Any
         self.up: Any
@@ -114,8 +162,11 @@ class DeepShare(FactoredNetwork):
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """Keys and values, in the parameters' type or in `dtype`. One pass over P rows, whatever the batch."""
-        if dtype is None:
-            dtype = self.embedding.weight.dtype
+        kv = self._halves(self.embedding.weight.dtype if dtype is None else dtype)
+        return kv.flatten(1, 2)[:, None] if self.two_widths else kv
+
+    def _halves(self, dtype: torch.dtype) -> Tensor:
+        """kv in the network's own form, [N, 2, Hkv, P, D] or [N, 2, Hkv / 2, P, D + Dv]."""
         if not self.fused:
             return self._by_layers(dtype)
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
@@ -200,7 +251,7 @@ class Projected(NamedTuple):
     """What frozen projections made of vectors, with the graph between them."""
 
     vectors: Tensor  # [N, P, E], an alias of the parameter: the parameter's gradient holds this, and must not hold it
-    kv: Tensor  # [N, 2, Hkv, P, D]
+    kv: Tensor
     of: State
 
     def pull(self, dkv: Tensor) -> Tensor:
@@ -280,30 +331,30 @@ class FreePrefix(MakesPrefix):
 
     def __init__(self, kv: Tensor, trainable: bool = True) -> None:
         super().__init__()
-        self.bank = nn.Parameter(kv, requires_grad=trainable)  # [N, 2, Hkv, P, D]; by its name in checkpoints
+        self.bank = nn.Parameter(kv, requires_grad=trainable)  # by its name in checkpoints
 
     def forward(self) -> Tensor:
         return self.bank
 
 
 class PrefixRows(MakesPrefix):
-    """Keys and values of many prefixes, each of them one contiguous row of `weight` [T, N * 2 * Hkv * P * D].
+    """Keys and values of many prefixes, each of them one contiguous row of `weight`, [T, numbers of its kv].
 
     `lengths` int64 [T] says how many of the P of each are used; what lies past them is zero.
     """
 
     lengths: Tensor
 
-    def __init__(self, rows: Tensor, lengths: Tensor, trainable: bool = True) -> None:  # [T, N, 2, Hkv, P, D]
+    def __init__(self, rows: Tensor, lengths: Tensor, trainable: bool = True) -> None:  # [T, *kv]
         super().__init__()
         self.shape = tuple(rows.shape[1:])
         self.weight = nn.Parameter(rows.flatten(1), requires_grad=trainable)
         self.register_buffer("lengths", lengths)
 
-    def forward(self) -> Tensor:  # [T, N, 2, Hkv, P, D], a view
+    def forward(self) -> Tensor:  # [T, *kv], a view
         return self.weight.view(-1, *self.shape)
 
-    def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:  # [U] -> [U, N, 2, Hkv, P, D]
+    def lookup(self, ids: Tensor, sparse: bool = False) -> Tensor:  # [U] -> [U, *kv]
         return F.embedding(ids, self.weight, sparse=sparse).view(-1, *self.shape)
 
 
@@ -325,7 +376,7 @@ def make_encoder(config: PrefixConfig, geometry: Geometry) -> nn.Module:
     if config.share == "simple":
         return SimpleShare(slots, P, geometry)
     if config.share == "none":
-        shape = (len(slots), 2, geometry.kv_heads, P, geometry.head_dim)
+        shape = geometry.kv_shape(len(slots), P)
         if config.count is None:
             return FreePrefix(torch.randn(shape))
         return PrefixRows(torch.randn(config.count, *shape), torch.full((config.count,), P))

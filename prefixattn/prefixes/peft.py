@@ -46,6 +46,7 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
 
     All rows can be trained, those that a CARTRIDGE freezes (`num_frozen_tokens`) too.
     """
+    _check_widths(geometry)
     weights = folder / TENSORS
     before = saving.stamp(folder, (JSON, TENSORS))
     path, values = _description(folder)
@@ -91,6 +92,7 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, kv: Tensor) -
     folder is the old adapter, none for a moment, or the new one. `read` meets the old or the new one at any time, if
     this function wrote the old one, as the tensors' file holds the description too.
     """
+    _check_widths(geometry)
     if config.positions != "shifted":
         raise ValueError(f"positions is {config.positions!r}; PEFT always shifts positions by the prefix's length")
     if _seq2seq(geometry) and set(config.counts(geometry.kinds)) != {"decoder"}:
@@ -168,6 +170,14 @@ def _sizes(geometry: Geometry) -> dict[str, Any]:
         "token_dim": geometry.kv_heads * geometry.head_dim,
         "num_transformer_submodules": 2 if _seq2seq(geometry) else 1,
     }
+
+
+def _check_widths(geometry: Geometry) -> None:
+    if geometry.two_widths:
+        raise NotImplementedError(
+            f"{geometry.model_type} has keys of width {geometry.head_dim} and values of width {geometry.value_dim}; "
+            "an adapter of PEFT has one width for both: save_pretrained and load keep such a prefix"
+        )
 
 
 def _check_model(path: Path, values: dict[str, Any], geometry: Geometry) -> None:

@@ -28,8 +28,9 @@ class PrefixPlusConfig(LayerChoice):
     Args:
         phi: "elu" (the paper's main results), "gelu", "relu", "none", or "mlp": ``relu(q @ W.T + b)`` with a trained W
             (remark 1).
-        per: "head": M is ``[H, D, D]``, a matrix for each query head, applied inside the attention kernels. "width":
-            M is ``[H * D, H * D]``, over the queries of all heads, as published code has it; a product of its own.
+        per: "head": M is ``[H, D, Dv]``, a matrix for each query head, applied inside the attention kernels; Dv is the
+            width of values, which most models have from D. "width": M is ``[H * D, H * Dv]``, over the queries of all
+            heads, as published code has it; a product of its own.
         hidden: Features of phi="mlp"; None: as many as q has, D or H * D.
         layers: "all", "first", or the indices of the layers that get a matrix; of an encoder-decoder in each stack.
         attentions: "all", or some of a model's kinds of attention, as in `PrefixConfig`.
@@ -79,20 +80,20 @@ class Memory(NamedTuple):
     """What one layer adds to its attention's output."""
 
     phi: str
-    matrix: Tensor  # [H, F, D], or [1, F, H * D] over all heads; F = D or H * D without an MLP
+    matrix: Tensor  # [H, F, Dv], or [1, F, H * Dv] over all heads; F = D or H * D without an MLP
     weight: Tensor | None  # [H, F, D] or [1, F, H * D], of phi="mlp"
     bias: Tensor | None  # [H, F] or [1, F]
 
     @property
     def inside(self) -> bool:
         """True if the attention kernels add it themselves."""
-        return self.weight is None and self.matrix.shape[-2] == self.matrix.shape[-1] and len(self.matrix) > 1
+        return self.weight is None and len(self.matrix) > 1
 
     def to(self, device: torch.device) -> "Memory":
         parts = (self.matrix, self.weight, self.bias)
         return Memory(self.phi, *(None if t is None else t.to(device) for t in parts))  # type: ignore[arg-type]
 
-    def added(self, q: Tensor) -> Tensor:  # [B, H, L, D] -> [B, H, L, D]
+    def added(self, q: Tensor) -> Tensor:  # [B, H, L, D] -> [B, H, L, Dv]
         """phi(q) @ M, for what the kernels do not know."""
         B, H, L, D = q.shape
         heads = len(self.matrix)
@@ -102,7 +103,7 @@ class Memory(NamedTuple):
         else:
             features = torch.relu(rows @ self.weight.mT + self.bias[:, None])
         out = features @ self.matrix
-        return out if heads == H else out.view(B, L, H, D).transpose(1, 2)
+        return out if heads == H else out.view(B, L, H, out.shape[-1] // H).transpose(1, 2)
 
 
 class Memories(MakesPrefix):
@@ -110,12 +111,12 @@ class Memories(MakesPrefix):
 
     def __init__(self, config: PrefixPlusConfig, geometry: Geometry) -> None:
         super().__init__()
-        H, D = geometry.heads, geometry.head_dim
-        groups, width = (H, D) if config.per == "head" else (1, H * D)
+        H, D, Dv = geometry.heads, geometry.head_dim, geometry.value_dim
+        groups, width, made = (H, D, Dv) if config.per == "head" else (1, H * D, H * Dv)
         hidden = config.hidden or width
         self.phi = config.phi
         count = len(config.slots(geometry.kinds))
-        self.matrix = nn.ParameterList(torch.zeros(groups, hidden, width) for _ in range(count))
+        self.matrix = nn.ParameterList(torch.zeros(groups, hidden, made) for _ in range(count))
         self.weight: Any = None
         self.bias: Any = None
         if config.phi == "mlp":

@@ -92,7 +92,7 @@ class Inputs:
 
     tensors: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
-    dout: Tensor | None = None  # [B, H, L, D]
+    dout: Tensor | None = None  # [B, H, L, Dv]
     dlse: Tensor | None = None  # [B, H, L]
 
     @property
@@ -136,10 +136,12 @@ def make_inputs(
     sinks: str = "",  # "float" (that of q) or "float32"
     window: tuple[int, int] = (-1, -1),
     prefix_in_window: bool = False,
+    value_width: int | None = None,  # Dv; None: D
 ) -> Inputs:
     """Random inputs; scores and lse of a size where every key counts."""
     shape = SHAPES[shape] if isinstance(shape, str) else shape
     B, H, Hkv, L, S, P, D = shape
+    Dv = D if value_width is None else value_width
     device = device or torch.get_default_device().type
     # the same numbers on every device
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -147,21 +149,23 @@ def make_inputs(
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
-    q, k, v = normal(B, H, L, D), normal(B, Hkv, S, D), normal(B, Hkv, S, D)
+    q, k, v = normal(B, H, L, D), normal(B, Hkv, S, D), normal(B, Hkv, S, Dv)
     if layout == "packed":
-        q, k, v = (t.transpose(1, 2) for t in normal(B, max(L, S), H + 2 * Hkv, D).split([H, Hkv, Hkv], 2))
+        widths = H * D, Hkv * D, Hkv * Dv
+        parts_of_one = normal(B, max(L, S), sum(widths)).split(widths, 2)
+        q, k, v = (t.unflatten(2, (n, -1)).transpose(1, 2) for n, t in zip((H, Hkv, Hkv), parts_of_one, strict=True))
         q, k, v = q[:, :, :L], k[:, :, :S], v[:, :, :S]
     elif layout == "expanded":
         q, k, v = q[:1].expand(B, -1, -1, -1), k[:, :1].expand(-1, Hkv, -1, -1), v[:, :1].expand(-1, Hkv, -1, -1)
     T = {"shared": 1, "per_sample": B, "bank": 3}[prefixes]
-    axes = (Hkv, P, D) if prefixes == "shared" else (T, Hkv, P, D)
-    prefix_k, prefix_v = normal(*axes), normal(*axes)
+    axes = (Hkv, P) if prefixes == "shared" else (T, Hkv, P)
+    prefix_k, prefix_v = normal(*axes, D), normal(*axes, Dv)
     if layout == "transposed_prefix":  # as a network that makes all heads of a row at once leaves it
         prefix_k, prefix_v = (t.transpose(-3, -2).contiguous().transpose(-3, -2) for t in (prefix_k, prefix_v))
     tensors = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
     options: dict[str, Any] = {"is_causal": causal, "enable_gqa": H != Hkv, "scale": scale}
     if memory:  # of a size where both parts of out count
-        tensors["memory"] = normal(*((T,) if memory == "as_prefix" else ()), H, D, D) * D**-0.5
+        tensors["memory"] = normal(*((T,) if memory == "as_prefix" else ()), H, D, Dv) * D**-0.5
         options["phi"] = phi
     if softcap:
         options["softcap"] = softcap
@@ -187,7 +191,7 @@ def make_inputs(
     options = {n: o.to(device) if isinstance(o, Tensor) else o for n, o in options.items()}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     dlse = torch.randn(B, H, L, generator=generator, dtype=wide, device="cpu")
-    return Inputs(tensors, options, normal(B, H, L, D).to(device), dlse.to(device))
+    return Inputs(tensors, options, normal(B, H, L, Dv).to(device), dlse.to(device))
 
 
 def results(inputs: Inputs, out: Tensor, lse: Tensor, mass: Tensor) -> dict[str, Tensor]:

@@ -61,6 +61,16 @@ _EXPERTS = {
     "num_experts_per_tok": 1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
+_LATENT = {  # keys of 12 + 4 numbers, values of 12; layers without experts, as DeepSeek's first ones are
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "first_k_dense_replace": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 _WIDE_HEADS = {"head_dim": 16}  # not hidden_size / heads
 # name -> class of the model, class of its config, sizes
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -73,11 +83,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER | _WIDE_HEADS | _WINDOW),  # with softcap
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _WIDE_HEADS | _WINDOW),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", _DECODER | _WIDE_HEADS | _WINDOW | _EXPERTS),  # with sinks
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _DECODER | _LATENT),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _DECODER | _LATENT),
     "vit": ("ViTForImageClassification", "ViTConfig", _VIT),
     "bert": ("BertForSequenceClassification", "BertConfig", _ENCODER),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", _ENCODER),
 }
-DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "deepseek_v2", "deepseek_v3")
 ENCODER_DECODERS = ("bart", "t5")
 
 
@@ -133,9 +145,9 @@ def concat_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The definition: the prefix in front of the keys, expanded over the batch, under an explicit mask."""
-    kv, P = getattr(module, "reference_prefix", None), 0  # [2, Hkv, P, D]
+    kv, P = getattr(module, "reference_prefix", None), 0  # [Hkv, P, D], [Hkv, P, Dv]
     if kv is not None:
-        P = kv.shape[2]
+        P = kv[0].shape[1]
         key, value = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(kv, (key, value), strict=True))
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).mT * scaling
@@ -188,5 +200,7 @@ def concat_twin(model: Any, prefix: Prefix) -> Any:
         for slot, window in adapter.windows.items():
             base.get_submodule(adapter.sites[slot].path).reference_window = window
     for slot, kv, length in zip(prefix.slots, prefix(), prefix.lengths, strict=True):
-        base.get_submodule(adapter.sites[slot].path).reference_prefix = kv[:, :, :length]
+        D = prefix.geometry.head_dim
+        key, value = (kv[0, ..., :D], kv[0, ..., D:]) if len(kv) == 1 else kv
+        base.get_submodule(adapter.sites[slot].path).reference_prefix = key[:, :length], value[:, :length]
     return twin

@@ -41,6 +41,7 @@ def concat_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and mass of prefix_attention by concatenation: nothing here is shared with reference.py but Philox."""
     B, H, L, D = q.shape
+    Dv = v.shape[3]
     Hkv, S, P = k.shape[1], k.shape[2], prefix_k.shape[-2]
     T = prefix_k.shape[0] if prefix_k.dim() == 4 else 1
     scale = D**-0.5 if scale is None else scale
@@ -73,10 +74,10 @@ def concat_attention(
     if prefix_dropout_p:
         assert seed is not None
         prefix_k, prefix_v = (
-            t * philox.keep(seed, prefix_dropout_p, (B, Hkv, P, D), kind).to(t.dtype) / (1 - prefix_dropout_p)
+            t * philox.keep(seed, prefix_dropout_p, (B, Hkv, P, t.shape[3]), kind).to(t.dtype) / (1 - prefix_dropout_p)
             for t, kind in ((prefix_k, philox.PREFIX_K), (prefix_v, philox.PREFIX_V))
         )
-    keys, values = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)  # [B, Hkv, P+S, D]
+    keys, values = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)  # [B, Hkv, P+S, D or Dv]
     sunk = 0 if sinks is None else 1
     if sinks is not None:  # a key of zeros, whose score is what is added to it, with a value of zeros
         bias = torch.cat(
@@ -84,10 +85,13 @@ def concat_attention(
         )
         keys, values = (F.pad(t, (0, 0, 0, 1)) for t in (keys, values))
     # the same sums in another order: queries, keys and head elements are moved around, and their results moved back
-    by_query, by_key, by_element = (n * order // ORDERS for n in (L, P + S + sunk, D))
+    by_query, by_key, by_element, by_value = (n * order // ORDERS for n in (L, P + S + sunk, D, Dv))
     q = q.roll((by_query, by_element), (2, 3))
     bias = bias.roll((by_query, by_key), (2, 3))
-    keys, values = (t.roll((by_key, by_element), (2, 3)).repeat_interleave(H // max(Hkv, 1), 1) for t in (keys, values))
+    keys, values = (
+        t.roll((by_key, by), (2, 3)).repeat_interleave(H // max(Hkv, 1), 1)
+        for t, by in ((keys, by_element), (values, by_value))
+    )
     # softmax knows no empty row; such a row gets an arbitrary bias here and its defined answer below
     blind = (bias == -INF).all(-1)  # [B, H, L]
     bias = bias.masked_fill(blind[..., None], 0.0)
@@ -121,9 +125,9 @@ def concat_attention(
         if prefix_ids is not None and memory.dim() == 4:
             memory = memory[prefix_ids]
         features: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "gelu": F.gelu, "relu": F.relu}
-        memory = memory.roll((by_element, by_element), (-2, -1))
+        memory = memory.roll((by_element, by_value), (-2, -1))
         out = out + rounded(features.get(phi, torch.clone)(q)) @ memory
-    return out.roll((-by_query, -by_element), (2, 3)), lse.roll(-by_query, -1), mass.roll(-by_query, -1)
+    return out.roll((-by_query, -by_value), (2, 3)), lse.roll(-by_query, -1), mass.roll(-by_query, -1)
 
 
 class _Attended(torch.autograd.Function):

@@ -77,6 +77,6 @@ def packed_sequences(
         given[f"cu_seqlens_{x}"] = torch.tensor([0, *tokens]).cumsum(0).int()
         given[f"max_seqlen_{x}"] = max(tokens, default=0)
     assert made.dout is not None and made.dlse is not None
-    dout = made.dout[0].transpose(0, 1) if n else made.dout.new_empty(0, H, D)
+    dout = made.dout[0].transpose(0, 1) if n else made.dout.new_empty(0, H, made.dout.shape[3])
     dlse = made.dlse[0] if n else made.dlse.new_empty(H, 0)
     return Packed(tensors, given, dout.contiguous(), dlse)

@@ -51,6 +51,8 @@ CASES = [
     ("qwen3", None),
     ("gemma2", None),
     ("gpt_oss", None),
+    ("deepseek_v2", None),
+    ("deepseek_v3", None),
     ("roberta", None),
 ]
 

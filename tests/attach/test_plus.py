@@ -28,8 +28,8 @@ CASES = {
 
 
 def added(memory, q):
-    """What a layer adds, [B, L, H, D], by the paper's formula and head by head."""
-    B, H, L, D = q.shape
+    """What a layer adds, [B, L, H, Dv], by the paper's formula and head by head."""
+    B, H, L, _ = q.shape
     heads = [q[:, h] for h in range(H)] if len(memory.matrix) == H else [q.transpose(1, 2).flatten(2)]
     outs = []
     for h, rows in enumerate(heads):
@@ -38,7 +38,7 @@ def added(memory, q):
         else:
             features = torch.relu(F.linear(rows, memory.weight[h], memory.bias[h]))
         outs.append(features @ memory.matrix[h])
-    return torch.cat(outs, -1).view(B, L, H, D)
+    return torch.cat(outs, -1).view(B, L, H, -1)
 
 
 def twin_of(model, plus):

@@ -222,6 +222,28 @@ def test_compiles_where_inputs_are_one_tensor(backend: str, same: str) -> None:
         torch.testing.assert_close(fast, eager)
 
 
+def test_keys_that_were_filled_in_place_have_gradients(backend: str) -> None:
+    """As DeepSeek makes them: an empty tensor, whose parts are copied into it."""
+    inputs = inputs_for(backend)
+    given = ("q", "v", "prefix_k", "prefix_v")
+
+    def call(k: Tensor, *others: Tensor) -> Tensor:
+        made = k.new_empty(k.shape)
+        made[..., :8].copy_(k[..., :8])
+        made[..., 8:].copy_(k[..., 8:])
+        q, v, prefix_k, prefix_v = others
+        out = prefix_attention(q, made, v, prefix_k, prefix_v, **inputs.options, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = [inputs.tensors[name].detach().requires_grad_() for name in ("k", *given)]
+        results.append(torch.autograd.grad(function(*leaves).sin().sum(), leaves))
+    torch.testing.assert_close(*results)
+    assert results[0][0].any()
+
+
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("mask", ["", "float32"])
 def test_autocast_casts_as_sdpa_does(backend: str, mask: str, mode: str) -> None:

@@ -35,8 +35,22 @@ REFUSED = {
     "q_axes": ({"q": torch.ones(H, L, D)}, "q has shape [4, 3, 8], expected 4 axes [B, H, L, D]"),
     "k_axes": ({"k": torch.ones(S, D)}, "k has shape [5, 8], expected 4 axes [B, Hkv, S, D]"),
     "k_batch": ({"k": torch.ones(3, Hkv, S, D)}, "k has shape [3, 2, 5, 8], expected [B=2, Hkv=2, S=5, D=8]"),
-    "v_length": ({"v": torch.ones(B, Hkv, 4, D)}, "v has shape [2, 2, 4, 8], expected [B=2, Hkv=2, S=5, D=8]"),
-    "v_width": ({"v": torch.ones(B, Hkv, S, 9)}, "v has shape [2, 2, 5, 9], expected [B=2, Hkv=2, S=5, D=8]"),
+    "v_length": ({"v": torch.ones(B, Hkv, 4, D)}, "v has shape [2, 2, 4, 8], expected [B=2, Hkv=2, S=5, Dv=8]"),
+    "v_axes": ({"v": torch.ones(Hkv, S, D)}, "v has shape [2, 5, 8], expected [B=2, Hkv=2, S=5, Dv=8]"),
+    "v_width": ({"v": torch.ones(B, Hkv, S, 9)}, "prefix_v has shape [2, 6, 8], expected [Hkv=2, P=6, Dv=9]"),
+    "v_of_no_width": (
+        {"v": torch.ones(B, Hkv, S, 0), "prefix_v": torch.ones(Hkv, P, 0)},
+        "v has shape [2, 2, 5, 0], expected [B=2, Hkv=2, S=5, Dv] with Dv from 1",
+    ),
+    "k_width": ({"k": torch.ones(B, Hkv, S, 9)}, "k has shape [2, 2, 5, 9], expected [B=2, Hkv=2, S=5, D=8]"),
+    "prefix_k_width": (
+        {"prefix_k": torch.ones(Hkv, P, 9)},
+        "prefix_k has shape [2, 6, 9], expected [Hkv=2, P=6, D=8]",
+    ),
+    "prefix_v_width": (
+        {"prefix_v": torch.ones(Hkv, P, 9)},
+        "prefix_v has shape [2, 6, 9], expected [Hkv=2, P=6, Dv=8]",
+    ),
     "prefix_k_axes": (
         {"prefix_k": torch.ones(P, D)},
         "prefix_k has shape [6, 8], expected [Hkv, P, D], or [B, Hkv, P, D] for one per sample",
@@ -47,11 +61,11 @@ REFUSED = {
     ),
     "prefix_v_length": (
         {"prefix_v": torch.ones(Hkv, 7, D)},
-        "prefix_v has shape [2, 7, 8], expected [Hkv=2, P=6, D=8]",
+        "prefix_v has shape [2, 7, 8], expected [Hkv=2, P=6, Dv=8]",
     ),
     "prefix_v_axes": (
         {"prefix_v": torch.ones(1, Hkv, P, D)},
-        "prefix_v has shape [1, 2, 6, 8], expected [Hkv=2, P=6, D=8]",
+        "prefix_v has shape [1, 2, 6, 8], expected [Hkv=2, P=6, Dv=8]",
     ),
     "prefix_batch": (
         {"prefix_k": torch.ones(T, Hkv, P, D), "prefix_v": torch.ones(T, Hkv, P, D)},
@@ -101,10 +115,14 @@ REFUSED = {
     ),
     "lengths_past_P": ({"prefix_lengths": torch.tensor([6, 7])}, "prefix_lengths[1] is 7, expected 0 to 6 (P=6)"),
     "lengths_negative": ({"prefix_lengths": torch.tensor([-1])}, "prefix_lengths[0] is -1, expected 0 to 6 (P=6)"),
-    "memory_shape": ({"memory": torch.ones(Hkv, D, D)}, "memory has shape [2, 8, 8], expected [H=4, D=8, D=8]"),
+    "memory_shape": ({"memory": torch.ones(Hkv, D, D)}, "memory has shape [2, 8, 8], expected [H=4, D=8, Dv=8]"),
+    "memory_width": (
+        {"v": torch.ones(B, Hkv, S, 6), "prefix_v": torch.ones(Hkv, P, 6), "memory": torch.ones(H, D, D)},
+        "memory has shape [4, 8, 8], expected [H=4, D=8, Dv=6]",
+    ),
     "memory_without_bank": (
         {"memory": torch.ones(T, H, D, D)},
-        "memory has shape [3, 4, 8, 8], expected [H=4, D=8, D=8]",
+        "memory has shape [3, 4, 8, 8], expected [H=4, D=8, Dv=8]",
     ),
     "memory_type": ({"memory": torch.ones(H, D, D).half()}, "memory is torch.float16, expected torch.float32 as q"),
     "memory_device": ({"memory": torch.ones(H, D, D, device="meta")}, "memory is on meta, expected cpu as q"),
@@ -126,7 +144,7 @@ BANK_REFUSED = {
     "ids_negative": ({"prefix_ids": torch.tensor([-1, 0])}, "prefix_ids[0] is -1, expected 0 to 2 (T=3)"),
     "memory_rows": (
         {"memory": torch.ones(2, H, D, D)},
-        "memory has shape [2, 4, 8, 8], expected [T=3, H=4, D=8, D=8]",
+        "memory has shape [2, 4, 8, 8], expected [T=3, H=4, D=8, Dv=8]",
     ),
     "lengths_shape": (
         {"prefix_lengths": torch.ones(4).long()},

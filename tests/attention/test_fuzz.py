@@ -59,7 +59,8 @@ def test_a_case_is_the_same_each_time_and_every_kind_is_there() -> None:
         words |= {word.partition("[")[0].partition("~")[0] for word in case.words}
         words |= {f"{letter}0" for letter, n in case.sizes.items() if n == 0}
     kinds = (
-        "causal packed scores memory softcap scale dropout prefix-dropout bank per_sample lengths of-rows dlse hides"
+        "causal packed two-widths scores memory softcap scale dropout prefix-dropout bank per_sample lengths of-rows "
+        "dlse hides"
     )
     layouts = "q-transposed k-expanded v-sliced bool-mask float-mask float32-mask dout-biased dout-ones some-gradients"
     assert not {*kinds.split(), *layouts.split(), "B0", "L0", "S0", "P0"} - words

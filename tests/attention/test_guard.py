@@ -12,7 +12,7 @@ from prefixattn.attention import guard, reference, triton
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
 from prefixattn.kernels import table
 from prefixattn.reparam import guard as reparam_guard
-from prefixattn.testing.attention import make_inputs, ours
+from prefixattn.testing.attention import Shape, make_inputs, ours
 from tests.grids import turns
 
 if reasons := backends.here()["triton"]:
@@ -240,3 +240,17 @@ def test_the_command_prints_verdicts(capsys: pytest.CaptureFixture[str], monkeyp
     assert "float16   reparameterization  agrees" in said
     assert "float32   reparameterization  sgd: w differs" in said
     assert "float32   head size 128  bwd_short: out differ from the reference; bwd: out differ" in said
+
+
+@pytest.mark.usefixtures("auto_takes_triton")
+def test_two_widths_are_tried_as_the_wider(calls: list[str]) -> None:
+    inputs = make_inputs(Shape(1, 1, 1, 5, 5, 2, 8), value_width=16)
+    found = ours(inputs)
+    assert {D for _, _, _, D in guard.trials.verdicts} == {16} and not any(guard.trials.verdicts.values())
+    assert calls[-1] == "triton.bwd"
+    guard.trials.verdicts.update(dict.fromkeys(guard.trials.verdicts, "lost"))
+    by_reference = ours(inputs)
+    assert calls[-1] == "reference.bwd"
+    for name, t in ours(inputs, "reference").items():
+        torch.testing.assert_close(found[name], t, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(by_reference[name], t, rtol=1e-5, atol=1e-5)

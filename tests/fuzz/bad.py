@@ -117,21 +117,21 @@ def _index(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
 
 def _flag(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
     name = draw.choice(("is_causal", "phi", "backend", "return_lse", "return_prefix_mass", "memory"))
-    H, D = case.sizes["H"], case.sizes["D"]
+    H, D, Dv = (case.sizes[name] for name in ("H", "D", "Dv"))
     values: tuple[Any, ...] = ("", "cuda", None, 3, [], torch.ones(2), "Reference", "no\0such", "x" * 100)
     if name == "memory":
         values = (
-            torch.zeros(H, D, D + 1),
-            torch.zeros(H + 1, D, D),
-            torch.zeros(D, D),
-            torch.zeros(1, 1, H, D, D),
+            torch.zeros(H, D, Dv + 1),
+            torch.zeros(H + 1, D, Dv),
+            torch.zeros(D, Dv),
+            torch.zeros(1, 1, H, D, Dv),
             "m",
         )
     return name, draw.choice(values)
 
 
 def _mask(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
-    B, H, _, L, S, _, _ = case.sizes.values()
+    B, H, _, L, S, _, _, _ = case.sizes.values()
     values = (
         torch.ones(B, H, L, S + 1, dtype=torch.bool),
         torch.ones(B + 1, 1, L, S, dtype=torch.bool),

@@ -15,11 +15,11 @@ LARGE_BATCH = 64
 @dataclass
 class Case:
     number: int
-    sizes: dict[str, int]  # B, H, Hkv, L, S, P, D
+    sizes: dict[str, int]  # B, H, Hkv, L, S, P, D, Dv
     dtype: torch.dtype
     tensors: dict[str, Tensor]  # leaves, those that want a gradient say so
     options: dict[str, Any]
-    dout: Tensor  # [B, H, L, D]
+    dout: Tensor  # [B, H, L, Dv]
     dlse: Tensor | None  # [B, H, L]
     packed: bool = False  # by prefix_attention_qkvpacked
     seed: int | None = None  # for torch.manual_seed, where there is dropout
@@ -84,15 +84,21 @@ class _Maker:
                 B, group = (B + 1) // 2, (group + 1) // 2
         if self.chance(0.005):
             Hkv = 0
-        return {"B": B, "H": Hkv * group, "Hkv": Hkv, "L": L, "S": S, "P": P, "D": D}
+        return {"B": B, "H": Hkv * group, "Hkv": Hkv, "L": L, "S": S, "P": P, "D": D, "Dv": D}
 
     def case(self) -> Case:
         draw = self.draw
         dtype = TYPES[draw.choice(("float32",) * 10 + ("bfloat16",) * 5 + ("float16",) * 4 + ("float64",))]
         sizes = self.sizes()
-        B, H, Hkv, L, S, _, D = sizes.values()
+        B, H, Hkv, L, S, _, D, _ = sizes.values()
         packable = L == S and H == Hkv
         is_packed = packable and self.chance(0.2, "packed")
+        # streams of their own, here and below: the other cases stay what they were
+        own = random.Random(f"values {self.number}")
+        if not is_packed and own.random() < 0.12:
+            sizes["Dv"] = own.choice((1, 3, 8, 16, 24, 32, 64, 100, 128))
+            self.words.append("two-widths")
+        Dv = sizes["Dv"]
         # what the scores are worth: ordinary, or up to 1e4
         size = 1.0
         if self.chance(0.2):
@@ -101,7 +107,7 @@ class _Maker:
         tensors = {
             "q": self.normal(B, H, L, D) * size**0.5,
             "k": self.normal(B, Hkv, S, D) * size**0.5,
-            "v": self.normal(B, Hkv, S, D),
+            "v": self.normal(B, Hkv, S, Dv),
         }
         if self.chance(0.1, "offset-values"):
             tensors["v"] += 3.0
@@ -111,7 +117,7 @@ class _Maker:
         tensors |= self.prefixes(sizes, options, size)
         if self.chance(0.15, "memory"):
             rows = tensors["prefix_k"].shape[:-3] if self.chance(0.5) else ()
-            tensors["memory"] = self.normal(*rows, H, D, D) * D**-0.5 * draw.choice((0.1, 1, 1, 10))
+            tensors["memory"] = self.normal(*rows, H, D, Dv) * D**-0.5 * draw.choice((0.1, 1, 1, 10))
             options["phi"] = draw.choice(("elu", "gelu", "relu", "none"))
         tensors = {name: self.placed(name, t.to(dtype)) for name, t in tensors.items()}
         if self.chance(0.5):
@@ -120,7 +126,6 @@ class _Maker:
             options["softcap"] = draw.choice((0.7, 5.0, 30.0, 50.0))
         if self.chance(0.25, "scale"):
             options["scale"] = draw.choice((1.0, 0.5, 0.01, -0.2, 0.0, D**-0.5 * 1.7))
-        # a stream of its own: the other cases stay what they were
         if "memory" not in tensors and random.Random(f"sinks {self.number}").random() < 0.1:
             self.words.append("sinks")
             tensors["sinks"] = (2 * self.normal(H)).to(dtype)
@@ -148,7 +153,7 @@ class _Maker:
         )
 
     def prefixes(self, sizes: dict[str, int], options: dict[str, Any], size: float) -> dict[str, Tensor]:
-        B, _, Hkv, _, _, P, D = sizes.values()
+        B, _, Hkv, _, _, P, D, Dv = sizes.values()
         kind = self.draw.choice(("shared", "shared", "per_sample", "bank"))
         T = {"shared": 1, "per_sample": B, "bank": self.draw.randint(1, 5)}[kind]
         rows = () if kind == "shared" else (T,)
@@ -160,7 +165,8 @@ class _Maker:
             by_row = kind == "bank" and self.chance(0.5, "of-rows")
             lengths = torch.randint(P + 1, (T if by_row else B,), generator=self.numbers, device="cpu")
             options["prefix_lengths"] = lengths
-        return {name: self.normal(*rows, Hkv, P, D) * s for name, s in (("prefix_k", size**0.5), ("prefix_v", 1.0))}
+        made = ("prefix_k", D, size**0.5), ("prefix_v", Dv, 1.0)
+        return {name: self.normal(*rows, Hkv, P, width) * s for name, width, s in made}
 
     def mask(
         self, sizes: dict[str, int], dtype: torch.dtype, tensors: dict[str, Tensor], options: dict[str, Any]
@@ -212,13 +218,13 @@ class _Maker:
         return t
 
     def gradient(self, sizes: dict[str, int]) -> Tensor:
-        B, H, _, L, _, _, D = sizes.values()
+        B, H, _, L, _, _, _, Dv = sizes.values()
         kind = self.draw.choice(("normal", "normal", "biased", "biased", "ones", "small"))
         if kind != "normal":
             self.words.append(f"dout-{kind}")
         if kind == "ones":  # as out.sum() passes it on
-            return torch.ones((), dtype=torch.float64).expand(B, H, L, D)
-        drawn = self.normal(B, H, L, D)
+            return torch.ones((), dtype=torch.float64).expand(B, H, L, Dv)
+        drawn = self.normal(B, H, L, Dv)
         return {"normal": drawn, "biased": drawn + 1, "small": drawn * 1e-3}[kind]
 
     def wanted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def share(count: dict[str, int]) -> str:
 
 def for_interpreter(case: Case) -> bool:
     """Whether Triton's interpreter answers in a second or so; its bfloat16 is float32 inside."""
-    B, H, _, L, S, P, _ = case.sizes.values()
+    B, H, _, L, S, P, _, _ = case.sizes.values()
     return B * H * L * (P + S) <= 20_000 and B * H <= 16 and _type(case) != "bfloat16"
 
 

@@ -16,7 +16,7 @@ def truth(case: Case) -> dict[str, Tensor]:
     """out, lse, mass, and the gradient of every tensor that wants one."""
     t = {name: x.detach().double() for name, x in case.tensors.items()}
     sizes, o = case.sizes, case.options
-    B, H, Hkv, L, S, _, D = sizes.values()
+    B, H, Hkv, L, S, _, D, Dv = sizes.values()
     G = H // Hkv if Hkv else 1
     scale = o.get("scale")
     scale = 1 / math.sqrt(D) if scale is None else scale
@@ -25,7 +25,7 @@ def truth(case: Case) -> dict[str, Tensor]:
     k, v = t["k"], t["v"]
     row = _rows(case, t["prefix_k"])  # [B]: whose prefix a sample has
     banks = {name: t[name] if t[name].dim() == 4 else t[name][None] for name in ("prefix_k", "prefix_v")}
-    pk, pv = (banks[name][row] for name in ("prefix_k", "prefix_v"))  # [B, Hkv, P, D]
+    pk, pv = (banks[name][row] for name in ("prefix_k", "prefix_v"))  # [B, Hkv, P, D or Dv]
     keeps = _keeps(case)
     pk, pv = pk * keeps["prefix_k"], pv * keeps["prefix_v"]
 
@@ -53,9 +53,9 @@ def truth(case: Case) -> dict[str, Tensor]:
     d_own, d_pre = w_own * keeps["own"], w_pre * keeps["pre"]  # after dropout
     # a hidden value may be anything
     out = torch.einsum("bkgls,bksd->bkgld", d_own, v) + torch.einsum("bkglp,bkpd->bkgld", d_pre, pv)
-    found = {"out": out.reshape(B, H, L, D), "lse": lse.reshape(B, H, L), "mass": w_pre.sum(-1).reshape(B, H, L)}
+    found = {"out": out.reshape(B, H, L, Dv), "lse": lse.reshape(B, H, L), "mass": w_pre.sum(-1).reshape(B, H, L)}
 
-    dout = case.dout.double().reshape(B, Hkv, G, L, D)
+    dout = case.dout.double().reshape(B, Hkv, G, L, Dv)
     dlse = torch.zeros(B, H, L, dtype=torch.float64) if case.dlse is None else case.dlse.double()
     dlse = dlse.reshape(B, Hkv, G, L)
     back_own = torch.einsum("bkgld,bksd->bkgls", dout, v) * keeps["own"]
@@ -117,7 +117,7 @@ def _used(case: Case, row: Tensor) -> Tensor:
 
 def _masked(case: Case, t: dict[str, Tensor], own: Tensor) -> tuple[Tensor, Tensor]:
     """The own scores with a mask's numbers added, and which of them are seen, [B, Hkv, G, L, S] both."""
-    B, H, _, L, S, _, _ = case.sizes.values()
+    B, H, _, L, S, _, _, _ = case.sizes.values()
     seen = torch.ones(B, H, L, S, dtype=torch.bool)
     added = torch.zeros(B, H, L, S, dtype=torch.float64)
     if "attn_mask" in case.options:
@@ -138,15 +138,15 @@ def _masked(case: Case, t: dict[str, Tensor], own: Tensor) -> tuple[Tensor, Tens
 
 def _keeps(case: Case) -> dict[str, Any]:
     """What dropout multiplies by: prefix keys and values, and the weights of own keys and of the prefix."""
-    B, H, Hkv, L, S, P, D = case.sizes.values()
+    B, H, Hkv, L, S, P, D, Dv = case.sizes.values()
     found: dict[str, Any] = dict.fromkeys(("prefix_k", "prefix_v", "own", "pre"), 1.0)
     if case.seed is None:
         return found
     torch.manual_seed(case.seed)
     seed = torch.randint(2**62, (1,))
     if p := case.options.get("prefix_dropout_p"):
-        for name, kind in (("prefix_k", philox.PREFIX_K), ("prefix_v", philox.PREFIX_V)):
-            found[name] = philox.keep(seed, p, (B, Hkv, P, D), kind).double() / (1 - p)
+        for name, width, kind in (("prefix_k", D, philox.PREFIX_K), ("prefix_v", Dv, philox.PREFIX_V)):
+            found[name] = philox.keep(seed, p, (B, Hkv, P, width), kind).double() / (1 - p)
     if p := case.options.get("dropout_p"):
         kept = philox.keep(seed, p, (B, H, L, P + S), philox.ATTENTION).double() / (1 - p)
         kept = kept.reshape(B, Hkv, H // Hkv if Hkv else 1, L, P + S)
@@ -178,7 +178,7 @@ def _memory(case: Case, t: dict[str, Tensor], row: Tensor) -> tuple[Tensor, Tens
     }[case.options["phi"]]
     several = memory if memory.dim() == 4 else memory[None]
     target = row if memory.dim() == 4 else torch.zeros_like(row)
-    each = several[target]  # [B, H, D, D]
+    each = several[target]  # [B, H, D, Dv]
     dq = slope * torch.einsum("bhlj,bhij->bhli", dout, each)
     of_sample = torch.einsum("bhli,bhlj->bhij", features, dout)
     dmemory = torch.zeros_like(several).index_add(0, target, of_sample).reshape(memory.shape)

@@ -18,6 +18,8 @@ FAMILIES = {  # the table's name -> that of the tests
     "Gemma 2": "gemma2",
     "Gemma 3": "gemma3",
     "gpt-oss": "gpt_oss",
+    "DeepSeek V2": "deepseek_v2",
+    "DeepSeek V3": "deepseek_v3",
     "BART": "bart",
     "T5": "t5",
     "BERT": "bert",
@@ -48,11 +50,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "PEFT": ("prefixes/test_peft.py", "test_an_adapter_of_peft_gives_its_logits_and_goes_back"),
 }
 # what a model has not: images no padding, encoders no generation and no cache, what is not causal no shared prompt,
-# PEFT no prefix for a family (or one that we refuse)
+# PEFT no prefix for a family (or one that we refuse), latent vectors no place for one in a cache
 ABSENT = {
     "vit": {"padding", "generate", "labelled loss", "cache", "shared prompt", "PEFT"},
     "bert": {"generate", "cache", "shared prompt", "PEFT"},
     "roberta": {"generate", "cache", "shared prompt", "PEFT"},
+    "deepseek_v2": {"cache", "PEFT"},
+    "deepseek_v3": {"cache", "PEFT"},
     "bart": {"shared prompt"},
     "t5": {"shared prompt", "PEFT"},
 }

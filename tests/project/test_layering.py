@@ -28,6 +28,7 @@ LAYERS = """
     reparam.cpu reparam.triton
     attention.cpu attention.cuda attention.triton
     kernels
+    attention.widths
     reparam.fused_step attention.native attention.sinks
     reparam.moments8 reparam.reference attention.reference
     attention.call attention.sequences

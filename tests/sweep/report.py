@@ -55,7 +55,6 @@ REASONS = (  # the first that is in a refusal says why in the table
     ("differ in size", "layers of different sizes"),
     ("attach tries a model with tokens", "takes neither tokens nor images"),
     ("without a prefix it fails", "does not run on tokens or on an image alone"),
-    ("keys of width", "values of another width than keys"),
     ("has no image_size", "no image_size in the config"),
     ("computes something else", "computes something else with the attention that reads a prefix, even without one"),
     ("which would get no prefix", "some layers have an attention of their own"),

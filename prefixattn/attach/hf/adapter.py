@@ -67,7 +67,8 @@ class HuggingFaceAdapter(Adapter):
             config = getattr(self.base.config, "vision_config", self.base.config)
         width = probe.field(base, config, first, "hidden_size")
         self.geometry = Geometry(
-            config.model_type, len(self.sites), first.kv_heads, first.head_dim, width, kinds, first.heads
+            *(config.model_type, len(self.sites), first.kv_heads, first.head_dim, width, kinds, first.heads),
+            value_dim=first.value_dim,
         )
         self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
         self.windows = sliding.windows(self.sites) if self.decodes else {}
@@ -204,13 +205,14 @@ class HuggingFaceAdapter(Adapter):
                 f"{type(self.base).__name__} has layers with an attention of their own, which would get no prefix: "
                 f"{path} is a {type(self.base.get_submodule(path)).__name__}{others}"
             )
-        slots, (Hkv, D) = prefix.slots, (self.geometry.kv_heads, self.geometry.head_dim)
+        slots = prefix.slots
         generator = torch.Generator("cpu").manual_seed(0)
-        rows = torch.randn(2, Hkv, 1, D, generator=generator, device="cpu").to(self.device)
+        rows = torch.randn(self.geometry.kv_shape(1, 1), generator=generator, device="cpu").to(self.device)
+        [pair] = self.geometry.by_layer(rows)
         inputs = probe.example(self.whole)
         with self.overriding(PLAIN):
             plain, _ = probe.run(self.whole, inputs)
-        with self.overriding(PrefixCall({slot: (rows[0], rows[1]) for slot in slots}, 0.0)):
+        with self.overriding(PrefixCall(dict.fromkeys(slots, pair), 0.0)):
             moved, calls = probe.run(self.whole, inputs)
         used = {call.module.prefix_slot for call in calls if call.used}
         if used != set(slots) or torch.equal(plain, moved):
@@ -224,8 +226,7 @@ class HuggingFaceAdapter(Adapter):
         return probe.execution_device(self.base)
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:
-        geometry = self.geometry
-        return projections.project(self.base, self.sites[slot].path, vectors, geometry.kv_heads, geometry.head_dim)
+        return projections.project(self.base, self.sites[slot].path, vectors, self.geometry)
 
     def projection_parameters(self, slot: int) -> Iterator[Tensor]:
         path = self.sites[slot].path
@@ -247,7 +248,7 @@ class HuggingFaceAdapter(Adapter):
             raise ValueError(f"init has {len(ids)} tokens, but the model has {self.max_positions} positions")
         with nullcontext() if self.prefixes else self.entered(), self.overriding(PLAIN):
             _, calls = probe.run(self.base, probe.example(self.base, ids))
-        made = {call.module: torch.stack([call.key[0], call.value[0]]) for call in calls}
+        made = {call.module: self.geometry.joined(call.key[0], call.value[0]) for call in calls}
         kv = torch.stack([made[self.base.get_submodule(site.path)] for site in self.sites])
         return kv.to(torch.promote_types(kv.dtype, torch.float32))
 

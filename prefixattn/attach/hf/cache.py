@@ -37,13 +37,13 @@ class _Row(NamedTuple):
 
 
 def make(host: Host, config: PrefixConfig, kv: Tensor, tokens: int | None) -> Cache:
-    """The cache of the keys and values [B, N, 2, Hkv, P, D] of a prefix with this config; see `Prefix.to_cache`."""
+    """The cache of the keys and values [B, *kv] of a prefix with this config; see `Prefix.to_cache`."""
     adapter = _generating(host)
     return _filled(adapter, _checked(adapter, config, kv, tokens))
 
 
 def export(folder: Path, host: Host, config: PrefixConfig, kv: Tensor, tokens: int | None) -> None:
-    """Writes what `make` makes of the keys and values [1, N, 2, Hkv, P, D]; see `Prefix.export_cache`."""
+    """Writes what `make` makes of the keys and values [1, *kv]; see `Prefix.export_cache`."""
     adapter = _generating(host)
     tensors: dict[str, Tensor] = {}
     for row in _checked(adapter, config, kv, tokens):
@@ -106,13 +106,13 @@ def _rows(adapter: HuggingFaceAdapter, config: PrefixConfig, kv: Tensor) -> list
             f"positions, and without none: this prefix would have to be {expected!r}"
         )
     found, slots = [], config.slots(kinds)
-    for slot, pair in zip(slots, kv.unbind(1), strict=True):
+    for slot, pair in zip(slots, adapter.geometry.by_layer(kv, 1), strict=True):
         site = adapter.sites[slot]
         module = adapter.base.get_submodule(site.path)
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int):
             raise NotImplementedError(f"{site.path} has no layer_idx, which is its place in a cache")
-        key, value = pair.to(probe.execution_device(module), adapter.base.dtype).unbind(1)
+        key, value = (t.to(probe.execution_device(module), adapter.base.dtype) for t in pair)
         found.append(_Row(slot, site.kind, layer, key, value))
     return found
 
@@ -153,8 +153,8 @@ def _try(adapter: HuggingFaceAdapter, config: PrefixConfig, rows: list[_Row], to
             found, _ = probe.run(whole, inputs | {"past_key_values": _filled(adapter, one), "use_cache": True})
         except Exception as error:  # whatever a model does whose cache holds something else
             raise NotImplementedError(
-                f"{type(whole).__name__} does not run with the prefix in its cache: {probe.brief(error)}; serve this "
-                "prefix with this library"
+                f"{type(whole).__name__} does not run with the prefix in its cache, which may hold something else than "
+                f"keys and values: {probe.brief(error)}; serve this prefix with this library"
             ) from error
     if (apart := probe.differs(trial, found)) is not None:
         raise NotImplementedError(

@@ -94,7 +94,7 @@ def attention_with_prefix(
     module: nn.Module,
     query: Tensor,  # [B, H, L, D]
     key: Tensor,  # [B, Hkv, S, D]
-    value: Tensor,  # [B, Hkv, S, D]
+    value: Tensor,  # [B, Hkv, S, Dv]
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -102,17 +102,13 @@ def attention_with_prefix(
     softcap: float | None = None,  # Gemma 2's
     position_bias: Tensor | None = None,  # T5's, added to the scores
     s_aux: Tensor | None = None,  # gpt-oss' sinks [H]
+    indices: Tensor | None = None,  # DeepSeek V3.2's: the keys that each query may see, [B, L, n]
     prefix_call: PrefixCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' `AttentionInterface`; returns `[B, L, H, D]` and no weights."""
+    """The attention function of transformers' `AttentionInterface`; returns `[B, L, H, Dv]` and no weights."""
     if kwargs.get("cache") is not None:
         raise NotImplementedError("attention with a prefix does not take cache")
-    if key.shape[3] != value.shape[3]:
-        raise NotImplementedError(
-            f"a {type(module).__name__} has keys of width {key.shape[3]} and values of width {value.shape[3]}; "
-            "attention with a prefix takes one width for both"
-        )
     slot = getattr(module, "prefix_slot", None)
     if slot is not None and prefix_call is None:
         raise NotImplementedError(
@@ -121,6 +117,9 @@ def attention_with_prefix(
             "without the prefix: disabled() or detach()"
         )
     call = prefix_call or PLAIN
+    _check_blocks(module, kwargs.get("block_indices"), key.shape[2])
+    if indices is not None and indices.shape[-1] < key.shape[2]:
+        attention_mask = _of_chosen(attention_mask, indices, key.shape[2], module)
     said = read(attention_mask, is_causal, module, key.shape[2], kwargs.get("sliding_window"))
     small = attention_mask is None or attention_mask.ndim != 4 or attention_mask.shape[2] == 1
     attention_mask = said.visible
@@ -150,7 +149,7 @@ def attention_with_prefix(
     options: dict[str, Any] = {}
     found, memory = call.prefixes.get(slot), call.memories.get(slot)  # type: ignore[arg-type]
     if found is None:
-        prefix_k = prefix_v = key.new_empty(key.shape[1], 0, key.shape[3])
+        prefix_k, prefix_v = (t.new_empty(t.shape[1], 0, t.shape[3]) for t in (key, value))
     else:
         prefix_k, prefix_v, options = _placed(found, call, query)
     if memory is not None and memory.inside:
@@ -178,14 +177,14 @@ def attention_with_prefix(
     assert isinstance(out, Tensor)
     if memory is not None and not memory.inside:
         out = out + memory.added(query)
-    return out.transpose(1, 2).contiguous(), None  # [B, L, H, D]
+    return out.transpose(1, 2).contiguous(), None  # [B, L, H, Dv]
 
 
 def _of_sequences(
     query: Tensor, key: Tensor, value: Tensor, prefix_k: Tensor, prefix_v: Tensor, packed: Sequences, options: Any
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention of packed sequences, with the axes of the rows that they lie in."""
-    B, H, L, D = query.shape
+    (B, H, L, _), Dv = query.shape, value.shape[3]
     made = prefix_attention_varlen(
         *(packed_rows(query), packed_rows(key), packed_rows(value), prefix_k, prefix_v),
         *(packed.cu_seqlens_q.to(query.device), packed.cu_seqlens_k.to(query.device)),
@@ -193,9 +192,9 @@ def _of_sequences(
         **options,
     )
     if isinstance(made, Tensor):
-        return made.view(B, L, H, D).transpose(1, 2)
-    out, mass = made  # [B * L, H, D], [H, B * L]
-    return out.view(B, L, H, D).transpose(1, 2), mass.view(H, B, L).transpose(0, 1)
+        return made.view(B, L, H, Dv).transpose(1, 2)
+    out, mass = made  # [B * L, H, Dv], [H, B * L]
+    return out.view(B, L, H, Dv).transpose(1, 2), mass.view(H, B, L).transpose(0, 1)
 
 
 def _check_one_for_all(module: nn.Module, prefix_k: Tensor, options: dict[str, Any]) -> None:
@@ -221,6 +220,28 @@ def _placed(found: LayerPrefix, call: PrefixCall, query: Tensor) -> tuple[Tensor
         "prefix_lengths": None if lengths is None else lengths.to(query.device),
     }
     return key.to(query.device, query.dtype), value.to(query.device, query.dtype), options
+
+
+def _check_blocks(module: nn.Module, blocks: Tensor | None, S: int) -> None:
+    """NotImplementedError if a query may see some blocks of keys only, [B, heads, L, blocks], as MiniMax M3's do."""
+    if blocks is None:
+        return
+    size = getattr(getattr(module, "indexer", None), "block_size", 0)
+    if S > blocks.shape[-1] * size:
+        raise NotImplementedError(
+            f"a {type(module).__name__} lets a query see {blocks.shape[-1]} blocks of {size} keys; attention with a "
+            f"prefix sees all keys, so it takes no more than these, and there are {S}"
+        )
+
+
+def _of_chosen(mask: Tensor | None, indices: Tensor, S: int, module: nn.Module) -> Tensor:
+    """The mask [B, 1, L, S] without the keys that are in no `indices` of their query."""
+    if mask is None or mask.ndim != 4:
+        raise NotImplementedError(
+            f"a {type(module).__name__} chooses keys for each query, and has no mask with a row for each"
+        )
+    chosen = indices.new_zeros((*indices.shape[:2], S), dtype=torch.bool).scatter(-1, indices.long(), True)[:, None]
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
 
 
 def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:

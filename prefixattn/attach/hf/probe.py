@@ -24,6 +24,7 @@ class Site(NamedTuple):
     heads: int  # H
     kv_heads: int
     head_dim: int
+    value_dim: int
     causal: bool
     window: int | None = None  # keys that a causal layer sees, the query's own among them
 
@@ -299,13 +300,16 @@ def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
         kind = _kind(call, base)
         left = call.window[0]
         window = left + 1 if call.causal and left >= 0 else None
-        site = Site(paths[call.module], kind, call.heads, call.key.shape[1], call.key.shape[3], call.causal, window)
+        sizes = call.heads, call.key.shape[1], call.key.shape[3], call.value.shape[3]
+        site = Site(paths[call.module], kind, *sizes, call.causal, window)
         if all(site.path != known.path for known in found.setdefault(kind, [])):
             found[kind].append(site)
     flat = [site for kind in ("self", "encoder", "decoder", "cross") for site in found.get(kind, [])]
-    sizes = {(site.heads, site.kv_heads, site.head_dim) for site in flat}
-    if len(sizes) > 1:
-        spelled = ", ".join(f"H={h} Hkv={g} D={d}" for h, g, d in sorted(sizes))
+    found_sizes = {(site.heads, site.kv_heads, site.head_dim, site.value_dim) for site in flat}
+    if len(found_sizes) > 1:
+        spelled = ", ".join(
+            f"H={h} Hkv={g} D={d}" + (f" Dv={dv}" if dv != d else "") for h, g, d, dv in sorted(found_sizes)
+        )
         raise NotImplementedError(
             f"the layers of {type(base).__name__} differ in size ({spelled}); expected one for all"
         )

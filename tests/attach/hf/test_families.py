@@ -167,7 +167,7 @@ def test_starts(case):
     assert not torch.equal(before, prefix())  # it can leave the point where it starts
 
 
-@pytest.mark.parametrize("family", ["llama", "bart", "t5"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "bart", "t5"])
 def test_a_text_is_copied_and_fitted(family):
     model, ids = tiny(family), [5, 9, 3]
     copied = prefixattn.attach(model, PrefixConfig(share="none", init=ids))
@@ -177,7 +177,7 @@ def test_a_text_is_copied_and_fitted(family):
     fitted = prefixattn.attach(model, PrefixConfig(share="deep", hidden=32, init=ids))
     error = (fitted() - bank).square().mean() / bank.square().mean()
     assert error < 1e-3
-    if family == "llama":  # the text in front, or its keys and values as a prefix: the same
+    if family in DECODERS:  # the text in front, or its keys and values as a prefix: the same
         fitted.detach()
         prefixattn.attach(model, PrefixConfig(share="none", init=ids))
         tokens = token_ids()

@@ -67,7 +67,11 @@ WAYS = {
 
 # an encoder's input is no prompt that could come in chunks
 CASES = [(f, way) for f in FAMILIES for way in WAYS if way != "chunked_prefill" or f not in ENCODER_DECODERS]
-CASES += [(f, way) for f in ("qwen2", "qwen3", "gemma2", "gpt_oss") for way in ("cache", "static")]
+CASES += [
+    (f, way)
+    for f in ("qwen2", "qwen3", "gemma2", "gpt_oss", "deepseek_v2", "deepseek_v3")
+    for way in ("cache", "static")
+]
 
 
 @pytest.mark.parametrize("family, way", CASES)

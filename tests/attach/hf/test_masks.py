@@ -116,15 +116,6 @@ def test_a_model_that_computes_something_else_is_refused_and_left(monkeypatch):
     torch.testing.assert_close(model(token_ids(2, 6))[0], plain, rtol=0, atol=0)
 
 
-def test_keys_and_values_of_two_widths_are_refused_in_words():
-    sizes = dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
-    model = build(
-        "DeepseekV3Model", TEXT | sizes | dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2)
-    )
-    with pytest.raises(NotImplementedError, match="keys of width 24 and values of width 16"):
-        prefixattn.attach(model, FREE)
-
-
 # what a mask says of one query behind four tokens, the first of which pads one sample
 STEP = dict(batch_size=2, q_length=1, kv_length=7, attention_mask=torch.tensor([[True] * 5, [False] + [True] * 4]))
 

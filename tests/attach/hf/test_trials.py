@@ -40,7 +40,7 @@ def test_what_a_config_does_not_say_is_said_by_the_config_around_the_layers(shar
 
 def test_what_no_config_says_is_asked_for_in_words():
     model = sam3()
-    site = probe.Site("backbone.layers.0.attention", "self", 2, 2, 16, False)
+    site = probe.Site("backbone.layers.0.attention", "self", 2, 2, 16, 16, False)
     assert probe.field(model, model.config, site, "patch_size") == 8
     with pytest.raises(NotImplementedError, match="attach reads width in a config, but neither that of Sam3Vision"):
         probe.field(model, model.config, site, "width")

@@ -116,6 +116,12 @@ def test_features(dtype: str, D: int, shape: str, feature: str) -> None:
     assert_all_as_accurate(ours(accepted(inputs), "cuda"), same, right)
 
 
+@pytest.mark.parametrize("D, Dv, feature", [(64, 40, "sinks"), (24, 64, "bank_lengths")])
+def test_values_of_another_width(D: int, Dv: int, feature: str) -> None:
+    inputs = accepted(make_inputs(shaped("prefix_of_one", D), torch.float16, value_width=Dv, **FEATURES[feature]))
+    assert_all_as_accurate(ours(inputs, "cuda"), same_dtype(inputs), exact(inputs))
+
+
 DROPPED = {
     "plain": {},
     "causal": {"causal": True},
