@@ -47,18 +47,19 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "attach/hf/test_shared_prompt.py",
         "test_logits_and_gradients_are_those_of_the_repeated_batch",
     ),
+    "packed": ("attach/hf/test_packed.py", "test_logits_and_gradients_are_those_of_the_padded_sequences"),
     "PEFT": ("prefixes/test_peft.py", "test_an_adapter_of_peft_gives_its_logits_and_goes_back"),
 }
-# what a model has not: images no padding, encoders no generation and no cache, what is not causal no shared prompt,
-# PEFT no prefix for a family (or one that we refuse), latent vectors no place for one in a cache
+# what a model has not: images no padding, encoders no generation and no cache, what is not causal no shared prompt and
+# no packed sequences, PEFT no prefix for a family (or one that we refuse), latent vectors no place for one in a cache
 ABSENT = {
-    "vit": {"padding", "generate", "labelled loss", "cache", "shared prompt", "PEFT"},
-    "bert": {"generate", "cache", "shared prompt", "PEFT"},
-    "roberta": {"generate", "cache", "shared prompt", "PEFT"},
+    "vit": {"padding", "generate", "labelled loss", "cache", "shared prompt", "packed", "PEFT"},
+    "bert": {"generate", "cache", "shared prompt", "packed", "PEFT"},
+    "roberta": {"generate", "cache", "shared prompt", "packed", "PEFT"},
     "deepseek_v2": {"cache", "PEFT"},
     "deepseek_v3": {"cache", "PEFT"},
-    "bart": {"shared prompt"},
-    "t5": {"shared prompt", "PEFT"},
+    "bart": {"shared prompt", "packed"},
+    "t5": {"shared prompt", "packed", "PEFT"},
 }
 
 

@@ -77,10 +77,11 @@ def only_packed(monkeypatch):
 
 
 CASES = [(name, way, False) for name in ("gpt2", "llama", *WINDOWS) for way in PACKINGS]
+CASES += [(name, "positions", False) for name in ("qwen2", "qwen3", "gemma3", "deepseek_v2", "deepseek_v3")]
 CASES += [(name, "positions", True) for name in ("mistral", "gemma2")]
 
 
-@pytest.mark.parametrize(("name", "way", "slides"), CASES)
+@pytest.mark.parametrize("name, way, slides", CASES)
 def test_logits_and_gradients_are_those_of_the_padded_sequences(name, way, slides, calls, only_packed):
     model = model_of(name)
     prefix = attach(model, **({"prefix_in_window": True} if slides else {}))
