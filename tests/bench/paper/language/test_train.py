@@ -281,9 +281,9 @@ def test_dev_batches_are_alike_in_length_and_change_no_loss(
     lengths: list[int] = []
     collated = run.collated
 
-    def noted(rows: Any) -> Any:
+    def noted(rows: Any, packed: bool) -> Any:
         lengths.extend(map(encode.tokens, rows))
-        return collated(rows)
+        return collated(rows, packed)
 
     monkeypatch.setattr(run, "collated", noted)
     assert run.dev_loss(samples) == pytest.approx(mean, rel=1e-5)
