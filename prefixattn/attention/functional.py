@@ -43,8 +43,8 @@ def prefix_attention(
 
     q, k and v have one number of samples, or some of them one sample for all; without that axis the results lack it
     too. Hidden keys (by a mask, by causality, past prefix_lengths) have the weight zero and never reach lse and mass,
-    whatever they hold. But zero times nan or inf is nan, as in SDPA: what a mask or causality hides should be finite,
-    or out and the gradients may not be. Rows past prefix_lengths may hold anything.
+    whatever they hold. But zero times nan or inf is nan, as in SDPA: what a mask, causality or a window hides should be
+    finite, or out and the gradients may not be. Rows past prefix_lengths may hold anything.
 
     Values may have another width than keys: v, prefix_v and out have Dv where q, k and prefix_k have D. The kernels
     have one width: they read copies of the narrower tensors that zeros make as wide as the others.
