@@ -6,10 +6,12 @@ import torch
 import prefixattn
 from prefixattn import PrefixConfig
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
-from prefixattn.attach.hf.interface import PLAIN  # noqa: E402
-from prefixattn.testing.models import FAMILIES, token_ids  # noqa: E402
+import transformers
+
+from prefixattn.attach.hf.interface import PLAIN
+from prefixattn.testing.models import FAMILIES, token_ids
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
