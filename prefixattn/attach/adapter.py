@@ -51,7 +51,7 @@ class Adapter:
         raise NotImplementedError
 
     def verify(self, prefix: Attached) -> None:
-        """NotImplementedError if a prefix does not reach the output. Some tokens or one image are run."""
+        """NotImplementedError if a prefix does not reach the output. Some tokens, an image or a silence are run."""
         raise NotImplementedError
 
     def project(self, slot: int, vectors: Tensor) -> Tensor:

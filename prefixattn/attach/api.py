@@ -30,13 +30,14 @@ def attach(model: nn.Module, config: PrefixPlusConfig, tokenizer: Any = None) ->
 def attach(model: nn.Module, config: PrefixConfig | PrefixPlusConfig, tokenizer: Any = None) -> Prefix | PrefixPlus:
     """Puts a trainable prefix into `model` and freezes the model.
 
-    One token or image is run to see that the prefix reaches the output; otherwise the model is left as it was and
-    NotImplementedError says why.
+    Some tokens, an image or a silence are run to see that the prefix reaches the output; otherwise the model is left as
+    it was and NotImplementedError says why.
 
     Args:
         model: A model of transformers whose layers call its attention interface (GPT-2, BART, T5, LLaMA, Mistral,
-            Qwen, Gemma, BERT, ViT and others), with or without a head, or a vision transformer of timm. It stays in the
-            mode, training or evaluation, it is in. One that has prefixes gets another, which becomes the active one.
+            Qwen, Gemma, BERT, ViT, Whisper and others), with or without a head, or a vision transformer of timm. It
+            stays in the mode, training or evaluation, it is in. One that has prefixes gets another, which becomes the
+            active one.
         config: The prefix, see `PrefixConfig`; or Prefix-Tuning+, see `PrefixPlusConfig`.
         tokenizer: Turns `config.init` into token ids, if that is a text.
 

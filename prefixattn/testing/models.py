@@ -137,7 +137,7 @@ def concat_attention(
     query: Tensor,  # [B, H, L, D]
     key: Tensor,  # [B, Hkv, S, D]
     value: Tensor,
-    attention_mask: Tensor,  # [B, 1, L, S]
+    attention_mask: Tensor | None,  # [B, 1, L, S]; Whisper's encoder makes none
     scaling: float = 1.0,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
@@ -155,6 +155,8 @@ def concat_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
         scores = scores + nn.functional.pad(position_bias, (P, 0))
+    if attention_mask is None:
+        attention_mask = scores.new_ones(*scores.shape[2:], dtype=torch.bool)[..., P:]
     mask = nn.functional.pad(attention_mask, (P, 0), value=True)
     window = getattr(module, "reference_window", None)  # of keys; the prefix lies in it, and there is no cache
     if window is not None:

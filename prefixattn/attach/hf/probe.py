@@ -1,4 +1,4 @@
-"""Which layers of a Hugging Face model attend, and with what sizes: found by running one token or one image."""
+"""Which layers of a Hugging Face model attend, and with what sizes: found by running tokens, an image or a sound."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -64,8 +64,10 @@ def outermost(model: Any, base: Any) -> Any:
 
 
 def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
-    """The inputs of a forward pass of `model` on the tokens `ids`, or on some, or on one black image."""
+    """The inputs of a forward pass of `model` on the tokens `ids`, or on some, or on one black image or silence."""
     config, name, device = model.config, model.main_input_name, execution_device(model)
+    if name == "input_features":
+        return _silence(model) | _targets(model)
     if name == "pixel_values":
         config = getattr(config, "vision_config", config)
         size = getattr(config, "image_size", None)
@@ -78,16 +80,33 @@ def example(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
         return {name: torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
     if name != "input_ids":
         raise NotImplementedError(
-            f"{type(model).__name__} takes {name}; attach tries a model with tokens (input_ids) or images "
-            "(pixel_values)"
+            f"{type(model).__name__} takes {name}; attach tries a model with tokens (input_ids), images "
+            "(pixel_values) or what Whisper hears (input_features)"
         )
     tokens = torch.tensor([_ordinary(model) if ids is None else ids], device=device)
-    inputs: dict[str, Any] = {name: tokens}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens[:, :TARGET] if ids is None else tokens
+    return {name: tokens} | _targets(model, ids)
+
+
+def _targets(model: Any, ids: list[int] | None = None) -> dict[str, Any]:
+    """What a decoder takes beside the input of an encoder, and that nothing is cached."""
+    inputs: dict[str, Any] = {}
+    if model.config.is_encoder_decoder:
+        tokens = _ordinary(model)[:TARGET] if ids is None else ids
+        inputs["decoder_input_ids"] = torch.tensor([tokens], device=execution_device(model))
     if "use_cache" in interface.arguments(model):
         inputs["use_cache"] = False
     return inputs
+
+
+def _silence(model: Any) -> dict[str, Any]:
+    """The only length of sound that Whisper's encoder takes."""
+    bins, positions = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if bins is None or positions is None:
+        raise NotImplementedError(
+            f"{type(model).__name__} takes input_features, but its config has not both num_mel_bins and "
+            "max_source_positions, as Whisper's has, so attach cannot try it"
+        )
+    return {"input_features": torch.zeros(1, bins, 2 * positions, device=execution_device(model), dtype=model.dtype)}
 
 
 def execution_device(model: nn.Module) -> torch.device:
@@ -321,4 +340,4 @@ def _kind(call: interface.Watched, base: Any) -> str:
         return "self"
     if call.queries != call.key.shape[2]:
         return "cross"
-    return "encoder" if call.queries == SOURCE else "decoder"
+    return "decoder" if call.causal or call.queries == TARGET else "encoder"
