@@ -216,3 +216,25 @@ def test_a_cache_of_latent_vectors_holds_no_prefix(family, tmp_path):
         with pytest.raises(NotImplementedError, match="may hold something else than keys and values: "):
             served()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_that_draft_several_tokens_change_nothing_in_what_is_written(layers, monkeypatch):
+    """Multi-token prediction: generate(use_mtp=True). The drafting layers have no prefix; the model itself decides."""
+    modeling = pytest.importorskip("transformers.modeling_layers", reason="this transformers has no drafting layers")
+    model, ids = tiny("deepseek_v3", num_mtp_layers=layers), token_ids(1)
+    drafts = []
+
+    def random_weights(main, *args, **kwargs):  # a checkpoint's would be read from disk
+        torch.manual_seed(1)
+        drafting = modeling.MtpModel(main, layers).eval()
+        drafting.register_forward_hook(lambda *call: drafts.append(call[-1]))
+        return drafting
+
+    monkeypatch.setattr(modeling.MtpModel, "from_pretrained", random_weights)
+    options = dict(min_new_tokens=12, max_new_tokens=12, do_sample=False)
+    plain = model.generate(ids, **options)
+    prefixattn.attach(model, PrefixConfig(5, share="none"))
+    written = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, use_mtp=True, **options), written)
+    assert drafts and not torch.equal(written, plain)
