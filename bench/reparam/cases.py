@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from prefixattn.optim import FactoredAdamW
-from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare
 
 ROWS = 8  # samples of a batch, each of which published code sends through the network
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prefixattn.attach.base import Attached
 from prefixattn.attach.training import watched
 from prefixattn.prefixes.config import Defaults, PrefixConfig
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 from prefixattn.prefixes.plus import PrefixPlusConfig
 
 _changing = threading.RLock()  # one attach or detach at a time in a process: models may share modules

@@ -179,8 +179,8 @@ class PrefixBank(Prefix):
         if weight.device == device and weight.dtype == dtype:
             ids = ids.to(device)
             self._check_finite(ids)
-            lengths = self.encoder.lengths
-            return Chosen(self._geometry.by_layer(self.encoder().detach(), 1), self._shift(lengths, ids), ids, lengths)
+            lengths, pairs = self.encoder.lengths, self._geometry.by_layer(self.encoder().detach(), self.slots, 1)
+            return Chosen(pairs, self._shift(lengths, ids), ids, lengths)
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._gathered(ids, dtype, device)
         key = (dtype, device, steps(), weight.data_ptr(), weight._version, self.encoder.lengths._version)
@@ -213,7 +213,7 @@ class PrefixBank(Prefix):
         found = self.encoder.lookup(named, sparse).to(device=device, dtype=dtype)
         shift = self._shift(self.encoder.lengths, ids)
         return Chosen(
-            self._geometry.by_layer(found, 1),
+            self._geometry.by_layer(found, self.slots, 1),
             shift if isinstance(shift, int) else shift.to(device),
             None if prefix_ids is None else prefix_ids.to(device),
             self.encoder.lengths[named].to(device),

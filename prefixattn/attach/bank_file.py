@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefixattn.prefixes import checkpoint, files, saving
 from prefixattn.prefixes.config import PrefixConfig
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 
 NAME = checkpoint.BANK
 FORMAT, VERSION = "prefixattn-bank", "1"

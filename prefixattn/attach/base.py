@@ -12,7 +12,7 @@ from prefixattn.attach import copies
 from prefixattn.attach.records import Chosen, Host, PrefixCall, asked
 from prefixattn.attach.training import steps, watched
 from prefixattn.optim.processes import Average
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 
 
 class Attached(nn.Module):

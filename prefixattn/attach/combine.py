@@ -11,7 +11,8 @@ from prefixattn.attach.adapter import making
 from prefixattn.attach.find import make_adapter
 from prefixattn.attach.prefix import Prefix
 from prefixattn.prefixes.config import PrefixConfig
-from prefixattn.prefixes.networks import FreePrefix, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import FreePrefix
 
 HOWS = ("concatenate", "average")
 

@@ -100,7 +100,7 @@ class Prefix(Attached):
 
     def _split(self, dtype: torch.dtype, device: torch.device) -> list[LayerPrefix]:
         kv = self(dtype).to(device)
-        pairs = self._geometry.by_layer(kv)
+        pairs = self._geometry.by_layer(kv, self.slots)
         if isinstance(self.config.length, int):
             return pairs
         return [(k[:, :n], v[:, :n]) for (k, v), n in zip(pairs, self.lengths, strict=True)]
@@ -108,7 +108,8 @@ class Prefix(Attached):
     def num_parameters(self, kept: bool = False) -> int:
         """Parameters being trained; with `kept`, the numbers that must be kept to use the prefix afterwards."""
         if kept:
-            return sum(self.lengths) * self._geometry.kv_heads * (self._geometry.head_dim + self._geometry.value_dim)
+            sizes = [self._geometry.of(slot) for slot in self.slots]
+            return sum(P * Hkv * (D + Dv) for P, (Hkv, D, Dv) in zip(self.lengths, sizes, strict=True))
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def fold(self) -> "Prefix":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefixattn.attention.sequences import Sequences
 from prefixattn.prefixes.config import Defaults
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 from prefixattn.prefixes.plus import Memory
 
 LayerPrefix = tuple[Tensor, Tensor]  # key and value of one layer, [Hkv, P, D] each, or [T, Hkv, P, D] of a bank

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prefixattn.prefixes import files, peft, saving
 from prefixattn.prefixes.config import Defaults, PrefixConfig
-from prefixattn.prefixes.networks import FreePrefix, Geometry, make_encoder
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import FreePrefix, make_encoder
 from prefixattn.prefixes.plus import Memories, PrefixPlusConfig
 
 FORMAT = "prefixattn"

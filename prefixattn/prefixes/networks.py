@@ -1,12 +1,7 @@
-"""Modules that make prefixes.
-
-*kv* is a model's prefix, `[N, 2, Hkv, P, D]`: N the layers that have one, and key before value. Where a model's values
-have another width than its keys it is `[N, 1, Hkv, P, D + Dv]`: of each row of a head, key before value.
-"""
+"""Modules that make prefixes: *kv*, which geometry.py describes."""
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +11,7 @@ from torch import Tensor, nn
 
 from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.prefixes.factored import FactoredNetwork
+from prefixattn.prefixes.geometry import Geometry
 from prefixattn.prefixes.ownership import CHANGED, Hidden, Known, MakesPrefix, OwnedByOptimizer, State, arrived
 from prefixattn.reparam import reference
 from prefixattn.reparam.call import Call, Form, Needs
@@ -23,71 +19,6 @@ from prefixattn.reparam.functional import kv_and_z, kv_onto, reparameterize
 from prefixattn.reparam.reference import ACTIVATIONS, hidden_bwd, kv_view
 
 Project = Callable[[int, Tensor], Tensor]  # layer, vectors [P, E] -> its kv, without N
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a model that a prefix must fit."""
-
-    model_type: str
-    layers: int  # with attention, of all kinds
-    kv_heads: int  # Hkv
-    head_dim: int  # D
-    width: int  # E
-    kinds: dict[str, int] = field(default_factory=dict)  # kind of attention -> its layers; of one kind {"self": layers}
-
-    heads: int = 0  # H; 0: as many as Hkv
-    value_dim: int = 0  # Dv; 0: as wide as keys
-
-    def __post_init__(self) -> None:
-        if not self.kinds:
-            self.kinds["self"] = self.layers
-        if not self.heads:
-            object.__setattr__(self, "heads", self.kv_heads)
-        if not self.value_dim:
-            object.__setattr__(self, "value_dim", self.head_dim)
-
-    @property
-    def two_widths(self) -> bool:
-        return self.value_dim != self.head_dim
-
-    def kv_shape(self, layers: int, length: int) -> tuple[int, int, int, int, int]:
-        """Of kv, `layers` of its layers and `length` rows."""
-        if self.two_widths:
-            return layers, 1, self.kv_heads, length, self.head_dim + self.value_dim
-        return layers, 2, self.kv_heads, length, self.head_dim
-
-    def joined(self, key: Tensor, value: Tensor) -> Tensor:
-        """A layer's kv, without N, of its key [Hkv, P, D] and value [Hkv, P, Dv]."""
-        return torch.cat([key, value], -1)[None] if self.two_widths else torch.stack([key, value])
-
-    def by_layer(self, kv: Tensor, axis: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Key and value of each layer, views without the axes [N, 2 or 1], of which N is at `axis`."""
-        if self.two_widths:
-            key, value = kv.squeeze(axis + 1).split((self.head_dim, self.value_dim), -1)
-            return list(zip(key.unbind(axis), value.unbind(axis), strict=True))
-        tensors = kv.flatten(axis, axis + 1).unbind(axis)
-        return list(zip(tensors[0::2], tensors[1::2], strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For files; those of one width say nothing of values."""
-        return {name: value for name, value in asdict(self).items() if name != "value_dim" or self.two_widths}
-
-    @property
-    def of_network(self) -> tuple[int, int]:
-        """Heads and width of what a network makes twice for each layer: of two widths it is half of the heads, whole.
-
-        NotImplementedError if their number is odd.
-        """
-        if not self.two_widths:
-            return self.kv_heads, self.head_dim
-        half, odd = divmod(self.kv_heads, 2)
-        if odd:
-            raise NotImplementedError(
-                f"share='deep' with keys of width {self.head_dim}, values of width {self.value_dim} and "
-                f"Hkv={self.kv_heads} key heads; it takes an even number of heads there, and share='none' any"
-            )
-        return half, self.head_dim + self.value_dim
 
 
 class _Rows(nn.Module):

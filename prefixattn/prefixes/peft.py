@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefixattn.prefixes import files, saving
 from prefixattn.prefixes.config import MOST, Defaults, PrefixConfig
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 
 JSON = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -173,11 +173,20 @@ def _sizes(geometry: Geometry) -> dict[str, Any]:
 
 
 def _check_widths(geometry: Geometry) -> None:
+    if geometry.sizes:
+        raise NotImplementedError(
+            f"the layers of {geometry.model_type} have keys of several sizes, {_spelled(geometry)}; an adapter of PEFT "
+            "has one for all: save_pretrained and load keep such a prefix"
+        )
     if geometry.two_widths:
         raise NotImplementedError(
             f"{geometry.model_type} has keys of width {geometry.head_dim} and values of width {geometry.value_dim}; "
             "an adapter of PEFT has one width for both: save_pretrained and load keep such a prefix"
         )
+
+
+def _spelled(geometry: Geometry) -> str:
+    return ", ".join(f"Hkv={h} D={d}" for h, d in sorted({sizes[:2] for sizes in geometry.sizes}))
 
 
 def _check_model(path: Path, values: dict[str, Any], geometry: Geometry) -> None:

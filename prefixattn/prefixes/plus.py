@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefixattn.attention.reference import PHIS
 from prefixattn.prefixes.config import MOST, Defaults, LayerChoice
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 from prefixattn.prefixes.ownership import MakesPrefix
 
 PER = ("head", "width")
@@ -111,6 +111,11 @@ class Memories(MakesPrefix):
 
     def __init__(self, config: PrefixPlusConfig, geometry: Geometry) -> None:
         super().__init__()
+        if geometry.sizes:
+            raise NotImplementedError(
+                f"the layers of {geometry.model_type} have keys of several sizes, for which there are no matrices of "
+                "Prefix-Tuning+; PrefixConfig is for such a model too"
+            )
         H, D, Dv = geometry.heads, geometry.head_dim, geometry.value_dim
         groups, width, made = (H, D, Dv) if config.per == "head" else (1, H * D, H * Dv)
         hidden = config.hidden or width

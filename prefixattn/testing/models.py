@@ -202,7 +202,8 @@ def concat_twin(model: Any, prefix: Prefix) -> Any:
         for slot, window in adapter.windows.items():
             base.get_submodule(adapter.sites[slot].path).reference_window = window
     for slot, kv, length in zip(prefix.slots, prefix(), prefix.lengths, strict=True):
-        D = prefix.geometry.head_dim
+        D, (h, d, dv) = prefix.geometry.head_dim, prefix.geometry.of(slot)
         key, value = (kv[0, ..., :D], kv[0, ..., D:]) if len(kv) == 1 else kv
+        key, value = key[:h, :, :d], value[:h, :, :dv]
         base.get_submodule(adapter.sites[slot].path).reference_prefix = key[:, :length], value[:, :length]
     return twin

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefixattn.optim.lazy_grad import LazyGradient
-from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare
 
 GEOMETRY = Geometry("test", layers=2, kv_heads=2, head_dim=8, width=16)
 NETWORKS: dict[str, dict[str, Any]] = {

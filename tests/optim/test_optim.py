@@ -242,7 +242,8 @@ def test_no_large_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 PEAK = """
 import pathlib, torch
 from prefixattn.optim import FactoredAdamW
-from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare
 torch.set_num_threads(1)
 net = DeepShare(24, 10, 256, Geometry("test", 24, 16, 64, 64))  # half of GPT-2 medium's matrix, 50 MB
 def kilobytes(name):

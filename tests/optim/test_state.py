@@ -15,7 +15,8 @@ from prefixattn.attach import attach
 from prefixattn.optim import FactoredAdamW, FactoredGradient, FactoredSGD
 from prefixattn.optim.adamw import moment
 from prefixattn.prefixes.config import PrefixConfig
-from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare
 from prefixattn.reparam.fused_step import fused_adamw
 from prefixattn.reparam.moments8 import BLOCK, Moment8
 from prefixattn.testing.models import tiny_gpt2, token_ids

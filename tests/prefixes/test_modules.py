@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn import Prefix, PrefixConfig
-from prefixattn.prefixes.networks import DeepShare, FreePrefix, Geometry, make_encoder
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare, FreePrefix, make_encoder
 
 GEOMETRY = Geometry(model_type="toy", layers=3, kv_heads=2, head_dim=4, width=6)
 

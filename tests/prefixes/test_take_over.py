@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import prefixattn
 from prefixattn import PrefixConfig
 from prefixattn.prefixes import networks
-from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare
 from prefixattn.prefixes.ownership import Hidden
 from prefixattn.reparam import reference
 

@@ -52,7 +52,7 @@ def sample(models: Models, size: int = SAMPLE) -> list[str]:
 REASONS = (  # the first that is in a refusal says why in the table
     ("none of its layers calls transformers' attention interface", "no layer calls the attention interface"),
     ("the keyword arguments", "layers do not get the keyword arguments of the model's forward pass"),
-    ("differ in size", "layers of different sizes"),
+    ("query heads; expected one", "layers with query heads of several numbers"),
     ("takes input_features, but", "takes sounds in another form than Whisper does"),
     ("attach tries a model with tokens", "takes neither tokens nor images nor what Whisper takes"),
     ("without a prefix it fails", "does not run on tokens, an image or a sound alone"),

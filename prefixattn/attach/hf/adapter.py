@@ -18,7 +18,7 @@ from prefixattn.attach.hf.interface import EXPLICIT, NAME, NAMES, PLAIN
 from prefixattn.attach.hf.positions import Positions
 from prefixattn.attach.records import PrefixCall
 from prefixattn.prefixes.config import Defaults
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 
 
 class _Thread(threading.local):
@@ -66,10 +66,8 @@ class HuggingFaceAdapter(Adapter):
         if base.main_input_name == "pixel_values":
             config = getattr(self.base.config, "vision_config", self.base.config)
         width = probe.field(base, config, first, "hidden_size")
-        self.geometry = Geometry(
-            *(config.model_type, len(self.sites), first.kv_heads, first.head_dim, width, kinds, first.heads),
-            value_dim=first.value_dim,
-        )
+        sizes = [(site.kv_heads, site.head_dim, site.value_dim) for site in self.sites]
+        self.geometry = Geometry.of_layers(config.model_type, sizes, width, kinds, first.heads)
         self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
         self.windows = sliding.windows(self.sites) if self.decodes else {}
         if base.main_input_name == "input_ids":
@@ -208,11 +206,11 @@ class HuggingFaceAdapter(Adapter):
         slots = prefix.slots
         generator = torch.Generator("cpu").manual_seed(0)
         rows = torch.randn(self.geometry.kv_shape(1, 1), generator=generator, device="cpu").to(self.device)
-        [pair] = self.geometry.by_layer(rows)
+        pairs = self.geometry.by_layer(rows.expand(len(slots), -1, -1, -1, -1), slots)
         inputs = probe.example(self.whole)
         with self.overriding(PLAIN):
             plain, _ = probe.run(self.whole, inputs)
-        with self.overriding(PrefixCall(dict.fromkeys(slots, pair), 0.0)):
+        with self.overriding(PrefixCall(dict(zip(slots, pairs, strict=True)), 0.0)):
             moved, calls = probe.run(self.whole, inputs)
         used = {call.module.prefix_slot for call in calls if call.used}
         if used != set(slots) or torch.equal(plain, moved):

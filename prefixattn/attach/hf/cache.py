@@ -106,7 +106,7 @@ def _rows(adapter: HuggingFaceAdapter, config: PrefixConfig, kv: Tensor) -> list
             f"positions, and without none: this prefix would have to be {expected!r}"
         )
     found, slots = [], config.slots(kinds)
-    for slot, pair in zip(slots, adapter.geometry.by_layer(kv, 1), strict=True):
+    for slot, pair in zip(slots, adapter.geometry.by_layer(kv, slots, 1), strict=True):
         site = adapter.sites[slot]
         module = adapter.base.get_submodule(site.path)
         layer = getattr(module, "layer_idx", None)

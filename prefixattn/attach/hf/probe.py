@@ -324,13 +324,10 @@ def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
         if all(site.path != known.path for known in found.setdefault(kind, [])):
             found[kind].append(site)
     flat = [site for kind in ("self", "encoder", "decoder", "cross") for site in found.get(kind, [])]
-    found_sizes = {(site.heads, site.kv_heads, site.head_dim, site.value_dim) for site in flat}
-    if len(found_sizes) > 1:
-        spelled = ", ".join(
-            f"H={h} Hkv={g} D={d}" + (f" Dv={dv}" if dv != d else "") for h, g, d, dv in sorted(found_sizes)
-        )
+    if len(heads := sorted({site.heads for site in flat})) > 1:
         raise NotImplementedError(
-            f"the layers of {type(base).__name__} differ in size ({spelled}); expected one for all"
+            f"the layers of {type(base).__name__} have {' or '.join(map(str, heads))} query heads; expected one number "
+            "for all"
         )
     return flat
 

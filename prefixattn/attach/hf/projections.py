@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 
 # class of the attention -> the norm before it, an attribute of the module around it; "" if there is none
 NORMS = {

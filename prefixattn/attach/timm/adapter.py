@@ -12,7 +12,7 @@ from prefixattn.attach.records import PrefixCall
 from prefixattn.attach.timm import layers, threads
 from prefixattn.attach.timm.passes import PLAIN, PassingAdapter
 from prefixattn.prefixes.config import INITS, Defaults, PrefixConfig
-from prefixattn.prefixes.networks import Geometry
+from prefixattn.prefixes.geometry import Geometry
 
 
 class TimmAdapter(PassingAdapter):

@@ -11,7 +11,8 @@ from prefixattn import FactoredAdamW, PrefixBank, PrefixConfig, PrefixPlusConfig
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from prefixattn.attach.hf import interface
-from prefixattn.prefixes.networks import DeepShare, Geometry
+from prefixattn.prefixes.geometry import Geometry
+from prefixattn.prefixes.networks import DeepShare
 from prefixattn.testing.models import concat_twin, tiny, token_ids
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)

@@ -38,10 +38,22 @@ MODELS = {
     ),
     "dinov2": ("Dinov2Model", "Dinov2Config", _SIZES | dict(image_size=16, patch_size=4)),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
+    # layers with a window, and every other one with fewer heads, which are wider
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        _GROUPED
+        | dict(
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=5,
+            per_layer_config={"1": {"head_dim": 16, "num_key_value_heads": 1}},
+            hidden_size_per_layer_input=0,
+        ),
+    ),
 }
 SINCE = {"dinov2": "5.23"}  # version of transformers from which its layers get the arguments of the forward pass
 KINDS = {"whisper": {"encoder": 3, "decoder": 2, "cross": 2}}
-WRITERS = "qwen3_moe", "llama4_text", "whisper"
+WRITERS = "qwen3_moe", "llama4_text", "whisper", "gemma4"
 
 
 def small(name):
@@ -113,18 +125,6 @@ def test_generation_goes_on_where_a_pass_over_all_would(name, beams):
 
 
 REFUSED = {
-    # its layers have heads of two sizes
-    "gemma4": (
-        "Gemma4ForCausalLM",
-        "Gemma4TextConfig",
-        _GROUPED
-        | dict(
-            layer_types=["sliding_attention", "full_attention"],
-            per_layer_config={"1": {"head_dim": 16}},
-            hidden_size_per_layer_input=0,
-        ),
-        r"layers of Gemma4TextModel differ in size \(H=4 Hkv=2 D=8, H=4 Hkv=2 D=16\)",
-    ),
     "siglip_vision": (
         "SiglipVisionModel",
         "SiglipVisionConfig",
