@@ -26,15 +26,22 @@ class Geometry:
     heads: int = 0  # H; 0: as many as Hkv
     value_dim: int = 0  # Dv; 0: as wide as keys
     sizes: tuple[tuple[int, int, int], ...] = ()  # Hkv, D and Dv of each layer, if they differ: these are the largest
+    sources: tuple[int, ...] = ()  # whose own keys and values each layer attends to, if some have none
 
     @classmethod
     def of_layers(
-        cls, model_type: str, sizes: Sequence[tuple[int, int, int]], width: int, kinds: dict[str, int], heads: int
+        cls,
+        model_type: str,
+        sizes: Sequence[tuple[int, int, int]],  # Hkv, D and Dv of each layer, which may differ
+        width: int,
+        kinds: dict[str, int],
+        heads: int,
+        sources: Sequence[int],
     ) -> "Geometry":
-        """`sizes`: Hkv, D and Dv of each layer, which may differ."""
         kv_heads, head_dim, value_dim = map(max, zip(*sizes, strict=True))
         differing = tuple(sizes) if len(set(sizes)) > 1 else ()
-        return cls(model_type, len(sizes), kv_heads, head_dim, width, kinds, heads, value_dim, differing)
+        others = tuple(sources) if list(sources) != list(range(len(sizes))) else ()
+        return cls(model_type, len(sizes), kv_heads, head_dim, width, kinds, heads, value_dim, differing, others)
 
     def __post_init__(self) -> None:
         if not self.kinds:
@@ -82,9 +89,12 @@ class Geometry:
         return [(k[..., :h, :, :d], v[..., :h, :, :dv]) for (k, v), (h, d, dv) in zip(pairs, sizes, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """For files; those of one width say nothing of values, and those of one size nothing of sizes."""
+        """For files; those of one width say nothing of values, and those of one size nothing of sizes.
+
+        Whose keys a layer reads changes nothing in what a prefix is.
+        """
         fields = asdict(self) | {"sizes": [list(sizes) for sizes in self.sizes]}
-        left_out = {"value_dim": not self.two_widths, "sizes": not self.sizes}
+        left_out = {"value_dim": not self.two_widths, "sizes": not self.sizes, "sources": True}
         return {name: value for name, value in fields.items() if not left_out.get(name)}
 
     @property

@@ -7,6 +7,11 @@ generation: `prefix_in_window=True`.
 Of an encoder-decoder only the decoder's self-attention gets a prefix, and not the layer's own: PEFT 0.21 repeats the L
 layers' pairs of key and value and deals them out in twos, to self-attention and to cross-attention, which drops its
 own. So layer l attends to pair 2l mod L. With an even L, layers l and l + L/2 share one, and the odd ones are unused.
+
+Layers that attend to keys and values of another (Gemma 3n and 4) get that one's prefix with them, and not their own.
+Where layers differ in size (Gemma 4), PEFT 0.21 makes rows for one with the widest heads. Others take the first heads
+and numbers of theirs; what has more heads than it gets no prefix. Positions start at P only if the first layer has one,
+for PEFT's cache is as long as its first layer says.
 """
 
 import warnings
@@ -73,16 +78,27 @@ def read(folder: Path, geometry: Geometry, defaults: Defaults) -> tuple[PrefixCo
     _check_frozen(path, values, length)
     if not weights.is_file() and (folder / PICKLE).is_file():
         raise ValueError(f"{folder} holds {PICKLE}, a pickle, and is not read: save the adapter as {TENSORS} with PEFT")
-    layers, Hkv, D = _layers(geometry), geometry.kv_heads, geometry.head_dim
+    layers, (Hkv, D) = _layers(geometry), _widest(geometry)
     tensors = files.read_tensors(weights, {NAME: [length, layers * 2 * Hkv * D]})
     if saving.stamp(folder, (JSON, TENSORS)) != before:
         raise ValueError(f"{folder} was written to while it was read")
     kinds: Any = ("decoder",) if _seq2seq(geometry) else "all"
+    reached = _reached(geometry)
+    chosen: Any = "all" if len(reached) == layers else reached
     config = PrefixConfig(
-        length, "none", attentions=kinds, positions="shifted", prefix_in_window=bool(defaults.slides)
+        *(length, "none", chosen),
+        attentions=kinds,
+        positions=_positions(geometry),
+        prefix_in_window=bool(defaults.slides),
     ).resolved(defaults)
-    pairs = tensors[NAME].view(length, layers, 2, Hkv, D).permute(1, 2, 3, 0, 4)
-    return config, pairs[_pairs(geometry)].contiguous()
+    pairs = tensors[NAME].view(length, layers, 2, Hkv, D).permute(1, 2, 3, 0, 4)[_pairs(geometry)]
+    if not geometry.sizes:
+        return config, pairs.contiguous()
+    kv = pairs.new_zeros(geometry.kv_shape(len(reached), length))
+    for of_layer, slot in zip(kv, reached, strict=True):
+        h, d, _ = geometry.of(slot)
+        of_layer[:, :h, :, :d] = pairs[slot, :, :h, :, :d]
+    return config, kv
 
 
 def export(folder: Path, config: PrefixConfig, geometry: Geometry, kv: Tensor) -> None:
@@ -93,14 +109,19 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, kv: Tensor) -
     this function wrote the old one, as the tensors' file holds the description too.
     """
     _check_widths(geometry)
-    if config.positions != "shifted":
-        raise ValueError(f"positions is {config.positions!r}; PEFT always shifts positions by the prefix's length")
+    if config.positions != (theirs := _positions(geometry)):
+        how = "always shifts positions by" if theirs == "shifted" else "shifts no position of such a model by"
+        raise ValueError(f"positions is {config.positions!r}; PEFT {how} the prefix's length")
     if _seq2seq(geometry) and set(config.counts(geometry.kinds)) != {"decoder"}:
         raise ValueError(
             f"attentions is {config.attentions!r}; a PEFT adapter of an encoder-decoder has a prefix in its decoder's "
             "self-attention alone: ('decoder',)"
         )
-    if len(kv) != _layers(geometry):
+    reached = _reached(geometry)
+    if not _seq2seq(geometry) and list(config.slots(geometry.kinds)) != reached:
+        where = "every layer" if len(reached) == _layers(geometry) else f"the layers {reached} of such a model"
+        raise ValueError(f"layers is {config.layers!r}; a PEFT adapter has a prefix in {where}")
+    if len(kv) != len(reached):
         raise ValueError(f"layers is {config.layers!r}; a PEFT adapter has a prefix in every layer")
     if len(set(config.lengths(len(kv)))) > 1:
         raise ValueError(f"length is {config.length!r}; a PEFT adapter has one length for all layers")
@@ -110,8 +131,17 @@ def export(folder: Path, config: PrefixConfig, geometry: Geometry, kv: Tensor) -
             f"the decoder has {len(kv)} layers; with an even number PEFT gives layers l and l + {half} the same "
             "prefix, and here they differ"
         )
-    pairs = torch.zeros_like(kv)
-    pairs[_pairs(geometry)] = kv
+    Hkv, D = _widest(geometry)
+    pairs, placed = kv.new_zeros(_layers(geometry), *kv.shape[1:]), dict[int, Tensor]()
+    for slot, of_layer in zip(reached, kv, strict=True):
+        source = _pairs(geometry)[slot]
+        if source in placed and not torch.equal(placed[source], of_layer):
+            raise ValueError(
+                f"layers {source} and {slot} of a {geometry.model_type} attend to the same keys, to which PEFT adds "
+                "one prefix, and here they have two"
+            )
+        pairs[source] = placed[source] = of_layer
+    pairs = pairs[:, :, :Hkv, :, :D]
     description = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -159,34 +189,45 @@ def _layers(geometry: Geometry) -> int:
 def _pairs(geometry: Geometry) -> list[int]:
     """The pair of key and value that each layer attends to."""
     L = _layers(geometry)
-    return [2 * l % L for l in range(L)] if _seq2seq(geometry) else list(range(L))
+    return [2 * l % L for l in range(L)] if _seq2seq(geometry) else list(geometry.sources or range(L))
+
+
+def _widest(geometry: Geometry) -> tuple[int, int]:
+    """Hkv and D of the rows that PEFT makes: those of the first layer with the widest heads."""
+    return (
+        max(geometry.sizes, key=lambda sizes: sizes[1])[:2]
+        if geometry.sizes
+        else (geometry.kv_heads, geometry.head_dim)
+    )
+
+
+def _reached(geometry: Geometry) -> list[int]:
+    """The layers that get a prefix: those with no more heads than the rows have."""
+    Hkv, _ = _widest(geometry)
+    return [slot for slot in range(_layers(geometry)) if geometry.of(slot)[0] <= Hkv]
+
+
+def _positions(geometry: Geometry) -> str:
+    return "shifted" if 0 in _reached(geometry) else "unshifted"
 
 
 def _sizes(geometry: Geometry) -> dict[str, Any]:
     """What PEFT's config says of the model."""
+    Hkv, D = _widest(geometry)
     return {
         "num_layers": _layers(geometry),
-        "num_attention_heads": geometry.kv_heads,
-        "token_dim": geometry.kv_heads * geometry.head_dim,
+        "num_attention_heads": Hkv,
+        "token_dim": Hkv * D,
         "num_transformer_submodules": 2 if _seq2seq(geometry) else 1,
     }
 
 
 def _check_widths(geometry: Geometry) -> None:
-    if geometry.sizes:
-        raise NotImplementedError(
-            f"the layers of {geometry.model_type} have keys of several sizes, {_spelled(geometry)}; an adapter of PEFT "
-            "has one for all: save_pretrained and load keep such a prefix"
-        )
-    if geometry.two_widths:
+    if geometry.two_widths or any(d != dv for _, d, dv in geometry.sizes):
         raise NotImplementedError(
             f"{geometry.model_type} has keys of width {geometry.head_dim} and values of width {geometry.value_dim}; "
             "an adapter of PEFT has one width for both: save_pretrained and load keep such a prefix"
         )
-
-
-def _spelled(geometry: Geometry) -> str:
-    return ", ".join(f"Hkv={h} D={d}" for h, d in sorted({sizes[:2] for sizes in geometry.sizes}))
 
 
 def _check_model(path: Path, values: dict[str, Any], geometry: Geometry) -> None:

@@ -67,7 +67,8 @@ class HuggingFaceAdapter(Adapter):
             config = getattr(self.base.config, "vision_config", self.base.config)
         width = probe.field(base, config, first, "hidden_size")
         sizes = [(site.kv_heads, site.head_dim, site.value_dim) for site in self.sites]
-        self.geometry = Geometry.of_layers(config.model_type, sizes, width, kinds, first.heads)
+        sources = [site.source for site in self.sites]
+        self.geometry = Geometry.of_layers(config.model_type, sizes, width, kinds, first.heads, sources)
         self.decodes = list(kinds) == ["self"] and all(site.causal for site in self.sites)
         self.windows = sliding.windows(self.sites) if self.decodes else {}
         if base.main_input_name == "input_ids":

@@ -27,6 +27,7 @@ class Site(NamedTuple):
     value_dim: int
     causal: bool
     window: int | None = None  # keys that a causal layer sees, the query's own among them
+    source: int = 0  # the slot of the layer whose own keys these are: its own, or an earlier one's (Gemma 3n)
 
 
 class Trial(NamedTuple):
@@ -324,6 +325,10 @@ def sites(base: Any, calls: list[interface.Watched]) -> list[Site]:
         if all(site.path != known.path for known in found.setdefault(kind, [])):
             found[kind].append(site)
     flat = [site for kind in ("self", "encoder", "decoder", "cross") for site in found.get(kind, [])]
+    first: dict[int, int] = {}
+    keys = {paths[call.module]: call.key.data_ptr() for call in reversed(calls)}
+    for slot, site in enumerate(flat):
+        flat[slot] = site._replace(source=first.setdefault(keys[site.path] or -slot - 1, slot))  # 0: on meta
     if len(heads := sorted({site.heads for site in flat})) > 1:
         raise NotImplementedError(
             f"the layers of {type(base).__name__} have {' or '.join(map(str, heads))} query heads; expected one number "
