@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from prefixattn.attention.call import Given, Grads, Into, Needs, allocated
+from prefixattn.attention.invariance import batch_invariant
 from prefixattn.attention.layout import empty_like_order
 from prefixattn.kernels.arguments import Layout, Rows, Window, strides
 from prefixattn.kernels.call import EXACT, HALF_TYPES, Call, options, tile_width
@@ -49,7 +50,8 @@ def short_plan(call: Call, needs: Needs) -> Launch | None:
     B, _, KV, L, S, _, P, _ = call.sizes
     others = needs.k or needs.v or needs.prefix_k or needs.prefix_v
     most_wanted = needs.q and others and not needs.attn_mask
-    if call.packed is not None or not most_wanted or max(S + P, L) > HEAD_KEYS or B * KV < processors(call.q.device):
+    many = batch_invariant() or B * KV >= processors(call.q.device)
+    if call.packed is not None or not most_wanted or max(S + P, L) > HEAD_KEYS or not many:
         return None
     return call.launch("bwd_short")
 
@@ -151,7 +153,7 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     rows = call.q.shape[2] if call.packed is not None and samples == B else samples * L
     # enough programs for the GPU, but none with less than a few tiles of queries
     most = triton.cdiv(rows * (H // KV), 4 * plan.block_m)
-    shares = max(1, min(most, triton.cdiv(4 * processors(call.q.device), tiles * used * KV)))
+    shares = _shares(call, most, tiles * KV, used, T)
     partial = (grads.prefix_k, grads.prefix_v)
     if shares > 1:
         partial = tuple(call.q.new_empty((2, shares, T, KV, P, D), dtype=torch.float32))
@@ -180,6 +182,14 @@ def _prefix(call: Call, given: Given, delta: Tensor, grads: Grads, needs: Needs,
     if shares > 1:
         each, pair, wanted = KV * P * D, (grads.prefix_k, grads.prefix_v), (needs.prefix_k, needs.prefix_v)
         _reduce(partial, pair, wanted, None, T, each, stride_n=T * each, stride_t=each, count=shares)
+
+
+def _shares(call: Call, most: int, programs: int, used: int, T: int) -> int:
+    """How many share the rows of a program; there are so many for each of T gradients, of which `used` get rows."""
+    if batch_invariant() and call.prefix_ids is None and (T > 1 or call.sizes[0] == 1):  # each is one sample's
+        used = 1
+        most = most if call.packed is None else 1  # or the longest sequence would say it
+    return max(1, min(most, triton.cdiv(4 * processors(call.q.device), programs * used)))
 
 
 def _by_prefix(ids: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -221,7 +231,7 @@ def _memory(call: Call, given: Given, dmemory: Tensor) -> None:
     tiles = triton.cdiv(D, block_n)
     # as many programs as make sense, by the rules of _prefix
     most = triton.cdiv(samples * L, 4 * block_m)
-    shares = max(1, min(most, triton.cdiv(4 * processors(call.q.device), tiles * used * H)))
+    shares = _shares(call, most, tiles * H, used, dmemory.shape[0])
     partial = dmemory if shares == 1 else call.q.new_empty((shares, T, H, D, D), dtype=torch.float32)
     prefix_attn_bwd_memory[(tiles * T * H, shares)](
         *(call.q, order, starts, given.dout, partial),

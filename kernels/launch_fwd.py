@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from prefixattn.attention.call import Results, Wants
+from prefixattn.attention.invariance import batch_invariant
 from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.kernels.arguments import Layout, Window, strides
 from prefixattn.kernels.call import Call, options, tile_width
@@ -35,6 +36,8 @@ def forward(call: Call, wants: Wants) -> Results:
 
 def folds(call: Call) -> bool:
     """Whether few queries of many samples meet one long prefix, which a kernel of its own then reads once for all."""
+    if batch_invariant():  # the parts of the prefix are cut by the batch
+        return False
     B, H, KV, L, _, T, P, _ = call.sizes
     shared = T == 1 or call.prefix_ids is not None
     few = L * (H // KV) <= FOLD_QUERIES and B * (H // KV) > 1
@@ -70,7 +73,8 @@ def _short(call: Call, results: Results, plan: Launch) -> None:
 def _online(call: Call, results: Results, parts: list[Tensor]) -> None:
     """`parts`: sums of values, largest scores and sums of weights over parts of the prefix, which then is done."""
     B, H, KV, L, S, _, P, _ = call.sizes
-    plan = call.launch("fwd_medium") if L <= MEDIUM_QUERIES else None
+    by_longest = call.packed is not None and batch_invariant()  # which may choose no kernel then
+    plan = call.launch("fwd_medium") if L <= MEDIUM_QUERIES and not by_longest else None
     plan = plan or call.launch("fwd")
     assert plan is not None
     prefix_attn_fwd[(triton.cdiv(L, plan.block_m) * B * H,)](

@@ -15,6 +15,7 @@ from prefixattn.attention.functional import (
     prefix_attention_qkvpacked,
     prefix_attention_varlen,
 )
+from prefixattn.attention.invariance import use_batch_invariant_kernels
 from prefixattn.optim import FactoredAdamW, FactoredSGD
 from prefixattn.prefixes.config import PrefixConfig
 from prefixattn.prefixes.factored import FactoredNetwork
@@ -43,6 +44,7 @@ __all__ = [
     "prefix_attention_varlen",
     "reparameterize",
     "timm_attention",
+    "use_batch_invariant_kernels",
 ]
 
 

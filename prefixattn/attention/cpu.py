@@ -8,6 +8,7 @@ from torch import Tensor
 import prefixattn._C as _C
 from prefixattn.attention import sinks, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
+from prefixattn.attention.invariance import batch_invariant
 from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.attention.native import address, attn_fields, strided
 
@@ -88,7 +89,9 @@ def _fields(call: Call) -> "AttnOnCpu":
     """What both passes hand over."""
     fields = attn_fields(_C, DTYPES[call.q.dtype], call)
     if call.cu_seqlens_q is not None:
-        fields["B"], fields["L"], fields["S"] = len(call.cu_seqlens_q) - 1, call.max_seqlen_q, call.max_seqlen_k
+        # where no sequence has more than a query, they have a kernel of their own: 2 says that one has
+        longest = 2 if batch_invariant() and call.max_seqlen_q == 1 else call.max_seqlen_q
+        fields["B"], fields["L"], fields["S"] = len(call.cu_seqlens_q) - 1, longest, call.max_seqlen_k
     return {
         **fields,
         "window_left": call.window_left,

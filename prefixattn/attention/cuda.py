@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prefixattn.attention import sinks, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, allocated, refused, unknown
+from prefixattn.attention.invariance import batch_invariant
 from prefixattn.attention.layout import empty_like_order
 from prefixattn.attention.native import address, attn_fields, strided
 
@@ -28,6 +29,7 @@ ALIGNMENT = 16  # bytes that move at once: of addresses and of all strides but t
 KNOWN = "attn_mask", "sinks", "prefix_ids", "prefix_lengths", "seed", "prefix_dropout_p", "is_causal", "scale", "phi"
 UNKNOWN = unknown(KNOWN)
 LARGEST_ROW_STRIDE, LAST = 2**30, 2**31 - 1
+LARGEST_GRID = 65535  # samples; with more, short ones take the kernel for long ones
 _TENSORS = "q", "k", "v", "prefix_k", "prefix_v", "attn_mask", "prefix_ids", "prefix_lengths", "seed"
 
 
@@ -81,12 +83,24 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
         reasons.append(f"attn_mask {list(mask.shape)}; needs one of keys, [B, H, 1, S] (triton has all masks)")
     if needs.attn_mask:
         reasons.append("attn_mask needs a gradient (triton has it)")
+    reasons += _by_batch(call, needs)
     # within a head the kernels count elements in 32 bits
     operands = {"q": q, "k": call.k, "v": call.v, "prefix_k": call.prefix_k, "prefix_v": call.prefix_v}
     for name, t in operands.items():
         if max(t.stride(2), 3 * t.shape[1] * D) >= LARGEST_ROW_STRIDE or t.shape[2] > LAST:
             reasons.append(f"{name} {list(t.shape)} has rows 2**30 elements apart, or 2**31 of them (triton has them)")
     return reasons
+
+
+def _by_batch(call: Call, needs: Needs) -> list[str]:
+    """What they compute in an order that the size of the batch decides, where that may not be."""
+    words, B = [], call.q.shape[0]
+    if batch_invariant() and B > LARGEST_GRID:
+        words.append(f"B={B} under use_batch_invariant_kernels; needs {LARGEST_GRID} or fewer (triton has more)")
+    per_sample = call.prefix_ids is None and call.prefix_k.shape[0] > 1
+    if batch_invariant() and per_sample and (needs.prefix_k or needs.prefix_v):
+        words.append("gradients of prefixes per sample under use_batch_invariant_kernels (triton has them)")
+    return words
 
 
 @widths.around_fwd
@@ -114,6 +128,8 @@ def fwd(call: Call, wants: Wants) -> Results:
 @sinks.around_bwd
 def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Grads:
     q, grads = call.q, allocated(call, needs, into)
+    if words := _by_batch(call, needs):  # the switch may be later than the choice of the backend
+        raise NotImplementedError("the cuda kernels: " + "; ".join(words))
     if _sees_nothing(call):
         for grad, need in zip(grads, needs, strict=True):
             if need:

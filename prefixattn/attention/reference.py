@@ -6,6 +6,7 @@ prefix of each sample (None: row 0 if T is 1, else row b); lengths per sample; `
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from prefixattn.attention import philox
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants
+from prefixattn.attention.invariance import batch_invariant
 from prefixattn.attention.layout import empty_like_order, lse_type
 from prefixattn.attention.sequences import parts
 
@@ -38,7 +40,7 @@ def unsupported(call: Call, needs: Needs) -> list[str]:
 
 
 def fwd(call: Call, wants: Wants) -> Results:
-    if call.cu_seqlens_q is None:
+    if not _in_pieces(call):
         return _fwd(call, wants, 0)
     q, Dv = call.q, call.v.shape[3]
     found = Results(
@@ -47,15 +49,15 @@ def fwd(call: Call, wants: Wants) -> Results:
         q.new_empty(q.shape[:3] if wants.mass else 0, dtype=torch.float32),
         empty_like_order(q, Dv) if wants.attended else q.new_empty(0),
     )
-    for i, (sequence, rows, _) in enumerate(_sequences(call)):
-        for whole, part in zip(found, _fwd(sequence, wants, i), strict=True):
+    for i, piece in enumerate(_pieces(call)):
+        for whole, part in zip(found, _fwd(piece.call, wants, i), strict=True):
             if part.numel():
-                whole[:, :, rows] = part
+                whole[piece.samples, :, piece.queries] = part
     return found
 
 
 def _fwd(call: Call, wants: Wants, first: int) -> Results:
-    """Of samples, or of a sequence, which are numbered from `first`."""
+    """Of samples, or of a piece, which are numbered from `first`."""
     q, P, Dv = call.q, call.prefix_k.shape[2], call.v.shape[3]
     with torch.autocast(q.device.type, enabled=False):
         keep_k, keep_v = _prefix_dropout(call, first)
@@ -70,7 +72,7 @@ def _fwd(call: Call, wants: Wants, first: int) -> Results:
         attended = weights @ values
         kept = empty_like_order(q, Dv).copy_(attended) if wants.attended else q.new_empty(0)
         if call.memory is not None:
-            attended = attended + of_memory(call, attended.dtype)
+            attended = attended + _of_memory(call, attended.dtype)
         out = empty_like_order(q, Dv).copy_(attended)
     return Results(out, lse.to(lse_type(q)), mass, kept)
 
@@ -79,18 +81,18 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
     """The gradients that are wanted. `into`, if given, takes those of q, k and v, which are returned from there."""
     own = zip((call.q, call.k, call.v), into or (None, None, None), needs[:3], strict=True)
     q, k, v = (call.q.new_empty(0) if not need else empty_like_order(t) if at is None else at for t, at, need in own)
-    masks, all_shares = call.q.new_empty(0), []
-    if call.cu_seqlens_q is None:
-        shares = _bwd(call, given, needs, (q, k, v), 0)
-        masks, all_shares = shares.attn_mask, [shares]
+    if not _in_pieces(call):
+        all_shares = [_bwd(call, given, needs, (q, k, v), 0)]
     else:
-        dout, dlse, out, lse = given
-        for i, (sequence, rows, keys) in enumerate(_sequences(call)):
-            dlse_here = None if dlse is None else dlse[:, :, rows]
-            mine = Given(dout[:, :, rows], dlse_here, out[:, :, rows] if out.dim() == 4 else out, lse[:, :, rows])
-            at = (q[:, :, rows] if needs.q else q, k[:, :, keys] if needs.k else k, v[:, :, keys] if needs.v else v)
-            all_shares.append(_bwd(sequence, mine, needs, at, i))
-    sums = {}
+        all_shares = []
+        for i, piece in enumerate(_pieces(call)):
+            of_queries, of_keys = (piece.samples, slice(None), piece.queries), (piece.samples, slice(None), piece.keys)
+            dlse = None if given.dlse is None else _alone(given.dlse[of_queries])
+            out = given.out if given.out.dim() < 4 else _alone(given.out[of_queries])  # empty where it is not read
+            mine = Given(_alone(given.dout[of_queries]), dlse, out, _alone(given.lse[of_queries]))
+            at = (q[of_queries] if needs.q else q, k[of_keys] if needs.k else k, v[of_keys] if needs.v else v)
+            all_shares.append(_bwd(piece.call, mine, needs, at, i))
+    sums = {"attn_mask": _of_mask(call, needs, all_shares)}
     rows_of = {"prefix_k": call.prefix_ids, "prefix_v": call.prefix_ids, "sinks": None, "memory": call.prefix_ids}
     for name, ids in rows_of.items():
         t = getattr(call, name)
@@ -105,7 +107,7 @@ def bwd(call: Call, given: Given, needs: Needs, into: Into | None = None) -> Gra
             )
             summed = total.sum(0) if name == "sinks" else _over_batch(total, None if shared else ids, t.shape[0])
             sums[name] = summed.to(t.dtype)
-    return Grads(q, k, v, attn_mask=masks, **sums)
+    return Grads(q, k, v, **sums)
 
 
 def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grads:
@@ -137,8 +139,7 @@ def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grad
                 grads = grads._replace(sinks=-(of_sinks[..., 0] * delta).sum(2))  # [B, H]
             dscores = weights * (dweights - delta[..., None])
             if needs.attn_mask and (mask := call.attn_mask) is not None:
-                total = dscores[..., P:].sum_to_size(mask.shape)
-                grads = grads._replace(attn_mask=total.to(mask.dtype).contiguous())
+                grads = grads._replace(attn_mask=dscores[..., P:].sum_to_size(mask.shape))
             if call.softcap:  # near the cap, 1 - tanh^2 is what rounding left
                 dscores = dscores / torch.cosh(raw / call.softcap).square()
             if needs.q:
@@ -159,20 +160,43 @@ def _bwd(call: Call, given: Given, needs: Needs, into: Into, first: int) -> Grad
     return grads
 
 
-def _sequences(call: Call) -> Iterator[tuple[Call, slice, slice]]:
-    """Each packed sequence as a call of one sample, and where its queries and keys are."""
-    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
-    ids, lengths, memory, T = call.prefix_ids, call.prefix_lengths, call.memory, call.prefix_k.shape[0]
-    for i, (rows, keys) in enumerate(zip(parts(call.cu_seqlens_q), parts(call.cu_seqlens_k), strict=True)):
-        row = slice(i, i + 1) if ids is None and T > 1 else slice(None)
-        yield call._replace(
-            q=call.q[:, :, rows], k=call.k[:, :, keys], v=call.v[:, :, keys],
+class _Piece(NamedTuple):
+    """A packed sequence, or a sample that is to be batch invariant, as a call of its own, and where it is."""
+
+    call: Call
+    samples: slice
+    queries: slice
+    keys: slice
+
+
+def _in_pieces(call: Call) -> bool:
+    return call.cu_seqlens_q is not None or batch_invariant()
+
+
+def _pieces(call: Call) -> Iterator[_Piece]:
+    ids, lengths, memory, mask = call.prefix_ids, call.prefix_lengths, call.memory, call.attn_mask
+    whole, (B, T) = slice(None), (call.q.shape[0], call.prefix_k.shape[0])
+    at = [(slice(i, i + 1), whole, whole) for i in range(B)]
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        at = [(whole, *both) for both in zip(parts(call.cu_seqlens_q), parts(call.cu_seqlens_k), strict=True)]
+    for i, (samples, queries, keys) in enumerate(at):
+        one = slice(i, i + 1)
+        row = one if ids is None and T > 1 else whole
+        yield _Piece(call._replace(
+            q=_alone(call.q[samples, :, queries]),
+            k=_alone(call.k[samples, :, keys]), v=_alone(call.v[samples, :, keys]),
             prefix_k=call.prefix_k[row], prefix_v=call.prefix_v[row],
-            memory=memory if memory is None or memory.shape[0] == 1 else memory[row],
-            prefix_ids=None if ids is None else ids[i : i + 1],
-            prefix_lengths=None if lengths is None else lengths[i : i + 1],
+            attn_mask=mask if mask is None or mask.shape[0] == 1 else mask[one],
+            memory=memory if memory is None or memory.shape[0] == 1 else _alone(memory[row]),
+            prefix_ids=None if ids is None else ids[one],
+            prefix_lengths=None if lengths is None else lengths[one],
             cu_seqlens_q=None, cu_seqlens_k=None,
-        ), rows, keys  # fmt: skip
+        ), samples, queries, keys)  # fmt: skip
+
+
+def _alone(t: Tensor) -> Tensor:
+    """A copy for batch invariance: how a library sums may depend on strides, and on where in memory rows begin."""
+    return t.clone(memory_format=torch.contiguous_format) if batch_invariant() else t
 
 
 def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> Tensor:
@@ -192,9 +216,15 @@ def _virtual(own: Tensor, prefix: Tensor, kept: Tensor | float, call: Call) -> T
 def of_memory(call: Call, dtype: torch.dtype) -> Tensor:
     """What the memory adds to out, [B, H, L, Dv]."""
     assert call.memory is not None
-    if call.cu_seqlens_q is not None and call.memory.shape[0] > 1:
-        parts = [of_memory(sequence, dtype) for sequence, *_ in _sequences(call)]
-        return torch.cat([call.q[:, :, :0].to(dtype), *parts], 2)
+    if not batch_invariant() and (call.cu_seqlens_q is None or call.memory.shape[0] == 1):
+        return _of_memory(call, dtype)
+    found = call.q.new_empty((*call.q.shape[:3], call.memory.shape[3]), dtype=dtype)
+    for piece in _pieces(call):
+        found[piece.samples, :, piece.queries] = _of_memory(piece.call, dtype)
+    return found
+
+
+def _of_memory(call: Call, dtype: torch.dtype) -> Tensor:
     q = call.q.to(dtype)
     return PHIS[call.phi][0](q) @ _memories(call, q)
 
@@ -272,6 +302,18 @@ def _attention_dropout(weights: Tensor, call: Call, first: int) -> Tensor:
     B, H, L, N = weights.shape
     keep = philox.keep(call.seed, call.dropout_p, (B, H, L, N), philox.ATTENTION, first)
     return keep.to(weights.dtype) / (1 - call.dropout_p)
+
+
+def _of_mask(call: Call, needs: Needs, shares: list[Grads]) -> Tensor:
+    """Of the mask's shape and type: rows of samples, or their sum."""
+    mask = call.attn_mask
+    if mask is None or not needs.attn_mask:
+        return call.q.new_empty(0)
+    if not shares:
+        return mask.new_zeros(mask.shape)
+    total = torch.cat([share.attn_mask for share in shares]) if len(shares) > 1 else shares[0].attn_mask
+    total = total if total.shape[0] == mask.shape[0] else _pairwise(total)[None]
+    return total.to(mask.dtype).contiguous()
 
 
 def _over_group(grad: Tensor, Hkv: int) -> Tensor:

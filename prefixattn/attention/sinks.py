@@ -40,7 +40,8 @@ def around_fwd(plain: Fwd) -> Fwd:
         q, memory = call.q, call.memory
         # a memory is no part of the softmax, whose output alone the sinks make smaller
         found = plain(call._replace(sinks=None, memory=None), wants._replace(attended=False))
-        total = torch.logaddexp(found.lse, _column(call.sinks, found.lse))
+        # not logaddexp, whose bits on a CPU depend on how far a number is from the end of its tensor
+        total = torch.stack(torch.broadcast_tensors(found.lse, _column(call.sinks, found.lse))).logsumexp(0)
         weight = (found.lse - total).exp()  # [B, H, L], of all keys
         out = found.out.mul_(weight.to(torch.promote_types(q.dtype, torch.float32))[..., None])
         attended = out if wants.attended else found.attended

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefixattn.attention import sinks, widths
 from prefixattn.attention.call import Call, Given, Grads, Into, Needs, Results, Wants, refused, unknown
+from prefixattn.attention.invariance import batch_invariant
 from prefixattn.attention.layout import lse_type, unit_stride
 from prefixattn.kernels.table import INTERPRETED
 
@@ -126,11 +127,13 @@ def least_batch(device: torch.device, heads: int) -> int:
 
 
 def _readable_call(call: Call) -> "KernelCall":
+    from prefixattn.kernels.any_length import AnyLength
     from prefixattn.kernels.call import Call as KernelCall
 
+    kind = AnyLength if batch_invariant() and call.cu_seqlens_q is not None else KernelCall
     mask, memory, ids, lengths = call.attn_mask, call.memory, call.prefix_ids, call.prefix_lengths
     queries, keys = call.cu_seqlens_q, call.cu_seqlens_k
-    return KernelCall(*call)._replace(
+    return kind(*call)._replace(
         q=_readable(call.q), k=_readable(call.k), v=_readable(call.v),
         prefix_k=_readable(call.prefix_k), prefix_v=_readable(call.prefix_v),
         attn_mask=None if mask is None else _emulated(mask),

@@ -32,7 +32,7 @@ LAYERS = """
     reparam.fused_step attention.native attention.sinks
     reparam.moments8 reparam.reference attention.reference
     attention.call attention.sequences
-    attention.checks attention.philox attention.windows reparam.call
+    attention.checks attention.invariance attention.philox attention.windows reparam.call
     attention.layout differentiation trials _C _cuda
 """
 RANK = {name: i for i, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

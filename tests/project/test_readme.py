@@ -184,7 +184,7 @@ assert model.transformer.wte.weight.grad is not None
 
 
 def test_the_page_on_the_op_runs_as_written(tmp_path: Path) -> None:
-    widths, code, packed = re.findall(r"```python\n(.*?)```", text("docs/op.md"), flags=re.DOTALL)
+    widths, code, packed, batch = re.findall(r"```python\n(.*?)```", text("docs/op.md"), flags=re.DOTALL)
     of_two = """
 keys, values = (torch.cat([p.expand(2, -1, -1, -1), x], 2) for p, x in ((prefix_k, k), (prefix_v, v)))
 seen = torch.ones(9, 14, dtype=torch.bool).tril(5)
@@ -196,7 +196,7 @@ wide = prefixattn.prefix_attention(q, k, v, prefix_k, prefix_v, is_causal=True, 
 torch.testing.assert_close(stays[:, :, :4], wide[:, :, :4], rtol=1e-5, atol=1e-5)
 assert not torch.allclose(stays[:, :, 4:], wide[:, :, 4:], atol=1e-3)
 """
-    run_page(widths + of_two + code + proof + packed, tmp_path)
+    run_page(widths + of_two + code + proof + packed + batch, tmp_path)
 
 
 def test_packed_sequences_in_models_run_as_written(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ class TileForward {
     static constexpr int kKeys = 256;              // most keys of a chunk
     static constexpr int kRows = 96;               // whose scores stand at once, and stay in L1 with what is beside
     static constexpr int64_t kAccBytes = 1 << 18;  // of the outputs of a unit's blocks, where there are several chunks
+    static constexpr int64_t kWindowBlocks = 8;    // of a unit, where there is a window
 
   public:
     static void run(const CpuFwdParams &p, int threads) {
@@ -26,6 +27,9 @@ class TileForward {
         const int64_t most = max_of<int64_t>(1, kAccBytes / (4 * kTileLanes * up(p.D, kTile)));
         const int64_t wanted = min_of(items, (4 * threads + heads - 1) / heads);
         job.groups = max_of(wanted, p.P + p.S > kKeys ? (items + most - 1) / most : 1);
+        // A window leaves a unit the keys that its blocks see, and chunks are cut from the first of them. So which
+        // blocks are together may depend neither on the batch nor on the threads.
+        if (has_window(p)) job.groups = (items + kWindowBlocks - 1) / kWindowBlocks;
         parallel_for(heads * job.groups, threads, unit, &job, Dot::region());
     }
 
@@ -36,6 +40,7 @@ class TileForward {
         int64_t heads, groups;  // query heads that a unit may hold, and units of them
     };
 
+    static bool has_window(const CpuFwdParams &p) { return p.window_left >= 0 || p.window_right >= 0; }
     static int64_t blocks(const CpuFwdParams &p) { return (p.L + kTileLanes - 1) / kTileLanes; }
 
     static void unit(void *context, int64_t unit) {
@@ -49,6 +54,8 @@ class TileForward {
     TileForward(const Job &job, const CpuFwdParams &p, int64_t unit, Arena arena) : job_(job), p_(p), arena_(arena) {
         const int64_t items = job.heads * blocks(p), n = job.groups, head = unit / n * job.heads;
         begin_ = items * (unit % n) / n, end_ = items * (unit % n + 1) / n;
+        if (has_window(p))  // packed sequences have n of the longest, but the same blocks
+            begin_ = min_of(items, unit % n * kWindowBlocks), end_ = min_of(items, begin_ + kWindowBlocks);
         b_ = head / p.H, h0_ = head % p.H, g_ = h0_ / (p.H / p.Hkv), D_ = (int)p.D;
         softmax_.gain = prefix_gain(p.prefix_dropout_p);
         scaled_ = has_float_mask(p) || p.softcap > 0;
@@ -75,6 +82,7 @@ class TileForward {
     }
 
     void work() {
+        if (begin_ == end_) return;  // of a packed sequence that is shorter than the longest
         own_ = own_keys();
         const int64_t total = length_ + own_.end - own_.begin, chunks = (total + kKeys - 1) / kKeys;
         const int64_t chunk = chunks ? up((total + chunks - 1) / chunks, kGroup) : 0;  // of equal size
@@ -104,7 +112,7 @@ class TileForward {
     // Of own keys those that padding leaves, and windows to any of the unit's blocks.
     Range own_keys() const {
         const Range all = padded_range(p_, b_, h0_);
-        if (p_.window_left < 0 && p_.window_right < 0) return all;
+        if (!has_window(p_)) return all;
         Range seen{all.end, all.begin};
         for (int64_t i = begin_; i < end_; ++i) {
             const Range x = seen_keys(own_band(p_), all, queries_of(i));

@@ -29,6 +29,7 @@ from prefixattn.testing.attention import (
     same_dtype,
     suited,
 )
+from prefixattn.testing.batches import differing, rows_of_samples, samples
 from tests.attention.test_dropout import drawn
 from tests.conftest import DEVICE
 from tests.cuda_machine import Watched, host_machine
@@ -165,6 +166,15 @@ def test_repeats_to_the_bit(shape: str, feature: str, machine: Watched | None) -
             machine.set_seed(seed)
         for name, t in ours(inputs, "cuda").items():
             assert torch.equal(t, first[name]), name
+
+
+@pytest.mark.parametrize("feature", ["causal", "per_sample", "bank_sample_lengths", "sinks"])
+@pytest.mark.parametrize("S", [18, 250])
+def test_a_sample_has_the_same_bits_in_every_batch(S: int, feature: str) -> None:
+    """With no switch; of kernels for long axes all but the gradients of prefixes per sample."""
+    inputs = accepted(make_inputs(Shape(4, 2, 1, 18, S, 9, 64), torch.bfloat16, **FEATURES[feature]))
+    names = [name for name in rows_of_samples(inputs) if S == 18 or "prefix" not in name]
+    assert not differing(ours(inputs, "cuda"), ours(samples(inputs, [3]), "cuda"), names, [3])
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
