@@ -32,6 +32,27 @@ def test_a_report_is_what_its_runs_say(name: str, monkeypatch: pytest.MonkeyPatc
     assert out.with_suffix(".html").read_text(encoding="utf-8") == page_of(results)
 
 
+def test_the_readme_shows_three_methods() -> None:
+    """Their columns of both tasks' tables, without the paper's numbers, and what it says of them."""
+    _, results = written("smollm2")
+    e2e, webnlg, differences, *_ = report.tables(results)
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in ("Deep-share", "No-share", "Simple-share"):
+        cells = []
+        for table, columns in ((e2e, ("BLEU", report.DEV)), (webnlg, ("BLEU unseen", report.DEV))):
+            [row] = [row for row in table.rows if row[0].text == method]
+            cells += [row[list(table.head).index(column)].text.rpartition(" / ")[2] for column in columns]
+        assert f"| {' | '.join([method, *cells])} |" in shown
+    rows = [[entry.text for entry in row] for row in differences.rows]
+    of_two = {
+        (task, score): float(errors) for task, a, b, score, _, errors in rows if (a, b) == ("Deep-share", "No-share")
+    }
+    losses = [-of_two[task, report.DEV] for task in ("e2e", "webnlg")]
+    assert f"Deep-share's losses are below No-share's by {losses[0]:.1f} and {losses[1]:.1f} standard errors" in shown
+    assert all(abs(errors) < 2 for (_, score), errors in of_two.items() if "BLEU" in score)
+    assert "BLEU tells none of the two apart" in shown
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_documents_show_the_tables(name: str) -> None:
     """Of the methods that have a final run by now."""
