@@ -50,9 +50,14 @@ sweep: build
 	$(PY) tests/sweep/report.py build/sweep.json
 	$(PY) tests/sweep_timm.py --out tests/sweep_timm.json
 
+# each writes its record into bench/results/
 bench: build
 	$(PY) -m pytest bench/attention/bench_prefix_attn.py
 	$(PY) -m bench.attention.plot
+	$(PY) -m bench.attention.packed --out bench/results/packed.json
+	$(PY) -m bench.attention.windows --out bench/results/windows.json
+	$(PY) -m bench.models.shared_prompts --prompt 1024 --group 8 --new 128 --out bench/results/shared-prompts-8.json
+	$(PY) -m bench.attention.long_prefix --out bench/results/long-prefix.json
 
 lint: $(VENV)/lint
 	$(PY) -m ruff check .

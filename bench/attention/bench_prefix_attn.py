@@ -24,6 +24,7 @@ from bench.attention.suites import Suite
 from bench.harness.command import NOTHING, interrupted
 from bench.harness.record import RESULTS, device_slug
 from bench.harness.timing import quantiles
+from bench.harness.ways import NO_BACKWARD, in_words
 from prefixattn.testing.attention import assert_as_accurate
 
 FWD, BOTH, PREFIX = "fwd", "fwd+bwd", "prefix grads"  # the last: below a frozen trunk, nothing else wants a gradient
@@ -125,7 +126,7 @@ def checked(
             continue
         compiles = name in suite.compiled
         if compiles and suite.device == "cpu" and passes != FWD and not suite.platform.dry:
-            absent[name] = "FlexAttention has no backward on a CPU"
+            absent[name] = NO_BACKWARD
             continue
         if compiles and record.compile_seconds >= record.compile_budget and not suite.platform.dry:
             absent[name] = f"not compiled: this run's {record.compile_budget:.0f} s for compiling are used up"
@@ -139,7 +140,7 @@ def checked(
         except AssertionError:
             raise  # it ran, and is wrong
         except Exception as error:  # a baseline that cannot run is a line in the record, not the end of it
-            absent[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            absent[name] = in_words(error)
             if isinstance(error, ImportError):
                 record.missing[name] = absent[name]
             continue

@@ -5,16 +5,15 @@
 
 Padded are: prefix_attention with key padding, SDPA over concatenated keys with a mask, and, packed, FlexAttention with
 a document mask. Each must give the output and the gradients of float64 at the tokens before it is timed. Masks are made
-outside the timed call, concatenations inside. Times are of the process's processors, in alternation in one process.
+outside the timed call, concatenations inside. Times are of the process's processors, in alternation in one process. A
+row of a peer that cannot run has the reason.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from torch import Tensor
 from bench.attention.baselines import flex, joined
 from bench.harness.command import Refusal, command
 from bench.harness.record import header, write_rows
-from bench.harness.timing import interleave, quantiles
+from bench.harness.ways import NO_BACKWARD, Row, cell, rows_of
 from prefixattn import prefix_attention, prefix_attention_varlen
 
 COUNT, SHORTEST, LONGEST = 64, 20, 90
@@ -35,7 +34,6 @@ SEEN = torch.arange(MOST) < torch.tensor(LENGTHS)[:, None]  # [COUNT, MOST], whe
 PASSES = ("fwd", "fwd+bwd")
 
 Way = Callable[..., Tensor]  # of q, k, v and prefix_k, prefix_v [H, P, D]
-Row = dict[str, Any]
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:  # q [TOTAL, H, D]
@@ -78,8 +76,9 @@ PACKED: dict[str, Way] = {"packed": ours, "document mask": documents}
 PADDED: dict[str, Way] = {"padded": padded, "SDPA": sdpa}
 WAYS = {
     "fwd": {**PACKED, **PADDED},
-    "fwd+bwd": {"packed": ours, **PADDED},  # FlexAttention has no backward on a CPU
+    "fwd+bwd": {"packed": ours, **PADDED},
 }
+ABSENT: dict[str, dict[str, str]] = {"fwd": {}, "fwd+bwd": {"document mask": NO_BACKWARD}}
 
 
 def made(way: str, grad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -127,27 +126,20 @@ def check(passes: str, way: str) -> float:
 def measured(rounds: int) -> list[Row]:
     rows = []
     for passes in PASSES:
-        print(f"{passes}: checking", flush=True)
-        errors = {way: check(passes, way) for way in WAYS[passes]}
-        print(f"{passes}: timing", flush=True)
+        print(passes, flush=True)
         calls = {way: partial(results, way, passes, made(way, passes != "fwd"), dout_of(way)) for way in WAYS[passes]}
-        for way, found in interleave(calls, 0.0, (rounds, rounds), time.process_time).items():
-            ms = [round(t, 2) for t in quantiles(found)]
-            rows.append({"pass": passes, "way": way, "cpu_ms": ms, "rounds": rounds, "error": errors[way]})
+        rows += rows_of({"pass": passes}, calls, partial(check, passes), rounds, ABSENT[passes])
     return rows
 
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: processor milliseconds, and how many times longer than packed the others take."""
     lines = ["| pass | packed | padded | SDPA, padded | FlexAttention, packed |", "|---|---|---|---|---|"]
-    found = {(row["pass"], row["way"]): row["cpu_ms"][1] for row in rows}
+    found = {(row["pass"], row["way"]): row for row in rows}
     for passes in PASSES:
-        mine = found[passes, "packed"]
-        cells = [f"{mine:.1f} ms"]
-        for way in ("padded", "SDPA", "document mask"):
-            theirs = found.get((passes, way))
-            cells.append("no backward" if theirs is None else f"{theirs:.1f} ms ({theirs / mine:.1f} times)")
-        lines.append(f"| {passes} | {' | '.join(cells)} |")
+        mine = found[passes, "packed"]["cpu_ms"][1]
+        cells = [cell(found.get((passes, way)), mine) for way in ("padded", "SDPA", "document mask")]
+        lines.append(f"| {passes} | {mine:.1f} ms | {' | '.join(cells)} |")
     return lines
 
 

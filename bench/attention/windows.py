@@ -4,17 +4,15 @@
     python -m bench.attention.windows --keys 1024 --rounds 3               # a try, which writes nothing
 
 Each way must give the output and the gradients of float64 before it is timed. Masks are made outside the timed call,
-concatenations inside. Times are of the process's processors, in alternation in one process. The same command goes on
-with the lengths that its JSON lacks.
+concatenations inside. Times are of the process's processors, in alternation in one process. A row of a peer that
+cannot run has the reason. On the same commit the command goes on with the lengths that its JSON lacks.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from torch import Tensor
 from bench.attention.baselines import flex, joined
 from bench.harness.command import Refusal, command
 from bench.harness.record import header, kept, write_rows
-from bench.harness.timing import interleave, quantiles
+from bench.harness.ways import NO_BACKWARD, Row, cell, rows_of
 from prefixattn import prefix_attention
 
 LENGTHS = (1024, 4096, 8192)
@@ -32,7 +30,6 @@ B, H, P, D = 1, 4, 10, 64
 PASSES = ("fwd", "fwd+bwd")
 
 Way = Callable[..., Tensor]  # of q, k, v [B, H, S, D] and prefix_k, prefix_v [H, P, D]
-Row = dict[str, Any]
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
@@ -65,8 +62,9 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) 
 
 WAYS: dict[str, dict[str, Way]] = {
     "fwd": {"ours": ours, "dense mask": dense_mask, "flex": blocks},
-    "fwd+bwd": {"ours": ours, "dense mask": dense_mask},  # FlexAttention has no backward on a CPU
+    "fwd+bwd": {"ours": ours, "dense mask": dense_mask},
 }
+ABSENT: dict[str, dict[str, str]] = {"fwd": {}, "fwd+bwd": {"flex": NO_BACKWARD}}
 
 
 def made(S: int, grad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -95,29 +93,21 @@ def check(S: int, passes: str, way: str) -> float:
 def measured(S: int, rounds: int) -> list[Row]:
     rows = []
     for passes in PASSES:
-        print(f"S {S}, {passes}: checking", flush=True)
-        errors = {way: check(S, passes, way) for way in WAYS[passes]}
-        print(f"S {S}, {passes}: timing", flush=True)
-        inputs = made(S, passes != "fwd")
+        print(f"S {S}, {passes}", flush=True)
+        inputs, case = made(S, passes != "fwd"), {"S": S, "pass": passes}
         calls = {name: partial(results, way, inputs) for name, way in WAYS[passes].items()}
-        samples = interleave(calls, 0.0, (rounds, rounds), time.process_time)
-        for name, found in samples.items():
-            ms = [round(t, 2) for t in quantiles(found)]
-            rows.append({"S": S, "pass": passes, "way": name, "cpu_ms": ms, "rounds": rounds, "error": errors[name]})
+        rows += rows_of(case, calls, partial(check, S, passes), rounds, ABSENT[passes])
     return rows
 
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: processor milliseconds, and how many times longer than ours the others take."""
     lines = ["| S | pass | ours | dense mask | FlexAttention |", "|---|---|---|---|---|"]
-    found = {(row["S"], row["pass"], row["way"]): row["cpu_ms"][1] for row in rows}
+    found = {(row["S"], row["pass"], row["way"]): row for row in rows}
     for S in sorted({row["S"] for row in rows}):
         for passes in PASSES:
-            mine = found[S, passes, "ours"]
-            cells = [f"{mine:.1f} ms"]
-            for way in ("dense mask", "flex"):
-                theirs = found.get((S, passes, way))
-                cells.append("no backward" if theirs is None else f"{theirs:.1f} ms ({theirs / mine:.1f} times)")
+            mine = found[S, passes, "ours"]["cpu_ms"][1]
+            cells = [f"{mine:.1f} ms", *(cell(found.get((S, passes, way)), mine) for way in ("dense mask", "flex"))]
             lines.append(f"| {S:,} | {passes} | {' | '.join(cells)} |")
     return lines
 
@@ -131,7 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
     if min(args.keys) < 1 or args.rounds < 1:
         raise Refusal("--keys and --rounds: expected numbers from 1 up")
     head = header() | {"shape": {"B": B, "H": H, "P": P, "D": D}, "window": WINDOW}
-    rows = [] if args.out is None else kept(args.out, head, ("device", "threads", "torch", "shape", "window"))
+    rows = (
+        []
+        if args.out is None
+        else kept(args.out, head, ("device", "threads", "torch", "commit", "tree", "shape", "window"))
+    )
     for S in args.keys:
         if any(row["S"] == S for row in rows):
             continue

@@ -106,6 +106,7 @@ def _fields(call: Call) -> "AttnOnCpu":
 def _readable_call(call: Call, **others: Tensor) -> Call:
     """The call as the kernels can read it; a refusal if a tensor of it or of `others` has another type or device."""
     memory, ids, lengths, dtype = call.memory, call.prefix_ids, call.prefix_lengths, call.q.dtype
+    queries, keys = call.cu_seqlens_q, call.cu_seqlens_k
     tensors = [call.q, call.k, call.v, call.prefix_k, call.prefix_v]
     if memory is not None:
         tensors.append(memory)
@@ -114,7 +115,7 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
         _refuse(call, others)
     if call.seed is not None and (call.seed.dtype != torch.int64 or not call.seed.is_cpu):
         call = call._replace(seed=call.seed.to("cpu", torch.int64))
-    indices = [t for t in (ids, lengths) if t is not None]
+    indices = [t for t in (ids, lengths, queries, keys) if t is not None]
     if all([_is_readable(t) for t in tensors]) and all([t.is_contiguous() for t in indices]):
         return call
     return call._replace(
@@ -123,6 +124,8 @@ def _readable_call(call: Call, **others: Tensor) -> Call:
         memory=None if memory is None else _readable(memory),
         prefix_ids=None if ids is None else ids.contiguous(),
         prefix_lengths=None if lengths is None else lengths.contiguous(),
+        cu_seqlens_q=None if queries is None else queries.contiguous(),
+        cu_seqlens_k=None if keys is None else keys.contiguous(),
     )  # fmt: skip
 
 

@@ -103,6 +103,10 @@ class Inputs:
         arguments: dict[str, Any] = {**self.tensors, **self.options, "backend": backend, **options}
         return prefix_attention(**arguments)
 
+    def of_normal_form(self, **options: Any) -> dict[str, Any]:
+        """The arguments of normal_form, without defaults."""
+        return {**self.tensors, **self.options, **options}
+
     def concatenated(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         arguments: dict[str, Any] = {**self.tensors, **self.options, **options}
         return concat_attention(**arguments)
@@ -264,7 +268,7 @@ def objections(backend: str, inputs: Inputs, **options: Any) -> str:
     """Why a backend refuses these inputs and their gradients, in its own words; empty if it does not. Runs nothing."""
     defaults = {name: p.default for name, p in signature(prefix_attention).parameters.items() if name != "return_lse"}
     try:
-        normal_form(**{**defaults, **inputs.tensors, **inputs.options, **options, "backend": backend})
+        normal_form(**{**defaults, **inputs.of_normal_form(**options, backend=backend)})
     except NotImplementedError as error:
         return str(error).partition("\n")[2].strip()
     return ""

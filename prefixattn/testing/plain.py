@@ -34,6 +34,7 @@ def concat_attention(
     window_size: tuple[int, int] = (-1, -1),
     prefix_in_window: bool = False,
     seed: Tensor | None = None,
+    first: int = 0,  # from which dropout numbers the samples
     fused: bool = False,  # out by SDPA, which takes no dropout mask of ours
     order: int = 0,  # sums over queries, keys and head elements begin this many ORDERS-ths of the way in
     by_delta: bool = False,  # the softmax's gradient from out, as fused kernels take it
@@ -74,7 +75,9 @@ def concat_attention(
     if prefix_dropout_p:
         assert seed is not None
         prefix_k, prefix_v = (
-            t * philox.keep(seed, prefix_dropout_p, (B, Hkv, P, t.shape[3]), kind).to(t.dtype) / (1 - prefix_dropout_p)
+            t
+            * philox.keep(seed, prefix_dropout_p, (B, Hkv, P, t.shape[3]), kind, first).to(t.dtype)
+            / (1 - prefix_dropout_p)
             for t, kind in ((prefix_k, philox.PREFIX_K), (prefix_v, philox.PREFIX_V))
         )
     keys, values = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)  # [B, Hkv, P+S, D or Dv]
@@ -111,8 +114,8 @@ def concat_attention(
     kept = torch.ones((), dtype=weights.dtype, device=q.device)
     if dropout_p:
         assert seed is not None
-        kept = philox.keep(seed, dropout_p, (B, H, L, P + S), philox.ATTENTION).to(weights.dtype) / (1 - dropout_p)
-        kept = F.pad(kept, (0, sunk))
+        kept = philox.keep(seed, dropout_p, (B, H, L, P + S), philox.ATTENTION, first)
+        kept = F.pad(kept.to(weights.dtype) / (1 - dropout_p), (0, sunk))
         kept = kept.roll((by_query, by_key), (2, 3))
     if by_delta:
         out = _Attended.apply(scores, weights, kept, values)

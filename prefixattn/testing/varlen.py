@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prefixattn.attention.functional import prefix_attention_varlen
+from prefixattn.attention.sequences import Sequences
 from prefixattn.testing.attention import Inputs, Shape, make_inputs
 from prefixattn.testing.plain import concat_attention
 
@@ -26,10 +27,20 @@ class Packed(Inputs):
         arguments: dict[str, Any] = {**self.tensors, **self.options, "backend": backend, **options}
         return prefix_attention_varlen(**arguments)
 
+    def of_normal_form(self, **options: Any) -> dict[str, Any]:
+        given: dict[str, Any] = {**self.tensors, **self.options, **options}
+        sequences = Sequences(*[given.pop(name) for name in Sequences._fields])
+        return {**given, **{name: given[name].transpose(0, 1)[None] for name in "qkv"}, "sequences": sequences}
+
     def concatenated(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         given: dict[str, Any] = {**self.tensors, **self.options, **options}
         q, k, v, ids, lengths = (given.pop(name, None) for name in ("q", "k", "v", "prefix_ids", "prefix_lengths"))
         offsets = [given.pop(f"cu_seqlens_{x}").tolist() for x in "qk"]
+        if offsets[0] == [0]:  # no sequence is as good as a batch without samples
+            del given["max_seqlen_q"], given["max_seqlen_k"]
+            none = [t[:, :, None] for t in (q, k, v)]  # [0, heads, 1, D]
+            out, lse, mass = concat_attention(*none, **given, prefix_ids=ids, prefix_lengths=lengths)
+            return out[:, :, 0], lse[:, :, 0].T, mass[:, :, 0].T
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for i in range(len(offsets[0]) - 1):
             own = dict(given)
@@ -44,7 +55,7 @@ class Packed(Inputs):
             parts = []
             for t, at in ((q, offsets[0]), (k, offsets[1]), (v, offsets[1])):
                 parts.append(t[at[i] : at[i + 1]].transpose(0, 1)[None])
-            out, lse, mass = concat_attention(*parts, **own)
+            out, lse, mass = concat_attention(*parts, **own, first=i)
             found.append((out[0].transpose(0, 1), lse[0], mass[0]))
         outs, lses, masses = zip(*found, strict=True)
         return torch.cat(outs), torch.cat(lses, 1), torch.cat(masses, 1)

@@ -56,11 +56,12 @@ def test_a_case_is_the_same_each_time_and_every_kind_is_there() -> None:
         for name, t in case.tensors.items():
             assert torch.equal(t, again.tensors[name]) and t.stride() == again.tensors[name].stride()
         large += case.large_batch
-        words |= {word.partition("[")[0].partition("~")[0] for word in case.words}
+        words |= {word.partition("[")[0].partition("(")[0].partition("~")[0] for word in case.words}
         words |= {f"{letter}0" for letter, n in case.sizes.items() if n == 0}
     kinds = (
         "causal packed two-widths scores memory softcap scale dropout prefix-dropout bank per_sample lengths of-rows "
-        "dlse hides"
+        "dlse hides sinks window sequences-training sequences-cached sequences-decoding sequences-ragged "
+        "cu_seqlens_q-sliced cu_seqlens_k-sliced"
     )
     layouts = "q-transposed k-expanded v-sliced bool-mask float-mask float32-mask dout-biased dout-ones some-gradients"
     assert not {*kinds.split(), *layouts.split(), "B0", "L0", "S0", "P0"} - words

@@ -96,6 +96,17 @@ def test_a_sequence_is_what_it_is_alone(backend: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(whole[rows], alone[0].transpose(0, 1), **close)
 
 
+def test_offsets_may_lie_apart_in_memory(backend: str) -> None:
+    """A column of a table; who read the one beside it too would find other sequences."""
+    inputs = packed(backend, "cached", causal=True)
+    right = ours(inputs, backend)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        offsets = inputs.options[name].long()
+        inputs.options[name] = torch.stack([offsets, offsets], 1)[:, 0]
+    found = ours(inputs, backend)
+    assert all(torch.equal(found[name], t) for name, t in right.items())
+
+
 @pytest.mark.parametrize("options", [{"dropout_p": 0.3, "prefix_dropout_p": 0.2}, {"dropout_p": 1.0}])
 def test_dropout(backend: str, options: dict[str, float]) -> None:
     inputs = packed(backend, "training", causal=True, memory="shared")

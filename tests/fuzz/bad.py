@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixattn import prefix_attention, prefix_attention_qkvpacked
+from prefixattn import prefix_attention, prefix_attention_qkvpacked, prefix_attention_varlen
 from tests.fuzz.cases import Case, make
 
 REFUSALS = ValueError, NotImplementedError, TypeError
 Arguments = dict[str, Any]
 
 
-def spoiled(number: int) -> tuple[str, Callable[..., Any], Arguments]:
-    """A case with something wrong in it, in words; and the call."""
+def spoiled(number: int) -> tuple[str, Callable[..., Any], Arguments, bool]:
+    """A case with something wrong in it, in words; the call; and whether it is wrong whatever the rest of it is."""
     case = make(number)
     arguments: Arguments = {**case.tensors, **case.options, "return_lse": True}
-    function: Callable[..., Any] = prefix_attention
+    function: Callable[..., Any] = prefix_attention if case.sequences is None else prefix_attention_varlen
     if case.packed:
         qkv = torch.stack([arguments.pop(n).transpose(1, 2) for n in "qkv"], 2)
         arguments, function = {"qkv": qkv, **arguments}, prefix_attention_qkvpacked
@@ -31,12 +31,109 @@ def spoiled(number: int) -> tuple[str, Callable[..., Any], Arguments]:
             arguments[name] = arguments[name].detach()[..., :0]
         if "memory" in arguments:
             arguments["memory"] = arguments["memory"][..., :0, :]
-        return f"{case}; {words[0]}", function, arguments
+        return f"{case}; {words[0]}", function, arguments, False
+    own = random.Random(f"bad for certain {number}")  # a stream of its own: the other calls stay what they were
+    if own.random() < (0.1 if case.sequences is None else 0.7):
+        kinds = (
+            (_window, _sinks, _widths) if case.sequences is None else (_offsets, _offsets, _longest, _window, _sinks)
+        )
+        changed = own.choice(kinds)(own, arguments, case)
+        arguments |= changed
+        return f"{case}; {', '.join(f'{n}={_shown(x)}' for n, x in changed.items())}", function, arguments, True
     for _ in range(draw.choice((1, 1, 1, 2))):
         name, value = draw.choice((_tensor, _tensor, _number, _index, _flag, _mask))(draw, arguments, case)
         arguments[name] = value
         words.append(f"{name}={_shown(value)}")
-    return f"{case}; {', '.join(words)}", function, arguments
+    return f"{case}; {', '.join(words)}", function, arguments, False
+
+
+def _offsets(draw: Any, arguments: Arguments, case: Case) -> Arguments:
+    name = draw.choice(("cu_seqlens_q", "cu_seqlens_k"))
+    t = arguments[name]
+    end, n = t[-1:], len(t)
+    values = (
+        t + 1,  # of two ends: both are elsewhere
+        t - 1,
+        torch.cat([t, end + 1]),
+        torch.cat([t, end + 1, end]),  # a step back
+        torch.cat([t[:1] - 1, t]),
+        torch.cat([t, end]),  # a sequence more than the other has
+        t.flip(0) if end else t - 1,
+        t * 2 + 1,
+        t[:0],
+        t[-1],
+        t[None],
+        torch.stack([t, t], 1),
+        t.float(),
+        t.short(),
+        t.bool(),
+        t.to("meta"),
+        t.to_sparse(),
+        t.tolist(),
+        t.numpy(),
+        n,
+        None,
+        "0",
+    )
+    return {name: draw.choice(values)}
+
+
+def _longest(draw: Any, arguments: Arguments, case: Case) -> Arguments:
+    assert case.sequences is not None
+    i = draw.randrange(2)
+    longest = max(case.sequences[i], default=0)
+    values = (longest - 1, longest - 1, -1, -(2**40), float(longest), None, "9", True, [longest], torch.tensor(longest))
+    return {f"max_seqlen_{'qk'[i]}": draw.choice(values)}
+
+
+def _window(draw: Any, arguments: Arguments, case: Case) -> Arguments:
+    values = (
+        (-2, -1),
+        (-1, -2),
+        (-(2**40), 0),
+        (3,),
+        (),
+        (1, 2, 3),
+        (1.0, 2),
+        (None, None),
+        (True, False),
+        ("1", "2"),
+        4,
+        None,
+        "window",
+        torch.tensor([1, 2]),
+    )
+    if draw.random() < 0.2:
+        return {"prefix_in_window": draw.choice((None, 1, "yes", [], torch.tensor(True)))}
+    return {"window_size": draw.choice(values)}
+
+
+def _sinks(draw: Any, arguments: Arguments, case: Case) -> Arguments:
+    H, dtype = case.sizes["H"], case.dtype
+    other = torch.float16 if dtype != torch.float16 else torch.bfloat16
+    values = (
+        torch.zeros(H + 1, dtype=dtype),
+        torch.zeros(1, H, dtype=dtype),
+        torch.zeros((), dtype=dtype),
+        torch.zeros(H, dtype=other),
+        torch.zeros(H, dtype=torch.int64),
+        torch.zeros(H, dtype=torch.bool),
+        torch.zeros(H, dtype=dtype, device="meta"),
+        torch.zeros(H, dtype=dtype).to_sparse(),
+        [0.0] * H,
+        0.0,
+        "sinks",
+    )
+    return {"sinks": draw.choice(values)}
+
+
+def _widths(draw: Any, arguments: Arguments, case: Case) -> Arguments:
+    """Values and the prefix's values of two widths, or keys and the prefix's keys."""
+    given = ("v", "prefix_v") if "v" in arguments else ("prefix_v",)
+    name = draw.choice((*given, "prefix_k") if "v" in arguments else given)
+    t = arguments[name].detach()
+    wider = torch.cat([t, t[..., :1]], -1)
+    return {name: draw.choice((wider, t[..., :-1], t[..., :0]))}
 
 
 def _tensor(draw: Any, arguments: Arguments, case: Case) -> tuple[str, Any]:
@@ -156,8 +253,8 @@ def _shown(value: object) -> str:
 
 
 def complaint(number: int) -> str:
-    """What is wrong with how a bad call was met; empty if it was refused in words, or was none after all."""
-    words, function, arguments = spoiled(number)
+    """What is wrong with how a bad call was met; empty if it was refused in words, or may have been none after all."""
+    words, function, arguments, wrong = spoiled(number)
     try:
         out, *_ = function(**arguments)
     except REFUSALS as error:
@@ -167,6 +264,8 @@ def complaint(number: int) -> str:
         return f"{words}: {type(error).__name__} of {len(text)} letters: {text[:200]!r}"
     except Exception as error:
         return f"{words}: {type(error).__name__}: {str(error)[:300]}"
+    if wrong:
+        return f"{words}: answered"
     if not isinstance(out, Tensor):
         return f"{words}: answered with {type(out).__name__}"
     if out.requires_grad and out.device.type != "meta":

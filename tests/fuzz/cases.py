@@ -1,4 +1,4 @@
-"""A random call of prefix_attention for each number: shapes, types, strides, masks, prefixes, sizes of scores."""
+"""A random call for each number: shapes, types, strides, masks, prefixes, sizes of scores, packed sequences."""
 
 import random
 from dataclasses import dataclass, field
@@ -10,20 +10,22 @@ from torch import Tensor
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MOST = 1_500_000  # multiply-adds of the scores of a call
 LARGE_BATCH = 64
+MOST_SEQUENCES = 150  # which truth and plain PyTorch take one after the other
 
 
 @dataclass
 class Case:
     number: int
-    sizes: dict[str, int]  # B, H, Hkv, L, S, P, D, Dv
+    sizes: dict[str, int]  # B, H, Hkv, L, S, P, D, Dv; of packed sequences their number and the longest
     dtype: torch.dtype
     tensors: dict[str, Tensor]  # leaves, those that want a gradient say so
     options: dict[str, Any]
-    dout: Tensor  # [B, H, L, Dv]
-    dlse: Tensor | None  # [B, H, L]
+    dout: Tensor  # [B, H, L, Dv], or [total_q, H, Dv]
+    dlse: Tensor | None  # [B, H, L], or [H, total_q]
     packed: bool = False  # by prefix_attention_qkvpacked
     seed: int | None = None  # for torch.manual_seed, where there is dropout
     words: list[str] = field(default_factory=list)  # how the call departs from the plain one
+    sequences: tuple[list[int], list[int]] | None = None  # queries and keys of each, by prefix_attention_varlen
 
     @property
     def large_batch(self) -> bool:
@@ -90,10 +92,11 @@ class _Maker:
         draw = self.draw
         dtype = TYPES[draw.choice(("float32",) * 10 + ("bfloat16",) * 5 + ("float16",) * 4 + ("float64",))]
         sizes = self.sizes()
-        B, H, Hkv, L, S, _, D, _ = sizes.values()
-        packable = L == S and H == Hkv
-        is_packed = packable and self.chance(0.2, "packed")
         # streams of their own, here and below: the other cases stay what they were
+        sequences = self.sequences(sizes)
+        B, H, Hkv, L, S, _, D, _ = sizes.values()
+        packable = L == S and H == Hkv and sequences is None
+        is_packed = packable and self.chance(0.2, "packed")
         own = random.Random(f"values {self.number}")
         if not is_packed and own.random() < 0.12:
             sizes["Dv"] = own.choice((1, 3, 8, 16, 24, 32, 64, 100, 128))
@@ -104,14 +107,20 @@ class _Maker:
         if self.chance(0.2):
             size = 10 ** draw.uniform(0.5, 4)
             self.words.append(f"scores~{size:.0e}")
+        queries, keys, values, lse = (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L)
+        options: dict[str, Any] = {}
+        if sequences is not None:
+            total_q, total_k = map(sum, sequences)
+            queries, keys, values, lse = (total_q, H, D), (total_k, Hkv, D), (total_k, Hkv, Dv), (H, total_q)
+            options = self.offsets(sequences)
         tensors = {
-            "q": self.normal(B, H, L, D) * size**0.5,
-            "k": self.normal(B, Hkv, S, D) * size**0.5,
-            "v": self.normal(B, Hkv, S, Dv),
+            "q": self.normal(*queries) * size**0.5,
+            "k": self.normal(*keys) * size**0.5,
+            "v": self.normal(*values),
         }
         if self.chance(0.1, "offset-values"):
             tensors["v"] += 3.0
-        options: dict[str, Any] = {"is_causal": self.chance(0.4, "causal")}
+        options["is_causal"] = self.chance(0.4, "causal")
         if not is_packed:
             options["enable_gqa"] = True
         tensors |= self.prefixes(sizes, options, size)
@@ -120,7 +129,7 @@ class _Maker:
             tensors["memory"] = self.normal(*rows, H, D, Dv) * D**-0.5 * draw.choice((0.1, 1, 1, 10))
             options["phi"] = draw.choice(("elu", "gelu", "relu", "none"))
         tensors = {name: self.placed(name, t.to(dtype)) for name, t in tensors.items()}
-        if self.chance(0.5):
+        if self.chance(0.5) and sequences is None:
             self.mask(sizes, dtype, tensors, options)
         if self.chance(0.15, "softcap"):
             options["softcap"] = draw.choice((0.7, 5.0, 30.0, 50.0))
@@ -145,12 +154,47 @@ class _Maker:
             dtype,
             self.wanted(tensors),
             options,
-            self.gradient(sizes).to(dtype),
-            self.normal(B, H, L).to(torch.promote_types(dtype, torch.float32)) if self.chance(0.4, "dlse") else None,
+            self.gradient((*queries[:-1], Dv)).to(dtype),
+            self.normal(*lse).to(torch.promote_types(dtype, torch.float32)) if self.chance(0.4, "dlse") else None,
             is_packed,
             seed,
             self.words,
+            sequences,
         )
+
+    def sequences(self, sizes: dict[str, int]) -> tuple[list[int], list[int]] | None:
+        """Sometimes queries and keys of each sample that is one of packed sequences; the sizes are then the longest."""
+        own = random.Random(f"sequences {self.number}")
+        if own.random() >= 0.12:
+            return None
+        B = min(sizes["B"], MOST_SEQUENCES)
+        L, S = (n if n > 3 else own.randint(0, 24) for n in (sizes["L"], sizes["S"]))  # one token makes no difference
+        kind = own.choice(("training", "training", "cached", "decoding", "ragged"))
+        if kind == "decoding":
+            queries, keys = [own.randint(0, 1) for _ in range(B)], [own.randint(1, max(S, 1)) for _ in range(B)]
+        else:
+            queries = [own.randint(0 if kind == "ragged" else min(L, 1), L) for _ in range(B)]
+            keys = {
+                "training": queries,
+                "cached": [n + own.randint(0, S) for n in queries],
+                "ragged": [own.randint(0, S) for _ in range(B)],
+            }[kind]
+        sizes.update(B=B, L=max(queries, default=0), S=max(keys, default=0))
+        self.words.append(f"sequences-{kind}")
+        return queries, keys
+
+    def offsets(self, sequences: tuple[list[int], list[int]]) -> dict[str, Any]:
+        own = random.Random(f"offsets {self.number}")
+        made: dict[str, Any] = {}
+        for x, lengths in zip("qk", sequences, strict=True):
+            ends = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
+            ends = ends.to(own.choice((torch.int32, torch.int64)))
+            if own.random() < 0.2:  # each twice in memory: who reads both finds other sequences, and no wild address
+                ends = torch.stack([ends, ends], 1)[:, 0]
+                self.words.append(f"cu_seqlens_{x}-sliced")
+            made[f"cu_seqlens_{x}"] = ends
+            made[f"max_seqlen_{x}"] = max(lengths, default=0) + own.choice((0, 0, 0, 1, 70))
+        return made
 
     def prefixes(self, sizes: dict[str, int], options: dict[str, Any], size: float) -> dict[str, Tensor]:
         B, _, Hkv, _, _, P, D, Dv = sizes.values()
@@ -217,14 +261,13 @@ class _Maker:
             self.words.append(f"{name}-sliced")
         return t
 
-    def gradient(self, sizes: dict[str, int]) -> Tensor:
-        B, H, _, L, _, _, _, Dv = sizes.values()
+    def gradient(self, size: tuple[int, ...]) -> Tensor:
         kind = self.draw.choice(("normal", "normal", "biased", "biased", "ones", "small"))
         if kind != "normal":
             self.words.append(f"dout-{kind}")
         if kind == "ones":  # as out.sum() passes it on
-            return torch.ones((), dtype=torch.float64).expand(B, H, L, Dv)
-        drawn = self.normal(B, H, L, Dv)
+            return torch.ones((), dtype=torch.float64).expand(size)
+        drawn = self.normal(*size)
         return {"normal": drawn, "biased": drawn + 1, "small": drawn * 1e-3}[kind]
 
     def wanted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefixattn import prefix_attention, prefix_attention_qkvpacked
+from prefixattn import prefix_attention_qkvpacked
 from prefixattn.testing.attention import Inputs, allowed_error, exact, results, rms, same_dtype, suited
+from prefixattn.testing.varlen import Packed
 from tests.fuzz.cases import Case
 from tests.fuzz.truth import truth
 
@@ -34,7 +35,8 @@ class Judge:
         self.right = truth(case)
         dlse = self.right["lse"].new_zeros(self.right["lse"].shape) if case.dlse is None else case.dlse
         wide = torch.promote_types(case.dtype, torch.float32)
-        self.inputs = Inputs(case.tensors, case.options, case.dout, dlse.to(wide))
+        kind = Inputs if case.sequences is None else Packed
+        self.inputs = kind(case.tensors, case.options, case.dout, dlse.to(wide))
         self.seed = None
         if case.seed is not None:
             torch.manual_seed(case.seed)
@@ -48,16 +50,16 @@ class Judge:
         inputs, words = suited(backend, self.inputs)
         if words:
             return words
-        asked = {"return_lse": True, "return_prefix_mass": True, "backend": backend, **inputs.options}
+        asked = {"return_lse": True, "return_prefix_mass": True}
         if self.case.seed is not None:
             torch.manual_seed(self.case.seed)
         if self.case.packed:
             qkv = torch.stack([inputs.tensors[n].transpose(1, 2) for n in "qkv"], 2)
             rest = {n: t for n, t in inputs.tensors.items() if n not in ("q", "k", "v")}
-            out, lse, mass = prefix_attention_qkvpacked(qkv, **rest, **asked)
+            out, lse, mass = prefix_attention_qkvpacked(qkv, **rest, **inputs.options, **asked, backend=backend)
             out = out.transpose(1, 2)
         else:
-            out, lse, mass = prefix_attention(**inputs.tensors, **asked)
+            out, lse, mass = inputs.call(backend, **asked)
         return results(inputs, out, lse, mass)
 
     def findings(self, answer: dict[str, Tensor]) -> list[Finding]:

@@ -1,6 +1,7 @@
 """The answer in float64, forward and backward by hand: own keys and prefix are never put together."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,56 @@ HIDES = -1e37  # docs/op.md: a mask's number of -1e37 or less hides its key
 
 def truth(case: Case) -> dict[str, Tensor]:
     """out, lse, mass, and the gradient of every tensor that wants one."""
+    return _of_samples(case) if case.sequences is None else _of_sequences(case)
+
+
+def _of_sequences(case: Case) -> dict[str, Tensor]:
+    """Each as a call of one sample with the prefix that is its own, and what they share summed."""
+    assert case.sequences is not None
+    t, o = case.tensors, dict(case.options)
+    H, Hkv, P, D, Dv = (case.sizes[name] for name in ("H", "Hkv", "P", "D", "Dv"))
+    queries, keys = case.sequences
+    row = _rows(case, t["prefix_k"])
+    used = None if "prefix_lengths" not in o else _lengths(case, row)
+    o.pop("prefix_ids", None)
+    like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    found = {name: torch.zeros(H, sum(queries), **like) for name in ("lse", "mass")}
+    found["out"] = torch.zeros(sum(queries), H, Dv, **like)
+    found |= {f"d{name}": torch.zeros(x.shape, **like) for name, x in t.items() if x.requires_grad}
+    begin_q = begin_k = 0
+    for i, (L, S) in enumerate(zip(queries, keys, strict=True)):
+        rows, own = slice(begin_q, begin_q + L), slice(begin_k, begin_k + S)
+        begin_q, begin_k = begin_q + L, begin_k + S
+        parts: dict[str, Any] = {"q": rows, "k": own, "v": own}  # where in its tensor a sequence's part lies
+        for name, whole in t.items():
+            several = whole.dim() == {"prefix_k": 4, "prefix_v": 4, "memory": 4}.get(name)
+            parts.setdefault(name, int(row[i]) if several else slice(None))
+        tensors = {}
+        for name, whole in t.items():
+            part = whole.detach()[parts[name]]
+            part = part.transpose(0, 1)[None] if name in "qkv" else part
+            tensors[name] = part.requires_grad_(whole.requires_grad)
+        alone = replace(
+            case,
+            sizes={"B": 1, "H": H, "Hkv": Hkv, "L": L, "S": S, "P": P, "D": D, "Dv": Dv},
+            tensors=tensors,
+            options=o if used is None else {**o, "prefix_lengths": used[i : i + 1]},
+            dout=case.dout[rows].transpose(0, 1)[None],
+            dlse=None if case.dlse is None else case.dlse[None, :, rows],
+            sequences=None,
+        )
+        for name, mine in _of_samples(alone, i).items():
+            if name in ("lse", "mass"):
+                found[name][:, rows] = mine[0]
+            elif name == "out":
+                found[name][rows] = mine[0].transpose(0, 1)
+            else:
+                found[name][parts[name[1:]]] += mine[0].transpose(0, 1) if name[1:] in "qkv" else mine
+    return found
+
+
+def _of_samples(case: Case, first: int = 0) -> dict[str, Tensor]:
+    """Of a batch; dropout numbers its samples from `first`."""
     t = {name: x.detach().double() for name, x in case.tensors.items()}
     sizes, o = case.sizes, case.options
     B, H, Hkv, L, S, _, D, Dv = sizes.values()
@@ -26,7 +77,7 @@ def truth(case: Case) -> dict[str, Tensor]:
     row = _rows(case, t["prefix_k"])  # [B]: whose prefix a sample has
     banks = {name: t[name] if t[name].dim() == 4 else t[name][None] for name in ("prefix_k", "prefix_v")}
     pk, pv = (banks[name][row] for name in ("prefix_k", "prefix_v"))  # [B, Hkv, P, D or Dv]
-    keeps = _keeps(case)
+    keeps = _keeps(case, first)
     pk, pv = pk * keeps["prefix_k"], pv * keeps["prefix_v"]
 
     # scores: own [B, Hkv, G, L, S] and of the prefix [B, Hkv, G, L, P]
@@ -97,16 +148,20 @@ def _rows(case: Case, prefix: Tensor) -> Tensor:
     return torch.arange(B) if prefix.dim() == 4 and prefix.shape[0] > 1 else torch.zeros(B, dtype=torch.int64)
 
 
+def _lengths(case: Case, row: Tensor) -> Tensor:
+    """How many rows of its prefix a sample has, [B]."""
+    lengths: Tensor | None = case.options.get("prefix_lengths")
+    if lengths is None:
+        return torch.full((case.sizes["B"],), case.sizes["P"])
+    if "prefix_ids" in case.options and len(lengths) == case.tensors["prefix_k"].shape[0]:
+        return lengths[row]
+    return lengths.expand(case.sizes["B"])
+
+
 def _used(case: Case, row: Tensor) -> Tensor:
     """Which rows of its prefix a sample's queries see, [B, 1, 1, L or 1, P]."""
-    B, P, L, S = (case.sizes[name] for name in "BPLS")
-    lengths = case.options.get("prefix_lengths")
-    if lengths is None:
-        length = torch.full((B,), P)
-    elif "prefix_ids" in case.options and len(lengths) == case.tensors["prefix_k"].shape[0]:
-        length = lengths[row]
-    else:
-        length = lengths.expand(B)
+    P, L, S = (case.sizes[name] for name in "PLS")
+    length = _lengths(case, row)
     seen = (torch.arange(P) < length[:, None])[:, None, None, None]
     left, _ = case.options.get("window_size", (-1, -1))
     if left >= 0 and case.options["prefix_in_window"]:
@@ -136,7 +191,7 @@ def _masked(case: Case, t: dict[str, Tensor], own: Tensor) -> tuple[Tensor, Tens
     return own + added.reshape(own.shape), seen.reshape(own.shape)
 
 
-def _keeps(case: Case) -> dict[str, Any]:
+def _keeps(case: Case, first: int) -> dict[str, Any]:
     """What dropout multiplies by: prefix keys and values, and the weights of own keys and of the prefix."""
     B, H, Hkv, L, S, P, D, Dv = case.sizes.values()
     found: dict[str, Any] = dict.fromkeys(("prefix_k", "prefix_v", "own", "pre"), 1.0)
@@ -146,9 +201,9 @@ def _keeps(case: Case) -> dict[str, Any]:
     seed = torch.randint(2**62, (1,))
     if p := case.options.get("prefix_dropout_p"):
         for name, width, kind in (("prefix_k", D, philox.PREFIX_K), ("prefix_v", Dv, philox.PREFIX_V)):
-            found[name] = philox.keep(seed, p, (B, Hkv, P, width), kind).double() / (1 - p)
+            found[name] = philox.keep(seed, p, (B, Hkv, P, width), kind, first).double() / (1 - p)
     if p := case.options.get("dropout_p"):
-        kept = philox.keep(seed, p, (B, H, L, P + S), philox.ATTENTION).double() / (1 - p)
+        kept = philox.keep(seed, p, (B, H, L, P + S), philox.ATTENTION, first).double() / (1 - p)
         kept = kept.reshape(B, Hkv, H // Hkv if Hkv else 1, L, P + S)
         found["pre"], found["own"] = kept[..., :P], kept[..., P:]
     return found

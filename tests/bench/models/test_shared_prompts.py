@@ -20,7 +20,7 @@ def test_a_short_run_leaves_its_rows_and_goes_on(tmp_path, capsys, monkeypatch):
     assert all(row["step_mib"] > 0 and len(row["cpu_ms"]) == 3 for row in found["rows"])
     assert found["float64_apart"] < 1e-5
     first = out.read_bytes()
-    monkeypatch.setattr(shared_prompts, "measured", lambda P, rounds: pytest.fail("measured again"))
+    monkeypatch.setattr(shared_prompts, "measured", lambda *_: pytest.fail("measured again"))
     assert shared_prompts.main(["--prompt", "96", "--rounds", "1", "--out", str(out)]) == 0
     assert out.read_bytes() == first and "| 96 |" in capsys.readouterr().out
 
@@ -36,9 +36,22 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
         shared_prompts.check(40, torch.float32, 1e-3)
 
 
-def test_a_prompt_of_one_token_is_refused():
-    with pytest.raises(Refusal, match="a prompt needs two tokens"):
-        shared_prompts.main(["--prompt", "1"])
+def test_another_group_is_another_step():
+    _, prompt, completions = shared_prompts.made(40, 3, 5)
+    assert (prompt.shape, completions.shape) == ((1, 40), (3, 5))
+    assert shared_prompts.check(40, torch.float64, 1e-5, 3, 5) < 1e-5
+    losses = {
+        float(shared_prompts.step("shared", *shared_prompts.made(40, *size))()) for size in ((3, 5), (2, 5), (3, 4))
+    }
+    assert len(losses) == 3  # means, of other tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--prompt", "1"], "a prompt needs two tokens"), (["--group", "0"], "from 1 up")]
+)
+def test_senseless_numbers_are_refused(words, said):
+    with pytest.raises(Refusal, match=said):
+        shared_prompts.main(words)
 
 
 def test_the_table_has_both_ways_and_their_ratios():
