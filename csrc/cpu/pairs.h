@@ -80,8 +80,8 @@ inline void store_pairs<f16>(uint32_t *dst, vf low, vf high) {
 }
 #endif
 
-// float32 in two planes of bfloat16: what a number rounds to, and the rest, exact before it is rounded itself. Of what is
-// infinite, or rounds to it, the rest is none: a product with it is nan.
+// float32 in two planes of bfloat16: what a number rounds to, and the rest, exact before it is rounded itself. Where
+// the first is infinite or nan the rest is nan, and so is a product.
 inline vf bf16_of(vf x) {
     const vu u = (vu)x;
     return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);

@@ -33,8 +33,8 @@ struct TileDot {
     static Region region() { return {Tiles::configure, Tiles::release}; }
 };
 
-// float32 as two bfloat16 each, what it rounds to and the rest: of x y the products x0 y0, x0 y1 and x1 y0. What is left
-// out, and what the rest rounds away, are at most 2^-18 of x y each, three in all.
+// float32 as two bfloat16, what it rounds to and the rest: of x y the products x0 y0, x0 y1 and x1 y0. What is left
+// out, and what the rest of x and of y rounds away, are at most 2^-18 of x y each.
 struct SplitDot {
     using Storage = float;
     using Number = bf16;

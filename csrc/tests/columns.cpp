@@ -56,8 +56,8 @@ void all() {
 
 #if defined(PA_TILES)
 // The same of what tiles read, which is packed: rows of a prefix and own ones behind them, whose strides differ, as a
-// product sums over them and along them. Nothing beside the rows is read, and rows up to a whole group are zeros. Numbers that are split have more
-// digits than one plane holds, and meet some that one does.
+// product sums over them and along them. Nothing beside the rows is read, and rows up to a whole group are zeros.
+// Numbers that are split have more digits than one plane holds, and meet some that one does.
 template <class Dot>
 void panels(int n, int n_prefix, int D) {
     using T = typename Dot::Storage;
@@ -73,9 +73,9 @@ void panels(int n, int n_prefix, int D) {
         for (T &x : parts[part]) from_float(NAN, &x);
         for (int r = 0; r < rows; ++r)
             for (int d = 0; d < D; ++d)
-                from_float((float)(numbers[(size_t)(r + part * n_prefix) * D + d] =
-                                           check::below(2 * kLargest + 1) - kLargest),
-                           &parts[part][(size_t)r * strides[part] + d]);
+                from_float(
+                    (float)(numbers[(size_t)(r + part * n_prefix) * D + d] = check::below(2 * kLargest + 1) - kLargest),
+                    &parts[part][(size_t)r * strides[part] + d]);
     }
     // words of B: pairs of rows, and pairs of elements; zeros past n and D, and in a second plane
     const size_t over_plane = (size_t)groups * kGroup * width, along_plane = (size_t)steps * kGroup * width;

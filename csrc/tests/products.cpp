@@ -99,7 +99,7 @@ void tile_product(int tall, int wide, int steps, bool adds) {
         for (int n = 0; n < N; ++n)
             from_float((float)(y[(size_t)k * N + n] = check::below(17) - 8), &b[(size_t)(k / 2 * ldb + n) * 2 + k % 2]);
     add_product<TileDot<T>>(tall, wide, steps, {(const char *)a.data(), 2 * lda, 2 * lda * kTile, 64},
-                   {(const char *)b.data(), 4 * ldb, 64, 4 * ldb * kTile}, c.data(), ldc, adds);
+                            {(const char *)b.data(), 4 * ldb, 64, 4 * ldb * kTile}, c.data(), ldc, adds);
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < ldc; ++n) {
             int right = n < N && !adds ? 0 : (int)kUntouched;
@@ -118,8 +118,8 @@ void tile_products() {
                 for (bool adds : {false, true}) tile_product<T>(tall, wide, steps, adds);
 }
 
-// C of floats in two planes each, whose rows of A lie apart as those of weights do. It errs by three times 2^-18 of each
-// product, and by what sums of floats round away.
+// C of floats in two planes each, whose rows of A lie apart as those of weights do. It errs by three times 2^-18 of
+// each product, and by what sums of floats round away.
 void split_product(bool large_a, bool large_b, float magnitude) {
     constexpr int M = 3 * kTile, N = 2 * kTile, K = 4 * kTile;
     static float a[M][K], b[K][N], c[M][N];
@@ -137,14 +137,15 @@ void split_product(bool large_a, bool large_b, float magnitude) {
     for (int k = 0; k < K; k += 2)
         for (int n = 0; n < N; n += kTile)
             split_pairs(b[k] + n, b[k + 1] + n, kTile, &columns[0][k / 2][n], columns[1][0] - columns[0][0]);
-    add_product<SplitDot>(M / kTile, N / kTile, K / (2 * kTile), {(const char *)rows, 2 * K, 2 * K * kTile, 64, 2 * M * K},
+    add_product<SplitDot>(M / kTile, N / kTile, K / (2 * kTile),
+                          {(const char *)rows, 2 * K, 2 * K * kTile, 64, 2 * M * K},
                           {(const char *)columns, 4 * N, 64, 4 * N * kTile, 2 * K * N}, c[0], N, false);
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {
             double right = 0, sum = 0;
-            for (int k = 0; k < K; ++k)
-                right += (double)a[m][k] * b[k][n], sum += std::fabs((double)a[m][k] * b[k][n]);
-            const double allowed = magnitude == 0 ? 0 : (3 * 0x1p-18 + 0x1p-20) * sum, error = std::fabs(c[m][n] - right);
+            for (int k = 0; k < K; ++k) right += (double)a[m][k] * b[k][n], sum += std::fabs((double)a[m][k] * b[k][n]);
+            const double allowed = magnitude == 0 ? 0 : (3 * 0x1p-18 + 0x1p-20) * sum,
+                         error = std::fabs(c[m][n] - right);
             CHECK(error <= allowed, "C[%d, %d] is %a, expected %a to %a", m, n, c[m][n], right, allowed);
         }
 }

@@ -172,7 +172,7 @@ class BwdTile {
         for (int r = 0; r < count; r += VL) {
             const int n = min_of(VL, count - r);
             const char *first = keys.k.data + (r0 + r) * keys.k.stride;
-            if constexpr (Ops::kPairs)  // as they lie, both for who multiplies pairs and who splits floats
+            if constexpr (Ops::kPairs)
                 vstore(found, dot_keys<Storage>(q.single, first, keys.k.stride, n, D_));
             else
                 vstore(found, dot_keys<float>(q.single, first, keys.k.stride, n, D_));
@@ -246,11 +246,11 @@ class BwdTile {
     }
 
     int D_, Dp_;
-    float *scores_, *dweights_;            // [keys][width]
-    Number *weight_rows_, *dscore_rows_;   // the same in 16 bits
-    uint32_t *dscore_pairs_;               // [keys / 2][width]
-    int64_t plane_;                        // numbers to the second plane of these three
-    float *slopes_;                        // [keys][width], of the cap on scores
+    float *scores_, *dweights_;           // [keys][width]
+    Number *weight_rows_, *dscore_rows_;  // the same in 16 bits
+    uint32_t *dscore_pairs_;              // [keys / 2][width]
+    int64_t plane_;                       // numbers to the second plane of these three
+    float *slopes_;                       // [keys][width], of the cap on scores
     float *mask_;
 };
 

@@ -250,8 +250,8 @@ class TileForward {
     void add_values(TileBlock &x, const char *values, int from, int r0, int r1, bool adds) {
         const TileStream weights{(const char *)(pairs_ + r0 / 2 * kTileLanes), 4 * kTileLanes, 64,
                                  4 * kTileLanes * kTile, 4 * softmax_.plane};
-        add_product<Dot>(tiles(D_), tiles(x.q.lanes), (r1 - r0 + kGroup - 1) / kGroup,
-                         Values::stream(values, from, D_), weights, x.acc, kTileLanes, adds);
+        add_product<Dot>(tiles(D_), tiles(x.q.lanes), (r1 - r0 + kGroup - 1) / kGroup, Values::stream(values, from, D_),
+                         weights, x.acc, kTileLanes, adds);
     }
 
     void fill_multipliers(const TileBlock &x, int64_t first, int np, int64_t s0, int n) {
@@ -297,8 +297,7 @@ class TileForward {
             for (int i = 0; i < kTileLanes; i += VL) {
                 vf first = vzero(), second = vzero();
                 if (d < D_) {
-                    load_query_rows<Ops>(x.queries, kTileLanes, d, i, first, second,
-                                         Ops::query_plane(D_, kTileLanes));
+                    load_query_rows<Ops>(x.queries, kTileLanes, d, i, first, second, Ops::query_plane(D_, kTileLanes));
                     first = Phi::value(first), second = Phi::value(second);
                 }
                 Ops::put_pairs(pairs_ + d / 2 * kTileLanes + i, softmax_.plane, first, second);

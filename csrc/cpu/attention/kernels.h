@@ -11,13 +11,15 @@ namespace PA_ISA {
 
 #if defined(PA_TILES)
 using Bf16Arithmetic = TileDot<bf16>;
-using HighArithmetic = SplitDot;
 #elif defined(PA_BF16DOT)
 using Bf16Arithmetic = Bf16Dot;
 #else
 using Bf16Arithmetic = Fp32;
 #endif
-#if !defined(PA_TILES)
+// Of float32 that is split.
+#if defined(PA_TILES)
+using HighArithmetic = SplitDot;
+#else
 using HighArithmetic = Fp32;
 #endif
 #if defined(PA_AMX_FP16) || defined(PA_PLAIN_TILES)

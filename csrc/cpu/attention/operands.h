@@ -149,8 +149,7 @@ struct Operands {
 
 // One vector of rows d and d + 1 (d even) of queries as pack_queries left them.
 template <class Ops>
-inline void load_query_rows(const float *queries, int width, int d, int i, vf &first, vf &second,
-                            ptrdiff_t plane = 0) {
+inline void load_query_rows(const float *queries, int width, int d, int i, vf &first, vf &second, ptrdiff_t plane = 0) {
     if constexpr (Ops::kPairs) {
         const float *words = queries + (int64_t)(d / 2) * width + i;
         load_pairs<typename Ops::Number>(words, first, second);

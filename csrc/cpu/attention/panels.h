@@ -108,8 +108,7 @@ struct ColumnTiles {
     // dst[d][i] = elements d0 + d of rows 2 i and 2 i + 1.
     static void tile(const Storage *const *rows, int d0, int n, char *dst) {
         alignas(64) uint32_t pairs[Dot::kPlanes * kTile * kTile];
-        for (int i = 0; i < kTile; ++i)
-            put(rows[2 * i] + d0, rows[2 * i + 1] + d0, n, pairs + i * kTile);
+        for (int i = 0; i < kTile; ++i) put(rows[2 * i] + d0, rows[2 * i + 1] + d0, n, pairs + i * kTile);
         for (int plane = 0; plane < Dot::kPlanes; ++plane)
             transpose(pairs + plane * kTile * kTile, 4 * kTile, kTile, kTile, (float *)(dst + plane * kTileBytes),
                       kTile);
@@ -165,8 +164,8 @@ class PrefixTiles {
         const int64_t row = unit / x.p_.Hkv, g = unit % x.p_.Hkv;
         const auto rows = [&](const Strided &t) {
             constexpr int64_t kSize = sizeof(typename Dot::Storage);
-            return JoinedRows{at(t, row, g, 0, kSize), (ptrdiff_t)(t.stride2 * kSize), (int)x.rows_, nullptr, 0,
-                              (int)x.rows_};
+            return JoinedRows{
+                at(t, row, g, 0, kSize), (ptrdiff_t)(t.stride2 * kSize), (int)x.rows_, nullptr, 0, (int)x.rows_};
         };
         Rows::pack(rows(x.p_.prefix_k), (int)x.p_.D, (char *)x.keys(row, g));
         Columns::pack(rows(x.p_.prefix_v), (int)x.p_.D, (char *)x.values(row, g));
