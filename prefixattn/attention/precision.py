@@ -13,7 +13,8 @@ def splits_float32() -> bool:
     The switch is that of torch's own products on a CPU: "tf32" and "bf16" are what
     ``torch.set_float32_matmul_precision("high")`` and ``("medium")`` make of it. torch's CUDA switch does not touch it.
     """
-    return torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return precision in ("tf32", "bf16")
 
 
 # As torch.compiler.assume_constant_result has it, which would import Dynamo here: Dynamo cannot trace the switch. It
