@@ -51,6 +51,7 @@ class OnCpu(TypedDict):
     cu_seqlens_q: _Address | None
     cu_seqlens_k: _Address | None
     total_q: int
+    splits_float32: bool
 
 class AttnOnCpu(Attn, OnCpu): ...
 

@@ -13,6 +13,9 @@ struct OnCpu : Params {
     // Sequences packed one behind the other: B of them, of at most L queries and S keys. Null: samples of that length.
     const int64_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], rows where a sequence begins
     int64_t total_q;                             // rows of a head in lse, dlse and mass
+    // Where there are tiles: products of float32 are three of bfloat16. Both passes of a call have one arithmetic, as
+    // the backward computes the scores again that lse was made of.
+    bool splits_float32;
 };
 
 using CpuFwdParams = OnCpu<FwdParams>;

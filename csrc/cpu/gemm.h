@@ -3,14 +3,16 @@
 // rows of 4-byte words. With Fp32 a word is a float; with Bf16Dot it is a pair of bfloat16 and k counts pairs. Tiles
 // have a product of their own (tile_product.h).
 #pragma once
+#include "cpu/pack.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace prefixattn {
 namespace PA_ISA {
 
 struct Fp32 {
+    using Number = float;
     static constexpr bool kPairs = false, kTiles = false;
+    static constexpr int kPlanes = 1;
     static Region region() { return {}; }
     static inline vf bcast(const char *p) {
         float x;
@@ -23,7 +25,9 @@ struct Fp32 {
 
 #if defined(PA_BF16DOT)
 struct Bf16Dot {
+    using Number = bf16;
     static constexpr bool kPairs = true, kTiles = false;
+    static constexpr int kPlanes = 1;
     static Region region() { return {}; }
     static inline vf bcast(const char *p) {
         int32_t x;

@@ -80,5 +80,43 @@ inline void store_pairs<f16>(uint32_t *dst, vf low, vf high) {
 }
 #endif
 
+// float32 in two planes of bfloat16: what a number rounds to, and the rest, exact before it is rounded itself. Where
+// the first is infinite or nan the rest is nan, and so is a product.
+inline vf bf16_of(vf x) {
+    const vu u = (vu)x;
+    return (vf)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);
+}
+
+inline void store_split_halves(bf16 *dst, ptrdiff_t plane, ptrdiff_t ld, vf first, vf second) {
+    const vf a = bf16_of(first), b = bf16_of(second);
+    store_halves(dst, ld, a, b);
+    store_halves(dst + plane, ld, first - a, second - b);
+}
+
+inline void store_split_pairs(uint32_t *dst, ptrdiff_t plane, vf low, vf high) {
+    const vf a = bf16_of(low), b = bf16_of(high);
+    store_pairs<bf16>(dst, a, b);
+    store_pairs<bf16>(dst + plane, low - a, high - b);
+}
+
+// Of two rows n <= 16 numbers to 16 pairs, which are zeros behind them. A null `high` is a row of zeros.
+inline void split_pairs(const float *low, const float *high, int n, uint32_t *dst, ptrdiff_t plane) {
+    alignas(64) float rows[2][16] = {};
+    std::memcpy(rows[0], low, sizeof(float) * n);
+    if (high) std::memcpy(rows[1], high, sizeof(float) * n);
+    for (int i = 0; i < 16; i += VL) store_split_pairs(dst + i, plane, vload(rows[0] + i), vload(rows[1] + i));
+}
+
+// n is a multiple of 8.
+inline void split_row(const float *src, int n, bf16 *dst, ptrdiff_t plane) {
+    for (int i = 0; i < n; i += 8) {
+        float rest[8];
+        narrow(src + i, dst + i, 8);
+        widen(dst + i, rest, 8);
+        for (int j = 0; j < 8; ++j) rest[j] = src[i + j] - rest[j];
+        narrow(rest, dst + plane + i, 8);
+    }
+}
+
 }  // namespace PA_ISA
 }  // namespace prefixattn

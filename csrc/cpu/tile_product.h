@@ -10,22 +10,36 @@ namespace PA_ISA {
 
 constexpr int kTileBytes = 64 * kTile;
 
-// Tiles of an operand, by bytes to the next row of a tile, to the next tile of C, and to the next that is summed.
+// Tiles of an operand, by bytes to the next row of a tile, to the next tile of C, to the next that is summed, and to
+// the same tile of the second plane.
 struct TileStream {
     const char *data;
-    ptrdiff_t row, tile, step;
+    ptrdiff_t row, tile, step, plane = 0;
 };
 
 // C [16 tall][16 wide] (+)= A B over `steps` tiles each. C has rows of ldc floats. Defined where there are tiles.
-template <class T>
+template <class Dot>
 void add_product(int tall, int wide, int steps, const TileStream &a, const TileStream &b, float *c, ptrdiff_t ldc,
                  bool adds);
 
 #if defined(PA_TILES)
-// T: bf16 or f16. Words are pairs of T.
+// What tensors hold, and what words are pairs of: bf16 or f16, in so many planes.
 template <class T>
 struct TileDot {
+    using Storage = T;
+    using Number = T;
     static constexpr bool kPairs = true, kTiles = true;
+    static constexpr int kPlanes = 1;
+    static Region region() { return {Tiles::configure, Tiles::release}; }
+};
+
+// float32 as two bfloat16, what it rounds to and the rest: of x y the products x0 y0, x0 y1 and x1 y0. What is left
+// out, and what the rest of x and of y rounds away, are at most 2^-18 of x y each.
+struct SplitDot {
+    using Storage = float;
+    using Number = bf16;
+    static constexpr bool kPairs = true, kTiles = true;
+    static constexpr int kPlanes = 2;
     static Region region() { return {Tiles::configure, Tiles::release}; }
 };
 
@@ -68,16 +82,21 @@ inline void store_tiles(float *c, ptrdiff_t ld) {
     if constexpr (MI == 2 && NJ == 2) Tiles::store_c<1, 1>(c + kTile * ld + kTile, 4 * ld);
 }
 
-template <class T, int MI, int NJ>
+template <class Dot, int MI, int NJ>
 void add_block(int steps, const TileStream &a, const TileStream &b, float *c, ptrdiff_t ldc, bool adds) {
     if (adds)
         load_tiles<MI, NJ>(c, ldc);
     else
         zero_tiles<MI, NJ>();
-    for (int k = 0; k < steps; ++k) multiply_tiles<T, MI, NJ>(a, b, k);
+    for (int i = Dot::kPlanes - 1; i >= 0; --i)  // of planes, the smallest products first
+        for (int j = Dot::kPlanes - 1 - i; j >= 0; --j) {
+            TileStream rows = a, columns = b;
+            rows.data += i * a.plane, columns.data += j * b.plane;
+            for (int k = 0; k < steps; ++k) multiply_tiles<typename Dot::Number, MI, NJ>(rows, columns, k);
+        }
     store_tiles<MI, NJ>(c, ldc);
 }
-template <class T>
+template <class Dot>
 void add_product(int tall, int wide, int steps, const TileStream &a, const TileStream &b, float *c, ptrdiff_t ldc,
                  bool adds) {
     for (int n = 0; n < wide; n += 2)
@@ -85,9 +104,9 @@ void add_product(int tall, int wide, int steps, const TileStream &a, const TileS
             TileStream rows = a, columns = b;
             rows.data += m * a.tile, columns.data += n * b.tile;
             const bool two = tall - m > 1, both = wide - n > 1;
-            const auto block = two    ? both ? add_block<T, 2, 2> : add_block<T, 2, 1>
-                               : both ? add_block<T, 1, 2>
-                                      : add_block<T, 1, 1>;
+            const auto block = two    ? both ? add_block<Dot, 2, 2> : add_block<Dot, 2, 1>
+                               : both ? add_block<Dot, 1, 2>
+                                      : add_block<Dot, 1, 1>;
             block(steps, rows, columns, c + kTile * (m * ldc + n), ldc, adds);
         }
 }
@@ -108,8 +127,8 @@ inline bool tiles_multiply() {
         columns{(const char *)b, 4 * N, 64, 4 * N * kTile};
     const Region region = TileDot<T>::region();
     region.enter();
-    add_product<T>(2, 2, 2, rows, columns, c[0], N, false);
-    add_product<T>(2, 2, 2, rows, columns, c[0], N, true);
+    add_product<TileDot<T>>(2, 2, 2, rows, columns, c[0], N, false);
+    add_product<TileDot<T>>(2, 2, 2, rows, columns, c[0], N, true);
     region.leave();
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {

@@ -11,7 +11,8 @@ template <class Call>
 const std::vector<Field<Call>> &fields_of_cpu() {
     static const std::vector<Field<Call>> fields{PA_FIELD(Call, window_left),      PA_FIELD(Call, window_right),
                                                  PA_FIELD(Call, prefix_in_window), PA_FIELD(Call, cu_seqlens_q),
-                                                 PA_FIELD(Call, cu_seqlens_k),     PA_FIELD(Call, total_q)};
+                                                 PA_FIELD(Call, cu_seqlens_k),     PA_FIELD(Call, total_q),
+                                                 PA_FIELD(Call, splits_float32)};
     return fields;
 }
 

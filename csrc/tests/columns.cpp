@@ -57,10 +57,14 @@ void all() {
 #if defined(PA_TILES)
 // The same of what tiles read, which is packed: rows of a prefix and own ones behind them, whose strides differ, as a
 // product sums over them and along them. Nothing beside the rows is read, and rows up to a whole group are zeros.
-template <class T>
+// Numbers that are split have more digits than one plane holds, and meet some that one does.
+template <class Dot>
 void panels(int n, int n_prefix, int D) {
+    using T = typename Dot::Storage;
+    using Number = typename Dot::Number;
+    constexpr int kLargest = Dot::kPlanes == 2 ? 1 << 13 : 8;
     const int width = 2 * kTile, groups = (int)(up(n, kGroup) / kGroup), tall = (int)(up(D, kTile) / kTile);
-    const int strides[] = {D, D + 8}, steps = (int)RowTiles<T>::steps(D);
+    const int strides[] = {D, D + 8}, steps = (int)RowTiles<Dot>::steps(D);
     std::vector<T> parts[2];
     std::vector<int> numbers((size_t)n * D), over((size_t)n * width), along((size_t)D * width);
     for (int part = 0; part < 2; ++part) {
@@ -69,13 +73,15 @@ void panels(int n, int n_prefix, int D) {
         for (T &x : parts[part]) from_float(NAN, &x);
         for (int r = 0; r < rows; ++r)
             for (int d = 0; d < D; ++d)
-                from_float((float)(numbers[(size_t)(r + part * n_prefix) * D + d] = check::below(17) - 8),
-                           &parts[part][(size_t)r * strides[part] + d]);
+                from_float(
+                    (float)(numbers[(size_t)(r + part * n_prefix) * D + d] = check::below(2 * kLargest + 1) - kLargest),
+                    &parts[part][(size_t)r * strides[part] + d]);
     }
-    // words of B: pairs of rows, and pairs of elements; zeros past n and D
-    std::vector<T> pairs((size_t)groups * kGroup * width), halves((size_t)steps * kGroup * width);
-    for (T &x : pairs) from_float(0.f, &x);
-    for (T &x : halves) from_float(0.f, &x);
+    // words of B: pairs of rows, and pairs of elements; zeros past n and D, and in a second plane
+    const size_t over_plane = (size_t)groups * kGroup * width, along_plane = (size_t)steps * kGroup * width;
+    std::vector<Number> pairs(Dot::kPlanes * over_plane), halves(Dot::kPlanes * along_plane);
+    for (Number &x : pairs) from_float(0.f, &x);
+    for (Number &x : halves) from_float(0.f, &x);
     for (int r = 0; r < n; ++r)
         for (int i = 0; i < width; ++i)
             from_float((float)(over[(size_t)r * width + i] = check::below(17) - 8),
@@ -85,16 +91,17 @@ void panels(int n, int n_prefix, int D) {
             from_float((float)(along[(size_t)d * width + i] = check::below(17) - 8),
                        &halves[(size_t)(d / 2 * width + i) * 2 + d % 2]);
 
-    const JoinedRows rows{(const char *)parts[0].data(), 2 * strides[0], n_prefix,
-                          (const char *)parts[1].data(), 2 * strides[1], n};
+    constexpr int kSize = sizeof(T);
+    const JoinedRows rows{(const char *)parts[0].data(), kSize * strides[0], n_prefix,
+                          (const char *)parts[1].data(), kSize * strides[1], n};
     struct alignas(64) Line {
         char bytes[64];
     };
-    std::vector<Line> by_row((size_t)RowTiles<T>::bytes(n, D) / 64),
-        by_column((size_t)ColumnTiles<T>::bytes(n, D) / 64);
+    std::vector<Line> by_row((size_t)RowTiles<Dot>::bytes(n, D) / 64),
+        by_column((size_t)ColumnTiles<Dot>::bytes(n, D) / 64);
     std::memset(by_row.data(), 0xff, by_row.size() * 64), std::memset(by_column.data(), 0xff, by_column.size() * 64);
-    RowTiles<T>::pack(rows, D, by_row[0].bytes);
-    ColumnTiles<T>::pack(rows, D, by_column[0].bytes);
+    RowTiles<Dot>::pack(rows, D, by_row[0].bytes);
+    ColumnTiles<Dot>::pack(rows, D, by_column[0].bytes);
 
     const auto right = [&](int m, int i, bool transposed) {
         int sum = 0;
@@ -103,10 +110,11 @@ void panels(int n, int n_prefix, int D) {
                               : (m < n ? numbers[(size_t)m * D + k] * along[(size_t)k * width + i] : 0);
         return sum;
     };
-    const auto ask = [&](bool transposed, int tiles, int K, const TileStream &a, const std::vector<T> &b) {
+    const auto ask = [&](bool transposed, int tiles, int K, const TileStream &a, const std::vector<Number> &b) {
+        const ptrdiff_t plane = 2 * (ptrdiff_t)(transposed ? over_plane : along_plane);
         std::vector<float> c((size_t)tiles * kTile * width, 1.f);
-        add_product<T>(tiles, 2, K, a, {(const char *)b.data(), 4 * width, 64, 4 * width * kTile}, c.data(), width,
-                       true);
+        add_product<Dot>(tiles, 2, K, a, {(const char *)b.data(), 4 * width, 64, 4 * width * kTile, plane}, c.data(),
+                         width, true);
         for (int m = 0; m < tiles * kTile; ++m)
             for (int i = 0; i < width; ++i)
                 CHECK(c[(size_t)m * width + i] == 1.f + (float)right(m, i, transposed),
@@ -114,16 +122,16 @@ void panels(int n, int n_prefix, int D) {
                       transposed ? "over rows" : "along rows", n, n_prefix, D, m, i, c[(size_t)m * width + i],
                       1 + right(m, i, transposed));
     };
-    ask(false, 2 * groups, steps, {by_row[0].bytes, 64, steps * kTileBytes, kTileBytes}, halves);
-    ask(true, tall, groups, {by_column[0].bytes, 64, kTileBytes, tall * kTileBytes}, pairs);
+    ask(false, 2 * groups, steps, RowTiles<Dot>::stream(by_row[0].bytes, 0, D), halves);
+    ask(true, tall, groups, ColumnTiles<Dot>::stream(by_column[0].bytes, 0, D), pairs);
 }
 
-template <class T>
+template <class Dot>
 void all_panels() {
     for (int n : {1, 2, 15, 16, 31, 32, 33, 64, 95})
         for (int n_prefix : {0, 1, 10, 31, 32, 50})
             for (int D : {8, 24, 32, 40, 64, 72, 256})
-                if (n_prefix <= n) panels<T>(n, n_prefix, D);
+                if (n_prefix <= n) panels<Dot>(n, n_prefix, D);
 }
 #endif
 
@@ -138,8 +146,9 @@ int main() {
 #endif
 #if defined(PA_TILES)
     Tiles::configure();
-    all_panels<bf16>();
-    all_panels<f16>();
+    all_panels<TileDot<bf16>>();
+    all_panels<TileDot<f16>>();
+    all_panels<SplitDot>();
     Tiles::release();
 #endif
     return check::result();

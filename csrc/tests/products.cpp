@@ -3,6 +3,7 @@
 #include "check.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"
+#include "cpu/pairs.h"
 #include "cpu/tile_product.h"
 
 using namespace prefixattn::PA_ISA;
@@ -97,8 +98,8 @@ void tile_product(int tall, int wide, int steps, bool adds) {
     for (int k = 0; k < K; ++k)
         for (int n = 0; n < N; ++n)
             from_float((float)(y[(size_t)k * N + n] = check::below(17) - 8), &b[(size_t)(k / 2 * ldb + n) * 2 + k % 2]);
-    add_product<T>(tall, wide, steps, {(const char *)a.data(), 2 * lda, 2 * lda * kTile, 64},
-                   {(const char *)b.data(), 4 * ldb, 64, 4 * ldb * kTile}, c.data(), ldc, adds);
+    add_product<TileDot<T>>(tall, wide, steps, {(const char *)a.data(), 2 * lda, 2 * lda * kTile, 64},
+                            {(const char *)b.data(), 4 * ldb, 64, 4 * ldb * kTile}, c.data(), ldc, adds);
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < ldc; ++n) {
             int right = n < N && !adds ? 0 : (int)kUntouched;
@@ -116,6 +117,58 @@ void tile_products() {
             for (int steps : {0, 1, 2, 5})
                 for (bool adds : {false, true}) tile_product<T>(tall, wide, steps, adds);
 }
+
+// C of floats in two planes each, whose rows of A lie apart as those of weights do. It errs by three times 2^-18 of
+// each product, and by what sums of floats round away.
+void split_product(bool large_a, bool large_b, float magnitude) {
+    constexpr int M = 3 * kTile, N = 2 * kTile, K = 4 * kTile;
+    static float a[M][K], b[K][N], c[M][N];
+    static bf16 rows[2][M][K];
+    static uint32_t columns[2][K / 2][N];
+    const auto number = [&](bool large) {
+        if (magnitude == 0) return (float)(large ? check::below(1 << 15) - (1 << 14) : check::below(17) - 8);
+        return std::ldexp((float)(check::below(1 << 24) - (1 << 23)), -23 + check::below(8)) * magnitude;
+    };
+    for (auto &row : a)
+        for (float &x : row) x = number(large_a);
+    for (auto &row : b)
+        for (float &x : row) x = number(large_b);
+    for (int m = 0; m < M; ++m) split_row(a[m], K, rows[0][m], rows[1][0] - rows[0][0]);
+    for (int k = 0; k < K; k += 2)
+        for (int n = 0; n < N; n += kTile)
+            split_pairs(b[k] + n, b[k + 1] + n, kTile, &columns[0][k / 2][n], columns[1][0] - columns[0][0]);
+    add_product<SplitDot>(M / kTile, N / kTile, K / (2 * kTile),
+                          {(const char *)rows, 2 * K, 2 * K * kTile, 64, 2 * M * K},
+                          {(const char *)columns, 4 * N, 64, 4 * N * kTile, 2 * K * N}, c[0], N, false);
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) {
+            double right = 0, sum = 0;
+            for (int k = 0; k < K; ++k) right += (double)a[m][k] * b[k][n], sum += std::fabs((double)a[m][k] * b[k][n]);
+            const double allowed = magnitude == 0 ? 0 : (3 * 0x1p-18 + 0x1p-20) * sum,
+                         error = std::fabs(c[m][n] - right);
+            CHECK(error <= allowed, "C[%d, %d] is %a, expected %a to %a", m, n, c[m][n], right, allowed);
+        }
+}
+
+// What has the digits of one plane meets both planes of the other; a nan stays one, whatever its bits.
+void split_products() {
+    split_product(true, false, 0);
+    split_product(false, true, 0);
+    for (float magnitude : {1.f, 0x1p-40f, 0x1p40f}) split_product(true, true, magnitude);
+    for (uint32_t nan : {0x7fffffffu, 0xffffffffu, 0x7f800001u, 0x7fc00000u}) {
+        float row[16], back[2] = {};
+        bf16 halves[32], stored[2][2 * VL];
+        uint32_t pairs[32];
+        for (float &x : row) x = bits_to_float(nan);
+        split_row(row, 8, halves, 16);
+        split_pairs(row, nullptr, 16, pairs, 16);
+        store_split_halves(stored[0], 2 * VL, VL, vload(row), vload(row));
+        for (int plane = 0; plane < 2; ++plane)
+            back[0] += to_float(halves[16 * plane]) + to_float(stored[plane][0]),
+                back[1] += to_float(bf16{(uint16_t)pairs[16 * plane]});
+        CHECK(back[0] != back[0] && back[1] != back[1], "%08x is no nan any more", nan);
+    }
+}
 #endif
 
 }  // namespace
@@ -129,6 +182,7 @@ int main() {
     Tiles::configure();
     tile_products<bf16>();
     tile_products<f16>();
+    split_products();
     Tiles::release();
 #endif
     return check::result();

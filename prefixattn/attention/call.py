@@ -41,6 +41,7 @@ class Call(NamedTuple):
     prefix_in_window: bool = False  # prefix row i lies at i - its length; False: every query sees it
     max_seqlen_q: int = 0  # no sequence has more, where they are packed
     max_seqlen_k: int = 0
+    splits_float32: bool = False  # a CPU's products may be three of bfloat16; see precision.py
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number 
 KNOWN = (
     *("attn_mask", "sinks", "memory", "prefix_ids", "prefix_lengths", "seed", "dropout_p", "prefix_dropout_p"),
     *("is_causal", "scale", "phi", "softcap", "window_left", "window_right", "prefix_in_window"),
-    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "splits_float32"),
 )
 UNKNOWN = unknown(KNOWN)
 
@@ -100,6 +100,7 @@ def _fields(call: Call) -> "AttnOnCpu":
         "cu_seqlens_q": address(call.cu_seqlens_q),
         "cu_seqlens_k": address(call.cu_seqlens_k),
         "total_q": call.q.shape[2],
+        "splits_float32": call.splits_float32,
     }
 
 

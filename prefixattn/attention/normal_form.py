@@ -21,6 +21,7 @@ from prefixattn.attention.checks import (
     require_shape,
 )
 from prefixattn.attention.layout import unit_stride
+from prefixattn.attention.precision import splits_float32
 from prefixattn.attention.reference import PHIS
 from prefixattn.attention.sequences import Sequences
 from prefixattn.attention.sinks import check as check_sinks
@@ -122,6 +123,8 @@ def normal_form(
         call = call._replace(**sequences._asdict())
     needs = _wanted(call)
     chosen = backends.choose(backend, call, needs)
+    if chosen == "cpu" and q.dtype == torch.float32 and splits_float32():
+        call = call._replace(splits_float32=True)
     return call, Wants(return_prefix_mass, _keeps_attended(memory, needs)), chosen
 
 

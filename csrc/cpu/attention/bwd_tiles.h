@@ -11,6 +11,7 @@ class BwdTile {
     using Ops = Operands<Storage, Dot>;
     using Queries = QuerySide<Storage, Dot>;
     using Keys = KeySide<Storage, Dot>;
+    using Number = typename Ops::Number;
     static constexpr int kBegins = Dot::kTiles ? Ops::kStripAlign : 2;  // the first key is a multiple of this
 
   public:
@@ -19,9 +20,10 @@ class BwdTile {
         const int64_t size = (int64_t)(keys + (Dot::kTiles ? 0 : 2)) * kLanes;
         scores_ = arena.take<float>(size);
         dweights_ = arena.take<float>(size);
-        weight_rows_ = arena.take<Storage>(Ops::kPairs ? size : 0);
-        dscore_rows_ = arena.take<Storage>(Ops::kPairs ? size : 0);
-        dscore_pairs_ = arena.take<uint32_t>(Ops::kPairs ? size / 2 : 0);
+        plane_ = Ops::kPairs ? size : 0;
+        weight_rows_ = arena.take<Number>(Dot::kPlanes * plane_);
+        dscore_rows_ = arena.take<Number>(Dot::kPlanes * plane_);
+        dscore_pairs_ = arena.take<uint32_t>(Dot::kPlanes * plane_ / 2);
         slopes_ = arena.take<float>(p.softcap > 0 ? size : 0);
         mask_ = arena.take<float>(Masker::scratch_floats(p, keys));
     }
@@ -72,9 +74,9 @@ class BwdTile {
             const int queries = q.q.lanes - skip, first = Ops::kPairs ? skip / 2 : skip;
             if (dk) {
                 over_lanes(count, queries, weight_rows_ + at_row, scores_ + at_row, width,
-                           q.dout_rows + first * q.dout_ld, q.dout_ld, dv + (int64_t)(r0 + r) * Dp_);
+                           q.dout_rows + first * q.dout_ld, q.dout_ld, q.row_plane, dv + (int64_t)(r0 + r) * Dp_);
                 over_lanes(count, queries, dscore_rows_ + at_row, dweights_ + at_row, width,
-                           q.query_rows + first * q.query_ld, q.query_ld, dk + (int64_t)(r0 + r) * Dp_);
+                           q.query_rows + first * q.query_ld, q.query_ld, q.row_plane, dk + (int64_t)(r0 + r) * Dp_);
             }
             if (dq) {
                 const float *dscores = Ops::kPairs ? (const float *)dscore_pairs_ + (int64_t)r / 2 * width
@@ -92,7 +94,7 @@ class BwdTile {
         for (int r = 0; r < keys.n; r += 2)
             for (int i = 0; i < width; i += VL) {
                 vf x[2];
-                load_query_rows<Ops>(q.queries, width, (int)keys.j0 + r, i, x[0], x[1]);
+                load_query_rows<Ops>(q.queries, width, (int)keys.j0 + r, i, x[0], x[1], Ops::query_plane(D_, width));
                 for (int half = 0; half < 2; ++half) {
                     float *to = dq + (keys.j0 + r + half) * width + i;
                     vstore(to,
@@ -108,11 +110,11 @@ class BwdTile {
         for (int r = 0; r < n; r += 2)
             for (int i = 0; i < width; i += VL) {
                 vf first, second;
-                load_query_rows<Ops>(q.queries, width, r, i, first, second);
+                load_query_rows<Ops>(q.queries, width, r, i, first, second, Ops::query_plane(D_, width));
                 put_rows(weight_rows_, scores_, (int64_t)r * width + i, width, Phi::value(first), Phi::value(second));
             }
         hide_rows(n, width);
-        over_lanes(n, q.q.lanes, weight_rows_, scores_, width, q.dout_rows, q.dout_ld, dmemory);
+        over_lanes(n, q.q.lanes, weight_rows_, scores_, width, q.dout_rows, q.dout_ld, q.row_plane, dmemory);
     }
 
   private:
@@ -120,10 +122,9 @@ class BwdTile {
     void by_row(int n, int lanes, const typename Ops::Rows &x, const char *tiles, int r, const float *b, int ld,
                 float *c) const {
         if constexpr (Dot::kTiles) {
-            const int K = (int)RowTiles<Storage>::steps(D_);
-            add_product<Storage>((n + kTile - 1) / kTile, lanes / kTile, K,
-                                 {tiles + (int64_t)r / kTile * K * kTileBytes, 64, K * kTileBytes, kTileBytes},
-                                 {(const char *)b, 4 * ld, 64, 4 * kTile * ld}, c, ld, false);
+            const TileStream columns{(const char *)b, 4 * ld, 64, 4 * kTile * ld, 4 * Ops::query_plane(D_, ld)};
+            add_product<Dot>((n + kTile - 1) / kTile, lanes / kTile, (int)RowTiles<Dot>::steps(D_),
+                             RowTiles<Dot>::stream(tiles, r, D_), columns, c, ld, false);
         } else {
             (void)tiles;
             gemm<Dot, true>(n, lanes, Ops::words(D_), x.by_row(r), b, ld, c, ld, false);
@@ -131,12 +132,12 @@ class BwdTile {
     }
 
     // c [n][Dp] += weights or dscores [n][lanes] times rows of queries or douts.
-    void over_lanes(int n, int lanes, const Storage *half, const float *full, int width, const float *b, ptrdiff_t ldb,
-                    float *c) const {
+    void over_lanes(int n, int lanes, const Number *half, const float *full, int width, const float *b, ptrdiff_t ldb,
+                    ptrdiff_t plane, float *c) const {
         if constexpr (Dot::kTiles)
-            add_product<Storage>((n + kTile - 1) / kTile, Dp_ / kTile, (lanes + 31) / 32,
-                                 {(const char *)half, 2 * width, 2 * kTile * width, 64},
-                                 {(const char *)b, 4 * ldb, 64, 4 * kTile * ldb}, c, Dp_, true);
+            add_product<Dot>((n + kTile - 1) / kTile, Dp_ / kTile, (lanes + 31) / 32,
+                             {(const char *)half, 2 * width, 2 * kTile * width, 64, 2 * plane_},
+                             {(const char *)b, 4 * ldb, 64, 4 * kTile * ldb, 4 * plane}, c, Dp_, true);
         else
             gemm<Dot, true>(n, Dp_, Ops::words(lanes), rows_of(half, full, width), b, ldb, c, Dp_, true);
     }
@@ -144,9 +145,9 @@ class BwdTile {
     // c [D][lanes] += rows r .. r + n of keys, transposed, times dscores, whose rows have a word each.
     void over_keys(int n, int lanes, const Keys &keys, int r, const float *b, int ld, float *c) const {
         if constexpr (Dot::kTiles)
-            add_product<Storage>((D_ + kTile - 1) / kTile, lanes / kTile, (n + 31) / 32,
-                                 {keys.key_columns + (int64_t)r / 32 * Dp_ * 64, 64, kTileBytes, Dp_ * 64},
-                                 {(const char *)b, 4 * ld, 64, 4 * kTile * ld}, c, ld, true);
+            add_product<Dot>((D_ + kTile - 1) / kTile, lanes / kTile, (n + 31) / 32,
+                             ColumnTiles<Dot>::stream(keys.key_columns, r, D_),
+                             {(const char *)b, 4 * ld, 64, 4 * kTile * ld, 2 * plane_}, c, ld, true);
         else
             Ops::add_product(keys.columns, r, n, D_, lanes, b, ld, c, ld);
     }
@@ -155,9 +156,13 @@ class BwdTile {
     void hide_rows(int n, int width) {
         const int64_t rows = Dot::kTiles ? (n + 31) / 32 * 32 : n, even = (n + 1) / 2 * 2;
         if (rows <= n) return;
-        std::memset(weight_rows_ + n * (int64_t)width, 0, sizeof(Storage) * (rows - n) * width);
-        std::memset(dscore_rows_ + n * (int64_t)width, 0, sizeof(Storage) * (rows - n) * width);
-        std::memset(dscore_pairs_ + even / 2 * width, 0, sizeof(uint32_t) * (rows - even) / 2 * width);
+        for (int plane = 0; plane < Dot::kPlanes; ++plane) {
+            const int64_t first = plane * plane_ + n * (int64_t)width;
+            std::memset(weight_rows_ + first, 0, sizeof(Number) * (rows - n) * width);
+            std::memset(dscore_rows_ + first, 0, sizeof(Number) * (rows - n) * width);
+            std::memset(dscore_pairs_ + plane * plane_ / 2 + even / 2 * width, 0,
+                        sizeof(uint32_t) * (rows - even) / 2 * width);
+        }
     }
 
     // Scores [count][width] of the only query, in the first lane; the others hold no query.
@@ -181,12 +186,12 @@ class BwdTile {
     }
 
     // [rows][width] as the operand whose sum runs over the lanes.
-    static Operand rows_of(const Storage *half, const float *full, int width) {
+    static Operand rows_of(const Number *half, const float *full, int width) {
         return Ops::kPairs ? Operand{(const char *)half, 2 * width, 4} : Operand{(const char *)full, 4 * width, 4};
     }
 
-    static void put_rows(Storage *half, float *full, int64_t x, int width, vf first, vf second) {
-        if constexpr (Ops::kPairs) return store_halves(half + x, width, first, second);
+    void put_rows(Number *half, float *full, int64_t x, int width, vf first, vf second) const {
+        if constexpr (Ops::kPairs) return Ops::put_halves(half + x, plane_, width, first, second);
         (void)half;
         vstore(full + x, first);
         vstore(full + x + width, second);
@@ -225,9 +230,9 @@ class BwdTile {
                 if (two) element(r + 1, i, kept[1], w1, s1);
                 const int64_t x = (int64_t)r * width + i;
                 if constexpr (Ops::kPairs) {
-                    store_halves(weight_rows_ + x, width, w0, w1);
-                    store_halves(dscore_rows_ + x, width, s0, s1);
-                    store_pairs<Storage>(dscore_pairs_ + (int64_t)(r / 2) * width + i, s0, s1);
+                    Ops::put_halves(weight_rows_ + x, plane_, width, w0, w1);
+                    Ops::put_halves(dscore_rows_ + x, plane_, width, s0, s1);
+                    Ops::put_pairs(dscore_pairs_ + (int64_t)(r / 2) * width + i, plane_ / 2, s0, s1);
                     continue;
                 }
                 vstore(scores_ + x, w0);
@@ -241,10 +246,11 @@ class BwdTile {
     }
 
     int D_, Dp_;
-    float *scores_, *dweights_;            // [keys][width]
-    Storage *weight_rows_, *dscore_rows_;  // the same in 16 bits
-    uint32_t *dscore_pairs_;               // [keys / 2][width]
-    float *slopes_;                        // [keys][width], of the cap on scores
+    float *scores_, *dweights_;           // [keys][width]
+    Number *weight_rows_, *dscore_rows_;  // the same in 16 bits
+    uint32_t *dscore_pairs_;              // [keys / 2][width]
+    int64_t plane_;                       // numbers to the second plane of these three
+    float *slopes_;                       // [keys][width], of the cap on scores
     float *mask_;
 };
 

@@ -10,6 +10,8 @@ namespace PA_ISA {
 template <class Storage, class Dot>
 class TileForward {
     using Ops = Operands<Storage, Dot>;
+    using Keys = RowTiles<Dot>;
+    using Values = ColumnTiles<Dot>;
     static constexpr int kKeys = 256;              // most keys of a chunk
     static constexpr int kRows = 96;               // whose scores stand at once, and stay in L1 with what is beside
     static constexpr int64_t kAccBytes = 1 << 18;  // of the outputs of a unit's blocks, where there are several chunks
@@ -18,7 +20,7 @@ class TileForward {
   public:
     static void run(const CpuFwdParams &p, int threads) {
         if (p.B * p.H * p.L == 0) return;
-        PrefixTiles<Storage> prefix(p);
+        PrefixTiles<Dot> prefix(p);
         prefix.pack(threads);
         Job job{p, prefix, 1, 1};
         // Heads that share keys are a unit's too, unless padding could tell them apart.
@@ -36,7 +38,7 @@ class TileForward {
   private:
     struct Job {
         const CpuFwdParams &p;
-        const PrefixTiles<Storage> &prefix;
+        const PrefixTiles<Dot> &prefix;
         int64_t heads, groups;  // query heads that a unit may hold, and units of them
     };
 
@@ -63,16 +65,17 @@ class TileForward {
         const int64_t most = min_of<int64_t>(p.P + p.S, kKeys), rows = max_of<int64_t>(up(most, kGroup), kGroup);
         online_ = p.P + p.S > kKeys, slots_ = online_ ? end_ - begin_ : 1;
         items_ = arena_.take<TileBlock>(slots_);
-        query_words_ = RowTiles<Storage>::steps(D_) * kTile * kTileLanes;
+        query_words_ = Ops::query_words(D_, kTileLanes);
         acc_floats_ = up(D_, kTile) * kTileLanes;
         queries_ = arena_.take<float>(slots_ * query_words_);
         acc_ = arena_.take<float>(slots_ * acc_floats_);
-        keys_ = arena_.take<char>(RowTiles<Storage>::bytes(rows, D_));
-        values_ = arena_.take<char>(ColumnTiles<Storage>::bytes(rows, D_));
-        memory_ = arena_.take<char>(p.memory.data ? ColumnTiles<Storage>::bytes(D_, D_) : 0);
+        keys_ = arena_.take<char>(Keys::bytes(rows, D_));
+        values_ = arena_.take<char>(Values::bytes(rows, D_));
+        memory_ = arena_.take<char>(p.memory.data ? Values::bytes(D_, D_) : 0);
         softmax_.scores = arena_.take<float>(max_of<int64_t>((kRows + 2) * kTileLanes, kTileLanes * up(D_, 16)));
         rows_ = softmax_.scores;
-        pairs_ = arena_.take<uint32_t>(max_of<int64_t>(rows, p.memory.data ? up(D_, kGroup) : 0) / 2 * kTileLanes);
+        softmax_.plane = max_of<int64_t>(rows, p.memory.data ? up(D_, kGroup) : 0) / 2 * kTileLanes;
+        pairs_ = arena_.take<uint32_t>(Dot::kPlanes * softmax_.plane);
         if (p.prefix_dropout_p > 0) {
             kept_.allocate(arena_, kKeys, D_);
             copies_ = arena_.take<Storage>(2 * rows * D_);
@@ -129,7 +132,7 @@ class TileForward {
         x.own_begin = length_ + own.begin - own_.begin, x.own_end = length_ + own.end - own_.begin;
         x.queries = queries_ + slot * query_words_, x.acc = acc_ + slot * acc_floats_;
         pack_queries(x);
-        fetch_ahead<true>(p_.out, b_, x.h, x.q.l0, x.q.lanes, D_, 2);
+        fetch_ahead<true>(p_.out, b_, x.h, x.q.l0, x.q.lanes, D_, Ops::kSize);
         for (int i = 0; i < kTileLanes; ++i) x.pivot[i] = kMinusInf, x.prefix_sum[i] = x.own_sum[i] = 0;
         if (online_) std::memset(x.acc, 0, sizeof(float) * acc_floats_);
         return x;
@@ -143,7 +146,8 @@ class TileForward {
 
     void turn_queries(TileBlock &x) {
         if (x.q.lanes < kTileLanes || D_ % kGroup) std::memset(x.queries, 0, sizeof(float) * query_words_);
-        transpose(at(p_.q, b_, x.h, x.q.l0, 2), p_.q.stride2 * 2, x.q.lanes, D_ / 2, x.queries, kTileLanes);
+        Ops::pack_queries(at(p_.q, b_, x.h, x.q.l0, Ops::kSize), p_.q.stride2 * Ops::kSize, x.q, D_, rows_, x.queries,
+                          Ops::query_plane(D_, kTileLanes));
     }
 
     // Virtual keys c .. c + n, which blocks attend to next.
@@ -154,19 +158,19 @@ class TileForward {
         const int64_t v0 = c + shared_, p0 = min_of(v0, length_), s0 = own_.begin + max_of<int64_t>(v0 - length_, 0);
         const int np = (int)max_of<int64_t>(0, min_of<int64_t>(length_ - v0, n - shared_));
         if (shared_ > 0) {
-            shared_keys_ = job_.prefix.keys(row, g_) + c * 2 * up(D_, kGroup);
-            shared_values_ = job_.prefix.values(row, g_) + c * 2 * up(D_, kTile);
+            shared_keys_ = job_.prefix.keys(row, g_) + Keys::bytes(c, D_);  // whole groups of rows
+            shared_values_ = job_.prefix.values(row, g_) + Values::bytes(c, D_);
         }
         if (np > 0 && p_.prefix_dropout_p > 0)
             kept_.draw(dropout_seed(p_), p_.prefix_dropout_p, b_ * p_.Hkv + g_, p0, np, p0 + np);
         const auto joined = [&](const Strided &prefix, const Strided &own, int draw, Storage *copy) {
             const auto rows =
                 np ? Ops::prefix_rows(p_, prefix, kept_, b_, g_, p0, np, draw, copy) : typename Ops::Rows{};
-            return JoinedRows{rows.data,  rows.stride, np, at(own, b_, g_, s0, 2), (ptrdiff_t)own.stride2 * 2,
-                              n - shared_};
+            const char *first = at(own, b_, g_, s0, Ops::kSize);
+            return JoinedRows{rows.data, rows.stride, np, first, (ptrdiff_t)(own.stride2 * Ops::kSize), n - shared_};
         };
-        RowTiles<Storage>::pack(joined(p_.prefix_k, p_.k, kDropsPrefixK, copies_), D_, keys_);
-        ColumnTiles<Storage>::pack(joined(p_.prefix_v, p_.v, kDropsPrefixV, copies_), D_, values_);
+        Keys::pack(joined(p_.prefix_k, p_.k, kDropsPrefixK, copies_), D_, keys_);
+        Values::pack(joined(p_.prefix_v, p_.v, kDropsPrefixV, copies_), D_, values_);
     }
 
     // Adds to a block what it sees of the chunk: of the prefix, then of own keys, in whole groups.
@@ -202,19 +206,20 @@ class TileForward {
         }
         if (added < n || !adds) {
             const int even = (n + 1) / 2, all = (int)up(n, kGroup) / 2;
-            std::memset(pairs_ + even * kTileLanes, 0, sizeof(uint32_t) * (all - even) * kTileLanes);
+            for (int plane = 0; plane < Dot::kPlanes; ++plane)
+                std::memset(pairs_ + plane * softmax_.plane + even * kTileLanes, 0,
+                            sizeof(uint32_t) * (all - even) * kTileLanes);
             accumulate(x, added, n, adds);
         }
     }
 
     // softmax_.scores [rows up to whole tiles][32] of the chunk's keys from r on
     void score(const TileBlock &x, int r, int rows) {
-        const int K = (int)RowTiles<Storage>::steps(D_), apart = max_of(0, min_of(shared_ - r, rows));
-        const ptrdiff_t tile = K * kTileBytes;
-        const TileStream b{(const char *)x.queries, 4 * kTileLanes, 64, 4 * kTileLanes * kTile};
+        const int K = (int)Keys::steps(D_), apart = max_of(0, min_of(shared_ - r, rows));
+        const TileStream b{(const char *)x.queries, 4 * kTileLanes, 64, 4 * kTileLanes * kTile,
+                           4 * Ops::query_plane(D_, kTileLanes)};
         const auto multiply = [&](const char *keys, int from, int n, float *to) {
-            add_product<Storage>(tiles(n), tiles(x.q.lanes), K, {keys + from / kTile * tile, 64, tile, kTileBytes}, b,
-                                 to, kTileLanes, false);
+            add_product<Dot>(tiles(n), tiles(x.q.lanes), K, Keys::stream(keys, from, D_), b, to, kTileLanes, false);
         };
         if (apart > 0) multiply(shared_keys_, r, apart, softmax_.scores);
         if (apart < rows) multiply(keys_, r + apart - shared_, rows - apart, softmax_.scores + apart * kTileLanes);
@@ -251,11 +256,10 @@ class TileForward {
 
     // x.acc [D][32] (+)= rows of values from the row `from` on, transposed, times rows r0 .. r1 of pairs_
     void add_values(TileBlock &x, const char *values, int from, int r0, int r1, bool adds) {
-        const ptrdiff_t group = up(D_, kTile) * 64;
-        add_product<Storage>(tiles(D_), tiles(x.q.lanes), (r1 - r0 + kGroup - 1) / kGroup,
-                             {values + from / kGroup * group, 64, kTileBytes, group},
-                             {(const char *)(pairs_ + r0 / 2 * kTileLanes), 4 * kTileLanes, 64, 4 * kTileLanes * kTile},
-                             x.acc, kTileLanes, adds);
+        const TileStream weights{(const char *)(pairs_ + r0 / 2 * kTileLanes), 4 * kTileLanes, 64,
+                                 4 * kTileLanes * kTile, 4 * softmax_.plane};
+        add_product<Dot>(tiles(D_), tiles(x.q.lanes), (r1 - r0 + kGroup - 1) / kGroup, Values::stream(values, from, D_),
+                         weights, x.acc, kTileLanes, adds);
     }
 
     void fill_multipliers(const TileBlock &x, int64_t first, int np, int64_t s0, int n) {
@@ -275,7 +279,11 @@ class TileForward {
         }
         for (int i = 0; i < kTileLanes; i += VL) vstore(lse + i, vload(x.pivot + i) + vlog(vload(sum + i)));
         for (int i = 0; i < x.q.lanes; ++i) {
-            ((Lse<Storage> *)p_.lse)[row0 + i] = sum[i] != 0 ? lse[i] : kMinusInf;
+            auto *to = (Lse<Storage> *)p_.lse + row0 + i;
+            if constexpr (sizeof(Storage) == 4)
+                *to = log_of_sum<Storage>(x.pivot[i], sum[i]);
+            else
+                *to = sum[i] != 0 ? lse[i] : kMinusInf;
             if (p_.mass) p_.mass[row0 + i] = x.prefix_sum[i] * inverse[i];
         }
         if (!p_.memory.data && !p_.attended.data) return write(x, p_.out, inverse);
@@ -297,14 +305,15 @@ class TileForward {
             for (int i = 0; i < kTileLanes; i += VL) {
                 vf first = vzero(), second = vzero();
                 if (d < D_) {
-                    load_query_rows<Ops>(x.queries, kTileLanes, d, i, first, second);
+                    load_query_rows<Ops>(x.queries, kTileLanes, d, i, first, second, Ops::query_plane(D_, kTileLanes));
                     first = Phi::value(first), second = Phi::value(second);
                 }
-                store_pairs<Storage>(pairs_ + d / 2 * kTileLanes + i, first, second);
+                Ops::put_pairs(pairs_ + d / 2 * kTileLanes + i, softmax_.plane, first, second);
             }
         const Strided &t = p_.memory;
-        const JoinedRows rows{at(t, memory_row(p_, b_), x.h, 0, 2), (ptrdiff_t)t.stride2 * 2, D_, nullptr, 0, D_};
-        ColumnTiles<Storage>::pack(rows, D_, memory_);
+        const char *first = at(t, memory_row(p_, b_), x.h, 0, Ops::kSize);
+        const JoinedRows rows{first, (ptrdiff_t)(t.stride2 * Ops::kSize), D_, nullptr, 0, D_};
+        Values::pack(rows, D_, memory_);
         add_values(x, memory_, 0, 0, D_, true);
     }
 
@@ -315,7 +324,7 @@ class TileForward {
             float *row = rows_ + (int64_t)i * ld;
             if (factors)
                 for (int d = 0; d < ld; d += VL) vstore(row + d, vload(row + d) * vset(factors[i]));
-            narrow(row, (Storage *)at(t, b_, x.h, x.q.l0 + i, 2), D_);
+            narrow(row, (Storage *)at(t, b_, x.h, x.q.l0 + i, Ops::kSize), D_);
         }
     }
 
@@ -329,7 +338,7 @@ class TileForward {
     bool online_;   // there may be several chunks
     bool scaled_;   // scores are scaled before they meet a float mask or a cap, not with the exponential
     float factor_;  // queries . keys times this is the score
-    TileSoftmax<Storage> softmax_;
+    TileSoftmax<Ops> softmax_;
     TileBlock *items_;
     int64_t query_words_, acc_floats_;
     float *queries_, *acc_;

@@ -16,6 +16,12 @@ using Bf16Arithmetic = Bf16Dot;
 #else
 using Bf16Arithmetic = Fp32;
 #endif
+// Of float32 that is split.
+#if defined(PA_TILES)
+using HighArithmetic = SplitDot;
+#else
+using HighArithmetic = Fp32;
+#endif
 #if defined(PA_AMX_FP16) || defined(PA_PLAIN_TILES)
 using Fp16Arithmetic = TileDot<f16>;
 #else
@@ -43,7 +49,7 @@ void fwd_of(const CpuFwdParams &p, int threads) {
 inline void fwd(const CpuFwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
-            return fwd_of<float, Fp32>(p, threads);
+            return p.splits_float32 ? fwd_of<float, HighArithmetic>(p, threads) : fwd_of<float, Fp32>(p, threads);
         case DType::kBFloat16:
             return fwd_of<bf16, Bf16Arithmetic>(p, threads);
         case DType::kFloat16:
@@ -54,7 +60,8 @@ inline void fwd(const CpuFwdParams &p, int threads) {
 inline void bwd(const CpuBwdParams &p, int threads) {
     switch (p.dtype) {
         case DType::kFloat32:
-            return Backward<float, Fp32>::run(p, threads);
+            return p.splits_float32 ? Backward<float, HighArithmetic>::run(p, threads)
+                                    : Backward<float, Fp32>::run(p, threads);
         case DType::kBFloat16:
             return Backward<bf16, Bf16Arithmetic>::run(p, threads);
         case DType::kFloat16:

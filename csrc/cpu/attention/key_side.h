@@ -28,9 +28,9 @@ class KeySide {
         k_copy_ = arena.take<float>(copies ? keys * p.D : 0);
         v_copy_ = arena.take<float>(copies ? keys * p.D : 0);
         if constexpr (Dot::kTiles) {
-            key_tiles = arena.template take<char>(RowTiles<Storage>::bytes(keys, p.D));
-            value_tiles = arena.template take<char>(RowTiles<Storage>::bytes(keys, p.D));
-            key_columns = arena.template take<char>(ColumnTiles<Storage>::bytes(keys, p.D));
+            key_tiles = arena.template take<char>(RowTiles<Dot>::bytes(keys, p.D));
+            value_tiles = arena.template take<char>(RowTiles<Dot>::bytes(keys, p.D));
+            key_columns = arena.template take<char>(ColumnTiles<Dot>::bytes(keys, p.D));
         } else {
             columns_ = arena.take<uint32_t>(Ops::column_words(keys, p.D));
         }
@@ -50,9 +50,9 @@ class KeySide {
             v = Ops::rows(p.v, b, g, j0, n, D, v_copy_);
         }
         if constexpr (Dot::kTiles) {
-            RowTiles<Storage>::pack(joined(k), D, key_tiles);
-            RowTiles<Storage>::pack(joined(v), D, value_tiles);
-            if (with_dq) ColumnTiles<Storage>::pack(joined(k), D, key_columns);
+            RowTiles<Dot>::pack(joined(k), D, key_tiles);
+            RowTiles<Dot>::pack(joined(v), D, value_tiles);
+            if (with_dq) ColumnTiles<Dot>::pack(joined(k), D, key_columns);
         } else if (with_dq) {
             columns = Ops::columns(k, n, D, columns_);
         }
@@ -62,7 +62,7 @@ class KeySide {
     void load_memory(const CpuBwdParams &p, int64_t b, int64_t h, int d0, int count) {
         j0 = d0, n = count;
         v = Ops::rows(p.memory, memory_row(p, b), h, d0, count, (int)p.D, v_copy_);
-        if constexpr (Dot::kTiles) RowTiles<Storage>::pack(joined(v), (int)p.D, value_tiles);
+        if constexpr (Dot::kTiles) RowTiles<Dot>::pack(joined(v), (int)p.D, value_tiles);
     }
 
   private:

@@ -10,11 +10,12 @@
 namespace prefixattn {
 namespace PA_ISA {
 
-// Storage: float, bf16 or f16 in memory. Dot: Fp32 widens 16-bit storage first, the others multiply pairs as they are.
+// Storage: float, bf16 or f16 in memory. Dot: Fp32 widens 16-bit storage first, SplitDot makes two planes of pairs of
+// floats, the others multiply pairs as they are.
 template <class Storage, class Dot>
 struct Operands {
-    using Number = Storage;
-    static constexpr bool kPairs = Dot::kPairs;
+    using Number = typename Dot::Number;
+    static constexpr bool kPairs = Dot::kPairs, kSplits = Dot::kPlanes == 2;
     static constexpr bool kWiden = !kPairs && sizeof(Storage) == 2;
     static constexpr int64_t kSize = sizeof(Storage);
     static constexpr int kRowAlign = kPairs ? 2 : 1;  // rows of a segment are padded to whole pairs
@@ -26,6 +27,9 @@ struct Operands {
     // Floats of a row that products write, and rows of queries as pack_queries leaves them.
     static int row_floats(int D) { return Dot::kTiles ? (D + 15) / 16 * 16 : (D + VL - 1) / VL * VL; }
     static int64_t turned_words(int D) { return Dot::kTiles ? (D + 31) / 32 * 16 : words(D); }
+    // Their second plane lies so many words behind the first.
+    static int64_t query_plane(int D, int width) { return kSplits ? turned_words(D) * width : 0; }
+    static int64_t query_words(int D, int width) { return Dot::kPlanes * turned_words(D) * width; }
 
     static int words(int n) { return kPairs ? (n + 1) / 2 : n; }
 
@@ -37,9 +41,16 @@ struct Operands {
         Operand by_column(int r) const { return {data + r * stride, 4, stride}; }  // A[m = d, k = row], floats only
     };
 
-    // Queries (or dout) transposed: dst[word of d][lane].
-    static void pack_queries(const char *src, ptrdiff_t stride, const QueryBlock &q, int D, float *rows, float *dst) {
-        if (kWiden) {
+    // Queries (or dout) transposed: dst[word of d][lane]. `rows` is scratch of [lanes][D].
+    static void pack_queries(const char *src, ptrdiff_t stride, const QueryBlock &q, int D, float *rows, float *dst,
+                             ptrdiff_t plane = 0) {
+        if constexpr (kSplits) {
+            bf16 *first = (bf16 *)rows, *rest = first + (int64_t)q.lanes * D;
+            for (int i = 0; i < q.lanes; ++i)
+                split_row((const float *)(src + i * stride), D, first + (int64_t)i * D, rest - first);
+            transpose(first, 2 * D, q.lanes, words(D), dst, q.width);
+            transpose(rest, 2 * D, q.lanes, words(D), dst + plane, q.width);
+        } else if (kWiden) {
             for (int i = 0; i < q.lanes; ++i) widen((const Storage *)(src + i * stride), rows + (int64_t)i * D, D);
             transpose(rows, 4 * D, q.lanes, D, dst, q.width);
         } else {
@@ -70,11 +81,12 @@ struct Operands {
     // the scale of what is kept is applied in fp32 to what the copy was multiplied into. draw: as KeptPrefix::row().
     static Rows dropped_prefix(const Strided &t, const KeptPrefix &kept, int64_t row, int64_t head, int64_t j0, int n,
                                int draw, int D, void *buffer) {
-        const int64_t size = kPairs ? 2 : 4;
+        constexpr bool kHalf = kPairs && !kSplits;
+        const int64_t size = kHalf ? 2 : 4;
         for (int r = 0; r < n; ++r) {
             const Storage *src = (const Storage *)at(t, row, head, j0 + r, kSize);
             const uint64_t *bits = kept.row(j0 + r, draw);
-            if constexpr (kPairs) {
+            if constexpr (kHalf) {
                 keep_elements((const uint16_t *)src, bits, D, (uint16_t *)buffer + (int64_t)r * D);
             } else {
                 float *dst = (float *)buffer + (int64_t)r * D;
@@ -90,6 +102,20 @@ struct Operands {
         const int64_t row = prefix_row(p, b);
         if (p.prefix_dropout_p > 0) return dropped_prefix(t, kept, row, head, j0, n, draw, (int)p.D, buffer);
         return rows(t, row, head, j0, n, (int)p.D, buffer);
+    }
+
+    // Floats as words of both planes, `plane` apart: pairs, and as two rows that lie `ld` apart.
+    static void put_pairs(uint32_t *dst, ptrdiff_t plane, vf low, vf high) {
+        if constexpr (kSplits)
+            store_split_pairs(dst, plane, low, high);
+        else
+            store_pairs<Number>(dst, low, high);
+    }
+    static void put_halves(Number *dst, ptrdiff_t plane, ptrdiff_t ld, vf first, vf second) {
+        if constexpr (kSplits)
+            store_split_halves(dst, plane, ld, first, second);
+        else
+            store_halves(dst, ld, first, second);
     }
 
     // Rows as the summed index of a product, x^T b: floats where they lie; pairs of rows in a buffer of column_words(),
@@ -123,9 +149,17 @@ struct Operands {
 
 // One vector of rows d and d + 1 (d even) of queries as pack_queries left them.
 template <class Ops>
-inline void load_query_rows(const float *queries, int width, int d, int i, vf &first, vf &second) {
-    if constexpr (Ops::kPairs)
-        return load_pairs<typename Ops::Number>(queries + (int64_t)(d / 2) * width + i, first, second);
+inline void load_query_rows(const float *queries, int width, int d, int i, vf &first, vf &second, ptrdiff_t plane = 0) {
+    if constexpr (Ops::kPairs) {
+        const float *words = queries + (int64_t)(d / 2) * width + i;
+        load_pairs<typename Ops::Number>(words, first, second);
+        if constexpr (Ops::kSplits) {
+            vf rest[2];
+            load_pairs<typename Ops::Number>(words + plane, rest[0], rest[1]);
+            first = first + rest[0], second = second + rest[1];
+        }
+        return;
+    }
     first = vload(queries + (int64_t)d * width + i);
     second = vload(queries + (int64_t)(d + 1) * width + i);
 }

@@ -17,6 +17,7 @@ class QuerySide {
     float *queries, *douts;               // [words(D)][width]
     const float *query_rows, *dout_rows;  // [words(lanes)][ld], summed over in dK and dV
     ptrdiff_t query_ld, dout_ld;
+    ptrdiff_t row_plane;  // to the second plane of these rows
     // [width] each. A weight is exp(score - pivot) * weight: with a pivot near the scores, not at lse, the difference
     // keeps its last bits. Where a query has no key, or a lane no query, pivot is inf, so that the weight is 0 whatever
     // a mask adds to the score.
@@ -25,10 +26,11 @@ class QuerySide {
 
     void allocate(const CpuBwdParams &p, Arena &arena) {
         D_ = (int)p.D, Dp_ = Ops::row_floats(D_);
-        queries = arena.take<float>(Ops::turned_words(D_) * kLanes);
-        douts = arena.take<float>(Ops::turned_words(D_) * kLanes);
-        in_place_ = sizeof(Storage) == 4 && Dp_ == D_;
-        const int64_t copy = in_place_ ? 0 : (int64_t)Ops::words(kLanes) * Dp_;
+        queries = arena.take<float>(Ops::query_words(D_, kLanes));
+        douts = arena.take<float>(Ops::query_words(D_, kLanes));
+        in_place_ = !Ops::kPairs && sizeof(Storage) == 4 && Dp_ == D_;
+        row_plane = Ops::kSplits ? (ptrdiff_t)Ops::words(kLanes) * Dp_ : 0;
+        const int64_t copy = in_place_ ? 0 : (int64_t)Dot::kPlanes * Ops::words(kLanes) * Dp_;
         query_copy_ = arena.take<float>(copy);
         dout_copy_ = arena.take<float>(copy);
         pivot = arena.take<float>(kLanes);
@@ -91,8 +93,8 @@ class QuerySide {
     void turn(const Strided &t, float *rows, int d0, int n, float *transposed) {
         const char *src = at(t, b, h, q.l0, Ops::kSize) + d0 * Ops::kSize;
         if (Dot::kTiles && (q.lanes < q.width || D_ % 32))
-            std::memset(transposed, 0, sizeof(float) * Ops::turned_words(D_) * q.width);
-        Ops::pack_queries(src, t.stride2 * Ops::kSize, q, n, rows, transposed);
+            std::memset(transposed, 0, sizeof(float) * Ops::query_words(D_, q.width));
+        Ops::pack_queries(src, t.stride2 * Ops::kSize, q, n, rows, transposed, Ops::query_plane(D_, q.width));
     }
 
     void by_rows(const Strided &t, float *copy, const float **found, ptrdiff_t *ld) {
@@ -104,15 +106,20 @@ class QuerySide {
         for (int i = 0; i < q.lanes; i += Ops::kRowAlign) {
             const Storage *row = (const Storage *)(src + i * stride);
             float *dst = copy + (int64_t)(i / Ops::kRowAlign) * Dp_;
-            if constexpr (Ops::kPairs)
-                interleave(row, i + 1 < q.lanes ? (const Storage *)(src + (i + 1) * stride) : nullptr, (uint32_t *)dst,
-                           D_);
+            const Storage *next = i + 1 < q.lanes ? (const Storage *)(src + (i + 1) * stride) : nullptr;
+            if constexpr (Ops::kSplits)
+                for (int d = 0; d < D_; d += 16)
+                    split_pairs(row + d, next ? next + d : nullptr, min_of(16, D_ - d), (uint32_t *)dst + d, row_plane);
+            else if constexpr (Ops::kPairs)
+                interleave(row, next, (uint32_t *)dst, D_);
             else
                 widen(row, dst, D_);
             for (int d = D_; d < Dp_; ++d) dst[d] = 0;
         }
         const int filled = Ops::words(q.lanes), all = Ops::words(q.width);
-        if (Dot::kTiles) std::memset(copy + (int64_t)filled * Dp_, 0, sizeof(float) * (all - filled) * Dp_);
+        if (!Dot::kTiles) return;
+        for (int plane = 0; plane < Dot::kPlanes; ++plane)
+            std::memset(copy + plane * row_plane + (int64_t)filled * Dp_, 0, sizeof(float) * (all - filled) * Dp_);
     }
 
     int D_, Dp_;

@@ -15,7 +15,7 @@ struct TileBlock {  // of queries
     alignas(64) float pivot[kTileLanes], prefix_sum[kTileLanes], own_sum[kTileLanes];
 };
 
-template <class Storage>
+template <class Ops>
 class TileSoftmax {
     static constexpr float kNoKey = -0x1p126f;  // the pivot of a query that has met no key: -inf - -inf is nan
 
@@ -23,6 +23,7 @@ class TileSoftmax {
     float *scores, *multipliers;      // [rows][32]; the second: of dropout, null where there is none
     float prefix_factor, own_factor;  // what scores are still to be multiplied by
     float gain;                       // what prefix dropout multiplies kept elements by
+    int64_t plane;                    // words to the second plane of pairs
 
     // A maximum may be passed by 2^8 before what was summed is scaled to a new one: the digits of a weight do not
     // depend on its size.
@@ -137,7 +138,7 @@ class TileSoftmax {
                     const float *m = multipliers + (int64_t)r * kTileLanes + v * VL;
                     w0 = w0 * vload(m), w1 = w1 * vload(m + kTileLanes);
                 }
-                store_pairs<Storage>(pairs + r / 2 * kTileLanes + v * VL, w0, w1);
+                Ops::put_pairs(pairs + r / 2 * kTileLanes + v * VL, plane, w0, w1);
             }
         }
         for (int v = 0; v < NV; ++v) {
