@@ -39,7 +39,7 @@ class Packed(Inputs):
         if offsets[0] == [0]:  # no sequence is as good as a batch without samples
             del given["max_seqlen_q"], given["max_seqlen_k"]
             none = [t[:, :, None] for t in (q, k, v)]  # [0, heads, 1, D]
-            out, lse, mass = concat_attention(*none, **given, prefix_ids=ids, prefix_lengths=lengths)
+            out, lse, mass = concat_attention(*none, **{**given, "prefix_ids": ids, "prefix_lengths": lengths})
             return out[:, :, 0], lse[:, :, 0].T, mass[:, :, 0].T
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for i in range(len(offsets[0]) - 1):
@@ -55,7 +55,7 @@ class Packed(Inputs):
             parts = []
             for t, at in ((q, offsets[0]), (k, offsets[1]), (v, offsets[1])):
                 parts.append(t[at[i] : at[i + 1]].transpose(0, 1)[None])
-            out, lse, mass = concat_attention(*parts, **own, first=i)
+            out, lse, mass = concat_attention(*parts, **{**own, "first": i})
             found.append((out[0].transpose(0, 1), lse[0], mass[0]))
         outs, lses, masses = zip(*found, strict=True)
         return torch.cat(outs), torch.cat(lses, 1), torch.cat(masses, 1)
