@@ -60,5 +60,5 @@ MISTAKES = (
     # files
     Mistake("prefixattn/prefixes/checkpoint.py", "        saver.place(weights)\n        saver.place(JSON)\n", "        saver.place(JSON)\n        saver.place(weights)\n", FILES),
     Mistake("prefixattn/prefixes/checkpoint.py", ".requires_grad_(not values[\"folded\"])", ".requires_grad_(True)", FILES),
-    Mistake("prefixattn/prefixes/peft.py", "return config, pairs[_pairs(geometry)].contiguous()", "return config, pairs[_pairs(geometry)].flip(1)", "tests/prefixes/test_peft.py"),
+    Mistake("prefixattn/prefixes/peft.py", "permute(1, 2, 3, 0, 4)[_pairs(geometry)]", "permute(1, 2, 3, 0, 4)[_pairs(geometry)].flip(1)", "tests/prefixes/test_peft.py"),
 )  # fmt: skip
