@@ -37,11 +37,12 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
 
 
 def test_another_group_is_another_step():
-    _, prompt, completions = shared_prompts.made(40, 3, 5)
+    _, prompt, completions = shared_prompts.made(40, shared_prompts.Case(3, 5))
     assert (prompt.shape, completions.shape) == ((1, 40), (3, 5))
-    assert shared_prompts.check(40, torch.float64, 1e-5, 3, 5) < 1e-5
+    assert shared_prompts.check(40, torch.float64, 1e-5, shared_prompts.Case(3, 5)) < 1e-5
     losses = {
-        float(shared_prompts.step("shared", *shared_prompts.made(40, *size))()) for size in ((3, 5), (2, 5), (3, 4))
+        float(shared_prompts.step("shared", *shared_prompts.made(40, shared_prompts.Case(*size)))())
+        for size in ((3, 5), (2, 5), (3, 4))
     }
     assert len(losses) == 3  # means, of other tokens
 
