@@ -36,6 +36,7 @@ class Forward {
         const int64_t n = job.blocks, first = unit * n, blocks = query_blocks(job.p.L), bh = first / blocks;
         const CpuFwdParams p = sample_of(job.p, bh / job.p.H);
         const int64_t begin = first % blocks, end = min_of(begin + n, query_blocks(p.L));
+        if (begin >= end) return;  // of a packed sequence with fewer queries than the longest, or none
         KeptPrefix kept;
         Arena counted = Arena::counting();
         allocate_kept(p, counted, kept);
