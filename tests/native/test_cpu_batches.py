@@ -110,3 +110,17 @@ def test_a_packed_sequence_has_the_bits_of_a_sample(name: str, dtype: str) -> No
                 for key, t in of_sequence(whole, inputs, i).items():
                     assert same_bits(t, one[key]), f"{key} of sequence {i}, packed alone, {options}"
                     assert same_bits(t, sample[key]), f"{key} of sequence {i}, as a sample, {options}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", _C.isas())
+def test_a_sequence_without_queries_changes_nothing(name: str, dtype: str) -> None:
+    sizes, shape = ([3, 0, 40, 0], [5, 7, 40, 0]), Shape(0, 2, 1, 0, 0, 37, 16)
+    with isa(name), threads(1):
+        for options in ({"causal": True}, {"window": (20, 4)}, {}):
+            inputs = packed_sequences(sizes, DTYPES[dtype], shape, prefixes="per_sample", **options)
+            whole, others = ours(inputs, "cpu"), ours(sequences(inputs, [0, 2]), "cpu")
+            for at, i in enumerate((0, 2)):
+                mine, right = of_sequence(whole, inputs, i), of_sequence(others, sequences(inputs, [0, 2]), at)
+                assert not [key for key, t in mine.items() if not same_bits(t, right[key])], f"sequence {i}, {options}"
+            assert not whole["dprefix_k"][1::2].any()
