@@ -97,10 +97,10 @@ def test_the_shared_prompts_table_is_the_records() -> None:
     assert f"has {result['group']} completions of {result['new']} tokens" in shown
 
 
-def test_the_tables_of_windows_and_packing_are_the_records() -> None:
-    from bench.attention import packed, windows
+def test_the_tables_of_windows_packing_and_a_long_prefix_are_the_records() -> None:
+    from bench.attention import long_prefix, packed, windows
 
-    for module, name in ((windows, "windows"), (packed, "packed")):
+    for module, name in ((windows, "windows"), (packed, "packed"), (long_prefix, "long-prefix")):
         result, shown = record(f"bench/results/{name}.json", "docs/benchmarks.md")
         for line in module.table(result["rows"]):
             assert line in shown
