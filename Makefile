@@ -56,7 +56,7 @@ bench: build
 	$(PY) -m bench.attention.plot
 	$(PY) -m bench.attention.packed --out bench/results/packed.json
 	$(PY) -m bench.attention.windows --out bench/results/windows.json
-	$(PY) -m bench.models.shared_prompts --model smollm2 --prompt 1024 --group 8 --new 128 --out bench/results/shared-prompts-smollm2.json
+	$(PY) -m bench.models.shared_prompts --prompt 1024 --group 8 --new 128 --out bench/results/shared-prompts-8.json
 	$(PY) -m bench.attention.long_prefix --out bench/results/long-prefix.json
 
 lint: $(VENV)/lint

@@ -1,6 +1,7 @@
 """A training step on completions of one prompt: the prompt run once (`SharedPrompt`), beside the repeated batch.
 
     python -m bench.models.shared_prompts --out bench/results/shared-prompts.json    # P of 1k, 4k and 16k
+    python -m bench.models.shared_prompts --prompt 1024 --group 8 --new 128 --out bench/results/shared-prompts-8.json
     python -m bench.models.shared_prompts --model smollm2 --prompt 1024 --group 8 --new 128 --out FILE.json
     python -m bench.models.shared_prompts --prompt 64 128 --rounds 1       # a try, which writes nothing
 
