@@ -223,6 +223,11 @@ def _sizes(geometry: Geometry) -> dict[str, Any]:
 
 
 def _check_widths(geometry: Geometry) -> None:
+    if geometry.sizes and _seq2seq(geometry):
+        raise NotImplementedError(
+            f"the layers of {geometry.model_type} have keys of several sizes, and how PEFT cuts a prefix for those of "
+            "an encoder-decoder is not known here: save_pretrained and load keep such a prefix"
+        )
     if geometry.two_widths or any(d != dv for _, d, dv in geometry.sizes):
         raise NotImplementedError(
             f"{geometry.model_type} has keys of width {geometry.head_dim} and values of width {geometry.value_dim}; "

@@ -11,6 +11,9 @@ from prefixattn import PrefixConfig
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed: its adapters are not read with it")
 
+from prefixattn.prefixes.config import Defaults  # noqa: E402
+from prefixattn.prefixes.geometry import Geometry  # noqa: E402
+from prefixattn.prefixes.peft import export, read  # noqa: E402
 from prefixattn.testing.models import token_ids  # noqa: E402
 
 P = 4
@@ -106,3 +109,17 @@ def test_a_prefix_that_peft_cannot_have_is_not_written(name, tmp_path):
     some = prefixattn.attach(model, PrefixConfig(P, share="none", layers=[1], positions=positions))
     with pytest.raises(ValueError, match=r"layers is \(1,\); a PEFT adapter has a prefix in (every layer|the layers)"):
         some.export_peft(tmp_path / "adapter")
+
+
+def test_an_encoder_decoder_of_several_sizes_is_refused_by_name(tmp_path):
+    kinds = {"encoder": 1, "decoder": 1, "cross": 1}
+    sizes = [(2, 8, 8), (1, 16, 16), (1, 16, 16)]
+    geometry = Geometry.of_layers("t5gemma", sizes, 32, kinds, 4, range(3))
+    config = PrefixConfig(P, "none", attentions=("decoder",), positions="shifted")
+    for act in (
+        lambda: read(tmp_path, geometry, Defaults()),
+        lambda: export(tmp_path, config, geometry, torch.zeros(1)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"layers of t5gemma have keys of several sizes.*encoder-decoder"):
+            act()
+    assert not list(tmp_path.iterdir())
