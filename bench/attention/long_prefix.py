@@ -9,11 +9,9 @@ would cost SDPA its fastest path. Each way must give the output and the gradient
 are of the process's processors, in alternation in one process.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,7 @@ from torch import Tensor
 
 from bench.attention.baselines import joined
 from bench.harness.command import Refusal, command
-from bench.harness.record import header, write_rows
-from bench.harness.ways import Row, cell, rows_of
+from bench.harness.ways import Row, cell, compared, rows_of
 from prefixattn import prefix_attention
 
 B, H, L, P, D = 8, 4, 128, 16384, 64
@@ -98,17 +95,10 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A long prefix beside its concatenation; see the file's head.")
-    parser.add_argument("--rounds", type=int, default=7, help="calls of each way that are timed")
-    parser.add_argument("--out", type=Path, help="JSON; default: none")
-    args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        raise Refusal(f"--rounds {args.rounds}: expected a number from 1 up")
-    rows = measured(args.rounds)
-    if args.out is not None:
-        write_rows(args.out, header() | {"shape": {"B": B, "H": H, "L": L, "P": P, "D": D}, "rows": rows})
-    print("\n".join(table(rows)))
-    return 0
+    shape = {"B": B, "H": H, "L": L, "P": P, "D": D}
+    return compared(
+        "A long prefix beside its concatenation; see the file's head.", 7, shape, measured, table, arguments
+    )
 
 
 if __name__ == "__main__":

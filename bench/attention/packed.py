@@ -9,11 +9,9 @@ outside the timed call, concatenations inside. Times are of the process's proces
 row of a peer that cannot run has the reason.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,7 @@ from torch import Tensor
 
 from bench.attention.baselines import flex, joined
 from bench.harness.command import Refusal, command
-from bench.harness.record import header, write_rows
-from bench.harness.ways import NO_BACKWARD, Row, cell, rows_of
+from bench.harness.ways import NO_BACKWARD, Row, cell, compared, rows_of
 from prefixattn import prefix_attention, prefix_attention_varlen
 
 COUNT, SHORTEST, LONGEST = 64, 20, 90
@@ -144,18 +141,8 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Packed sequences beside padded ones; see the file's head.")
-    parser.add_argument("--rounds", type=int, default=15, help="calls of each way that are timed")
-    parser.add_argument("--out", type=Path, help="JSON; default: none")
-    args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        raise Refusal(f"--rounds {args.rounds}: expected a number from 1 up")
     shape = {"sequences": COUNT, "shortest": SHORTEST, "longest": LONGEST, "H": H, "P": P, "D": D}
-    rows = measured(args.rounds)
-    if args.out is not None:
-        write_rows(args.out, header() | {"shape": shape, "rows": rows})
-    print("\n".join(table(rows)))
-    return 0
+    return compared("Packed sequences beside padded ones; see the file's head.", 15, shape, measured, table, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Several ways to compute one thing: each is checked, all are timed in alternation; one that cannot run says why."""
 
+import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bench.harness.command import Refusal
+from bench.harness.record import header, write_rows
 from bench.harness.timing import Call, interleave, quantiles
 
 Row = dict[str, Any]
@@ -48,3 +51,25 @@ def cell(row: Row | None, ours: float) -> str:
         return "cannot run"
     ms = row["cpu_ms"][1]
     return f"{ms:.1f} ms ({ms / ours:.1f} times)"
+
+
+def compared(
+    description: str,
+    rounds: int,
+    shape: dict[str, int],
+    measured: Callable[[int], list[Row]],
+    table: Callable[[list[Row]], list[str]],
+    arguments: list[str] | None,
+) -> int:
+    """A command of one shape: measures, writes the record that is asked for, prints the table; the exit status."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds, help="calls of each way that are timed")
+    parser.add_argument("--out", type=Path, help="JSON; default: none")
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        raise Refusal(f"--rounds {args.rounds}: expected a number from 1 up")
+    rows = measured(args.rounds)
+    if args.out is not None:
+        write_rows(args.out, header() | {"shape": shape, "rows": rows})
+    print("\n".join(table(rows)))
+    return 0
