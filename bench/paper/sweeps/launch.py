@@ -322,8 +322,8 @@ class Ray(Pool):
         )
 
     def tend(self, ledger: Ledger, state: State) -> None:
-        ended = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0] if self.tasks else []
-        for task in ended:
+        at_work = self.at_work()
+        for task in [task for task in self.tasks if task not in at_work]:
             run = self.tasks.pop(task)
             try:
                 why = self.ray.get(task)
@@ -340,18 +340,19 @@ class Ray(Pool):
         for run in [run for run in state["left"] if run.name not in under_way][: self.workers - len(self.tasks)]:
             self.tasks[self.begin.remote(vars(self.job), [(run.name, run.config)])] = run
 
-    def pause(self, seconds: float) -> None:
-        self.ray.wait(list(self.tasks), timeout=seconds) if self.tasks else time.sleep(seconds)
+    def at_work(self) -> list[Any]:
+        tasks = list(self.tasks)
+        return self.ray.wait(tasks, num_returns=len(tasks), timeout=0)[1] if tasks else []
 
     def alive(self) -> bool:
-        tasks = list(self.tasks)
-        return bool(tasks) and len(self.ray.wait(tasks, num_returns=len(tasks), timeout=0)[1]) > 0
+        return len(self.at_work()) > 0
 
     def stop(self, whole: bool) -> None:
-        for task in self.tasks:
-            self.ray.cancel(task, force=True)
         if self.ours:
-            self.ray.shutdown()
+            self.ray.shutdown()  # its tasks end with it
+            return
+        for task in self.at_work():  # Ray 2.60 ends this process if it is told to cancel what has just come in
+            self.ray.cancel(task, force=True)
 
 
 class Slurm(Pool):

@@ -47,9 +47,9 @@ from bench.paper.sweeps.launch import launch
 from bench.paper.sweeps.ledger import Ledger, Run
 
 def main():
-    folder, configs, workers, paths = json.loads(sys.argv[2])
+    folder, configs, workers, paths, how = json.loads(sys.argv[2])
     runs = [Run(f"t/g/r{at}", config) for at, config in enumerate(configs)]
-    state = launch("local", Ledger(folder), lambda ledger: runs, "sweep_work:work", workers, paths=paths, poll=0.05,
+    state = launch(how, Ledger(folder), lambda ledger: runs, "sweep_work:work", workers, paths=paths, poll=0.05,
                    device="cpu")
     assert len(state["done"]) == len(runs)
 
@@ -82,9 +82,9 @@ class Place:
         return launch(how, self.ledger, lambda ledger: runs, "sweep_work:work", workers,
                       paths=self.paths, out=self.out, **told)  # fmt: skip
 
-    def start(self, runs: list[Run], workers: int) -> subprocess.Popen[str]:
+    def start(self, runs: list[Run], workers: int, how: str = "local") -> subprocess.Popen[str]:
         (self.folder / "script.py").write_text(SCRIPT)
-        told = [str(self.ledger.folder), [run.config for run in runs], workers, self.paths]
+        told = [str(self.ledger.folder), [run.config for run in runs], workers, self.paths, how]
         words = [str(self.folder / "script.py"), launchers.AS_FILE, json.dumps(told)]
         return subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
 

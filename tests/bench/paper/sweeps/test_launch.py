@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,18 +164,21 @@ def test_two_launches_at_once_do_each_run_once(place: Place) -> None:
     assert len({place.ledger.result(run)["pid"] for run in runs}) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_launch_that_is_ended_takes_its_workers_along(place: Place, number: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "number"), [("local", signal.SIGTERM), ("local", signal.SIGKILL), ("ray", signal.SIGTERM)]
+)
+def test_a_launch_that_is_ended_takes_its_workers_along(place: Place, how: str, number: int) -> None:
+    if how == "ray":
+        pytest.importorskip("ray", reason="the launcher ray needs ray")
     gate = place.folder / "gate"
     runs = place.runs({"until": str(gate)}, {"until": str(gate)}, {})
-    process = place.start(runs, 2)
+    process = place.start(runs, 2, how)
     until(lambda: len(place.calls()) == 2)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     if number == signal.SIGTERM:
         assert process.returncode == 128 + number and "sweep: stopped by SIGTERM" in said
-    until(lambda: not of_group(process.pid))
-    assert place.ledger.state(runs)["left"] == runs
+    until(lambda: not of_group(process.pid) and place.ledger.state(runs)["left"] == runs)
     gate.touch()
     place.launch(runs)
     place.is_whole(runs)
@@ -197,6 +201,26 @@ def test_ray_takes_up_the_run_of_a_killed_worker(place: Place, monkeypatch: pyte
     place.ledger.clear(runs[3])
     place.is_whole(runs[:3])
     assert os.getpid() not in {place.ledger.result(run)["pid"] for run in runs[:3]}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_ray_cancels_nothing_that_came_in(monkeypatch: pytest.MonkeyPatch, ours: bool, whole: bool) -> None:
+    came_in, at_work, told = "came in", "at work", []
+    ray = SimpleNamespace(
+        is_initialized=lambda: not ours,
+        init=lambda **options: told.append("init"),
+        remote=lambda function: SimpleNamespace(options=lambda **options: None),
+        wait=lambda tasks, num_returns, timeout: ([came_in], [at_work]),
+        cancel=lambda task, force: told.append(task),
+        shutdown=lambda: told.append("shutdown"),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    pool = launchers.Ray(launchers.Job("", "", (), None, ""), 2, None, 1, 0)
+    pool.tasks = {came_in: Run("a", {}), at_work: Run("b", {})}
+    assert pool.alive()
+    pool.stop(whole)
+    assert told == (["init", "shutdown"] if ours else [at_work])
 
 
 def test_submitit_in_this_process(place: Place) -> None:
