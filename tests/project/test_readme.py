@@ -80,7 +80,7 @@ def test_the_steps_of_smollm2_are_the_records() -> None:
     result, shown = record("bench/paper/results/nlg-smollm2-times.json", "docs/language.md")
     made = markdown("", "", [*times.tables(result), decode_times.table(result["decoding"])])
     lines = [line for line in made.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 * 7 + 5
+    assert len(lines) == 2 * 8 + 5
     for line in lines:
         assert line in shown
 
